@@ -1,0 +1,82 @@
+# The two commands are `make book` and `make test`; `make help` lists the others.
+# They need Python 3.11 or newer, and make. Everything else goes into .venv, once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+CACHE := _build/.jupyter_cache
+PAGE := $(CURDIR)/_build/html/index.html
+
+# Kernels and browsers must not talk more than the book does.
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# What a target took, printed at its end.
+define timed
+@start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
+endef
+
+.PHONY: help venv export fresh render book chapters test lint tidy lab bench clean
+
+help: ## say what each command does
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.toml say
+	@if ! cat requirements.txt pyproject.toml | cmp -s - $(VENV)/installed; then \
+	    echo "venv: installing into $(VENV)"; \
+	    test -x $(RUN) || "$(PYTHON)" -m venv $(VENV); \
+	    $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'; \
+	    $(RUN) -m pip install --quiet -r requirements.txt; \
+	    $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .; \
+	    cat requirements.txt pyproject.toml > $(VENV)/installed; \
+	fi
+	@$(RUN) -c 'import matplotlib.font_manager' 2>/dev/null  # or its first use would print into a chapter
+
+export: venv ## write diffussm/ from the chapters
+	@$(RUN) -m tools.export
+
+fresh: export
+	@$(RUN) -m tools.cache
+
+# After a failure every page is read again, or the next build would not repeat the warning.
+render: fresh
+	$(call timed,render,$(VENV)/bin/jupyter-book build . --warningiserror --keep-going --quiet \
+	    || { rm -rf _build/.doctrees; exit 1; })
+
+book: render ## export, execute all chapters (those that changed), render; prints the page to open
+	@echo "open file://$(PAGE)"
+
+chapters: fresh
+	$(call timed,chapters,$(RUN) -m pytest --nbmake --nbmake-timeout 900 --keep-outputs $(CACHE) book)
+
+# The chapters run first and leave their outputs for the pages, so that nothing runs twice.
+test: chapters ## everything that must hold: chapters, unit tests, export, lint, types, rendered pages
+	@$(MAKE) --no-print-directory render
+	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 $(RUN) -m pytest)
+
+lint: venv ## ruff and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+tidy: venv ## format code, and store the chapters as JupyterLab will
+	@$(RUN) -m ruff format .
+	@$(RUN) -m tools.tidy
+
+lab: venv ## JupyterLab; a double click on a chapter opens it as a notebook
+	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(RUN) -m jupyter lab --notebook-dir="$(CURDIR)"
+
+bench: venv ## ratios against peers and limits, measured side by side
+	@for file in benchmarks/[!_]*.py; do \
+	    name=$$(basename $$file .py); \
+	    grep -q '__main__' $$file || continue; \
+	    echo "== benchmarks.$$name"; $(RUN) -m benchmarks.$$name; \
+	done
+
+clean: ## remove what was built (not .venv, not runs/)
+	rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,230 @@
+"""What every benchmark shares: fair timing, honest memory, and a report that refuses to flatter.
+
+A ratio is only as good as its two sides, so
+
+- both sides run in one process, alternating, and each is summed up by its median (:func:`alternate`);
+- the two results are compared before anything is reported (:func:`require_agreement`);
+- peak memory is taken in a fresh process for each side (:func:`peak_memory`);
+- the report names the processor, the thread count and the versions, as Markdown and as JSON (:func:`report`).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Disagreement(RuntimeError):
+    """The two sides of a comparison do not compute the same thing, so their speeds must not be compared."""
+
+
+def require_agreement(
+    what: str, reference: Tensor | Iterable[Tensor], candidate: Tensor | Iterable[Tensor], tolerance: float
+) -> float:
+    """Largest difference relative to the reference's largest entry, over all tensors given.
+
+    Raises Disagreement when shapes differ, when anything is not finite, or when the difference exceeds
+    ``tolerance``.
+    """
+    pairs = [
+        [tensors] if isinstance(tensors, Tensor) else list(tensors) for tensors in (reference, candidate)
+    ]
+    if len(pairs[0]) != len(pairs[1]):
+        raise Disagreement(f"{what}: {len(pairs[0])} tensors against {len(pairs[1])}; nothing is reported")
+    worst = 0.0
+    for index, (a, b) in enumerate(zip(*pairs, strict=True)):
+        if a.shape != b.shape:
+            raise Disagreement(f"{what}: tensor {index} has shape {tuple(a.shape)} against {tuple(b.shape)}")
+        wide = torch.promote_types(a.dtype, torch.float64)  # complex stays complex
+        a, b = a.detach().to(wide), b.detach().to(wide)
+        error = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        if not error <= tolerance:  # also catches NaN
+            raise Disagreement(
+                f"{what}: the two sides differ by {error:.1e} of the largest entry (tensor {index}), "
+                f"more than the {tolerance:.0e} allowed; nothing is reported"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]], *, runs: int = 3, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each run of each side, taken in turns so that a slow moment hits all sides."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(-warmup, runs):
+        for name, side in sides.items():
+            gc.collect()
+            _synchronize()
+            start = time.perf_counter()
+            result = side()
+            _synchronize()
+            elapsed = time.perf_counter() - start
+            del result
+            if run >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def speed_row(
+    what: str,
+    reference: tuple[str, Callable[[], object]],
+    candidate: tuple[str, Callable[[], object]],
+    *,
+    at_least: float,
+    runs: int = 3,
+    warmup: int = 1,
+) -> dict[str, Any]:
+    """One row of the report: how many times faster ``candidate`` is (each side a ``(name, function)``)."""
+    seconds = alternate(dict([reference, candidate]), runs=runs, warmup=warmup)
+    slow, fast = (statistics.median(seconds[name]) for name, _ in (reference, candidate))
+    return {
+        "what": what,
+        reference[0]: f"{1e3 * slow:,.1f} ms",
+        candidate[0]: f"{1e3 * fast:,.1f} ms",
+        "ratio": round(slow / fast, 2),
+        "limit": f"at least {at_least:g}",
+        "reached": slow / fast >= at_least,
+        "seconds": seconds,
+    }
+
+
+def peak_memory(function: str, *arguments: object) -> int:
+    """Bytes by which a job raised the resident memory of its process, at the peak.
+
+    ``function`` is "package.module:name". It is called in a fresh process (so that neither side inherits the
+    other's pages) and returns the job to measure as a callable: whatever that factory builds, inputs
+    included, counts as already there.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(send, function, arguments, torch.get_num_threads()))
+    process.start()
+    send.close()
+    try:
+        peak = receive.recv()
+    except EOFError:
+        peak = None
+    process.join()
+    if peak is None or process.exitcode != 0:
+        raise RuntimeError(
+            f"measuring the memory of {function}{arguments} failed (exit code {process.exitcode})"
+        )
+    return peak
+
+
+def memory_row(
+    what: str, reference: tuple[str, int], candidate: tuple[str, int], *, at_least: float
+) -> dict[str, Any]:
+    """One row of the report: how many times less memory ``candidate`` needs (each ``(name, bytes)``)."""
+    ratio = reference[1] / max(candidate[1], 1)
+    return {
+        "what": what,
+        reference[0]: f"{reference[1] / 2**20:,.0f} MiB",
+        candidate[0]: f"{candidate[1] / 2**20:,.0f} MiB",
+        "ratio": round(ratio, 2),
+        "limit": f"at least {at_least:g}",
+        "reached": ratio >= at_least,
+        "bytes": {reference[0]: reference[1], candidate[0]: candidate[1]},
+    }
+
+
+def report(
+    name: str, title: str, rows: list[dict[str, Any]], *, settings: Mapping[str, Any] | None = None
+) -> int:
+    """Print the rows as a Markdown table, write ``results/<name>.json`` and ``.md``, return the exit status.
+
+    A row is a mapping from column to text or number; lists and mappings go to the JSON only. A row whose
+    ``reached`` is false makes the exit status 1.
+    """
+    if not rows:
+        raise ValueError(f"benchmark {name!r} measured nothing: pass at least one row")
+    columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
+    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [{True: "yes", False: "**no**"}.get(row.get(c), row.get(c, "")) for c in columns]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    machine = environment()
+    facts = ", ".join(f"{key} {value}" for key, value in machine.items())
+    lines += ["", f"{facts}; `python -m benchmarks.{name}`"]
+    markdown = "\n".join(lines) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(markdown)
+    record = {"title": title, "settings": dict(settings or {}), "environment": machine, "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(markdown)
+    return 0 if all(row.get("reached", True) for row in rows) else 1
+
+
+def environment() -> dict[str, str]:
+    """What a reader needs to judge a number: processor, threads, versions (and the GPU if there is one)."""
+    machine = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _measure_peak(send: Any, function: str, arguments: tuple[object, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    module, _, attribute = function.partition(":")
+    job = getattr(importlib.import_module(module), attribute)(*arguments)
+    gc.collect()
+    try:  # Linux: forget the high-water mark left behind by the imports
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    before = _resident("VmRSS")
+    result = job()
+    send.send(_resident("VmHWM") - before)
+    del result
+    send.close()
+
+
+def _resident(field: str) -> int:
+    """Resident bytes of this process, now (VmRSS) or at most so far (VmHWM; without /proc always this)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,45 @@
+"""Pages that ask no other host for anything.
+
+MathJax comes out of an installed package, and the scripts that would start a kernel elsewhere are left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+# 2 MB of the package's 24: TeX and MathML input, HTML output, and its fonts.
+MATHJAX = "sphinx-mathjax-offline"
+USED = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
+
+
+def copy_mathjax(app: Sphinx) -> None:
+    """Put MathJax where ``mathjax_path`` points to."""
+    source = Path(str(distribution(MATHJAX).locate_file(f"{MATHJAX}/static/mathjax")))
+    target = Path(app.outdir, "_static", "mathjax")
+    for name in USED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+        else:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Jupyter Book always adds Thebe, which names a CDN, and on pages without cells declares it twice."""
+    context["script_files"] = [
+        script
+        for script in context.get("script_files", [])
+        if "thebe" not in f"{script} {getattr(script, 'attributes', '')}".lower()
+    ]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("builder-inited", copy_mathjax)
+    app.connect("html-page-context", drop_thebe, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,86 @@
+"""``pytest --nbmake book/`` runs the chapters straight from their text; nothing is written beside them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option with which `make test` spares the pages a second run of the chapters."""
+    parser.addoption(
+        "--keep-outputs",
+        metavar="CACHE",
+        help="store what the chapters put out in this execution cache, where the book build finds it",
+    )
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """With --nbmake, every Markdown page that has code cells is a test."""
+    if file_path.suffix != ".md" or not parent.config.getoption("nbmake", default=False):
+        return None
+    if not re.search(r"^`{3,}\{code-cell\}", file_path.read_text(encoding="utf-8"), re.MULTILINE):
+        return None
+    # Imported here: a plain run of the unit tests needs neither Jupyter nor nbmake.
+    from nbmake.nb_run import NotebookRun
+    from nbmake.pytest_items import NotebookFailedException, NotebookFile, NotebookItem
+
+    class Text:
+        """Stands for the chapter: read from a temporary notebook, executed in the chapter's folder."""
+
+        def __init__(self, notebook: Path) -> None:
+            self.notebook = notebook
+            self.parent = file_path.parent
+
+        def __str__(self) -> str:
+            return str(self.notebook)
+
+    class ChapterItem(NotebookItem):
+        def runtest(self) -> None:
+            import jupytext
+            import nbformat
+
+            option = self.config.option
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder, f"{file_path.stem}.ipynb")
+                nbformat.write(jupytext.read(file_path), copy)
+                run = NotebookRun(Text(copy), option.nbmake_timeout, kernel=option.nbmake_kernel)  # type: ignore[arg-type]
+                start = time.monotonic()
+                result = run.execute()
+            if result.error is not None:
+                cells = result.nb.cells[: result.error.failing_cell_index + 1]
+                number = sum(cell.cell_type == "code" for cell in cells)
+                place = f"{file_path.name}, cell {number}"
+                # The kernel's traceback is coloured for a terminal; the line in the summary is for everyone.
+                plain = re.sub(r"\x1b\[[0-9;]*m", "", result.error.summary)
+                result.error.summary = f"{place}: {plain}"
+                result.error.trace = f"{place}\n{result.error.trace}"
+                raise NotebookFailedException(result)
+            if option.keep_outputs:
+                keep_outputs(option.keep_outputs, file_path, result.nb, time.monotonic() - start)
+
+    class ChapterFile(NotebookFile):
+        def collect(self) -> Iterator[Any]:
+            yield ChapterItem.from_parent(self, filename=str(file_path))
+
+    return ChapterFile.from_parent(parent, path=file_path)
+
+
+def keep_outputs(folder: str, chapter: Path, notebook: Any, seconds: float) -> None:
+    """Store an executed chapter as the book build would have."""
+    from jupyter_cache import get_cache
+    from jupyter_cache.base import CacheBundleIn
+
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # the times of the run, which are no part of the chapter
+    get_cache(folder).cache_notebook_bundle(
+        CacheBundleIn(notebook, str(chapter), data={"execution_seconds": seconds}),
+        check_validity=False,
+        overwrite=True,
+    )

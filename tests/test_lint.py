@@ -1,0 +1,71 @@
+"""Lint, types, and the form in which chapters are stored."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from tools.book import ROOT, chapters
+from tools.tidy import tidied
+
+PAGES = sorted((ROOT / "book").glob("*.md"))
+NUMBERED = [chapter.path for chapter in chapters()]
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def test_ruff_finds_nothing() -> None:
+    run("ruff", "check", ".")
+
+
+def test_code_is_formatted() -> None:
+    run("ruff", "format", "--check", ".")
+
+
+def test_types_hold() -> None:
+    run("mypy")
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
+def test_chapter_is_stored_as_jupytext_writes_it(path: Path) -> None:
+    assert tidied(path).rstrip() == path.read_text(encoding="utf-8").rstrip(), "run `make tidy`"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
+def test_cells_use_only_names_that_exist(path: Path, tmp_path: Path) -> None:
+    notebook = tmp_path / f"{path.stem}.ipynb"
+    nbformat.write(jupytext.read(path), notebook)
+    run("ruff", "check", "--isolated", "--no-cache", "--select=F821,F63,F7,E9", str(notebook))
+
+
+def test_labels_are_unique_in_the_book() -> None:
+    seen: dict[str, str] = {}
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        labels = re.findall(r"^\(([\w-]+)\)=$|^\s*:?(?:label|name):\s*([\w-]+)\s*$", text, re.MULTILINE)
+        for label in [a or b for a, b in labels]:
+            if label == "python3":  # the kernel's name in the header
+                continue
+            assert label not in seen, f"{label} stands in {seen[label]} and in {path.name}"
+            seen[label] = path.name
+
+
+def test_glue_keys_are_unique_in_the_book() -> None:
+    seen: dict[str, str] = {}
+    for chapter in chapters():
+        for cell in chapter.cells:
+            for key in re.findall(r"""\bglue\(\s*["']([\w-]+)["']""", cell.source):
+                assert seen.setdefault(key, chapter.name) == chapter.name, (
+                    f"{key}: {seen[key]}, {chapter.name}"
+                )

@@ -1,0 +1,87 @@
+"""``pytest --nbmake book/`` runs chapters from their text and says which cell failed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.book import ROOT
+
+CHAPTER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+    format_version: 0.13
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# A chapter
+
+```{code-cell} ipython3
+from pathlib import Path
+
+assert Path.cwd().name == "book"
+```
+
+Prose.
+
+```{code-cell} ipython3
+value = 1 / DIVISOR
+```
+"""
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    folder = tmp_path / "book"
+    folder.mkdir()
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (folder / "index.md").write_text("# Prose only\n")
+    (folder / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "2"))
+    return folder
+
+
+def test_chapter_runs_from_its_text_and_stays_as_it_is(book: Path) -> None:
+    before = {path.name: path.read_bytes() for path in book.iterdir()}
+    done = run(book.parent, "--nbmake", "--overwrite", "book")
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+    assert {path.name: path.read_bytes() for path in book.iterdir()} == before
+
+
+def test_failure_names_chapter_and_cell(book: Path) -> None:
+    (book / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "0"))
+    done = run(book.parent, "--nbmake", "book")
+    assert done.returncode == 1
+    assert "01_toy.md, cell 2: ZeroDivisionError" in done.stdout
+    assert "value = 1 / 0" in done.stdout
+
+
+def test_plain_pytest_leaves_the_chapters_alone(book: Path) -> None:
+    assert "no tests ran" in run(book.parent, "book").stdout
+
+
+def test_outputs_can_be_kept_for_the_pages(book: Path) -> None:
+    done = run(book.parent, "--nbmake", "--keep-outputs", str(book.parent / "cache"), "book")
+    assert done.returncode == 0, done.stdout
+    from jupyter_cache import get_cache
+
+    records = get_cache(str(book.parent / "cache")).list_cache_records()
+    assert [Path(record.uri).name for record in records] == ["01_toy.md"]

@@ -1,0 +1,297 @@
+"""Chapter 9: one group per parameter, batches that are pure functions, exact resume, sound checkpoints."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from diffussm.data import TensorData
+from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.training import (
+    RECIPES,
+    Meter,
+    TrainConfig,
+    describe_groups,
+    ema_decay_at,
+    find_checkpoint,
+    learning_rate_factor,
+    load_run,
+    parameter_groups,
+    save_checkpoint,
+    stream,
+    train,
+    training_batch,
+    update_ema,
+)
+
+TINY = TrainConfig(
+    model=DiffuSSMConfig(input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=1, d_state=4),
+    batch_size=8,
+    steps=10,
+    lr=1e-3,
+    log_every=4,
+    save_every=100,
+)
+
+
+def run_tiny(folder, **changes):
+    return train(replace(TINY, **changes), folder, device="cpu", progress=False)
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_state(a, b):
+    assert a.step == b.step
+    for first, second in ((a.model, b.model), (a.ema, b.ema)):
+        for (name, p), (_, q) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+            assert torch.equal(p, q), name
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        for slot, value in a.optimizer.state[p].items():
+            assert torch.equal(value, b.optimizer.state[q][slot]), slot
+
+
+@pytest.mark.parametrize("name", ["DiffuSSM-S", "digits"])
+def test_every_parameter_is_in_exactly_one_group(name):
+    with torch.device("meta"):
+        model = DiffuSSM.from_preset(name)
+    groups = parameter_groups(model, lr=1e-2, ssm_lr=1e-3, weight_decay=0.1)
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert [id(p) for g in groups for p in g["params"]] == [
+        id(dict(model.named_parameters())[n]) for n in names
+    ]
+    by_name = {group["name"]: group for group in groups}
+    assert by_name["dynamics"]["lr"] == 1e-3 and by_name["dynamics"]["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in by_name["matrices"]["params"])
+    assert by_name["matrices"]["weight_decay"] == 0.1 and by_name["vectors"]["weight_decay"] == 0
+    assert len(by_name["dynamics"]["params"]) == 2 * 3 * model.config.n_blocks
+    for group in groups:
+        assert group["name"] in describe_groups(groups)
+
+
+def test_ema_is_the_unrolled_weighted_sum():
+    torch.manual_seed(0)
+    model, ema = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+    expected = ema.weight.detach().clone()
+    for step in range(30):
+        nn.init.normal_(model.weight)
+        decay = ema_decay_at(step, 0.9)
+        update_ema(ema, model, decay)
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.weight, expected)
+    assert [ema_decay_at(step, 0.9) for step in (0, 8, 10**6)] == [0.1, 0.5, 0.9]
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = replace(TINY, steps=100, warmup=10, cooldown=20)
+    factors = [learning_rate_factor(step, config) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1
+    assert set(factors[9:80]) == {1.0}
+    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)]) and factors[-1] > 0
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    data = TensorData(torch.rand(50, 1, 8, 8) * 2 - 1, torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    torch.manual_seed(1)
+    a = training_batch(data, model, TINY, 3)
+    torch.manual_seed(2)
+    b = training_batch(data, model, TINY, 3)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for config, step in ((TINY, 4), (replace(TINY, seed=1), 3)):
+        other = training_batch(data, model, config, step)
+        assert not torch.equal(a.noise, other.noise) and not torch.equal(a.t, other.t)
+    assert not torch.equal(torch.rand(4, generator=stream(0, 1)), torch.rand(4, generator=stream(1, 0)))
+
+
+def test_drawing_a_batch_leaves_the_global_generator_alone():
+    data = TensorData(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    before = torch.get_rng_state()
+    training_batch(data, model, TINY, 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_meter_means_equal_a_loop():
+    torch.manual_seed(0)
+    meter, seen = Meter(), []
+    for _ in range(3):
+        losses = {name: torch.rand(8) for name in ("loss", "mse", "vb")}
+        t = torch.randint(500, (8,))  # nothing in the two noisy quarters
+        meter.add(losses, t, 1000, torch.tensor(2.0))
+        seen += [(int(t[i]), {name: float(losses[name][i]) for name in losses}) for i in range(8)]
+    row = meter.read_and_reset()
+    for name in ("loss", "mse", "vb"):
+        assert row[name] == pytest.approx(sum(terms[name] for _, terms in seen) / len(seen))
+    low = [terms["mse"] for t, terms in seen if t < 250]
+    assert row["mse_q1"] == pytest.approx(sum(low) / len(low))
+    assert row["mse_q3"] is None and row["grad_norm"] == 2.0
+    assert meter.sums.abs().sum() == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_two_halves_equal_one_run_bit_for_bit(tmp_path, precision):
+    straight = run_tiny(tmp_path / "straight", precision=precision)
+    run_tiny(tmp_path / "halves", steps=5, precision=precision)
+    halves = run_tiny(tmp_path / "halves", precision=precision)
+    assert_same_state(straight, halves)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "halves")
+    assert len(log_of(tmp_path / "halves")) == 2
+
+
+def test_lines_logged_after_the_last_checkpoint_are_written_again(tmp_path):
+    straight = run_tiny(tmp_path / "straight", save_every=5)
+    run_tiny(tmp_path / "killed", save_every=5)
+    # as if killed just before the last save, and in the middle of a line of the log
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step_00000010")
+    with (tmp_path / "killed" / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "loss"')
+    resumed = run_tiny(tmp_path / "killed", save_every=5)
+    assert_same_state(straight, resumed)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "garble"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
+    run_tiny(tmp_path / "run", save_every=5)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000010"
+    weights = newest / "ema" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "truncate":
+        weights.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (newest / "state.json").write_text("[]")
+    assert find_checkpoint(tmp_path / "run").name == "step_00000005"
+    assert "damaged" in capsys.readouterr().out
+    straight = run_tiny(tmp_path / "straight", save_every=5)
+    assert_same_state(straight, run_tiny(tmp_path / "run", save_every=5))
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
+    state = run_tiny(tmp_path / "run", save_every=2)
+    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000008", "step_00000010"]
+    # left by a kill in the middle of a save
+    (tmp_path / "run" / "checkpoints" / ".step_00000011.tmp").mkdir()
+    state.step = 11
+    save_checkpoint(tmp_path / "run", state)
+    assert find_checkpoint(tmp_path / "run").name == "step_00000011"
+
+
+def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
+    run_tiny(tmp_path / "run")
+    suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert suffixes == {".json", ".jsonl", ".safetensors"}
+
+
+def test_a_checkpoint_folder_loads_as_a_model(tmp_path):
+    state = run_tiny(tmp_path / "run")
+    for weights, module in (("ema", state.ema), ("model", state.model)):
+        model, config, classes = load_run(tmp_path / "run", weights)
+        assert config == TINY and classes == [str(digit) for digit in range(10)]
+        for p, q in zip(model.parameters(), module.parameters(), strict=True):
+            assert torch.equal(p, q)
+    saved = safetensors.torch.load_file(find_checkpoint(tmp_path / "run") / "ema" / "model.safetensors")
+    assert saved.keys() == state.ema.state_dict().keys()
+
+
+def test_another_runs_folder_is_refused_and_untouched(tmp_path):
+    run_tiny(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds another run.*lr \(there 0.001, asked 0.002\)"):
+        run_tiny(tmp_path / "run", lr=2e-3)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to_mother.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds no training run"):
+        run_tiny(tmp_path / "letters")
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["to_mother.txt"]
+
+
+def test_a_run_with_a_cooldown_cannot_be_prolonged(tmp_path):
+    run_tiny(tmp_path / "run", cooldown=2)
+    with pytest.raises(ValueError, match="steps"):
+        run_tiny(tmp_path / "run", cooldown=2, steps=12)
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
+    run_tiny(tmp_path / "run", steps=4, save_every=4)
+    checkpoint = find_checkpoint(tmp_path / "run")
+    weights = safetensors.torch.load_file(checkpoint / "model" / "model.safetensors")
+    weights["head.bias"].fill_(float("nan"))
+    safetensors.torch.save_file(weights, checkpoint / "model" / "model.safetensors")
+    record = json.loads((checkpoint / "state.json").read_text())
+    record["sha256"].pop("model/model.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps(record))
+    with pytest.raises(FloatingPointError, match="step 5.*lower lr"):
+        run_tiny(tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run") == checkpoint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"lr": 1.5}, "learning rate"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"precision": "fp8"}, "float32"),
+        ({"warmup": 9, "cooldown": 9}, "fit into steps=10"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+def test_unknown_options_are_refused_by_name():
+    assert TrainConfig.from_dict(asdict(TINY)) == TINY
+    with pytest.raises(ValueError, match="learning_rat"):
+        TrainConfig.from_dict({**asdict(TINY), "learning_rat": 1e-4})
+    with pytest.raises(ValueError, match="'model' section"):
+        TrainConfig.from_dict({})
+
+
+def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    for model, message in (
+        (replace(TINY.model, num_classes=7), "num_classes=10"),
+        (replace(TINY.model, input_size=16), "model.input_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_tiny(tmp_path / "run", model=model)
+    with pytest.raises(FileNotFoundError):
+        run_tiny(tmp_path / "run", data=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_load_run_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a training run"):
+        load_run(tmp_path)
+    run_tiny(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="no valid checkpoint"):
+        load_run(tmp_path / "run")
+
+
+def test_unconditional_training_needs_no_labels(tmp_path):
+    state = run_tiny(tmp_path / "run", model=replace(TINY.model, num_classes=0), steps=2)
+    assert state.model.null_label is None
+
+
+def test_the_recipes_are_the_presets():
+    from diffussm.model import PRESETS
+
+    for name, recipe in RECIPES.items():
+        assert recipe.model == DiffuSSMConfig(**PRESETS[name])

@@ -1,0 +1,94 @@
+"""Read the chapters: their front matter, their title, and their code cells with line numbers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markdown_it import MarkdownIt
+from mdit_py_plugins.front_matter import front_matter_plugin
+
+__all__ = ["ROOT", "Cell", "Chapter", "chapters", "read_chapter"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_PARSER = MarkdownIt("commonmark").use(front_matter_plugin)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A code cell. ``number`` counts the chapter's code cells from 1, ``line`` is where its code starts."""
+
+    number: int
+    line: int
+    source: str
+    metadata: dict[str, Any]
+
+    @property
+    def tags(self) -> list[str]:
+        """The cell's tags, such as ``export``."""
+        return list(self.metadata.get("tags") or [])
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A page of the book. ``name`` is relative to the root, for messages: ``book/01_state_space.md``."""
+
+    path: Path
+    name: str
+    title: str
+    front_matter: dict[str, Any]
+    cells: tuple[Cell, ...]
+
+    @property
+    def module(self) -> str | None:
+        """The module that the chapter says it exports, ``state_space``."""
+        return self.front_matter.get("module")
+
+    @property
+    def exported(self) -> list[Cell]:
+        """The cells tagged ``export``."""
+        return [cell for cell in self.cells if "export" in cell.tags]
+
+
+def read_chapter(path: Path, root: Path = ROOT) -> Chapter:
+    """Read one MyST Markdown page; its cells are those that jupytext finds (a test compares)."""
+    front_matter: dict[str, Any] = {}
+    title = ""
+    cells: list[Cell] = []
+    tokens = _PARSER.parse(path.read_text(encoding="utf-8"))
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.type == "front_matter":
+            front_matter = yaml.safe_load(token.content) or {}
+        elif token.type == "heading_open" and token.tag == "h1" and not title:
+            title = following.content if following else ""
+        elif token.type == "fence" and token.info.startswith("{code-cell}") and token.map:
+            metadata, skipped, source = _split_options(token.content)
+            cells.append(Cell(len(cells) + 1, token.map[0] + 2 + skipped, source, metadata))
+    name = path.resolve().relative_to(root.resolve()).as_posix()
+    return Chapter(path, name, title, front_matter, tuple(cells))
+
+
+def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
+    """A cell's metadata (a YAML block, or lines ``:key: value``), the number of its lines, and the code."""
+    lines = content.splitlines()
+    start = 0
+    options: list[str] = []
+    if lines and lines[0].startswith("---"):
+        start = next((i for i, line in enumerate(lines[1:], 1) if line.startswith("---")), len(lines) - 1) + 1
+        options = lines[1 : start - 1]
+    else:
+        while start < len(lines) and re.match(r":[\w-]+:", lines[start]):
+            options.append(lines[start][1:])
+            start += 1
+    while start < len(lines) and not lines[start].strip():
+        start += 1
+    return yaml.safe_load("\n".join(options)) or {}, start, "\n".join(lines[start:]).rstrip()
+
+
+def chapters(root: Path = ROOT) -> list[Chapter]:
+    """Every numbered chapter, in the order in which it is read."""
+    return [read_chapter(path, root) for path in sorted((root / "book").glob("[0-9][0-9]_*.md"))]

@@ -1,0 +1,55 @@
+"""Store the chapters in the form in which jupytext writes them, so that a save from JupyterLab adds nothing.
+
+``python -m tools.tidy`` rewrites what differs, ``--check`` only reports it. Name chapters to tidy only those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jupytext
+from jupytext.config import load_jupytext_config
+
+from tools.book import ROOT
+
+__all__ = ["main", "tidied"]
+
+
+def tidied(path: Path) -> str:
+    """A chapter's text as jupytext writes it, with every caption and alternative text as one paragraph."""
+    config = load_jupytext_config(str(path))
+    notebook = jupytext.read(path, config=config)
+    for cell in notebook.cells:
+        settings = cell.metadata.get("mystnb", {})
+        for owner, key in (("figure", "caption"), ("image", "alt")):
+            if key in settings.get(owner, {}):
+                settings[owner][key] = " ".join(settings[owner][key].split())
+    return jupytext.writes(notebook, fmt="md:myst", config=config)
+
+
+def main() -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tidy", description="Store chapters as jupytext does."
+    )
+    parser.add_argument("chapters", nargs="*", type=Path, help="only these, such as book/01_state_space.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; name what differs")
+    options = parser.parse_args()
+    different = 0
+    for path in options.chapters or sorted((ROOT / "book").glob("[0-9][0-9]_*.md")):
+        text = tidied(path)
+        if text.rstrip("\n") == path.read_text(encoding="utf-8").rstrip("\n"):
+            continue
+        different += 1
+        if options.check:
+            print(f"{path.name} is not as jupytext writes it: run `make tidy`", file=sys.stderr)
+        else:
+            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+            print(f"tidy: wrote {path.name}")
+    return int(options.check and different > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
