@@ -158,8 +158,9 @@ def report(
     columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
     lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [{True: "yes", False: "**no**"}.get(row.get(c), row.get(c, "")) for c in columns]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        values = [row.get(column, "") for column in columns]
+        cells = [{True: "yes", False: "**no**"}[v] if isinstance(v, bool) else str(v) for v in values]
+        lines.append("| " + " | ".join(cells) + " |")
     machine = environment()
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
     lines += ["", f"{facts}; `python -m benchmarks.{name}`"]

@@ -35,14 +35,14 @@ def discrete_system(d_model: int) -> tuple[Tensor, Tensor]:
 def make_job(side: str, d_model: int, length: int, backward: bool) -> Callable[[], list[Tensor]]:
     """A function that computes the kernel, or the kernel and its gradients, anew at every call."""
     kernel = SIDES[side]
-    inputs = [tensor.requires_grad_(backward) for tensor in discrete_system(d_model)]
+    log_dA, weights = (tensor.requires_grad_(backward) for tensor in discrete_system(d_model))
     probe = torch.randn(d_model, length, generator=torch.Generator().manual_seed(1)) if backward else None
 
     def job() -> list[Tensor]:
-        result = kernel(*inputs, length)
+        result = kernel(log_dA, weights, length)
         if probe is None:
             return [result]
-        return [result.detach(), *torch.autograd.grad(result, inputs, probe)]
+        return [result.detach(), *torch.autograd.grad(result, (log_dA, weights), probe)]
 
     if d_model > 2:  # a small call first, so that libraries it loads do not count as the kernel's memory
         make_job(side, 2, 16, backward)()

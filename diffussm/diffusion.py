@@ -1,4 +1,4 @@
-"""Diffusion.
+"""Diffusion: from data to noise, and the way back.
 
 Generated from book/06_diffusion.md by `make export`: edit there.
 """

@@ -1,4 +1,4 @@
-"""Sampling.
+"""Sampling: from noise to images.
 
 Generated from book/07_sampling.md by `make export`: edit there.
 """
@@ -13,54 +13,7 @@ from tqdm import tqdm
 
 from diffussm.diffusion import GaussianDiffusion, standard_normal
 
-__all__ = ["guided", "ancestral_step", "ddim_step", "denoise", "sample"]
-
-
-def guided(
-    model: Callable[..., Tensor], cfg_scale: float, guidance_channels: int | None = None
-) -> Callable[..., Tensor]:
-    """A model that exaggerates what the label changes: classifier-free guidance (eq-sampling-guidance).
-
-    Args:
-        model: (x, t, y) -> (B, 2C, H, W), with an attribute `null_label`, the label for "no class".
-        cfg_scale: w >= 0. 0 is the unconditional model, 1 the conditional one (`model` itself), more guides.
-        guidance_channels: Guide only the first so many channels of the noise; default all. DiT's code does 3.
-
-    Returns:
-        A model of the same form. It runs `model` once, on a batch of 2B; v is that of the conditional half.
-
-    Raises:
-        ValueError: a scale or number of channels that cannot work, or a model without `null_label`.
-    """
-    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-        raise ValueError(
-            f"cfg_scale={cfg_scale}: expected a finite number of at least 0; 1 is the conditional model, the "
-            "paper guides with 1.5"
-        )
-    if guidance_channels is not None and (not isinstance(guidance_channels, int) or guidance_channels < 1):
-        raise ValueError(f"guidance_channels={guidance_channels!r}: expected None (all) or at least 1")
-    if cfg_scale == 1:
-        return model
-    null_label = getattr(model, "null_label", None)
-    if null_label is None:
-        raise ValueError(
-            f"cfg_scale={cfg_scale}: this model has no label for 'no class' (null_label), hence "
-            "nothing to guide away from; use cfg_scale=1"
-        )
-
-    def guided_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        channels = x.shape[1]
-        n = channels if guidance_channels is None else guidance_channels
-        if n > channels:
-            raise ValueError(f"guidance_channels={n}: the images have {channels}")
-        both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
-        output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
-        # A difference of nearby numbers, magnified: not in bf16.
-        conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
-        eps = unconditional[:, :n] + cfg_scale * (conditional[:, :n] - unconditional[:, :n])
-        return torch.cat([eps, conditional[:, n:]], dim=1)  # (B, 2C, H, W)
-
-    return guided_model
+__all__ = ["ancestral_step", "ddim_step", "guided", "denoise", "sample"]
 
 
 @torch.no_grad()
@@ -109,6 +62,53 @@ def ddim_step(
     if sigma > 0:
         x = x + sigma * standard_normal(x_t.shape, generator, x_t.device, x.dtype)
     return x, p["pred_xstart"]
+
+
+def guided(
+    model: Callable[..., Tensor], cfg_scale: float, guidance_channels: int | None = None
+) -> Callable[..., Tensor]:
+    """A model that exaggerates what the label changes: classifier-free guidance (eq-sampling-guidance).
+
+    Args:
+        model: (x, t, y) -> (B, 2C, H, W), with an attribute `null_label`, the label for "no class".
+        cfg_scale: w >= 0. 0 is the unconditional model, 1 the conditional one (`model` itself), more guides.
+        guidance_channels: Guide only the first so many channels of the noise; default all. DiT's code does 3.
+
+    Returns:
+        A model of the same form. It runs `model` once, on a batch of 2B; v is that of the conditional half.
+
+    Raises:
+        ValueError: a scale or number of channels that cannot work, or a model without `null_label`.
+    """
+    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
+        raise ValueError(
+            f"cfg_scale={cfg_scale}: expected a finite number of at least 0; 1 is the conditional model, the "
+            "paper guides with 1.5"
+        )
+    if guidance_channels is not None and (not isinstance(guidance_channels, int) or guidance_channels < 1):
+        raise ValueError(f"guidance_channels={guidance_channels!r}: expected None (all) or at least 1")
+    if cfg_scale == 1:
+        return model
+    null_label = getattr(model, "null_label", None)
+    if null_label is None:
+        raise ValueError(
+            f"cfg_scale={cfg_scale}: this model has no label for 'no class' (null_label), hence "
+            "nothing to guide away from; use cfg_scale=1"
+        )
+
+    def guided_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        channels = x.shape[1]
+        n = channels if guidance_channels is None else guidance_channels
+        if n > channels:
+            raise ValueError(f"guidance_channels={n}: the images have {channels}")
+        both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
+        output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
+        # A difference of nearby numbers, magnified: not in bf16.
+        conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+        eps = unconditional[:, :n] + cfg_scale * (conditional[:, :n] - unconditional[:, :n])
+        return torch.cat([eps, conditional[:, n:]], dim=1)  # (B, 2C, H, W)
+
+    return guided_model
 
 
 def denoise(

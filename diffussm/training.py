@@ -54,8 +54,8 @@ class TrainConfig:
     """Everything that decides a training run; the defaults are the paper's recipe (appendix).
 
     `data` is ``"digits"`` or the path of an image folder. `lr` is constant between `warmup` steps at the
-    start and `cooldown` steps at the end, during which it rises from and falls to zero linearly; `ssm_lr` caps
-    it for the state space dynamics (chapter 9). `precision` is ``"float32"`` or ``"bf16"`` (autocast).
+    start and `cooldown` steps at the end, during which it rises from and falls to zero linearly; `ssm_lr`
+    caps it for the state space dynamics (chapter 9). `precision` is ``"float32"`` or ``"bf16"`` (autocast).
     `save_every` and `log_every` count optimiser steps. Raises ValueError for values that cannot work.
     """
 
@@ -332,9 +332,9 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
 def open_run(run: Path, config: TrainConfig, classes: Sequence[str]) -> None:
     """Claim the folder `run` for `config`, or check that it is this run already.
 
-    Raises ValueError if it holds another run (naming the differing options) or files that are no run at all.
-    `log_every`, `save_every` and `steps` may differ: a run can be prolonged, unless its learning rate has been
-    told to fall towards the end.
+    Raises ValueError if it holds another run (naming the differing options) or files that are no run.
+    `log_every`, `save_every` and `steps` may differ: a run can be prolonged, unless its learning rate has
+    been told to fall towards the end.
     """
     ours = json.loads(json.dumps({**asdict(config), "classes": classes}))
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
@@ -442,8 +442,8 @@ def train(
         if not torch.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient norm is {grad_norm.item()} at step {state.step + 1}: the run has diverged. "
-                f"The last checkpoint is kept; start a new run with a lower lr (now {config.lr:g}) or a longer "
-                f"warmup (now {config.warmup})"
+                f"The last checkpoint is kept; start a new run with a lower lr (now {config.lr:g}) or a "
+                f"longer warmup (now {config.warmup})"
             )
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(state.step, config)

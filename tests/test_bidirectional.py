@@ -1,0 +1,149 @@
+"""Chapter 3: two directions, one transform, an adjoint by hand."""
+
+import pytest
+import torch
+
+from diffussm.bidirectional import BidirectionalSSM, bidirectional_conv
+from diffussm.convolution import fft_conv
+
+
+def two_sums(u, k_forward, k_backward):
+    """The definition: y_i = sum_l k_l u_{i-l}, and y_i = sum_l k_l u_{i+l}, as matrices of shifts."""
+    L = u.shape[-1]
+    i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
+    past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)
+    future = torch.where(j >= i, k_backward[:, (j - i).clamp(min=0)], 0)
+    return torch.cat([torch.einsum("dij,bdj->bdi", matrix, u) for matrix in (past, future)], dim=1)
+
+
+def random_inputs(B, D, L, dtype=torch.float64):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, D, L), (D, L), (D, L))]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 101])
+def test_equals_the_two_sums_and_their_gradients(length):
+    inputs = random_inputs(3, 2, length)
+    fast, slow = bidirectional_conv(*inputs), two_sums(*inputs)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-11)
+    probe = torch.randn_like(slow)
+    for a, b in zip(
+        torch.autograd.grad(fast, inputs, probe), torch.autograd.grad(slow, inputs, probe), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_equals_two_causal_convolutions_with_a_flip():
+    u, k_forward, k_backward = random_inputs(2, 3, 50)
+    flipped = fft_conv(u.flip(-1), k_backward).flip(-1)
+    expected = torch.cat([fft_conv(u, k_forward), flipped], dim=1)
+    torch.testing.assert_close(bidirectional_conv(u, k_forward, k_backward), expected, rtol=0, atol=1e-12)
+
+
+def test_gradient_agrees_with_finite_differences():
+    assert torch.autograd.gradcheck(bidirectional_conv, random_inputs(2, 2, 9))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_arguments_do_not_need_the_others(needed):
+    inputs = random_inputs(2, 2, 8)
+    everything = torch.autograd.grad(bidirectional_conv(*inputs).square().sum(), inputs)
+    some = [tensor.detach().requires_grad_(i in needed) for i, tensor in enumerate(inputs)]
+    grads = torch.autograd.grad(bidirectional_conv(*some).square().sum(), [some[i] for i in needed])
+    for i, gradient in zip(needed, grads, strict=True):
+        torch.testing.assert_close(gradient, everything[i])
+
+
+def test_second_derivative_is_refused_rather_than_wrong():
+    inputs = random_inputs(1, 2, 8)
+    (gradient,) = torch.autograd.grad(
+        bidirectional_conv(*inputs).square().sum(), inputs[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_future_reaches_the_past_and_past_the_future():
+    D, L = 4, 40
+    layer = BidirectionalSSM(D, 8).double()
+    u = torch.randn(1, L, D, dtype=torch.float64, requires_grad=True)
+    y = layer(u)
+    for i in (0, 13, L - 1):
+        for half, seen in ((y[0, i, :D], slice(0, i + 1)), (y[0, i, D:], slice(i, L))):
+            (gradient,) = torch.autograd.grad(half.sum(), u, retain_graph=True)
+            reach = gradient[0].abs().amax(1)
+            mask = torch.zeros(L, dtype=torch.bool)
+            mask[seen] = True
+            assert reach[mask].min() > 1e-8  # position i itself is among them: lag 0 is in both directions
+            assert mask.all() or reach[~mask].max() < 1e-12
+
+
+def test_flipping_the_input_and_swapping_the_models_flips_the_output():
+    D = 4
+    layer, swapped = (BidirectionalSSM(D, 8).double() for _ in range(2))
+    swapped.forward_kernel.load_state_dict(layer.backward_kernel.state_dict())
+    swapped.backward_kernel.load_state_dict(layer.forward_kernel.state_dict())
+    swapped.skip.data = layer.skip.data.roll(D)
+    u = torch.randn(2, 33, D, dtype=torch.float64)
+    torch.testing.assert_close(swapped(u.flip(1)).flip(1).roll(D, dims=2), layer(u), rtol=0, atol=1e-12)
+
+
+def test_skip_adds_the_input_times_a_number_per_channel():
+    layer = BidirectionalSSM(3, 4).double()
+    u = torch.randn(2, 20, 3, dtype=torch.float64)
+    with_skip = layer(u)
+    skip = layer.skip.detach().clone()
+    with torch.no_grad():
+        layer.skip.zero_()
+    torch.testing.assert_close(with_skip, layer(u) + skip * torch.cat([u, u], dim=2), rtol=0, atol=1e-11)
+
+
+def test_directions_have_parameters_of_their_own():
+    layer = BidirectionalSSM(3, 4)
+    names = {name for name, _ in layer.named_parameters()}
+    kernels = {"log_dt", "log_A_real", "A_imag", "C"}
+    assert names == {"skip"} | {f"{d}_kernel.{k}" for d in ("forward", "backward") for k in kernels}
+    assert not torch.equal(layer.forward_kernel.C, layer.backward_kernel.C)
+    assert layer.skip.shape == (6,)
+
+
+def test_float32_agrees_with_float64_at_full_length():
+    layer = BidirectionalSSM(8, 64)
+    u = torch.randn(1, 4096, 8)
+    single = layer(u)
+    double = layer.double()(u.double())
+    assert (single - double).abs().max() < 1e-5 * double.abs().max()
+
+
+def test_autocast_changes_nothing_inside():
+    layer = BidirectionalSSM(4, 8)
+    u = torch.randn(2, 30, 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = layer(u)
+        under.float().sum().backward()
+    assert under.dtype == torch.bfloat16
+    torch.testing.assert_close(under, layer(u.float()).bfloat16(), rtol=0, atol=0)
+    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_state_dict_has_only_real_tensors():
+    assert not any(tensor.is_complex() for tensor in BidirectionalSSM(3, 4).state_dict().values())
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 3), (2, 0, 4), (1, 2, 8, 4)])
+def test_wrong_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(B, L, 4\)"):
+        BidirectionalSSM(4, 4)(torch.zeros(shape))
+
+
+def test_kernels_of_another_length_and_integers_are_refused():
+    with pytest.raises(ValueError, match=r"expected \(B, D, L\), \(D, L\) and \(D, L\)"):
+        bidirectional_conv(torch.zeros(1, 2, 8), torch.zeros(2, 8), torch.zeros(2, 7))
+    with pytest.raises(TypeError, match="k_backward has dtype torch.int64"):
+        bidirectional_conv(torch.zeros(1, 2, 8), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="=3: .*positive even integer"):
+        BidirectionalSSM(4, 3)

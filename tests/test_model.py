@@ -1,0 +1,377 @@
+"""Chapter 5: configuration, the network, what it is told, and its two files."""
+
+import json
+import math
+import os
+
+import pytest
+import safetensors.torch
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, sincos_positions, timestep_features
+
+SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "d_model": 16, "n_blocks": 2, "d_state": 4}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def awake(**options):
+    """A small model whose zeros are random numbers."""
+    model = DiffuSSM(DiffuSSMConfig(**{**SMALL, **options}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "kernel" not in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(batch=3, **size):
+    x = torch.randn(batch, 3, size.get("height", 8), size.get("width", 8))
+    return x, torch.arange(batch) * 100, torch.arange(batch)
+
+
+def test_xl_has_668_8_million_parameters():
+    """29 blocks of (15 + 2) D^2 and the rest, computed by hand in chapter 5; the paper says about 673M."""
+    with torch.device("meta"):
+        model = DiffuSSM.from_preset("DiffuSSM-XL", input_size=32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(count / 668.8e6 - 1) < 1e-3
+    assert (model.config.height, model.config.in_channels, model.config.seq_len) == (32, 4, 1024)
+
+
+def test_linear_layers_cost_7_5_L_D2_per_block():
+    """Section 3.2 of the paper, counted by PyTorch."""
+    with torch.device("meta"):
+        model = DiffuSSM.from_preset("DiffuSSM-XL", input_size=32, n_blocks=2)
+        x, t, y = torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        model(x, t, y)
+    counts = {module: sum(flops.values()) / 2 for module, flops in counter.get_flop_counts().items()}
+    for block in range(2):
+        linear = sum(
+            counts[f"DiffuSSM.blocks.{block}.{name}"]
+            for name in ("w0", "w1", "w2", "w3", "w_up", "w_down", "modulation")
+        )
+        assert abs(linear / (7.5 * 1024 * 1152**2) - 1) < 0.03
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    with torch.device("meta"):
+        model = DiffuSSM.from_preset(name)
+    assert model.config.patch_size == (2 if name.endswith("/2") or name == "emoji" else 1)
+    assert model.null_label == model.config.num_classes
+
+
+def test_new_model_returns_zeros_of_twice_the_channels():
+    model = DiffuSSM(DiffuSSMConfig(**SMALL))
+    assert torch.equal(model(*inputs()), torch.zeros(3, 6, 8, 8))
+
+
+def test_conditional_model_listens_to_time_and_class():
+    model = awake()
+    x, t, y = inputs()
+    out = model(x, t, y)
+    assert (out - model(x, t + 1, y)).abs().amax((1, 2, 3)).min() > 1e-4
+    changed = (out - model(x, t, torch.tensor([0, 1, model.null_label]))).abs().amax((1, 2, 3))
+    assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
+
+
+def test_unconditional_model_has_no_table():
+    model = awake(num_classes=0)
+    x, t, y = inputs()
+    assert model.embed_y is None and model.null_label is None
+    assert model(x, t).shape == (3, 6, 8, 8)
+    with pytest.raises(ValueError, match="unconditional"):
+        model(x, t, y)
+    with pytest.raises(ValueError, match="unconditional"):
+        model.drop_labels(y)
+
+
+def test_forward_draws_no_random_numbers():
+    model = awake().train()
+    batch = inputs()
+    state = torch.random.get_rng_state()
+    first = model(*batch)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.equal(first, model(*batch))
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(6, 8), (12, 1), (2, 6), (3, 4), (5, 7)])
+def test_any_length_that_m_divides(M, size):
+    model = awake(input_size=12, downsample=M, d_model=12)
+    x, t, y = inputs(height=size[0], width=size[1])
+    if size[0] * size[1] % M:
+        with pytest.raises(ValueError, match=f"downsample={M}"):
+            model(x, t, y)
+    else:
+        assert model(x, t, y).shape == (3, 6, *size)
+
+
+def test_pixels_keep_their_places():
+    """With blocks that add nothing, pixel (r, c) of every channel depends on its own group or patch only."""
+    for options, cell in (({}, (1, 2)), ({"patch_size": 2, "downsample": 1}, (2, 2))):
+        model = awake(**options)
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.w3.weight)
+            torch.nn.init.zeros_(block.w3.bias)
+        x, t, y = inputs(1)
+        x.requires_grad_()
+        for channel in range(6):
+            (gradient,) = torch.autograd.grad(model(x, t, y)[0, channel, 5, 3], x)
+            rows, columns = gradient[0].abs().amax(0).nonzero(as_tuple=True)
+            assert set(rows.tolist()) == ({5} if cell[0] == 1 else {4, 5})
+            assert set(columns.tolist()) == {2, 3}
+
+
+def test_first_channels_are_the_first_half_of_every_pixels_outputs():
+    model = awake(downsample=1)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.arange(6.0)
+    assert torch.equal(model(*inputs(1))[0, :, 4, 4], torch.arange(6.0))
+
+
+def test_without_embedding_only_the_sequence_counts():
+    x, t, y = inputs()
+    reshaped = x.view(3, 3, 4, 16)
+    for pos_embed in ("none", "sincos"):
+        model = awake(pos_embed=pos_embed)
+        same = torch.equal(model(x, t, y).flatten(2), model(reshaped, t, y).flatten(2))
+        assert same == (pos_embed == "none")
+
+
+def test_sincos_positions_are_sines_and_cosines_of_row_and_column():
+    places = sincos_positions(3, 4, 8)
+    for row in range(3):
+        for column in range(4):
+            expected = [
+                f(w * place) for place in (row, column) for f in (math.sin, math.cos) for w in (1, 0.01)
+            ]
+            torch.testing.assert_close(places[4 * row + column], torch.tensor(expected))
+
+
+def test_timestep_features_are_cosines_then_sines():
+    features = timestep_features(torch.tensor([0, 7, 999]))
+    assert features.shape == (3, 256) and features.dtype == torch.float32
+    for row, t in zip(features, (0, 7, 999), strict=True):
+        angles = [t * 10_000 ** (-i / 128) for i in range(128)]
+        expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+        torch.testing.assert_close(row, torch.tensor(expected), rtol=0, atol=2e-4)
+
+
+def test_labels_drop_once_per_sample_at_the_configured_rate():
+    model = awake(label_dropout=0.25)
+    y = torch.arange(10).repeat(1000)
+    dropped = model.drop_labels(y, torch.Generator().manual_seed(1))
+    changed = dropped != y
+    assert abs(changed.float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / len(y))
+    assert (dropped[changed] == 10).all() and dropped.dtype == y.dtype
+    assert torch.equal(dropped, model.drop_labels(y, torch.Generator().manual_seed(1)))
+    assert torch.equal(awake(label_dropout=0).drop_labels(y), y)
+    assert (awake(label_dropout=1).drop_labels(y) == 10).all()
+
+
+def test_autocast_bfloat16_is_close_to_float32():
+    model = awake()
+    batch = inputs()
+    streams = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: streams.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(*batch)
+        out.float().square().mean().backward()
+    expected = model(*batch)
+    assert streams == [torch.float32, torch.float32]
+    assert (out - expected).abs().max() < 0.05 * expected.abs().max()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_every_parameter_gets_a_gradient_and_is_real():
+    model = awake(pos_embed="sincos")
+    model(*inputs()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert not any(tensor.is_complex() for tensor in model.state_dict().values())
+
+
+def test_initialisation():
+    model = DiffuSSM(DiffuSSMConfig(**{**SMALL, "d_model": 64, "num_classes": 1000}))
+    for weight in (model.embed_y.weight, model.embed_t[0].weight):
+        assert abs(weight.std() - 0.02) < 0.002
+    for block in model.blocks:
+        assert block.w3.weight.abs().max() == 0
+    assert model.head.weight.abs().max() == 0
+    for linear in (model.embed_x, model.final_modulation, model.blocks[0].w2, model.blocks[0].modulation):
+        limit = math.sqrt(6 / (linear.in_features + linear.out_features))
+        assert 0.9 * limit < linear.weight.abs().max() <= limit
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 8, 8)}, r"expected \(B, 3, H, W\)"),
+        ({"x": torch.zeros(3, 3, 64)}, r"expected \(B, 3, H, W\)"),
+        ({"x": torch.zeros(3, 3, 3, 3)}, "downsample=2"),
+        ({"x": torch.zeros(3, 3, 0, 8)}, "downsample=2"),
+        ({"t": torch.zeros(2)}, r"t has shape \(2,\): expected \(3,\)"),
+        ({"y": None}, "y is missing"),
+        ({"y": torch.zeros(3, 1, dtype=torch.long)}, "one label per sample"),
+        ({"y": torch.tensor([0, 11, 1])}, "labels from 0 to 11: expected 0 to 9, or 10 for no class"),
+        ({"y": torch.tensor([0, -1, 1])}, "labels from -1 to 1"),
+    ],
+)
+def test_inputs_that_cannot_work_are_refused(change, message):
+    x, t, y = inputs()
+    with pytest.raises(ValueError, match=message):
+        awake()(**{"x": x, "t": t, "y": y, **change})
+
+
+def test_wrong_dtypes_are_refused():
+    x, t, y = inputs()
+    with pytest.raises(TypeError, match="x has dtype torch.uint8"):
+        awake()(x.byte(), t, y)
+    with pytest.raises(TypeError, match="y has dtype torch.float32"):
+        awake()(x, t, y.float())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"d_modle": 64}, "unknown key 'd_modle'.*did you mean 'd_model'"),
+        ({"d_model": 64.0}, "d_model=64.0: expected an integer"),
+        ({"n_blocks": True}, "n_blocks=True"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"d_state": 7}, "d_state=7 is odd"),
+        ({"input_size": [3, 3]}, "downsample=2 does not divide the 9 positions"),
+        ({"input_size": (4, 4, 4)}, "input_size"),
+        ({"input_size": "32"}, "input_size='32'"),
+        ({"input_size": 9, "patch_size": 2}, "patch_size=2 does not divide"),
+        ({"downsample": 5, "input_size": 5}, "downsample=5 does not divide 2"),
+        ({"label_dropout": 1.5}, "label_dropout=1.5"),
+        ({"pos_embed": "rotary"}, "pos_embed='rotary'"),
+        ({"pos_embed": "sincos", "d_model": 18}, "multiple of 4"),
+        ([1, 2], "expected a mapping"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        DiffuSSMConfig.from_dict(values)
+
+
+def test_unknown_preset_and_override_are_refused():
+    with pytest.raises(ValueError, match="no preset 'DiffuSSM-XXL'.*DiffuSSM-XL"):
+        DiffuSSM.from_preset("DiffuSSM-XXL")
+    with pytest.raises(ValueError, match="unknown key 'depth'"):
+        DiffuSSM.from_preset("digits", depth=3)
+
+
+def test_configuration_survives_json():
+    config = DiffuSSMConfig(input_size=(4, 6), d_model=8)
+    again = DiffuSSMConfig.from_dict(json.loads(json.dumps(config.__dict__)))
+    assert again == config and again.input_size == (4, 6) and hash(again) == hash(config)
+    assert (again.height, again.width, again.seq_len) == (4, 6, 24)
+
+
+# On disk
+
+
+def test_save_and_load_give_the_same_model(tmp_path):
+    model = awake(input_size=(8, 4))
+    model.save_pretrained(tmp_path / "deep" / "folder")
+    state = torch.random.get_rng_state()
+    loaded = DiffuSSM.from_pretrained(tmp_path / "deep" / "folder")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert loaded.config == model.config
+    batch = inputs()
+    assert torch.equal(loaded(*batch), model(*batch))
+    assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
+    assert sorted(os.listdir(tmp_path / "deep" / "folder")) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "deep" / "folder" / "config.json").read_text())["d_model"] == 16
+
+
+def test_saving_again_replaces_but_never_another_model(tmp_path):
+    model = awake()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.head.bias += 1
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DiffuSSM.from_pretrained(tmp_path).head.bias, model.head.bias)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds another model; nothing was written"):
+        awake(n_blocks=1).save_pretrained(tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds another model"):
+        model.save_pretrained(tmp_path)
+
+
+def test_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    model = awake()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def disk_full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a folder written by save"):
+        DiffuSSM.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        DiffuSSM.from_pretrained(tmp_path)
+    awake().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+        DiffuSSM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_refused(tmp_path, keep):
+    awake().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        DiffuSSM.from_pretrained(tmp_path)
+
+
+def test_foreign_weights_are_refused(tmp_path):
+    model = awake()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for change, message in (
+        ({"head.weight": torch.zeros(2, 2)}, r"head.weight is float32 \(2, 2\), expected a floating-point"),
+        ({"head.bias": tensors["head.bias"].long()}, "head.bias is int64"),
+        ({"attention.weight": torch.zeros(1)}, "attention.weight is not part of this model"),
+    ):
+        safetensors.torch.save_file({**tensors, **change}, path)
+        with pytest.raises(ValueError, match=message):
+            DiffuSSM.from_pretrained(tmp_path)
+    del tensors["embed_x.weight"]
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ValueError, match="embed_x.weight is missing"):
+        DiffuSSM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not the configuration"), ("[]", "mapping"), ('{"hidden_size": 3}', "unknown key 'hidden_size'")],
+)
+def test_foreign_configuration_is_refused(tmp_path, text, message):
+    awake().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        DiffuSSM.from_pretrained(tmp_path)
