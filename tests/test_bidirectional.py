@@ -147,3 +147,10 @@ def test_kernels_of_another_length_and_integers_are_refused():
         bidirectional_conv(torch.zeros(1, 2, 8), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="=3: .*positive even integer"):
         BidirectionalSSM(4, 3)
+
+
+def test_half_precision_arguments_are_transformed_in_float32():
+    u, *kernels = (tensor.detach().bfloat16() for tensor in random_inputs(2, 3, 30))
+    y = bidirectional_conv(u, *kernels)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, bidirectional_conv(u.float(), *(k.float() for k in kernels)).bfloat16())

@@ -136,6 +136,15 @@ def test_first_channels_are_the_first_half_of_every_pixels_outputs():
     assert torch.equal(model(*inputs(1))[0, :, 4, 4], torch.arange(6.0))
 
 
+def test_outputs_of_a_patch_are_laid_out_channel_by_channel():
+    model = awake(downsample=1, patch_size=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.arange(24.0)  # (channel, row, column) within a patch
+    out = model(*inputs(1))[0]
+    for channel, row, column in ((0, 0, 0), (2, 5, 3), (5, 6, 7)):
+        assert out[channel, row, column] == 4 * channel + 2 * (row % 2) + column % 2
+
+
 def test_without_embedding_only_the_sequence_counts():
     x, t, y = inputs()
     reshaped = x.view(3, 3, 4, 16)
