@@ -1,4 +1,4 @@
-"""What chapter 7 promises: right moments and modes, reproducible noise, guidance as defined, the trajectory of diffusers."""
+"""Chapter 7: moments and modes, reproducible noise, guidance as defined, the trajectory of diffusers."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SPREAD = 0.15
 class Mixture:
     """The exact denoiser by autograd: the noise is -sqrt(1 - alpha-bar) times the gradient of log p(x_t).
 
-    The covariance of x_0 given x_t is (1 - ab) / ab (1 + (1 - ab) Hessian), so its diagonal follows too (Tweedie).
+    The covariance of x_0 given x_t is (1 - ab) / ab (1 + (1 - ab) Hessian), so its diagonal follows too.
     Class k is cluster k, label 3 is none.
     """
 
