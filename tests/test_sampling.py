@@ -216,6 +216,30 @@ def test_sample_is_the_end_of_denoise():
     assert torch.equal(chain[-1][1], draw())
 
 
+def test_eta_brings_the_noise_back():
+    """Without eta the end depends on the starting noise alone; with it, on the generator."""
+    noise = torch.randn(3, 2, 2, 2, generator=seeded())
+    for eta, same in ((0.0, True), (0.5, False)):
+        a, b = (draw(method="ddim", eta=eta, noise=noise, generator=seeded(k)) for k in (1, 2))
+        assert torch.equal(a, b) == same
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_clipping_reaches_every_step(method):
+    for clip, within in ((True, True), (False, False)):
+        chain = denoise(
+            smooth,
+            DIFFUSION,
+            torch.tensor([0, 1]),
+            steps=5,
+            method=method,
+            shape=(2, 2, 2),
+            generator=seeded(),
+            clip_denoised=clip,
+        )
+        assert (max(guess.abs().max().item() for _, _, guess in chain) <= 1) == within
+
+
 def test_given_noise_is_the_start():
     noise = torch.randn(3, 2, 2, 2, generator=seeded())
     assert torch.equal(draw(method="ddim", noise=noise, generator=None), draw(method="ddim"))
