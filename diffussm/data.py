@@ -205,8 +205,8 @@ def _positions(n: int, batch_size: int, step: int, seed: int) -> Iterator[tuple[
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
     """The samples of global batch ``step``: a window on the endless concatenation of epochs.
 
-    A pure function, so that a resumed run needs no saved state, and rank r of R takes ``[r::R]`` of the
-    result whatever R is. An epoch's end falls inside a batch unless batch_size divides n; nothing is
+    A pure function, so that a resumed run needs no saved state, and any number of processes can share the
+    result out. An epoch's end falls inside a batch unless batch_size divides n; nothing is
     dropped.
 
     Returns:

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from diffussm.hourglass import HourglassBlock
 
@@ -205,6 +206,7 @@ class DiffuSSM(nn.Module):
     def __init__(self, config: DiffuSSMConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # True: compute activations again in the backward pass, to save memory
         self.null_label = config.num_classes if config.num_classes else None
         D, M, P, C = config.d_model, config.downsample, config.patch_size, config.in_channels
         self.embed_x = nn.Linear(M * P * P * C, D)
@@ -267,7 +269,10 @@ class DiffuSSM(nn.Module):
         if self.embed_y is not None and y is not None:
             c = c + self.embed_y(y)  # (B, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, J, D)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
+            else:
+                x = block(x, c)  # (B, J, D)
         shift, scale = self.final_modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
         x = rearrange(x, "b j (k c) -> b (j k) c", k=M)  # (B, L, P P 2C)

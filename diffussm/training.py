@@ -6,13 +6,18 @@ Generated from book/09_training.md by `make export`: edit there.
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import safetensors
 import safetensors.torch
@@ -34,18 +39,33 @@ __all__ = [
     "ema_decay_at",
     "update_ema",
     "Batch",
+    "Drawn",
     "stream",
     "training_batch",
+    "training_batches",
     "Meter",
+    "T",
+    "World",
     "TrainState",
-    "save_checkpoint",
+    "Snapshot",
+    "WEIGHTS",
+    "OPTIMIZER",
+    "CHECKPOINT_FILES",
+    "snapshot",
+    "write_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "open_run",
     "load_run",
     "load_dataset",
+    "check_data",
     "diffusion_of",
+    "micro_batch_of",
+    "Preempted",
     "train",
+    "Clock",
+    "whole_ema",
+    "replay",
 ]
 
 
@@ -53,10 +73,18 @@ __all__ = [
 class TrainConfig:
     """Everything that decides a training run; the defaults are the paper's recipe (appendix).
 
-    `data` is ``"digits"`` or the path of an image folder. `lr` is constant between `warmup` steps at the
-    start and `cooldown` steps at the end, during which it rises from and falls to zero linearly; `ssm_lr`
-    caps it for the state space dynamics (chapter 9). `precision` is ``"float32"`` or ``"bf16"`` (autocast).
-    `save_every` and `log_every` count optimiser steps. Raises ValueError for values that cannot work.
+    `data` is ``"digits"``, the path of an image folder, or that of a latent store (chapter 10). `batch_size`
+    counts the images of one optimiser step, over all processes. `lr` is constant between `warmup` steps at
+    the start and `cooldown` steps at the end, during which it rises from and falls to zero linearly;
+    `ssm_lr` caps it for the state space dynamics (chapter 9). `clip` bounds the norm of the gradient (0: not
+    at all). `precision` is ``"float32"`` or ``"bf16"`` (autocast). Raises ValueError for values that cannot
+    work.
+
+    The options after `seed` change how a run is carried out, not what it learns; they may change on resume.
+    `log_every`, `save_every` and `sample_every` (0: never) count optimiser steps. `keep_last` checkpoints
+    are kept, and besides each that `keep_every` divides (0: none). `micro_batch` is how many images a
+    process takes through the network at once (0: all of its share). `parallel` is ``"ddp"`` or ``"fsdp"``;
+    `recompute` keeps fewer activations and computes them again; `compile` uses torch.compile (chapter 11).
     """
 
     model: DiffuSSMConfig
@@ -71,22 +99,37 @@ class TrainConfig:
     ema_decay: float = 0.9999
     timesteps: int = 1000
     flip: bool = False
+    clip: float = 0.0
     precision: str = "float32"
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
+    sample_every: int = 0
+    keep_last: int = 2
+    keep_every: int = 0
+    micro_batch: int = 0
+    parallel: str = "ddp"
+    recompute: bool = False
+    compile: bool = False
+
+    # Where the data lie may change as well: what they are is checked apart (`open_run`).
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        "data log_every save_every sample_every keep_last keep_every micro_batch parallel recompute "
+        "compile".split()
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "timesteps", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "timesteps", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("weight_decay", "clip", "sample_every", "keep_every", "micro_batch", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("lr", "ssm_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: a learning rate is between 0 and 1, e.g. 1.0e-4"
                 )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: must not be negative")
         if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > self.steps:
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} must fit into steps={self.steps} together"
@@ -95,6 +138,8 @@ class TrainConfig:
             raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1), e.g. 0.9999")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision={self.precision!r}: choose 'float32' or 'bf16'")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel={self.parallel!r}: choose 'ddp' or 'fsdp'")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -183,7 +228,14 @@ def ema_decay_at(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """In place: ema <- decay * ema + (1 - decay) * model, every parameter (chapter 9, eq-training-ema)."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    ours, theirs = zip(*((_local(a), _local(b)) for a, b in pairs), strict=True)
+    torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    # a parameter that several processes share out (chapter 11) is averaged by each for its own part
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 class Batch(NamedTuple):
@@ -194,10 +246,23 @@ class Batch(NamedTuple):
     y: Tensor | None
     noise: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        y = None if self.y is None else self.y.to(device)
-        return Batch(self.x0.to(device), self.t.to(device), y, self.noise.to(device))
+    def part(self, first: int, count: int, device: torch.device) -> "Batch":
+        """`count` of its images from `first` on, on a device."""
+        x0, t, noise = (whole[first : first + count].to(device) for whole in (self.x0, self.t, self.noise))
+        return Batch(x0, t, None if self.y is None else self.y[first : first + count].to(device), noise)
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A data set whose images are themselves random, such as the latents of chapter 10.
+
+    ``batch(indices (B,), flips (B,), noise (B, C, H, W))`` -> images (B, C, H, W), labels (B,), with all
+    randomness out of `noise`, standard normal.
+    """
+
+    def batch(self, indices: Tensor, flips: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See above."""
+        ...
 
 
 def stream(seed: int, step: int) -> torch.Generator:
@@ -206,41 +271,132 @@ def stream(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def training_batch(dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int) -> Batch:
-    """The batch of `step` (from 0): a pure function of (config.seed, step), chapter 9, eq-training-stream."""
+def training_batch(
+    dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int, rank: int = 0, size: int = 1
+) -> Batch:
+    """The part of process `rank` of `size` in the batch of `step`, a pure function (eq-training-stream)."""
     position = (len(dataset), config.batch_size, step, config.seed)
-    x0, labels = load_batch(dataset, batch_indices(*position), batch_flips(*position))
+    share = config.batch_size // size
+    mine = slice(rank * share, (rank + 1) * share)
     generator = stream(config.seed, step)
-    t = torch.randint(config.timesteps, (len(x0),), generator=generator)
-    noise = torch.randn(x0.shape, generator=generator)
-    y = None if model.null_label is None else model.drop_labels(labels, generator)
-    return Batch(x0, t, y, noise)
+    t = torch.randint(config.timesteps, (config.batch_size,), generator=generator)
+    shape = (config.batch_size, config.model.in_channels, config.model.height, config.model.width)
+    noise = torch.randn(shape, generator=generator)
+    indices, flips = batch_indices(*position)[mine], batch_flips(*position)[mine]
+    if isinstance(dataset, Drawn):
+        x0, labels = dataset.batch(indices, flips, torch.randn(shape, generator=generator)[mine])
+    else:
+        x0, labels = load_batch(dataset, indices, flips)
+    if model.null_label is None:
+        return Batch(x0, t[mine], None, noise[mine])
+    everyone = torch.zeros(config.batch_size, dtype=torch.int64)
+    everyone[mine] = labels
+    return Batch(x0, t[mine], model.drop_labels(everyone, generator)[mine], noise[mine])
+
+
+def training_batches(
+    dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int, rank: int = 0, size: int = 1
+) -> Iterator[Batch]:
+    """The batches from `step` to the end of the run, each made while the one before is being used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = pool.submit(training_batch, dataset, model, config, step, rank, size)
+        for following in range(step + 1, config.steps + 1):
+            batch = ahead.result()
+            if following < config.steps:
+                ahead = pool.submit(training_batch, dataset, model, config, following, rank, size)
+            yield batch
 
 
 class Meter:
-    """Running means of the loss terms, and of mse by quartile of t: one float64 tensor, for checkpoints."""
+    """Running means of the loss terms, and of mse by quartile of t: a float64 (2, 8), sums over counts."""
 
     names = ("loss", "mse", "vb", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "grad_norm")
 
     def __init__(self) -> None:
         self.sums = torch.zeros(2, len(self.names), dtype=torch.float64)
 
-    def add(self, losses: dict[str, Tensor], t: Tensor, timesteps: int, grad_norm: Tensor) -> None:
-        """losses: {"loss", "mse", "vb"}, (B,) each; t (B,) in [0, timesteps); grad_norm: scalar."""
+    @classmethod
+    def tally(cls, losses: dict[str, Tensor], t: Tensor, timesteps: int) -> Tensor:
+        """What images add: losses {"loss", "mse", "vb"}, (B,) each, t (B,) in [0, timesteps) -> (2, 8)."""
+        sums = torch.zeros(2, len(cls.names), dtype=torch.float64)
+        for column, name in enumerate(("loss", "mse", "vb")):
+            sums[0, column] = losses[name].detach().double().sum().cpu()
+            sums[1, column] = len(t)
         quartile = 4 * t.cpu() // timesteps  # (B,) 0 to 3
         mse = losses["mse"].detach().double().cpu()
-        for column, name in enumerate(("loss", "mse", "vb")):
-            self.sums[0, column] += losses[name].detach().double().sum().cpu()
-            self.sums[1, column] += len(t)
-        self.sums[0, 3:7].index_add_(0, quartile, mse)
-        self.sums[1, 3:7].index_add_(0, quartile, torch.ones_like(mse))
-        self.sums[:, 7] += torch.tensor([grad_norm.item(), 1.0], dtype=torch.float64)
+        sums[0, 3:7].index_add_(0, quartile, mse)
+        sums[1, 3:7].index_add_(0, quartile, torch.ones_like(mse))
+        return sums
+
+    def add(self, tally: Tensor, grad_norm: float) -> None:
+        """One step: the tally of all its images, and the norm of its gradient."""
+        self.sums += tally
+        self.sums[:, 7] += torch.tensor([grad_norm, 1.0], dtype=torch.float64)
 
     def read_and_reset(self) -> dict[str, float | None]:
         """The means since the last call; None for a quartile that no image fell in."""
         means = [total / count if count else None for total, count in self.sums.T.tolist()]
         self.sums.zero_()
         return dict(zip(self.names, means, strict=True))
+
+
+T = TypeVar("T")
+
+
+class World:
+    """The processes that share a run. This one is alone; `Cluster` of chapter 11 is one of many.
+
+    All methods are called by all processes, in the same order.
+    """
+
+    rank = 0
+    size = 1
+    stopping = False  # set when somebody asked the run to save and stop
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def shard(self, module: nn.Module, config: "TrainConfig") -> None:
+        """Share out the parameters of a module among the processes, in place."""
+
+    def wrap(self, model: DiffuSSM, config: "TrainConfig") -> nn.Module:
+        """The module to call in training: the same parameters, gradients averaged over the processes."""
+        return model
+
+    def exchange(self, network: nn.Module, now: bool) -> AbstractContextManager[object]:
+        """A context for forward and backward; gradients are averaged over the processes only `now`."""
+        return nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a CPU tensor over the processes."""
+        return values
+
+    def once(self, function: Callable[[], T]) -> T:
+        """Call a function in one process; every process gets its result, or its exception."""
+        return function()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor that was shared out, put together again."""
+        return tensor
+
+    def place(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `whole`: on the device of `like`, and shared out as it is."""
+        return tensor.to(like.device)
+
+    def save(self, run: Path, snapshot: "Snapshot", config: "TrainConfig") -> None:
+        """Write a checkpoint, now or soon."""
+        write_checkpoint(run, snapshot, config.keep_last, config.keep_every)
+
+    def save_error(self) -> Exception | None:
+        """Why the last checkpoint could not be written, if it could not and nobody was told yet."""
+        return None
+
+    def finish(self) -> None:
+        """Wait until all that was saved is written; raises what went wrong."""
+
+    def vitals(self, config: "TrainConfig", images_per_second: float) -> dict[str, float]:
+        """More figures for a line of the log."""
+        return {}
 
 
 @dataclass
@@ -254,14 +410,52 @@ class TrainState:
     step: int = 0
 
     @classmethod
-    def create(cls, config: TrainConfig, device: torch.device) -> Self:
+    def create(cls, config: TrainConfig, world: World) -> Self:
         """A fresh state; the initial weights depend on `config.seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = DiffuSSM(config.model).to(device)
-        groups = parameter_groups(model, config.lr, config.ssm_lr, config.weight_decay)
+            model = DiffuSSM(config.model).to(world.device)
+        model.recompute = config.recompute
         ema = copy.deepcopy(model).requires_grad_(False).eval()
+        for module in (model, ema):
+            world.shard(module, config)
+        groups = parameter_groups(model, config.lr, config.ssm_lr, config.weight_decay)
         return cls(model, ema, torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8), Meter())
+
+
+class Snapshot(NamedTuple):
+    """A checkpoint in main memory; only the first process has the tensors."""
+
+    step: int
+    model: DiffuSSMConfig
+    tensors: dict[str, dict[str, Tensor]]
+    meter: list[list[float]]
+
+
+WEIGHTS = {name: f"{name}/model.safetensors" for name in ("model", "ema")}
+OPTIMIZER = "optimizer.safetensors"
+CHECKPOINT_FILES = {*WEIGHTS.values(), "model/config.json", "ema/config.json", OPTIMIZER}
+
+
+def snapshot(state: TrainState, world: World) -> Snapshot:
+    """Copy everything that a checkpoint holds: nothing that training does afterwards changes it."""
+
+    def copied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        kept = {}
+        for name, tensor in named:
+            whole = world.whole(tensor.detach())  # every process takes part, one keeps
+            if world.rank == 0:
+                kept[name] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
+        return kept
+
+    moments = (
+        (f"{name}/{key}", value)
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state[parameter].items()
+    )
+    tensors = {file: copied(getattr(state, name).state_dict().items()) for name, file in WEIGHTS.items()}
+    tensors[OPTIMIZER] = copied(moments)
+    return Snapshot(state.step, state.model.config, tensors, state.meter.sums.tolist())
 
 
 def _sha256(path: Path) -> str:
@@ -269,83 +463,151 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(run: Path, state: TrainState, keep: int = 2) -> Path:
-    """Write RUN/checkpoints/step_XXXXXXXX atomically, then remove all but the newest `keep`; return it."""
-    folder = run / "checkpoints" / f"step_{state.step:08d}"
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checkpoint(run: Path, taken: Snapshot, keep_last: int = 2, keep_every: int = 0) -> Path:
+    """Write RUN/checkpoints/step_XXXXXXXX, all of it or nothing, then remove those not to be kept; return it.
+
+    Raises OSError, with what to do, when the disk is full or the folder read-only; older checkpoints are
+    still there then.
+    """
+    folder = run / "checkpoints" / f"step_{taken.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    state.model.save_pretrained(temporary / "model")
-    state.ema.save_pretrained(temporary / "ema")
-    optimizer = {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in state.model.named_parameters()
-        for key, value in state.optimizer.state[parameter].items()
-    }
-    safetensors.torch.save_file(optimizer, temporary / "optimizer.safetensors")
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    record = {
-        "step": state.step,
-        "meter": state.meter.sums.tolist(),
-        "sha256": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
-    }
-    (temporary / "state.json").write_text(json.dumps(record, indent=2))
-    for path in [*files, temporary / "state.json"]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if folder.exists():  # only a broken one can be here: a valid one would have been resumed from
-        shutil.rmtree(folder)
-    temporary.replace(folder)
-    for old in sorted(folder.parent.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    try:
+        if temporary.exists():  # of a run that was killed here
+            shutil.rmtree(temporary)
+        for file, tensors in taken.tensors.items():
+            path = temporary / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+            if path.name != OPTIMIZER:
+                (path.parent / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
+            _flush(path)
+            back = safetensors.torch.load_file(path)
+            if back.keys() != tensors.keys() or not all(
+                torch.equal(_bits(back[name]), _bits(value)) for name, value in tensors.items()
+            ):
+                raise OSError(f"{path} reads back other than it was written")
+        sums = {name: _sha256(temporary / name) for name in sorted(CHECKPOINT_FILES)}
+        record = {"step": taken.step, "meter": taken.meter, "sha256": sums}
+        (temporary / "state.json").write_text(json.dumps(record, indent=2))
+        for path in (*temporary.rglob("*.json"), *temporary.rglob("*"), temporary):
+            _flush(path)
+        if folder.exists():  # only a broken one can be here: a valid one would have been resumed from
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+        _flush(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {taken.step} could not be written into {run / 'checkpoints'}: {error}. "
+            "The run stops here rather than train on without one; make room or repair the folder, and give "
+            "the same command again to go on from the last checkpoint"
+        ) from error
+    others = sorted(other for other in folder.parent.glob("step_*") if other != folder)
+    for old in others[: len(others) + 1 - keep_last]:
+        if not keep_every or _step_of(old) % keep_every:
+            shutil.rmtree(old)
     return folder
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)  # a NaN equals itself
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def find_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run whose files match their checksums, or None when there is none."""
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
-        try:
-            record = json.loads((folder / "state.json").read_text())
-            if all(_sha256(folder / name) == digest for name, digest in record["sha256"].items()):
-                return folder
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        print(f"{folder} is damaged (its files do not match state.json); falling back to the one before")
+    """The newest checkpoint of a run whose files match their checksums, or None before the first one.
+
+    Raises ValueError when there are checkpoints and all are damaged: to begin again would bury them.
+    """
+    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    for folder in folders:
+        if (fault := _fault(folder)) is None:
+            return folder
+        print(f"{folder} is damaged ({fault}); falling back to the one before", file=sys.stderr)
+    if folders:
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; restore one from a "
+            "copy, or move that folder away to begin again from the first step"
+        )
     return None
 
 
-def load_checkpoint(folder: Path, state: TrainState) -> None:
-    """Fill `state`, made by `TrainState.create` with the same configuration, from a checkpoint folder."""
-    for name, module in (("model", state.model), ("ema", state.ema)):
-        module.load_state_dict(safetensors.torch.load_file(folder / name / "model.safetensors"))
-    optimizer = safetensors.torch.load_file(folder / "optimizer.safetensors")
-    parameters = dict(state.model.named_parameters())
-    for key, value in optimizer.items():
-        name, _, slot = key.rpartition("/")
-        parameter = parameters[name]
-        state.optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
-    record = json.loads((folder / "state.json").read_text())
-    state.meter.sums = torch.tensor(record["meter"], dtype=torch.float64)
-    state.step = record["step"]
+def _fault(folder: Path) -> str | None:
+    try:
+        record = json.loads((folder / "state.json").read_text())
+        sums = record["sha256"]
+        if set(sums) != CHECKPOINT_FILES or record["step"] != _step_of(folder):
+            return "state.json is not that of this checkpoint"
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        if found != CHECKPOINT_FILES | {"state.json"}:
+            return f"files missing or foreign: {', '.join(sorted(found ^ CHECKPOINT_FILES ^ {'state.json'}))}"
+        wrong = [name for name in sorted(sums) if _sha256(folder / name) != sums[name]]
+        return f"{', '.join(wrong)}: other content than state.json says" if wrong else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"state.json cannot be read: {error or type(error).__name__}"
 
 
-def open_run(run: Path, config: TrainConfig, classes: Sequence[str]) -> None:
-    """Claim the folder `run` for `config`, or check that it is this run already.
+def load_checkpoint(folder: Path, state: TrainState, world: World) -> None:
+    """Fill `state`, made by `TrainState.create` with the same configuration, from a checkpoint folder.
 
-    Raises ValueError if it holds another run (naming the differing options) or files that are no run.
-    `log_every`, `save_every` and `steps` may differ: a run can be prolonged, unless its learning rate has
-    been told to fall towards the end.
+    Raises ValueError when the files do not hold what such a state does.
     """
-    ours = json.loads(json.dumps({**asdict(config), "classes": classes}))
+    try:
+        record = json.loads((folder / "state.json").read_text())
+        for name, file in WEIGHTS.items():
+            module: DiffuSSM = getattr(state, name)
+            tensors = safetensors.torch.load_file(folder / file)
+            targets = module.state_dict()
+            if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in targets.items()}:
+                raise ValueError(f"{file} holds the weights of another model")
+            for key, target in targets.items():
+                target.copy_(world.place(tensors[key], target))
+        moments = safetensors.torch.load_file(folder / OPTIMIZER)
+        parameters = dict(state.model.named_parameters())
+        for key, value in moments.items():
+            name, _, slot = key.rpartition("/")
+            parameter = parameters[name]
+            # the step is a single number, which AdamW keeps where it was
+            state.optimizer.state[parameter][slot] = (
+                value if slot == "step" else world.place(value, parameter)
+            )
+        state.meter.sums = torch.tensor(record["meter"], dtype=torch.float64).view_as(state.meter.sums)
+        state.step = int(record["step"])
+    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
+
+
+def open_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Claim the folder `run` for `config` and data, or check that it is this run already.
+
+    Raises ValueError if it holds another run (naming the differing options) or files that are no run. What
+    `TrainConfig.FREE` names may differ, and so may `steps`: a run can be prolonged, unless its learning rate
+    has been told to fall towards the end.
+    """
+    fingerprint = getattr(dataset, "fingerprint", None)
+    facts = {"images": len(dataset), "classes": dataset.classes, "fingerprint": fingerprint}
+    ours = json.loads(json.dumps({**asdict(config), "dataset": facts}))
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(ours, indent=2) + "\n")
+        draft = run / ".config.json.tmp"
+        draft.write_text(json.dumps(ours, indent=2) + "\n")
+        draft.replace(run / "config.json")
         return
-    config_file = run / "config.json"
-    if not config_file.is_file():
+    if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not empty and holds no training run; choose a new folder")
-    theirs = json.loads(config_file.read_text())
-    free = {"log_every", "save_every"} | ({"steps"} if config.cooldown == 0 else set())
+    theirs = _read_config(run)
+    free = TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set())
     differing = [
         f"{name} (there {theirs.get(name)!r}, asked {ours.get(name)!r})"
         for name in sorted(set(ours) | set(theirs))
@@ -356,6 +618,16 @@ def open_run(run: Path, config: TrainConfig, classes: Sequence[str]) -> None:
             f"{run} holds another run, which differs in {'; '.join(differing)}. "
             "Choose a new folder, or give the same options to resume it; nothing was written"
         )
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((run / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("dataset"), dict):
+        raise ValueError(f"{run / 'config.json'} is not the configuration of a training run")
+    return values
 
 
 def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConfig, list[str]]:
@@ -369,8 +641,8 @@ def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConf
         raise FileNotFoundError(
             f"{run} is not a training run: it has no config.json, as `diffussm train` writes"
         )
-    values = json.loads((run / "config.json").read_text())
-    classes = values.pop("classes", [])
+    values = _read_config(run)
+    classes = values.pop("dataset").get("classes", [])
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no valid checkpoint yet; train longer, or lower save_every")
@@ -378,14 +650,17 @@ def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConf
 
 
 def load_dataset(config: TrainConfig) -> Dataset:
-    """The training images that `config.data` names; ValueError if they do not fit the model."""
-    shape = (config.model.in_channels, config.model.height, config.model.width)
+    """The training images that `config.data` names: the digits, or an image folder."""
     conditional = config.model.num_classes > 0
     if config.data == "digits":
         images, labels = digits("train")
-        dataset: Dataset = TensorData(images, labels if conditional else None, flip=config.flip)
-    else:
-        dataset = ImageFolder(config.data, config.model.height, flip=config.flip, conditional=conditional)
+        return TensorData(images, labels if conditional else None, flip=config.flip)
+    return ImageFolder(config.data, config.model.height, flip=config.flip, conditional=conditional)
+
+
+def check_data(dataset: Dataset, config: TrainConfig) -> None:
+    """Raises ValueError if the images of a data set do not fit the model, or its labels, or the batch."""
+    shape = (config.model.in_channels, config.model.height, config.model.width)
     image, _ = dataset[0]
     if tuple(image.shape) != shape:
         raise ValueError(
@@ -397,12 +672,36 @@ def load_dataset(config: TrainConfig) -> Dataset:
             f"{config.data!r} has {dataset.num_classes} classes, the model {config.model.num_classes}; "
             f"set model.num_classes={dataset.num_classes}, or 0 to train without labels"
         )
-    return dataset
+    if config.batch_size > len(dataset):
+        raise ValueError(
+            f"batch_size={config.batch_size}, but {config.data!r} has only {len(dataset)} images; "
+            f"set batch_size={len(dataset)} or less"
+        )
 
 
 def diffusion_of(config: TrainConfig) -> GaussianDiffusion:
     """The noise schedule of a run: linear (paper, section 4.1); digits have 17 grey levels, others 256."""
     return GaussianDiffusion.linear(config.timesteps, levels=17 if config.data == "digits" else 256)
+
+
+def micro_batch_of(config: TrainConfig, size: int) -> int:
+    """How many images each of `size` processes takes at once; ValueError if the batch does not split."""
+    share, left = divmod(config.batch_size, size)
+    if left or not share:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared by {size} processes; take a multiple of {size}"
+        )
+    micro = config.micro_batch or share
+    if share % micro:
+        raise ValueError(
+            f"micro_batch={micro} does not divide the {share} images that each of {size} processes has of "
+            f"batch_size={config.batch_size}; choose a divisor of {share}"
+        )
+    return micro
+
+
+class Preempted(Exception):
+    """The run was asked to stop; a checkpoint of its last step is written."""
 
 
 def train(
@@ -411,66 +710,183 @@ def train(
     device: str | torch.device | None = None,
     progress: bool = True,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    on_samples: Callable[[DiffuSSM, int], None] | None = None,
+    world: World | None = None,
+    dataset: Dataset | None = None,
 ) -> TrainState:
     """Train, or resume, the run in folder `run` until `config.steps` optimiser steps are done (chapter 9).
 
     Writes ``config.json``, ``log.jsonl`` (a line each `log_every` steps) and ``checkpoints/`` (each
     `save_every` steps and at the end). A killed run that is started again gives the same weights, moving
-    average and log, bit for bit on a CPU. Raises ValueError for a folder or data that do not fit,
-    FloatingPointError when the gradient stops being finite.
+    average and log, bit for bit on a CPU. `on_log` gets each line of the log; `on_samples` the averaged
+    model and the step, each `sample_every` steps; both in the first process only. `world` shares the run
+    with others (chapter 11); `dataset` replaces what `load_dataset` finds.
+
+    Raises ValueError for a folder or data that do not fit, FloatingPointError when loss or gradient stop
+    being finite (what led to it is in RUN/dump_XXXXXXXX), OSError when a checkpoint cannot be written,
+    Preempted when the world was told to stop.
     """
     run = Path(run)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dataset = load_dataset(config)
+    world = world or World(device)
+    micro = micro_batch_of(config, world.size)
+    parts = config.batch_size // world.size // micro
+    data = load_dataset(config) if dataset is None else dataset
+    check_data(data, config)
     diffusion = diffusion_of(config)
-    open_run(run, config, dataset.classes)
-    state = TrainState.create(config, device)
-    if checkpoint := find_checkpoint(run):
-        load_checkpoint(checkpoint, state)
-    _rewind_log(run / "log.jsonl", state.step)
+    world.once(lambda: open_run(run, config, data))
+    checkpoint = world.once(lambda: find_checkpoint(run))
+    state = TrainState.create(config, world)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, state, world)
+    world.once(lambda: _rewind_log(run / "log.jsonl", state.step))
+    network = world.wrap(state.model, config)
+    progress = progress and world.rank == 0
     if progress:
         print(describe_groups(state.optimizer.param_groups))
 
-    started = time.perf_counter()
+    clock = Clock(state.step, config)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
-    while state.step < config.steps:
-        batch = training_batch(dataset, state.model, config, state.step).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            losses = diffusion.losses(state.model, batch.x0, batch.t, batch.y, batch.noise)
-        losses["loss"].mean().backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
-        if not torch.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient norm is {grad_norm.item()} at step {state.step + 1}: the run has diverged. "
-                f"The last checkpoint is kept; start a new run with a lower lr (now {config.lr:g}) or a "
-                f"longer warmup (now {config.warmup})"
+    for batch in training_batches(data, state.model, config, state.step, world.rank, world.size):
+        tally = torch.zeros_like(state.meter.sums)
+        for part in range(parts):
+            x0, t, y, noise = batch.part(part * micro, micro, world.device)
+            with world.exchange(network, now=part == parts - 1):
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    losses = diffusion.losses(network, x0, t, y, noise)
+                # gradients are averaged over processes, so each scales its sum by their number
+                (losses["loss"].sum() * (world.size / config.batch_size)).backward()
+            tally += Meter.tally(losses, t, config.timesteps)
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        grad_norm = world.whole(nn.utils.get_total_norm(gradients)).item()
+
+        # One exchange per step: what all images add to the log, and whether anyone has a reason to stop.
+        broken = not math.isfinite(grad_norm) or not bool(tally.isfinite().all())
+        reasons = [float(broken), float(world.stopping), float(world.save_error() is not None)]
+        sums = world.sum(torch.cat([tally.flatten(), torch.tensor(reasons, dtype=torch.float64)]))
+        tally, (broken, stopping, unsaved) = sums[:-3].view_as(tally), sums[-3:].tolist()
+        if unsaved:
+            raise world.save_error() or OSError(
+                "another process could not write a checkpoint; see its message"
             )
+        if broken:
+            _dump(run, state, data, config, world, grad_norm)
+        if config.clip and grad_norm > config.clip:
+            torch._foreach_mul_(gradients, config.clip / grad_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(state.step, config)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         update_ema(state.ema, state.model, ema_decay_at(state.step, config.ema_decay))
-        state.meter.add(losses, batch.t, config.timesteps, grad_norm)
+        state.meter.add(tally, grad_norm)
         state.step += 1
 
         bar.update()
         if state.step % config.log_every == 0:
             row: dict[str, Any] = {"step": state.step, "images": state.step * config.batch_size}
-            row |= state.meter.read_and_reset()
-            row["seconds"] = round(time.perf_counter() - started, 3)
-            with (run / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            row |= state.meter.read_and_reset() | clock.read(state.step)
+            row |= world.vitals(config, row["images_per_second"])
+            if world.rank == 0:
+                with (run / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                if on_log is not None:
+                    on_log(row)
             bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if on_log is not None:
-                on_log(row)
-        if state.step % config.save_every == 0 or state.step == config.steps:
-            save_checkpoint(run, state)
+        if state.step % config.save_every == 0 or state.step == config.steps or stopping:
+            world.save(run, snapshot(state, world), config)
+        if config.sample_every and state.step % config.sample_every == 0 and on_samples is not None:
+            ema = whole_ema(state, world)
+            world.once(partial(on_samples, ema, state.step))
+        if stopping and state.step < config.steps:
+            world.finish()
+            raise Preempted(f"asked to stop: saved step {state.step} of {config.steps}")
+    world.finish()
     bar.close()
     return state
+
+
+class Clock:
+    """Times for the log; they are the only figures in it that a resumed run does not repeat."""
+
+    def __init__(self, step: int, config: TrainConfig) -> None:
+        self.config = config
+        self.started = self.last = time.perf_counter()
+        self.step = step
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds since the start, images per second since the last call, seconds left at that rate."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.last, 1e-9)
+        self.last, self.step = now, step
+        return {
+            "seconds": round(now - self.started, 3),
+            "images_per_second": round(rate * self.config.batch_size, 2),
+            "seconds_left": round((self.config.steps - step) / rate, 1),
+        }
+
+
+def whole_ema(state: TrainState, world: World) -> DiffuSSM:
+    """The averaged model as a plain one that each process can call by itself."""
+    if world.size == 1:
+        return state.ema
+    with torch.device("meta"):
+        ema = DiffuSSM(state.model.config)
+    weights = {name: world.whole(tensor) for name, tensor in state.ema.state_dict().items()}
+    ema.load_state_dict(weights, assign=True)
+    return ema.requires_grad_(False).eval()
 
 
 def _rewind_log(path: Path, step: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint: the resumed run writes them again."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        draft.replace(path)
+
+
+def _dump(
+    run: Path, state: TrainState, data: Dataset, config: TrainConfig, world: World, grad_norm: float
+) -> None:
+    taken = snapshot(state, world)
+    folder = run / f"dump_{state.step + 1:08d}"
+
+    def write() -> None:
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / "model" / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
+        safetensors.torch.save_file(taken.tensors[WEIGHTS["model"]], folder / "model" / "model.safetensors")
+        batch = training_batch(data, state.model, config, state.step)
+        kept = {name: value for name, value in batch._asdict().items() if value is not None}
+        safetensors.torch.save_file(kept, folder / "batch.safetensors")
+        facts = {"step": state.step, "grad_norm": str(grad_norm), "config": asdict(config)}
+        (folder / "dump.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    world.finish()
+    world.once(write)
+    raise FloatingPointError(
+        f"loss or gradient is not finite at step {state.step + 1} (gradient norm {grad_norm}); the weights "
+        f"were not touched. What led to it is in {folder}: look at it with diffussm.training.replay. The "
+        f"last checkpoint is kept. Start a new run with a lower lr (now {config.lr:g}), a longer warmup "
+        f"(now {config.warmup}) or a clip (now {config.clip:g})"
+    )
+
+
+def replay(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Compute again the losses of a dump, image by image, in float32.
+
+    Returns {"loss", "mse", "vb", "t"}, (B,) each, in the order of the batch.
+    """
+    folder = Path(folder)
+    config = TrainConfig.from_dict(json.loads((folder / "dump.json").read_text())["config"])
+    model = DiffuSSM.from_pretrained(folder / "model", device)
+    batch = {
+        name: value.to(device)
+        for name, value in safetensors.torch.load_file(folder / "batch.safetensors").items()
+    }
+    rows: dict[str, list[Tensor]] = {"loss": [], "mse": [], "vb": []}
+    with torch.no_grad():
+        for i in range(len(batch["t"])):
+            x0, t, noise = (batch[name][i : i + 1] for name in ("x0", "t", "noise"))
+            y = batch["y"][i : i + 1] if "y" in batch else None
+            for name, value in diffusion_of(config).losses(model, x0, t, y, noise).items():
+                rows[name].append(value)
+    return {name: torch.cat(values) for name, values in rows.items()} | {"t": batch["t"]}

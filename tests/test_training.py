@@ -1,12 +1,17 @@
 """Chapter 9: one group per parameter, batches that are pure functions, exact resume, sound checkpoints."""
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from diffussm.data import TensorData
@@ -15,17 +20,21 @@ from diffussm.training import (
     RECIPES,
     Meter,
     TrainConfig,
+    World,
     describe_groups,
     ema_decay_at,
     find_checkpoint,
     learning_rate_factor,
     load_run,
     parameter_groups,
-    save_checkpoint,
+    replay,
+    snapshot,
     stream,
     train,
     training_batch,
+    training_batches,
     update_ema,
+    write_checkpoint,
 )
 
 TINY = TrainConfig(
@@ -44,7 +53,8 @@ def run_tiny(folder, **changes):
 
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    times = ("seconds", "images_per_second", "seconds_left")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
 def assert_same_state(a, b):
@@ -125,7 +135,7 @@ def test_meter_means_equal_a_loop():
     for _ in range(3):
         losses = {name: torch.rand(8) for name in ("loss", "mse", "vb")}
         t = torch.randint(500, (8,))  # nothing in the two noisy quarters
-        meter.add(losses, t, 1000, torch.tensor(2.0))
+        meter.add(Meter.tally(losses, t, 1000), 2.0)
         seen += [(int(t[i]), {name: float(losses[name][i]) for name in losses}) for i in range(8)]
     row = meter.read_and_reset()
     for name in ("loss", "mse", "vb"):
@@ -174,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
     else:
         (newest / "state.json").write_text("[]")
     assert find_checkpoint(tmp_path / "run").name == "step_00000005"
-    assert "damaged" in capsys.readouterr().out
+    assert "damaged" in capsys.readouterr().err
     straight = run_tiny(tmp_path / "straight", save_every=5)
     assert_same_state(straight, run_tiny(tmp_path / "run", save_every=5))
 
@@ -186,7 +196,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
     # left by a kill in the middle of a save
     (tmp_path / "run" / "checkpoints" / ".step_00000011.tmp").mkdir()
     state.step = 11
-    save_checkpoint(tmp_path / "run", state)
+    write_checkpoint(tmp_path / "run", snapshot(state, World("cpu")))
     assert find_checkpoint(tmp_path / "run").name == "step_00000011"
 
 
@@ -226,18 +236,144 @@ def test_a_run_with_a_cooldown_cannot_be_prolonged(tmp_path):
         run_tiny(tmp_path / "run", cooldown=2, steps=12)
 
 
-def test_a_diverged_run_stops_and_keeps_its_checkpoint(tmp_path):
+def reseal(checkpoint):
+    """Make the checksums of a checkpoint fit what lies in it, as an attacker or a careless tool would."""
+    record = json.loads((checkpoint / "state.json").read_text())
+    for name in record["sha256"]:
+        record["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    (checkpoint / "state.json").write_text(json.dumps(record))
+
+
+def test_a_diverged_run_stops_and_leaves_what_led_to_it(tmp_path):
     run_tiny(tmp_path / "run", steps=4, save_every=4)
     checkpoint = find_checkpoint(tmp_path / "run")
     weights = safetensors.torch.load_file(checkpoint / "model" / "model.safetensors")
-    weights["head.bias"].fill_(float("nan"))
+    weights["embed_y.weight"][3] = float("nan")  # only images of a three, label kept, are affected
     safetensors.torch.save_file(weights, checkpoint / "model" / "model.safetensors")
-    record = json.loads((checkpoint / "state.json").read_text())
-    record["sha256"].pop("model/model.safetensors")
-    (checkpoint / "state.json").write_text(json.dumps(record))
-    with pytest.raises(FloatingPointError, match="step 5.*lower lr"):
-        run_tiny(tmp_path / "run")
+    reseal(checkpoint)
+    with pytest.raises(FloatingPointError, match=r"step \d+ .*lower lr"):
+        run_tiny(tmp_path / "run", steps=30)
     assert find_checkpoint(tmp_path / "run") == checkpoint
+    (dump,) = (tmp_path / "run").glob("dump_*")
+    again = replay(dump)
+    batch = safetensors.torch.load_file(dump / "batch.safetensors")
+    assert torch.equal(again["loss"].isnan(), batch["y"] == 3) and (batch["y"] == 3).any()
+
+
+def test_a_batch_in_four_parts_is_the_batch(tmp_path):
+    whole = run_tiny(tmp_path / "whole", clip=0.5)
+    parts = run_tiny(tmp_path / "parts", clip=0.5, micro_batch=2)
+    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    with pytest.raises(ValueError, match="choose a divisor of 8"):
+        run_tiny(tmp_path / "other", micro_batch=3)
+
+
+def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
+    free, clipped = (run_tiny(tmp_path / str(clip), steps=1, clip=clip) for clip in (0.0, 1e-3))
+    norm = log_norm = 0.0
+    for p in clipped.model.parameters():
+        norm += float((clipped.optimizer.state[p]["exp_avg"] / 0.1).square().sum())  # after one step
+    for p in free.model.parameters():
+        log_norm += float((free.optimizer.state[p]["exp_avg"] / 0.1).square().sum())
+    assert norm**0.5 == pytest.approx(1e-3, rel=1e-3) and log_norm**0.5 > 1e-2
+
+
+def test_parts_of_processes_make_the_batch():
+    data = TensorData(torch.rand(50, 1, 8, 8) * 2 - 1, torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    whole = training_batch(data, model, TINY, 3)
+    for size in (2, 4, 8):
+        parts = [training_batch(data, model, TINY, 3, rank, size) for rank in range(size)]
+        assert all(torch.equal(torch.cat(a), b) for a, b in zip(zip(*parts, strict=True), whole, strict=True))
+    ahead = list(training_batches(data, model, TINY, 7))
+    assert len(ahead) == 3 and torch.equal(ahead[1].x0, training_batch(data, model, TINY, 8).x0)
+
+
+def test_a_data_set_that_draws_gets_noise_of_its_own():
+    class Blurred(TensorData):
+        def batch(self, indices, flips, noise):
+            return self.images[indices] + noise, self.labels[indices]
+
+    data = Blurred(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    whole = training_batch(data, model, TINY, 3)
+    assert not torch.equal(whole.x0, whole.noise) and abs(float(whole.x0.std()) - 1) < 0.1
+    parts = [training_batch(data, model, TINY, 3, rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0)
+
+
+@pytest.mark.parametrize("trick", ["foreign", "pickle", "path", "step"])
+def test_a_checkpoint_with_anything_else_in_it_is_refused(tmp_path, trick):
+    run_tiny(tmp_path / "run")
+    checkpoint = find_checkpoint(tmp_path / "run")
+    if trick == "foreign":
+        torch.save({"harm": 1}, checkpoint / "extra.pt")
+    elif trick == "pickle":
+        torch.save({"harm": 1}, checkpoint / "optimizer.safetensors")
+        reseal(checkpoint)
+        with pytest.raises(ValueError, match="no checkpoint of this run"):
+            run_tiny(tmp_path / "run", steps=12)
+        return
+    else:
+        record = json.loads((checkpoint / "state.json").read_text())
+        if trick == "path":
+            (tmp_path / "elsewhere").write_text("secret")
+            record["sha256"]["../../../elsewhere"] = hashlib.sha256(b"secret").hexdigest()
+        else:
+            record["step"] = 11
+        (checkpoint / "state.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        run_tiny(tmp_path / "run", steps=12)
+
+
+def test_training_that_cannot_save_stops_loudly(tmp_path):
+    """A limit on the size of a file stands for a full disk: the write fails in the middle."""
+    code = (
+        "import resource, sys; from test_training import run_tiny; from pathlib import Path; "
+        "run_tiny(Path(sys.argv[1]), steps=4, save_every=2); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); import signal; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); run_tiny(Path(sys.argv[1]), steps=8, save_every=2)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 1 and "OSError: the checkpoint of step 6 could not be written" in done.stderr
+    assert "make room" in done.stderr
+    assert find_checkpoint(tmp_path / "run").name == "step_00000004"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert_same_state(run_tiny(tmp_path / "run", steps=8), run_tiny(tmp_path / "straight", steps=8))
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path):
+    run_tiny(tmp_path / "run", steps=2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("a file where the folder should be")  # root may write into read-only folders
+    with pytest.raises(OSError, match="could not be written"):
+        run_tiny(tmp_path / "run", steps=4)
+
+
+def test_every_hundredth_checkpoint_can_be_kept(tmp_path):
+    run_tiny(tmp_path / "run", save_every=1, keep_last=2, keep_every=4)
+    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [f"step_{step:08d}" for step in (4, 8, 9, 10)]
+
+
+def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
+    def folder(name, count):
+        for i in range(count):
+            (tmp_path / name / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), i).save(tmp_path / name / str(i % 2) / f"{i}.png")
+        return str(tmp_path / name)
+
+    model = replace(TINY.model, num_classes=2, in_channels=3)
+    here, there, more = folder("here", 8), folder("there", 8), folder("more", 9)
+    run_tiny(tmp_path / "run", model=model, data=here, steps=2)
+    assert run_tiny(tmp_path / "run", model=model, data=there, steps=4).step == 4
+    with pytest.raises(ValueError, match="dataset"):
+        run_tiny(tmp_path / "run", model=model, data=more, steps=6)
 
 
 @pytest.mark.parametrize(
