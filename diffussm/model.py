@@ -276,7 +276,7 @@ class DiffuSSM(nn.Module):
         shift, scale = self.final_modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
         x = rearrange(x, "b j (k c) -> b (j k) c", k=M)  # (B, L, P P 2C)
-        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P)
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P).contiguous()
 
     def drop_labels(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Replace each label by "no class" with probability label_dropout: (B,) -> (B,), one draw per sample.

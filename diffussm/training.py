@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -630,6 +630,33 @@ def _read_config(run: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def _locked(run: Path, world: World) -> Iterator[None]:
+    """Hold the run's folder: the system lets go of it when the process ends, however it ends."""
+    handle = None
+
+    def take() -> None:
+        import fcntl  # not on Windows
+
+        nonlocal handle
+        handle = (run / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise ValueError(
+                f"{run} is being trained by another process; wait for it, or stop it (a killed torchrun "
+                "leaves its children alive)"
+            ) from None
+
+    world.once(take)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.close()
+
+
 def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConfig, list[str]]:
     """The trained network of a run's newest valid checkpoint, its configuration and its class names.
 
@@ -728,22 +755,37 @@ def train(
     """
     run = Path(run)
     world = world or World(device)
-    micro = micro_batch_of(config, world.size)
-    parts = config.batch_size // world.size // micro
+    micro_batch_of(config, world.size)
     data = load_dataset(config) if dataset is None else dataset
     check_data(data, config)
-    diffusion = diffusion_of(config)
     world.once(lambda: open_run(run, config, data))
-    checkpoint = world.once(lambda: find_checkpoint(run))
-    state = TrainState.create(config, world)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, state, world)
-    world.once(lambda: _rewind_log(run / "log.jsonl", state.step))
-    network = world.wrap(state.model, config)
-    progress = progress and world.rank == 0
-    if progress:
-        print(describe_groups(state.optimizer.param_groups))
+    with _locked(run, world):
+        checkpoint = world.once(lambda: find_checkpoint(run))
+        state = TrainState.create(config, world)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, state, world)
+        world.once(lambda: _rewind_log(run / "log.jsonl", state.step))
+        progress = progress and world.rank == 0
+        if progress:
+            print(describe_groups(state.optimizer.param_groups))
+        _loop(config, run, state, data, world, progress, on_log, on_samples)
+    return state
 
+
+def _loop(
+    config: TrainConfig,
+    run: Path,
+    state: TrainState,
+    data: Dataset,
+    world: World,
+    progress: bool,
+    on_log: Callable[[dict[str, Any]], None] | None,
+    on_samples: Callable[[DiffuSSM, int], None] | None,
+) -> None:
+    diffusion = diffusion_of(config)
+    network = world.wrap(state.model, config)
+    micro = micro_batch_of(config, world.size)
+    parts = config.batch_size // world.size // micro
     clock = Clock(state.step, config)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
     for batch in training_batches(data, state.model, config, state.step, world.rank, world.size):
@@ -801,7 +843,6 @@ def train(
             raise Preempted(f"asked to stop: saved step {state.step} of {config.steps}")
     world.finish()
     bar.close()
-    return state
 
 
 class Clock:

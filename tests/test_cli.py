@@ -41,7 +41,7 @@ def test_the_same_command_resumes(run):
 
 def test_sample_draws_a_row_per_class(run, tmp_path):
     picture = tmp_path / "out.png"
-    few = "--classes 3,7 --count 3 --steps 4 --device cpu".split()
+    few = "--classes 3,7 --per_class 3 --steps 4 --device cpu".split()
     done = diffussm("sample", "--from", run, *few, "--grid", picture)
     assert done.returncode == 0, done.stderr
     assert np.asarray(Image.open(picture)).shape == (2 * 52, 3 * 52)
@@ -64,7 +64,7 @@ def test_sample_draws_a_row_per_class(run, tmp_path):
         ("sample --from nowhere --grid x.png", "not a training run"),
         ("sample --from {run} --grid x.jpg", "ends in .png"),
         ("sample --from {run} --grid no/such/folder/x.png", "does not exist"),
-        ("sample --from {run} --grid x.png --count 0", "at least one"),
+        ("sample --from {run} --grid x.png --per_class 0", "at least one"),
         ("sample --from {run} --grid x.png --steps 0 --device cpu", "steps"),
         ("sample --from {run} --grid x.png --steps many", "steps"),
         ("sample --from {run} --grid x.png --method euler", "ddim"),

@@ -202,7 +202,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
 
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
     run_tiny(tmp_path / "run")
-    suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    suffixes = {path.suffix for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".safetensors"}
 
 
@@ -353,6 +353,17 @@ def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path):
     checkpoints.write_text("a file where the folder should be")  # root may write into read-only folders
     with pytest.raises(OSError, match="could not be written"):
         run_tiny(tmp_path / "run", steps=4)
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path):
+    def intrude(row):
+        with pytest.raises(ValueError, match="another process"):
+            run_tiny(tmp_path / "run")
+        seen.append(row["step"])
+
+    seen = []
+    train(TINY, tmp_path / "run", device="cpu", progress=False, on_log=intrude)
+    assert seen == [4, 8] and run_tiny(tmp_path / "run", steps=12).step == 12
 
 
 def test_every_hundredth_checkpoint_can_be_kept(tmp_path):
