@@ -20,10 +20,10 @@ define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
 endef
 
-.PHONY: help venv export fresh render book chapters test lint tidy lab bench clean
+.PHONY: help venv export fresh render book chapters test rehearsal lint tidy lab bench clean
 
 help: ## say what each command does
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
 venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.toml say
 	@if ! cat requirements.txt pyproject.toml | cmp -s - $(VENV)/installed; then \
@@ -56,7 +56,10 @@ chapters: fresh
 # The chapters run first and leave their outputs for the pages, so that nothing runs twice.
 test: chapters ## everything that must hold: chapters, unit tests, export, lint, types, rendered pages
 	@$(MAKE) --no-print-directory render
-	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 $(RUN) -m pytest)
+	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile)
+
+rehearsal: export ## the whole road at full scale, walked small: encode, train, crash, resume, sample, score
+	@$(RUN) -m tools.rehearsal
 
 lint: venv ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -15,6 +15,8 @@ _HOMES = {
     "PRESETS": "model",
     "GaussianDiffusion": "diffusion",
     "sample": "sampling",
+    "evaluate": "evaluation",
+    "DiffuSSMPipeline": "pipeline",
     "TrainConfig": "training",
     "train": "training",
 }

@@ -19,8 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -101,6 +99,8 @@ class Cluster(World):
             for block in module.blocks:  # type: ignore[union-attr]
                 block.compile()
         if self.size > 1 and config.parallel == "fsdp":
+            from torch.distributed.fsdp import fully_shard  # imported where it is used: it costs seconds
+
             mesh = dist.init_device_mesh(self.device.type, (self.size,))
             for block in module.blocks:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
@@ -114,10 +114,10 @@ class Cluster(World):
 
     def exchange(self, network: nn.Module, now: bool) -> AbstractContextManager[object]:
         """See World."""
-        if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(now)
-        elif isinstance(network, DistributedDataParallel) and not now:
-            return network.no_sync()
+        if isinstance(network, DistributedDataParallel):
+            return nullcontext() if now else network.no_sync()
+        if hasattr(network, "set_requires_gradient_sync"):  # FSDP2
+            network.set_requires_gradient_sync(now)  # type: ignore[operator]
         return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -142,13 +142,16 @@ class Cluster(World):
 
     def whole(self, tensor: Tensor) -> Tensor:
         """See World."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def place(self, tensor: Tensor, like: Tensor) -> Tensor:
         """See World. Every process has read the whole tensor from the checkpoint; each keeps its slice."""
         tensor = tensor.to(like.device)
-        if isinstance(like, DTensor):
-            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+        if hasattr(like, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, slices = like.device_mesh, like.placements  # type: ignore[attr-defined]
+            return distribute_tensor(tensor, mesh, slices, src_data_rank=None)
         return tensor
 
     def save(self, run: Path, snapshot: Snapshot, config: TrainConfig) -> None:

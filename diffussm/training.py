@@ -282,7 +282,7 @@ def training_batch(
     t = torch.randint(config.timesteps, (config.batch_size,), generator=generator)
     shape = (config.batch_size, config.model.in_channels, config.model.height, config.model.width)
     noise = torch.randn(shape, generator=generator)
-    indices, flips = batch_indices(*position)[mine], batch_flips(*position)[mine]
+    indices, flips = batch_indices(*position)[mine], batch_flips(*position)[mine] & config.flip
     if isinstance(dataset, Drawn):
         x0, labels = dataset.batch(indices, flips, torch.randn(shape, generator=generator)[mine])
     else:

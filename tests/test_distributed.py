@@ -147,7 +147,7 @@ def assert_close(run, other):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precision):
-    """All processes die at step 8, after the end of the epoch in step 7; the last save was of step 6."""
+    """All processes die at step 8, after the end of the epoch in step 7; saved are steps 3 and 6."""
     changes = {"precision": precision, "micro_batch": 2, "save_every": 3}
     together(size, run_tiny, tmp_path / "untouched", changes)
     started = start(size, run_tiny, tmp_path / "killed", changes, 8)
@@ -156,7 +156,8 @@ def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precisi
     for process, _ in started:
         process.kill()
         process.join()
-    assert find_checkpoint(tmp_path / "killed").name == "step_00000006"
+    # the thread that writes the checkpoint of step 6 may have been killed as well
+    assert find_checkpoint(tmp_path / "killed").name in ("step_00000003", "step_00000006")
     together(size, run_tiny, tmp_path / "killed", changes)
     assert digest_of(tmp_path / "untouched") == digest_of(tmp_path / "killed")
     assert log_of(tmp_path / "untouched") == log_of(tmp_path / "killed")

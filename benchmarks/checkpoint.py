@@ -1,0 +1,79 @@
+"""How long training stands still for a checkpoint: ``python -m benchmarks.checkpoint``.
+
+A synchronous save (snapshot, write, flush, read back, checksums, rename) against what is left of it when a
+thread writes (chapter 11): the snapshot alone. The state is that of a DiffuSSM-S with its average and AdamW's
+moments. Both sides write the same bytes, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Disagreement, report
+from diffussm.distributed import Cluster
+from diffussm.model import PRESETS, DiffuSSMConfig
+from diffussm.training import TrainConfig, TrainState, snapshot, write_checkpoint
+
+LIMIT = 10.0
+
+
+def make_state(preset: str, world: Cluster) -> tuple[TrainConfig, TrainState]:
+    """A state that has everything a checkpoint holds, moments included."""
+    config = TrainConfig(model=DiffuSSMConfig(**PRESETS[preset]))
+    state = TrainState.create(config, world)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return config, state
+
+
+def main() -> int:
+    """Measure, print, write benchmarks/results/checkpoint.{md,json}; 1 if the limit is not reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="DiffuSSM-S")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    seconds: dict[str, list[float]] = {"synchronous": [], "training waits": []}
+    with tempfile.TemporaryDirectory() as folder, Cluster("cpu") as world:
+        config, state = make_state(options.preset, world)
+        for _ in range(options.runs):
+            state.step += 1
+            begun = time.perf_counter()
+            written = write_checkpoint(Path(folder, "a"), snapshot(state, world))
+            seconds["synchronous"].append(time.perf_counter() - begun)
+
+            begun = time.perf_counter()
+            world.save(Path(folder, "b"), snapshot(state, world), config)
+            seconds["training waits"].append(time.perf_counter() - begun)
+            world.finish()
+            records = [
+                json.loads((Path(folder, name, "checkpoints", written.name) / "state.json").read_text())
+                for name in "ab"
+            ]
+            if records[0] != records[1]:
+                raise Disagreement("the two ways wrote different checkpoints; nothing is reported")
+        size = sum(file.stat().st_size for file in written.rglob("*.safetensors"))
+    slow, fast = (statistics.median(values) for values in seconds.values())
+    row: dict[str, Any] = {
+        "what": f"checkpoint of {options.preset}, {size / 1e6:,.0f} MB",
+        "synchronous": f"{1e3 * slow:,.0f} ms",
+        "training waits": f"{1e3 * fast:,.0f} ms",
+        "ratio": round(slow / fast, 2),
+        "limit": f"at least {LIMIT:g}",
+        "reached": slow / fast >= LIMIT,
+        "seconds": seconds,
+    }
+    return report("checkpoint", "Saving while training goes on", [row])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

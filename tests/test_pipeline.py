@@ -1,0 +1,694 @@
+"""Chapter 13: the images of chapter 7 by another road, any scheduler, and a folder that needs nobody."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffussm.diffusion import GaussianDiffusion
+from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.sampling import sample
+from diffussm.training import RECIPES, train
+
+diffusers = pytest.importorskip("diffusers")
+pipeline = pytest.importorskip("diffussm.pipeline")
+from diffussm.pipeline import (  # noqa: E402
+    Denoiser,
+    DiffuSSMPipeline,
+    ancestral_scheduler,
+    scheduler_for,
+    self_contained_code,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+NAMES = {"0": "great white shark, white shark", "1": "crane", "2": "crane"}
+TINY = DiffuSSMConfig(input_size=4, in_channels=4, num_classes=3, d_model=16, n_blocks=1, d_state=4)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(**changes):
+    """Random weights everywhere: a new DiffuSSM would return zeros."""
+    generator = seeded(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = DiffuSSM(replace(TINY, **changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("log_dt", "log_A_real", "A_imag")):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def piped(model=None, **options):
+    model = network() if model is None else model
+    options = {"id2label": NAMES if model.config.num_classes == 3 else None} | options
+    pipe = DiffuSSMPipeline(model, options.pop("scheduler", ancestral_scheduler()), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, labels=(0, 2, 1), **options):
+    options = {"num_inference_steps": 5, "generator": seeded(), "output_type": "latent"} | options
+    return pipe(list(labels) if isinstance(labels, tuple) else labels, **options).images
+
+
+def small_vae(latent_channels=4):
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        scaling_factor=0.5,
+    ).eval()
+
+
+# The same images as ours
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "channels"), [(2, 1.0, None), (50, 1.0, None), (50, 2.0, None), (250, 1.5, 3)]
+)
+def test_ancestral_images_are_those_of_sample(steps, scale, channels):
+    model, y = network(), torch.tensor([0, 2, 1])
+    ours = sample(
+        model,
+        GaussianDiffusion.linear(),
+        y,
+        steps,
+        "ddpm",
+        scale,
+        seeded(),
+        progress=False,
+        guidance_channels=channels,
+    )
+    theirs = draw(piped(model), num_inference_steps=steps, guidance_scale=scale, guidance_channels=channels)
+    assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+
+
+@pytest.mark.parametrize("timesteps", [100, 1000])
+def test_schedule_is_that_of_training(timesteps):
+    ours = GaussianDiffusion.linear(timesteps).alphas_cumprod
+    theirs = ancestral_scheduler(timesteps).alphas_cumprod
+    torch.testing.assert_close(theirs.double(), ours, rtol=1e-4, atol=0)
+
+
+def test_shorter_training_schedules_work_too():
+    model, y = network(), torch.tensor([0, 2, 1])
+    ours = sample(model, GaussianDiffusion.linear(100), y, 20, "ddpm", 1.0, seeded(), progress=False)
+    pipe = piped(model, scheduler=ancestral_scheduler(100), num_train_timesteps=100)
+    assert (ours - draw(pipe, num_inference_steps=20)).abs().max() < 1e-4 * ours.abs().max()
+
+
+def test_ddim_is_ours_where_the_timesteps_agree():
+    """DDIM's last step differs by design (set_alpha_to_one); with all timesteps linspace visits the same."""
+    model, y = network(), torch.tensor([0, 2, 1])
+    ours = sample(model, GaussianDiffusion.linear(), y, 1000, "ddim", 1.0, seeded(), progress=False)
+    scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config)
+    theirs = draw(piped(model, scheduler=scheduler), num_inference_steps=1000)
+    assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
+
+
+def test_learned_variance_is_honoured():
+    """v = 1 against v = -1 in the network's second half changes what the ancestral scheduler draws."""
+
+    def with_v(value):
+        model = network()
+        with torch.no_grad():
+            weight = model.head.weight.view(-1, 8, 16)  # (M, 2C, D) with P = 1
+            weight[:, 4:] = 0
+            model.head.bias.view(-1, 8)[:, 4:] = value
+        return model
+
+    low, high = (piped(with_v(value)) for value in (-1.0, 1.0))
+    assert not torch.allclose(draw(low), draw(high))
+    for pipe in (low, high):  # the fixed variance is that of v = -1
+        pipe.scheduler = diffusers.DDPMScheduler.from_config(
+            pipe.scheduler.config, variance_type="fixed_small"
+        )
+    torch.testing.assert_close(draw(low), draw(high))
+    torch.testing.assert_close(draw(low), draw(piped(with_v(-1.0))), rtol=1e-4, atol=1e-4)
+
+
+# Any scheduler
+
+SOLVERS = [
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+]
+MEAN = torch.tensor([0.4, -0.3, 0.2, 0.1]).view(1, 4, 1, 1)
+
+
+class Gaussian(Denoiser):
+    """The exact noise of data from N(MEAN, 0.25 I), and rubbish for the variance."""
+
+    def forward(self, x, t, y=None):
+        alphas_cumprod = GaussianDiffusion.linear().alphas_cumprod.float()
+        t = t.float()  # Euler's timesteps are not whole numbers
+        low = t.floor().long().clamp(0, 998)
+        share = t - low
+        ab = ((1 - share) * alphas_cumprod[low].log() + share * alphas_cumprod[low + 1].log()).exp()
+        ab = ab.view(-1, 1, 1, 1)
+        eps = (1 - ab).sqrt() * (x - ab.sqrt() * MEAN) / (0.25 * ab + 1 - ab)
+        return torch.cat([eps, torch.full_like(eps, 7.0)], 1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_schedulers_draw_the_known_distribution(name):
+    """With the exact noise of a Gaussian every solver ends in that Gaussian, whatever v says."""
+    noisy = name in ("DDPMParallelScheduler", "EulerAncestralDiscreteScheduler")  # they converge slowly
+    options = {"variance_type": "fixed_small"} if name == "DDPMParallelScheduler" else {}
+    scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config, **options)
+    exact = Gaussian(replace(TINY, input_size=8))
+    x = draw(
+        piped(exact, scheduler=scheduler), 0, images_per_label=100, num_inference_steps=200 if noisy else 50
+    )
+    assert x.shape == (100, 4, 8, 8)
+    torch.testing.assert_close(x.mean((0, 2, 3)), MEAN.flatten(), atol=0.03, rtol=0)
+    assert abs(x.std((0, 2, 3)).mean() / 0.5 - 1) < 0.06
+
+
+def test_schedulers_do_not_see_the_variance_unless_they_want_it():
+    seen = []
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(ancestral_scheduler().config)
+    assert scheduler.config.variance_type == "learned_range"  # which would cut epsilon to three channels
+    runs, takes = scheduler_for(scheduler, 1000)
+    assert runs.config.variance_type is None and not takes
+    assert scheduler.config.variance_type == "learned_range"  # the user's own is left alone
+    assert scheduler_for(ancestral_scheduler(), 1000)[1] is True
+    pipe = piped()
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *rest, generator=None, **more: (
+        seen.append(output.shape[1]),
+        step(output, *rest, generator=generator, **more),
+    )[1]
+    draw(pipe, num_inference_steps=2)
+    assert seen == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            lambda: diffusers.DDIMScheduler(prediction_type="v_prediction"),
+            "'v_prediction'.*expected 'epsilon'",
+        ),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEuler.*expected 'epsilon'"),
+        (lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "another noise schedule"),
+        (lambda: diffusers.DDIMScheduler(num_train_timesteps=500), "another noise schedule.*from_config"),
+        (lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "another noise schedule"),
+        (lambda: diffusers.DDPMScheduler(variance_type="learned"), "'learned_range'"),
+    ],
+)
+def test_schedulers_of_another_kind_are_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        piped(scheduler=scheduler())
+    pipe = piped()
+    pipe.scheduler = scheduler()
+    with pytest.raises(ValueError, match=message):
+        draw(pipe)
+
+
+# Calling it
+
+
+def test_labels_by_name_and_number_are_the_same():
+    pipe = piped()
+    by_number = draw(pipe, (0, 2))
+    assert torch.equal(draw(pipe, ("white shark", 2)), by_number)
+    assert torch.equal(draw(pipe, torch.tensor([0, 2])), by_number)
+    assert pipe.get_label_ids("great white shark") == pipe.get_label_ids(NAMES["0"]) == [0]
+    assert torch.equal(draw(pipe, 0, images_per_label=2), draw(pipe, (0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ("white shrak", ValueError, "no class 'white shrak'; did you mean white shark"),
+        ("crane", ValueError, r"classes \[1, 2\]; give the number"),
+        (3, ValueError, "class label 3: this model has classes 0 to 2"),
+        ([0, -1], ValueError, "class label -1"),
+        (True, TypeError, "class label True"),
+        ([0.5], TypeError, "class label 0.5: expected a name or an integer"),
+        ([], ValueError, "class_labels is empty"),
+        (None, ValueError, "class_labels are missing: this model has 3 classes"),
+    ],
+)
+def test_bad_labels_are_explained(labels, error, message):
+    with pytest.raises(error, match=message):
+        draw(piped(), labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps=0: expected 1 to 1000"),
+        ({"num_inference_steps": 1001}, "expected 1 to 1000"),
+        ({"output_type": "jpg"}, "output_type='jpg'"),
+        ({"output_type": "pil"}, "there is no VAE to decode"),
+        ({"guidance_scale": -1.0}, "cfg_scale=-1.0"),
+        ({"guidance_channels": 5}, "guidance_channels=5: the model has 4"),
+        ({"images_per_label": 0}, "images_per_label=0"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents has shape \(1, 4, 4, 4\): expected \(3, 4, 4, 4\)"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 3 images"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_step(options, message):
+    pipe = piped()
+    pipe.denoiser.forward = lambda *_: pytest.fail("the network was called")
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **options)
+
+
+def test_three_channel_guidance_leaves_the_fourth_alone():
+    pipe = piped()
+    noise = torch.randn(1, 4, 4, 4, generator=seeded(3))
+    plain, three, whole = (
+        draw(pipe, (0,), num_inference_steps=1, latents=noise, **options)
+        for options in ({}, {"guidance_scale": 3.0, "guidance_channels": 3}, {"guidance_scale": 3.0})
+    )
+    torch.testing.assert_close(three[:, 3], plain[:, 3])
+    torch.testing.assert_close(three[:, :3], whole[:, :3])
+    assert not torch.allclose(whole[:, 3], plain[:, 3])
+
+
+def test_a_generator_for_each_image_makes_images_independent_of_the_batch():
+    together = draw(piped(), (0, 1), generator=[seeded(5), seeded(6)])
+    alone = draw(piped(), (1,), generator=seeded(6))
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_callback_sees_every_step_and_may_change_it():
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 4 else None
+
+    assert not draw(piped(), callback_on_step_end=note).any()
+    assert seen == [(0, 999), (1, 749), (2, 500), (3, 250), (4, 0)]
+
+
+def test_global_random_state_is_untouched_with_a_generator():
+    before = torch.random.get_rng_state()
+    draw(piped())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_progress_bar_can_be_silenced(capsys):
+    pipe = piped()
+    draw(pipe)
+    assert capsys.readouterr() == ("", "")
+    pipe.set_progress_bar_config(disable=False)
+    draw(pipe)
+    assert "5/5" in capsys.readouterr().err
+
+
+def test_unconditional_models_take_a_number():
+    pipe = piped(network(num_classes=0))
+    assert draw(pipe, None, images_per_label=2).shape == (2, 4, 4, 4)
+    with pytest.raises(ValueError, match="unconditional; leave them out"):
+        draw(pipe, 0)
+    with pytest.raises(ValueError, match="no label for 'no class'"):
+        draw(pipe, None, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_pixels_come_out_as_asked(channels, mode):
+    pipe = piped(network(in_channels=channels))
+    x = draw(pipe)
+    expected = (x / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
+    torch.testing.assert_close(torch.from_numpy(draw(pipe, output_type="np")), expected.permute(0, 2, 3, 1))
+    images = draw(pipe, output_type="pil")
+    assert [image.mode for image in images] == [mode] * 3 and images[0].size == (4, 4)
+    assert isinstance(pipe(0, num_inference_steps=1, return_dict=False), tuple)
+
+
+def test_latents_are_unscaled_and_decoded():
+    vae = small_vae()
+    pipe = piped(vae=vae)
+    with torch.no_grad():
+        expected = (vae.decode(draw(pipe) / 0.5).sample / 2 + 0.5).clamp(0, 1)
+    assert expected.shape == (3, 3, 8, 8)
+    torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
+
+
+def test_a_vae_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match="latents of 2 channels, but the model makes 4"):
+        piped(vae=small_vae(2))
+    pipe = piped()
+    pipe.vae = small_vae(2)
+    with pytest.raises(ValueError, match="latents of 2 channels"):
+        draw(pipe)
+
+
+def test_names_outside_the_table_are_refused():
+    with pytest.raises(ValueError, match="'3': 'dog', but the classes are 0 to 2"):
+        piped(id2label={3: "dog"})
+
+
+def test_wrapping_shares_the_weights():
+    model = network()
+    pipe = piped(model)
+    assert pipe.denoiser.head.weight.data_ptr() == model.head.weight.data_ptr()
+    assert isinstance(pipe.denoiser, Denoiser) and not pipe.denoiser.head.weight.requires_grad
+    assert model.head.weight.requires_grad
+    assert pipe.device.type == "cpu" and pipe.dtype == torch.float32
+    assert {"denoiser", "scheduler", "vae"} == set(pipe.components)
+
+
+def test_half_precision_keeps_the_chain_in_float32():
+    full = draw(piped())
+    half = draw(piped().to(torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+# Saving and loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "tiny-shark"
+    pipe = piped(vae=small_vae(), training={"step": 7, "data": "sharks", "flip": None})
+    pipe.save_pretrained(
+        folder,
+        license="cc-by-4.0",
+        evaluation={"FID": 2.5, "precision": 0.75, "how": {"steps": 250, "guidance": {"scale": 1.5}}},
+    )
+    return SimpleNamespace(folder=folder, images=draw(pipe, ("white shark", 1), output_type="pt"), pipe=pipe)
+
+
+def load(folder, **options):
+    pipe = DiffuSSMPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_saved_folder_loads_with_the_package(saved):
+    pipe = load(saved.folder)
+    assert torch.equal(draw(pipe, ("white shark", 1), output_type="pt"), saved.images)
+    assert dict(pipe.config.id2label) == NAMES and pipe.config.training["step"] == 7
+    weights = DiffuSSM.from_pretrained(saved.folder / "denoiser").state_dict()
+    for name, tensor in saved.pipe.denoiser.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+    assert load(saved.folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    other = diffusers.DDIMScheduler.from_config(saved.pipe.scheduler.config)
+    assert load(saved.folder, scheduler=other).scheduler is other
+
+
+ALONE = """
+import sys
+
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "diffussm":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Nowhere())
+sys.path[:] = [path for path in sys.path if path not in ("", ROOT)]
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+
+try:
+    import diffussm
+    raise SystemExit("diffussm could be imported")
+except ModuleNotFoundError:
+    pass
+pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+options = {"num_inference_steps": 5, "output_type": "pt"}
+images = pipe(["white shark", 1], generator=torch.Generator().manual_seed(0), **options).images
+torch.save(images, OUT)
+pipe.save_pretrained(AGAIN)
+pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+assert pipe(0, guidance_scale=2.0, **options).images.isfinite().all()
+try:
+    type(pipe).from_run("nowhere")
+except ImportError as error:
+    assert "install" in str(error)
+assert not [name for name in sys.modules if name.partition(".")[0] == "diffussm"]
+"""
+
+
+def test_saved_folder_needs_no_package(saved, tmp_path):
+    places = {"FOLDER": saved.folder, "OUT": tmp_path / "images.pt", "AGAIN": tmp_path / "again"}
+    places["ROOT"] = os.path.dirname(os.path.dirname(pipeline.__file__))
+    names = "".join(f"{name} = {str(path)!r}\n" for name, path in places.items())
+    done = subprocess.run(
+        [sys.executable, "-c", names + ALONE],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "HF_MODULES_CACHE": str(tmp_path / "code"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "might require the following packages" not in done.stderr
+    assert "Expected types" not in done.stderr and "not expected by" not in done.stderr
+    assert torch.equal(torch.load(places["OUT"], weights_only=True), saved.images)
+    for name in ("pipeline.py", "model_index.json", "denoiser/modeling_diffussm.py"):  # a copy of a copy
+        assert (places["AGAIN"] / name).read_bytes() == (saved.folder / name).read_bytes()
+    assert torch.equal(draw(load(places["AGAIN"]), ("white shark", 1), output_type="pt"), saved.images)
+
+
+def test_diffusers_asks_before_it_runs_code(saved, tmp_path):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(str(saved.folder))
+
+
+def test_folder_holds_safetensors_and_readable_code_only(saved):
+    files = {str(path.relative_to(saved.folder)) for path in saved.folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "denoiser/config.json",
+        "denoiser/model.safetensors",
+        "denoiser/modeling_diffussm.py",
+        "model_index.json",
+        "pipeline.py",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert [path.name for path in saved.folder.parent.iterdir()] == ["tiny-shark"]  # no draft is left
+
+
+def test_the_one_file_is_complete_and_holds_nothing_idle():
+    tree = ast.parse(self_contained_code())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    origins = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    assert not [origin for origin in origins if origin.startswith(("diffussm", "."))]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "DiffuSSMPipeline":
+            assert node.name in used, f"{node.name} is never used"
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F,E9", "-"],
+        input=self_contained_code(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout  # no undefined name, no idle import
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(names) == len(set(names)) and "DiffuSSM" in names and "train" not in names
+
+
+def test_only_components_are_lists_in_the_index(saved):
+    """diffusers takes every list in model_index.json for a component and looks for its files on the hub."""
+    index = json.loads((saved.folder / "model_index.json").read_text())
+    lists = {key for key, value in index.items() if isinstance(value, list)}
+    assert lists == {"_class_name", "denoiser", "scheduler", "vae"}
+    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+    files = [str(path.relative_to(saved.folder)) for path in saved.folder.rglob("*") if path.is_file()]
+    custom, _ = _get_custom_components_and_folders("someone/tiny-shark", index, files)
+    assert custom == {"denoiser": "modeling_diffussm"}
+
+
+def test_model_card_has_the_figures(saved):
+    card = (saved.folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\nlicense: cc-by-4.0\n")
+    parameters = sum(parameter.numel() for parameter in saved.pipe.denoiser.parameters())
+    for line in (
+        "# tiny-shark",
+        f"| parameters | {parameters:,} |",
+        "| d_model | 16 |",
+        "| step | 7 |",
+        "| FID | 2.5 |",
+        "| precision | 0.75 |",
+        "| how.guidance.scale | 1.5 |",
+        "| 0 | great white shark, white shark |",
+    ):
+        assert line in card.splitlines()
+    assert "flip" not in card and "@article{diffussm" in card
+    call = re.search(r"pipe\((.+?)\)\.images", card).group(1)
+    assert call.startswith("'great white shark, white shark', guidance_scale=1.5")
+
+
+def test_model_card_does_not_invent_figures(tmp_path):
+    piped().save_pretrained(tmp_path / "bare")
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "Not measured." in card and "Not recorded." in card and "not stated" in card
+    assert "license:" not in card
+
+
+def test_evaluation_is_read_from_its_file(tmp_path):
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"fid": 9.25, "reference": {"sha256": "abc"}}))
+    piped().save_pretrained(tmp_path / "scored", evaluation=result, name="Scored")
+    card = (tmp_path / "scored" / "README.md").read_text()
+    assert "| fid | 9.25 |" in card and "| reference.sha256 | abc |" in card and "# Scored" in card
+    result.write_text("FID: 9")
+    with pytest.raises(ValueError, match="no JSON"):
+        piped().save_pretrained(tmp_path / "broken", evaluation=result)
+    with pytest.raises(FileNotFoundError):
+        piped().save_pretrained(tmp_path / "broken", evaluation=tmp_path / "none.json")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_nothing_is_overwritten(saved, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for folder in (saved.folder, tmp_path / "full", tmp_path / "full" / "thesis.txt"):
+        with pytest.raises(FileExistsError, match="nothing was written"):
+            piped().save_pretrained(folder)
+    with pytest.raises(ValueError, match="safetensors"):
+        piped().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match="push_to_hub"):
+        piped().save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    pipe = piped()
+    monkeypatch.setattr(pipe.scheduler, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        pipe.save_pretrained(tmp_path / "half")
+    assert not list(tmp_path.iterdir())
+
+
+def damaged(saved, tmp_path):
+    import shutil
+
+    return shutil.copytree(saved.folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error", "message"),
+    [
+        ("model_index.json", None, FileNotFoundError, "no folder with a model_index.json"),
+        ("model_index.json", "{", ValueError, "is damaged"),
+        ("model_index.json", "[]", ValueError, "is damaged"),
+        ("denoiser/model.safetensors", None, FileNotFoundError, "model.safetensors does not exist"),
+        ("denoiser/config.json", "{}", ValueError, "another model"),
+        ("scheduler/scheduler_config.json", None, ValueError, "no usable DDPMScheduler"),
+        ("vae/diffusion_pytorch_model.safetensors", None, ValueError, "no usable AutoencoderKL"),
+        ("vae/diffusion_pytorch_model.safetensors", "x", ValueError, "no usable AutoencoderKL"),
+    ],
+)
+def test_missing_and_damaged_files_are_named(saved, tmp_path, file, text, error, message):
+    folder = damaged(saved, tmp_path)
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    with pytest.raises(error, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["os", "logging", "AutoencoderKL", "DiffusionPipeline", 3])
+def test_an_index_cannot_make_us_call_anything_else(saved, tmp_path, name):
+    folder = damaged(saved, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected a SchedulerMixin"):
+        load(folder)
+
+
+def test_our_loader_runs_no_code_of_the_folder(saved, tmp_path):
+    folder = damaged(saved, tmp_path)
+    for file in folder.rglob("*.py"):
+        file.write_text("raise SystemExit('code of the folder was run')")
+    load(folder)
+
+
+def test_other_pipelines_and_unknown_options_are_refused(saved, tmp_path):
+    with pytest.raises(TypeError, match=r"unknown options \['variant'\]"):
+        load(saved.folder, variant="fp16")
+    folder = damaged(saved, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["p", "DiTPipeline"]}))
+    with pytest.raises(ValueError, match="holds a DiTPipeline"):
+        load(folder)
+
+
+# From a training run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    recipe = RECIPES["digits"]
+    config = replace(
+        recipe,
+        model=replace(recipe.model, d_model=8, n_blocks=1, d_state=4),
+        steps=2,
+        batch_size=4,
+        warmup=0,
+        cooldown=0,
+        save_every=10,
+    )
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    return folder, train(config, folder, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_a_run_becomes_a_pipeline(run, weights, tmp_path):
+    folder, state = run
+    pipe = DiffuSSMPipeline.from_run(folder, weights)
+    for name, tensor in getattr(state, weights).state_dict().items():
+        assert torch.equal(pipe.denoiser.state_dict()[name], tensor)
+    assert pipe.get_label_ids(["7", 3]) == [7, 3]
+    facts = dict(pipe.config.training)
+    assert (facts["weights"], facts["step"], facts["images_seen"]) == (weights, 2, 8)
+    pipe.save_pretrained(tmp_path / "digits")
+    assert "| images_seen | 8 |" in (tmp_path / "digits" / "README.md").read_text()
+    assert dict(load(tmp_path / "digits").config.training) == facts
+
+
+def test_no_run_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a training run"):
+        DiffuSSMPipeline.from_run(tmp_path)
+
+
+def test_importing_the_package_does_not_import_diffusers():
+    code = "import sys, diffussm, diffussm.model, diffussm.training; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
