@@ -35,6 +35,7 @@ venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.
 	    cat requirements.txt pyproject.toml > $(VENV)/installed; \
 	fi
 	@$(RUN) -c 'import matplotlib.font_manager' 2>/dev/null  # or its first use would print into a chapter
+	@mkdir -p $(VENV)/etc/ipython && echo 'c.IPKernelApp.log_level = 40' > $(VENV)/etc/ipython/ipython_kernel_config.py  # or each kernel would warn of TCP
 
 export: venv ## write diffussm/ from the chapters
 	@$(RUN) -m tools.export
