@@ -228,7 +228,7 @@ def test_players_move(visit: Visit) -> None:
     for player in visit.tab.locator(".frame-player").all():
         image, slider = player.locator("img"), player.locator("input[type=range]")
         before = image.get_attribute("src")
-        assert image.get_attribute("alt") and player.locator("output").inner_text()
+        assert image.get_attribute("alt") and player.locator("output").text_content()
         assert player.evaluate("e => document.querySelectorAll('#' + e.id).length") == 1
         if not slider.is_visible():  # in a closed box
             continue
