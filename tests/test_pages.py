@@ -201,6 +201,8 @@ def test_no_cell_failed_or_complained(visit: Visit) -> None:
         "{cite}",
     ):
         assert sign not in text, f"{sign!r} stands on the page"
+    shown = visit.tab.locator("article p").all_inner_texts()
+    assert not [words for words in shown if words.lstrip().startswith("|")], "a table was not set as one"
 
 
 def test_code_cells_are_on_the_page(visit: Visit) -> None:
