@@ -3,6 +3,7 @@
 Generated from book/03_bidirectional.md by `make export`: edit there.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,45 +12,131 @@ from torch.autograd.function import once_differentiable
 
 from diffussm.convolution import S4DKernel
 
-__all__ = ["bidirectional_conv", "BidirectionalSSM"]
+__all__ = ["PIECE", "PIECE_ON_GPU", "kernel_spectra", "convolve", "bidirectional_conv", "BidirectionalSSM"]
+
+PIECE = 2**20  # real numbers that are transformed at a time on a CPU: what fits into a core's cache
+PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
 
 
-class _BidirectionalConv(torch.autograd.Function):
-    """Both directions from one transform of the input; its adjoint from one transform of the gradient."""
+def kernel_spectra(k_forward: Tensor, k_backward: Tensor) -> Tensor:
+    """What the spectrum of the input is multiplied by, for each direction; the second one is conjugated.
+
+    Args:
+        k_forward, k_backward: Kernels, real (D, L), lag 0 first.
+
+    Returns:
+        Complex (2, D, L + 1), at least in single precision: half spectra of length 2L, for each direction.
+
+    Raises:
+        TypeError: a kernel is not a real floating-point tensor.
+        ValueError: the kernels are not both (D, L).
+
+    Source: chapter 3, equation eq-bidirectional-spectrum.
+    """
+    for name, tensor in (("k_forward", k_forward), ("k_backward", k_backward)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor")
+    if k_forward.ndim != 2 or k_forward.shape != k_backward.shape or k_forward.shape[1] == 0:
+        raise ValueError(
+            f"k_forward has shape {tuple(k_forward.shape)} and k_backward {tuple(k_backward.shape)}: "
+            "expected (D, L) for both, with L at least 1"
+        )
+    dtype = torch.promote_types(torch.promote_types(k_forward.dtype, k_backward.dtype), torch.float32)
+    n = 2 * k_forward.shape[1]
+    forward = torch.fft.rfft(k_forward.to(dtype), n=n)  # (D, L + 1)
+    backward = torch.fft.rfft(k_backward.to(dtype), n=n)  # (D, L + 1)
+    return torch.stack([forward, backward.conj()])
+
+
+def _pieces(u: Tensor) -> Iterator[slice]:
+    """Slices of the channels of u (B, L, D), each with about PIECE numbers after padding."""
+    batch, length, d_model = u.shape
+    step = max(16, (PIECE if u.device.type == "cpu" else PIECE_ON_GPU) // (2 * batch * length))
+    return (slice(start, start + step) for start in range(0, d_model, step))
+
+
+@torch.library.custom_op("diffussm::convolve", mutates_args=())
+def _convolve(u: Tensor, spectra: Tensor) -> Tensor:
+    """Both directions from one transform of the input."""
+    (batch, length, d_model), real = u.shape, spectra.real.dtype
+    y = u.new_empty(batch, length, 2, d_model)
+    for c in _pieces(u):
+        u_f = torch.fft.rfft(u[..., c].transpose(1, 2).to(real), n=2 * length)  # (B, d, L + 1)
+        y_f = u_f[:, None] * spectra[:, c]  # (B, 2, d, L + 1)
+        y[..., c] = torch.fft.irfft(y_f, n=2 * length)[..., :length].permute(0, 3, 1, 2)
+    return y.flatten(2)  # (B, L, 2D)
+
+
+@torch.library.custom_op("diffussm::convolve_backward", mutates_args=())
+def _convolve_backward(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+    """The adjoint from one transform of the gradient: with respect to u and to the spectra."""
+    length, real = u.shape[1], spectra.real.dtype
+    grad = grad.unflatten(2, (2, -1))  # (B, L, 2, D)
+    grad_u, grad_spectra = u.new_empty(u.shape), torch.empty_like(spectra)
+    for c in _pieces(u):
+        u_f = torch.fft.rfft(u[..., c].transpose(1, 2).to(real), n=2 * length)  # (B, d, L + 1)
+        g_f = torch.fft.rfft(grad[..., c].permute(0, 2, 3, 1).to(real), n=2 * length)  # (B, 2, d, L + 1)
+        grad_spectra[:, c] = (u_f.conj_physical_()[:, None] * g_f).sum(0)
+        sum_f = g_f.mul_(spectra[:, c].conj_physical()).sum(1)  # (B, d, L + 1)
+        grad_u[..., c] = torch.fft.irfft(sum_f, n=2 * length)[..., :length].transpose(1, 2)
+    grad_spectra[..., 1:-1] *= 2  # a half spectrum: all frequencies but two stand for their mirror image too
+    return grad_u, grad_spectra / (2 * length)
+
+
+@_convolve.register_fake
+def _convolve_shape(u: Tensor, spectra: Tensor) -> Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
+
+
+@_convolve_backward.register_fake
+def _convolve_backward_shape(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(spectra)
+
+
+class _Convolve(torch.autograd.Function):
+    """The two operations above, tied together for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tensor:
-        batch, d_model, length = u.shape
-        n = 2 * length
-        u_f = torch.fft.rfft(u, n=n)  # (B, D, L + 1)
-        forward_f = torch.fft.rfft(k_forward, n=n)  # (D, L + 1)
-        backward_f = torch.fft.rfft(k_backward, n=n)  # (D, L + 1)
-        ctx.save_for_backward(u_f, forward_f, backward_f)
-        y_f = u_f.new_empty(batch, 2 * d_model, length + 1)  # filled in place: concatenating would copy it
-        torch.mul(u_f, forward_f, out=y_f[:, :d_model])
-        torch.mul(u_f, backward_f.conj_physical(), out=y_f[:, d_model:])
-        return torch.fft.irfft(y_f, n=n)[..., :length]  # (B, 2D, L)
+    def forward(ctx: Any, u: Tensor, spectra: Tensor) -> Tensor:
+        ctx.save_for_backward(u, spectra)
+        return _convolve(u, spectra)
 
     @staticmethod
-    @once_differentiable  # the saved spectra are cut off the graph: a second derivative would be wrong
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u_f, forward_f, backward_f = ctx.saved_tensors
-        length = grad.shape[-1]
-        n = 2 * length
-        g_forward, g_backward = torch.fft.rfft(grad, n=n).chunk(2, dim=1)  # (B, D, L + 1) each
-        grad_u = grad_forward = grad_backward = None
-        if ctx.needs_input_grad[0]:
-            grad_f = g_forward * forward_f.conj_physical()
-            grad_f.addcmul_(g_backward, backward_f)
-            grad_u = torch.fft.irfft(grad_f, n=n)[..., :length]  # (B, D, L)
-        u_f = u_f.conj_physical()
-        if ctx.needs_input_grad[1]:
-            grad_f = (g_forward * u_f).sum(0)
-            grad_forward = torch.fft.irfft(grad_f, n=n)[..., :length]  # (D, L)
-        if ctx.needs_input_grad[2]:
-            grad_f = (g_backward * u_f).sum(0).conj_physical()
-            grad_backward = torch.fft.irfft(grad_f, n=n)[..., :length]  # (D, L)
-        return grad_u, grad_forward, grad_backward
+    @once_differentiable  # a second derivative would take this for a constant
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _convolve_backward(grad, *ctx.saved_tensors)
+
+
+def convolve(u: Tensor, spectra: Tensor) -> Tensor:
+    """Convolve u with kernels whose spectra are known: both directions, side by side.
+
+    First derivatives only; a second one is refused.
+
+    Args:
+        u: Input, real (B, L, D).
+        spectra: Of :func:`kernel_spectra`, complex (2, D, L + 1). Their precision is the one computed in.
+
+    Returns:
+        (B, L, 2D) in the dtype of ``u``: the forward direction, then the backward one.
+
+    Raises:
+        TypeError: ``u`` is not real floating-point or ``spectra`` not complex.
+        ValueError: the shapes do not fit.
+
+    Source: chapter 3, equations eq-bidirectional-spectrum and eq-bidirectional-adjoint.
+    """
+    if not u.is_floating_point() or not spectra.is_complex():
+        raise TypeError(
+            f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected a real floating-point tensor and "
+            "a complex one"
+        )
+    if u.ndim != 3 or spectra.shape != (2, u.shape[2], u.shape[1] + 1):
+        raise ValueError(
+            f"u has shape {tuple(u.shape)} and spectra {tuple(spectra.shape)}: expected (B, L, D) and "
+            "(2, D, L + 1)"
+        )
+    y: Tensor = _Convolve.apply(u, spectra)
+    return y
 
 
 def bidirectional_conv(u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tensor:
@@ -60,11 +147,11 @@ def bidirectional_conv(u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tens
     argument is), whatever autocast says. First derivatives only; a second one is refused.
 
     Args:
-        u: Input, real (B, D, L).
+        u: Input, real (B, L, D).
         k_forward, k_backward: Kernels, real (D, L), lag 0 first.
 
     Returns:
-        (B, 2D, L) in the dtype of ``u``: the forward direction, then the backward one.
+        (B, L, 2D) in the dtype of ``u``: the forward direction, then the backward one.
 
     Raises:
         TypeError: an argument is not a real floating-point tensor.
@@ -72,25 +159,16 @@ def bidirectional_conv(u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tens
 
     Source: chapter 3, equations eq-bidirectional-two, eq-bidirectional-spectrum and eq-bidirectional-adjoint.
     """
-    for name, tensor in (("u", u), ("k_forward", k_forward), ("k_backward", k_backward)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor")
-    if u.ndim != 3 or k_forward.shape != u.shape[1:] or k_backward.shape != u.shape[1:]:
-        raise ValueError(
-            f"u has shape {tuple(u.shape)}, k_forward {tuple(k_forward.shape)} and k_backward "
-            f"{tuple(k_backward.shape)}: expected (B, D, L), (D, L) and (D, L)"
-        )
-    dtype = torch.promote_types(torch.promote_types(k_forward.dtype, k_backward.dtype), u.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    y = _BidirectionalConv.apply(u.to(dtype), k_forward.to(dtype), k_backward.to(dtype))
-    return y.to(u.dtype)
+    if u.dtype == torch.float64 and k_forward.is_floating_point():
+        k_forward = k_forward.double()  # the spectra decide the precision
+    return convolve(u, kernel_spectra(k_forward, k_backward))
 
 
 class BidirectionalSSM(nn.Module):
     """Two diagonal state space models, one reading from each end: (B, L, D) -> (B, L, 2D).
 
     Position i of the first D channels depends on positions up to i, of the last D on positions from i on.
-    Each direction has its own S4D kernel and its own skip ``d u``, which is added to the kernel's lag 0.
+    Each direction has its own S4D kernel and its own skip ``d u``, which is added to the kernel's spectrum.
 
     Args:
         d_model: D, channels.
@@ -99,6 +177,7 @@ class BidirectionalSSM(nn.Module):
     Attributes:
         forward_kernel, backward_kernel: :class:`~diffussm.convolution.S4DKernel`.
         skip: (2D,), standard normal at the start; the first D belong to the forward direction.
+        convolution: What is done with input and spectra: :func:`convolve`, or another with its contract.
 
     Source: chapter 3; section 3.1 of the paper ("concatenating the outputs of two SSM layers").
     """
@@ -108,12 +187,23 @@ class BidirectionalSSM(nn.Module):
         self.forward_kernel = S4DKernel(d_model, d_state)
         self.backward_kernel = S4DKernel(d_model, d_state)
         self.skip = nn.Parameter(torch.randn(2 * d_model))
+        self.convolution: Callable[[Tensor, Tensor], Tensor] = convolve
 
-    def forward(self, u: Tensor) -> Tensor:
+    def spectra(self, length: int) -> Tensor:
+        """The spectra of both kernels with their skips, complex (2, D, L + 1), for sequences of a length L.
+
+        They depend on the parameters only. Whoever applies the layer several times between two changes of
+        the weights may compute them once and pass them to :meth:`forward`.
+        """
+        spectra = kernel_spectra(self.forward_kernel(length), self.backward_kernel(length))
+        return spectra + self.skip.view(2, -1, 1)  # the spectrum of d at lag 0 is d
+
+    def forward(self, u: Tensor, spectra: Tensor | None = None) -> Tensor:
         """Mix along the sequence.
 
         Args:
             u: (B, L, D), any L.
+            spectra: What :meth:`spectra` returns for L, if it is known; None computes it.
 
         Returns:
             (B, L, 2D) in the dtype of ``u``.
@@ -125,14 +215,5 @@ class BidirectionalSSM(nn.Module):
         d_model = self.skip.shape[0] // 2
         if u.ndim != 3 or u.shape[2] != d_model or u.shape[1] == 0:
             raise ValueError(f"u has shape {tuple(u.shape)}: expected (B, L, {d_model}), with L at least 1")
-        skip_forward, skip_backward = self.skip.chunk(2)  # (D,) each
-        y = bidirectional_conv(
-            u.transpose(1, 2),  # (B, D, L)
-            _add_at_lag_zero(self.forward_kernel(u.shape[1]), skip_forward),  # (D, L)
-            _add_at_lag_zero(self.backward_kernel(u.shape[1]), skip_backward),  # (D, L)
-        )  # (B, 2D, L)
-        return y.transpose(1, 2)  # (B, L, 2D)
-
-
-def _add_at_lag_zero(k: Tensor, skip: Tensor) -> Tensor:
-    return torch.cat([k[:, :1] + skip[:, None], k[:, 1:]], dim=1)
+        y = self.convolution(u, self.spectra(u.shape[1]) if spectra is None else spectra)
+        return y

@@ -5,6 +5,7 @@ Generated from book/06_diffusion.md by `make export`: edit there.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -392,14 +393,15 @@ class GaussianDiffusion(ForwardProcess):
         """
         _check_images("x0", x0)
         columns: dict[str, list[Tensor]] = {"vb": [], "mse": [], "xstart_mse": []}
-        for step in tqdm(range(self.num_timesteps), desc="bound", unit="term", disable=not progress):
-            t = torch.full((len(x0),), step, device=x0.device)
-            noise = standard_normal(x0.shape, generator, x0.device, _working_dtype(x0))
-            x_t = self.q_sample(x0, t, noise)
-            p = self.p_mean_variance(model, x_t, t, y, clip_denoised)
-            columns["vb"].append(self._bound_term(x0, x_t, t, p))
-            columns["mse"].append(((noise - p["eps"]) ** 2).flatten(1).mean(1))
-            columns["xstart_mse"].append(((x0 - p["pred_xstart"]) ** 2).flatten(1).mean(1))
+        with getattr(model, "cached_kernels", nullcontext)():  # the same kernels for all terms
+            for step in tqdm(range(self.num_timesteps), desc="bound", unit="term", disable=not progress):
+                t = torch.full((len(x0),), step, device=x0.device)
+                noise = standard_normal(x0.shape, generator, x0.device, _working_dtype(x0))
+                x_t = self.q_sample(x0, t, noise)
+                p = self.p_mean_variance(model, x_t, t, y, clip_denoised)
+                columns["vb"].append(self._bound_term(x0, x_t, t, p))
+                columns["mse"].append(((noise - p["eps"]) ** 2).flatten(1).mean(1))
+                columns["xstart_mse"].append(((x0 - p["pred_xstart"]) ** 2).flatten(1).mean(1))
         terms = {name: torch.stack(values, dim=1) for name, values in columns.items()}  # (B, T)
 
         last = torch.full((len(x0),), self.num_timesteps - 1, device=x0.device)

@@ -88,12 +88,13 @@ class HourglassBlock(nn.Module):
         nn.init.zeros_(self.w3.weight)  # a new block adds nothing
         nn.init.zeros_(self.w3.bias)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, spectra: Tensor | None = None) -> Tensor:
         """One step of the residual stream.
 
         Args:
             x: The stream, (B, J, D), for any J.
             c: The condition, (B, D): embeddings of timestep and class, added.
+            spectra: What ``ssm.spectra(L)`` returns, if it is known (chapter 3); None computes it.
 
         Returns:
             (B, J, D).
@@ -110,7 +111,7 @@ class HourglassBlock(nn.Module):
         I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
         U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
         U = rearrange(U, "b j (k d) -> b (j k) d", k=M)  # (B, L, D)
-        Y = self.ssm(U)  # (B, L, 2D)
+        Y = self.ssm(U, spectra)  # (B, L, 2D)
         Y = rearrange(Y, "b (j k) e -> b j k e", k=M)  # (B, J, M, 2D)
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
         O = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)

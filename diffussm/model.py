@@ -7,7 +7,8 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -207,6 +208,8 @@ class DiffuSSM(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # True: compute activations again in the backward pass, to save memory
+        self._samplers = 0  # how many cached_kernels() are open
+        self._cache: _Cache | None = None
         self.null_label = config.num_classes if config.num_classes else None
         D, M, P, C = config.d_model, config.downsample, config.patch_size, config.in_channels
         self.embed_x = nn.Linear(M * P * P * C, D)
@@ -268,15 +271,51 @@ class DiffuSSM(nn.Module):
         c = self.embed_t(timestep_features(t).to(dtype))  # (B, D)
         if self.embed_y is not None and y is not None:
             c = c + self.embed_y(y)  # (B, D)
-        for block in self.blocks:
+        for block, spectra in zip(self.blocks, self._spectra(h * w), strict=True):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
             else:
-                x = block(x, c)  # (B, J, D)
+                x = block(x, c, spectra)  # (B, J, D)
         shift, scale = self.final_modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
         x = rearrange(x, "b j (k c) -> b (j k) c", k=M)  # (B, L, P P 2C)
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P).contiguous()
+
+    @contextmanager
+    def cached_kernels(self) -> Iterator[None]:
+        """Within this context, forward passes without gradients share the spectra of the kernels.
+
+        For samplers, which run one model many times. Before each use the parameters are compared with those
+        that the spectra were made from, number by number, so a change of any kind is noticed. Costs the
+        memory of the spectra, 16 D (L + 1) bytes for each block in float32, until the context is left. Does
+        nothing for parameters that are sharded, on the meta device or of a class of their own.
+
+        Source: chapter 5.
+        """
+        self._samplers += 1
+        try:
+            yield
+        finally:
+            self._samplers -= 1
+            if not self._samplers:
+                self._cache = None
+
+    def _spectra(self, length: int) -> Sequence[Tensor | None]:
+        """For each block the spectra of its kernels, or None where it shall compute them itself."""
+        layers: list[Any] = [block.ssm for block in self.blocks]
+        parameters: list[Tensor] = [p for layer in layers for p in layer.parameters()]
+        if (
+            not self._samplers
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not all(type(p) is nn.Parameter and not p.is_meta for p in parameters)
+        ):
+            return [None] * len(self.blocks)
+        if self._cache is None or not self._cache.holds(parameters, length):
+            self._cache = None  # before the new one is made: they need not both have room
+            spectra = [layer.spectra(length) for layer in layers]
+            self._cache = _Cache(length, [p.detach().clone() for p in parameters], spectra)
+        return self._cache.spectra
 
     def drop_labels(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Replace each label by "no class" with probability label_dropout: (B,) -> (B,), one draw per sample.
@@ -358,6 +397,25 @@ def _check_inputs(cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Tensor | None) -
                 f"y has labels from {low} to {high}: expected 0 to {cfg.num_classes - 1}, "
                 f"or {cfg.num_classes} for no class"
             )
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The spectra of all blocks, and what they were made from."""
+
+    length: int
+    parameters: list[Tensor]
+    spectra: list[Tensor]
+
+    def holds(self, parameters: list[Tensor], length: int) -> bool:
+        """Whether they are still right: compared number by number, with a single look at the result."""
+        if length != self.length or any(
+            p.dtype != old.dtype or p.device != old.device or p.shape != old.shape
+            for p, old in zip(parameters, self.parameters, strict=True)
+        ):
+            return False
+        changes = torch._foreach_sub(parameters, self.parameters)
+        return bool(torch.stack(torch._foreach_norm(changes, float("inf"))).max() == 0)  # never for a NaN
 
 
 def sincos_positions(height: int, width: int, d_model: int, device: torch.device | None = None) -> Tensor:

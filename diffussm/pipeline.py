@@ -309,13 +309,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
         x = x * scheduler.init_noise_sigma
         known = inspect.signature(scheduler.step).parameters
         options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
-        for step, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            output = model(scheduler.scale_model_input(x, t), t.expand(count), y).to(dtype)  # (B, 2C, H, W)
-            if not takes_variance:
-                output = output[:, : config.in_channels]  # (B, C, H, W)
-            x = scheduler.step(output, t, x, **options, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
+        with self.denoiser.cached_kernels():
+            for step, t in enumerate(self.progress_bar(scheduler.timesteps)):
+                scaled = scheduler.scale_model_input(x, t)
+                output = model(scaled, t.expand(count), y).to(dtype)  # (B, 2C, H, W)
+                if not takes_variance:
+                    output = output[:, : config.in_channels]  # (B, C, H, W)
+                x = scheduler.step(output, t, x, **options, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -5,6 +5,7 @@ Generated from book/07_sampling.md by `make export`: edit there.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -162,12 +163,13 @@ def denoise(
     predict = guided(model, cfg_scale, guidance_channels)
 
     def steps_back(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for step in reversed(range(steps)):
-            if method == "ddpm":
-                x, pred_xstart = ancestral_step(predict, shorter, x, step, y, generator, clip_denoised)
-            else:
-                x, pred_xstart = ddim_step(predict, shorter, x, step, y, generator, clip_denoised, eta)
-            yield int(shorter.timestep_map[step]), x, pred_xstart
+        with getattr(model, "cached_kernels", nullcontext)():
+            for step in reversed(range(steps)):
+                if method == "ddpm":
+                    x, pred_xstart = ancestral_step(predict, shorter, x, step, y, generator, clip_denoised)
+                else:
+                    x, pred_xstart = ddim_step(predict, shorter, x, step, y, generator, clip_denoised, eta)
+                yield int(shorter.timestep_map[step]), x, pred_xstart
 
     return steps_back(x)
 

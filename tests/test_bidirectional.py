@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from diffussm.bidirectional import BidirectionalSSM, bidirectional_conv
+from diffussm import bidirectional
+from diffussm.bidirectional import BidirectionalSSM, bidirectional_conv, convolve, kernel_spectra
 from diffussm.convolution import fft_conv
 
 
 def two_sums(u, k_forward, k_backward):
     """The definition: y_i = sum_l k_l u_{i-l}, and y_i = sum_l k_l u_{i+l}, as matrices of shifts."""
-    L = u.shape[-1]
+    L = u.shape[1]
     i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
     past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)
     future = torch.where(j >= i, k_backward[:, (j - i).clamp(min=0)], 0)
-    return torch.cat([torch.einsum("dij,bdj->bdi", matrix, u) for matrix in (past, future)], dim=1)
+    return torch.cat([torch.einsum("dij,bjd->bid", matrix, u) for matrix in (past, future)], dim=2)
 
 
 def random_inputs(B, D, L, dtype=torch.float64):
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, D, L), (D, L), (D, L))]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, L, D), (D, L), (D, L))]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,31 @@ def test_equals_the_two_sums_and_their_gradients(length):
 
 def test_equals_two_causal_convolutions_with_a_flip():
     u, k_forward, k_backward = random_inputs(2, 3, 50)
-    flipped = fft_conv(u.flip(-1), k_backward).flip(-1)
-    expected = torch.cat([fft_conv(u, k_forward), flipped], dim=1)
+    x = u.transpose(1, 2)
+    flipped = fft_conv(x.flip(-1), k_backward).flip(-1)
+    expected = torch.cat([fft_conv(x, k_forward), flipped], dim=1).transpose(1, 2)
     torch.testing.assert_close(bidirectional_conv(u, k_forward, k_backward), expected, rtol=0, atol=1e-12)
+
+
+def test_pieces_of_channels_give_what_one_piece_gives(monkeypatch):
+    inputs = random_inputs(2, 37, 20)  # 37 channels: two pieces of 16 and one of 5
+    whole = bidirectional_conv(*inputs)
+    probe = torch.randn_like(whole)
+    expected = [whole, *torch.autograd.grad(whole, inputs, probe)]
+    monkeypatch.setattr(bidirectional, "PIECE", 1)
+    assert [(c.start, c.stop) for c in bidirectional._pieces(inputs[0])] == [(0, 16), (16, 32), (32, 48)]
+    parts = bidirectional_conv(*inputs)
+    for a, b in zip([parts, *torch.autograd.grad(parts, inputs, probe)], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_input_in_any_memory_order():
+    u, k_forward, k_backward = random_inputs(2, 3, 20)
+    turned = u.detach().transpose(1, 2).contiguous().transpose(1, 2)  # (B, L, D), positions last in memory
+    assert not turned.is_contiguous()
+    assert torch.equal(
+        bidirectional_conv(turned, k_forward, k_backward), bidirectional_conv(u, k_forward, k_backward)
+    )
 
 
 def test_gradient_agrees_with_finite_differences():
@@ -102,6 +125,16 @@ def test_skip_adds_the_input_times_a_number_per_channel():
     torch.testing.assert_close(with_skip, layer(u) + skip * torch.cat([u, u], dim=2), rtol=0, atol=1e-11)
 
 
+def test_known_spectra_give_the_same_output_and_the_convolution_can_be_replaced():
+    layer = BidirectionalSSM(3, 4)
+    u = torch.randn(2, 20, 3)
+    spectra = layer.spectra(20)
+    assert spectra.shape == (2, 3, 21) and spectra.dtype == torch.complex64
+    assert torch.equal(layer(u, spectra), layer(u))
+    layer.convolution = lambda u, spectra: 2 * convolve(u, spectra)
+    assert torch.equal(layer(u, spectra), 2 * convolve(u, spectra))
+
+
 def test_directions_have_parameters_of_their_own():
     layer = BidirectionalSSM(3, 4)
     names = {name for name, _ in layer.named_parameters()}
@@ -141,10 +174,19 @@ def test_wrong_shape_is_refused(shape):
 
 
 def test_kernels_of_another_length_and_integers_are_refused():
-    with pytest.raises(ValueError, match=r"expected \(B, D, L\), \(D, L\) and \(D, L\)"):
-        bidirectional_conv(torch.zeros(1, 2, 8), torch.zeros(2, 8), torch.zeros(2, 7))
+    for kernels in ((2, 8), (2, 7)), ((2, 0), (2, 0)), ((8,), (8,)):
+        with pytest.raises(ValueError, match=r"expected \(D, L\) for both"):
+            kernel_spectra(*map(torch.zeros, kernels))
     with pytest.raises(TypeError, match="k_backward has dtype torch.int64"):
-        bidirectional_conv(torch.zeros(1, 2, 8), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64))
+        bidirectional_conv(torch.zeros(1, 8, 2), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64))
+    spectra = kernel_spectra(torch.zeros(2, 8), torch.zeros(2, 8))
+    for shape in (1, 9, 2), (1, 8, 3), (8, 2):
+        with pytest.raises(ValueError, match=r"expected \(B, L, D\) and \(2, D, L \+ 1\)"):
+            convolve(torch.zeros(shape), spectra)
+    with pytest.raises(TypeError, match="u has dtype torch.int64"):
+        convolve(torch.zeros(1, 8, 2, dtype=torch.int64), spectra)
+    with pytest.raises(TypeError, match="spectra torch.float32"):
+        convolve(torch.zeros(1, 8, 2), spectra.real)
     with pytest.raises(ValueError, match="=3: .*positive even integer"):
         BidirectionalSSM(4, 3)
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,6 +220,13 @@ def test_two_processes_then_one_see_the_same_samples_in_the_same_order():
 
 def test_recomputing_changes_nothing(tmp_path, alone):
     together(1, run_tiny, tmp_path / "run", {"recompute": True})
+    assert_close(tmp_path / "run", alone)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_compiling_changes_nothing(tmp_path, alone):
+    together(1, run_tiny, tmp_path / "run", {"compile": True})
     assert_close(tmp_path / "run", alone)
 
 

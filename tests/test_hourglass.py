@@ -75,7 +75,7 @@ def block_by_subscripts(block, x, c):
 
 
 class NoMixing(torch.nn.Module):
-    def forward(self, u):
+    def forward(self, u, spectra=None):
         return torch.cat([u, u], dim=2)
 
 
@@ -194,3 +194,24 @@ def test_impossible_sizes_are_refused(arguments, message):
 def test_wrong_shapes_are_refused(x, c):
     with pytest.raises(ValueError, match=r"expected \(B, J, 8\) and \(B, 8\)"):
         HourglassBlock(8, 4)(torch.zeros(x), torch.zeros(c))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("known", [False, True], ids=["kernels inside", "spectra given"])
+def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
+    """Traced and differentiated as by torch.compile, without generating code; fullgraph forbids breaks."""
+    block = awake().float()
+    spectra = block.ssm.spectra(20).detach() if known else None
+    inputs = [torch.randn(2, 10, 8), torch.randn(2, 8), *block.parameters()]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs[:2]] + inputs[2:]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    results = []
+    for side in (block, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y = side(*inputs[:2], spectra)
+        gradients = torch.autograd.grad(y.square().sum(), inputs, allow_unused=known)
+        results.append([y, *(gradient for gradient in gradients if gradient is not None)])
+    for clear, fast in zip(*results, strict=True):
+        tolerance = 1e-5 if precision == "float32" else 2e-2
+        assert (clear - fast).abs().max() <= tolerance * clear.abs().max()
+    torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """Chapter 5: configuration, the network, what it is told, and its two files."""
 
+import copy
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffussm.bidirectional import BidirectionalSSM
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, sincos_positions, timestep_features
 
 SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "d_model": 16, "n_blocks": 2, "d_state": 4}
@@ -384,3 +386,130 @@ def test_foreign_configuration_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         DiffuSSM.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often the spectra of a layer were computed."""
+    lengths = []
+    clear = BidirectionalSSM.spectra
+    monkeypatch.setattr(
+        BidirectionalSSM, "spectra", lambda layer, length: lengths.append(length) or clear(layer, length)
+    )
+    return lengths
+
+
+def fresh_copy(model):
+    """The same weights in a model that was never sampled from."""
+    same = DiffuSSM(model.config).to(model.head.weight.dtype)
+    same.load_state_dict(model.state_dict())
+    return same
+
+
+def test_kernels_are_computed_once_for_many_forward_passes(computed):
+    model, (x, t, y) = awake(), inputs()
+    with torch.no_grad():
+        expected = model(x, t, y)
+        computed.clear()
+        with model.cached_kernels():
+            outputs = [model(x, t, y) for _ in range(3)]
+        assert computed == [64, 64]  # one for each block
+        assert all(torch.equal(output, expected) for output in outputs)
+        model(x, t, y)
+        assert len(computed) == 4 and model._cache is None  # outside of the context nothing is kept
+
+
+def swap_in_an_average(model):
+    average = copy.deepcopy(model)
+    for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+        theirs.data = 0.5 * ours.data
+
+
+def step_of_an_optimizer(model):
+    with torch.enable_grad():
+        x, t, y = inputs()
+        model(x, t, y).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    model.zero_grad()
+
+
+CHANGES = {
+    "in place": lambda model: model.blocks[0].ssm.skip.mul_(1.5),
+    "through .data": lambda model: model.blocks[1].ssm.backward_kernel.log_dt.data[2].add_(0.3),
+    "one number": lambda model: model.blocks[1].ssm.forward_kernel.C.data.flatten()[:1].add_(1.0),
+    "foreach": lambda model: torch._foreach_mul_(list(model.parameters()), 0.9),
+    "loaded": lambda model: model.load_state_dict(awake().state_dict()),
+    "assigned": lambda model: model.load_state_dict(awake().state_dict(), assign=True),
+    "average swapped in": swap_in_an_average,
+    "optimizer": step_of_an_optimizer,
+    "cast": lambda model: model.double(),
+    "cast down": lambda model: model.bfloat16().float(),
+    "replaced": lambda model: setattr(model.blocks[0], "ssm", awake().blocks[1].ssm),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_cached_kernels_are_never_stale(change, computed):
+    model, (x, t, y) = awake(), inputs()
+    with torch.no_grad(), model.cached_kernels():
+        before = model(x, t, y)
+        change(model)
+        computed.clear()
+        after = model(x, t, y)
+        assert len(computed) == 2
+        assert torch.equal(after, fresh_copy(model)(x, t, y)) and not torch.equal(after, before)
+
+
+def test_cached_kernels_follow_the_length_and_the_autocast(computed):
+    model, (x, t, y) = awake(), inputs()
+    wide = inputs(height=4, width=12)[0]
+    with torch.no_grad(), model.cached_kernels():
+        for image in (x, wide, x):
+            computed.clear()
+            output = model(image, t, y)
+            assert len(computed) == 2
+            assert torch.equal(output, fresh_copy(model)(image, t, y))
+        with torch.autocast("cpu", torch.bfloat16):
+            under = model(x, t, y)
+            assert torch.equal(under, fresh_copy(model)(x, t, y))
+
+
+def test_parameters_that_are_not_numbers_are_recomputed_and_spread():
+    model, (x, t, y) = awake(), inputs()
+    with torch.no_grad(), model.cached_kernels():
+        model(x, t, y)
+        model.blocks[0].ssm.skip.data[0] = math.nan
+        assert model(x, t, y).isnan().any()
+
+
+def test_gradients_flow_to_the_kernels_inside_the_context():
+    model, (x, t, y) = awake(), inputs()
+    with model.cached_kernels():
+        with torch.no_grad():
+            model(x, t, y)
+        model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.blocks[0].ssm.parameters())
+
+
+def test_contexts_may_overlap(computed):
+    model, (x, t, y) = awake(), inputs()
+    first, second = model.cached_kernels(), model.cached_kernels()
+    with torch.no_grad():
+        first.__enter__()
+        model(x, t, y)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        model(x, t, y)
+        assert len(computed) == 2
+        second.__exit__(None, None, None)
+        assert model._cache is None
+
+
+def test_a_copy_made_inside_the_context_has_kernels_of_its_own():
+    model, (x, t, y) = awake(), inputs()
+    with torch.no_grad(), model.cached_kernels():
+        model(x, t, y)
+        other = copy.deepcopy(model)
+        swap_in_an_average(other)
+        assert torch.equal(other(x, t, y), fresh_copy(other)(x, t, y))
+        assert torch.equal(model(x, t, y), fresh_copy(model)(x, t, y))

@@ -466,7 +466,7 @@ def test_saved_folder_needs_no_package(saved, tmp_path):
             **os.environ,
             "HF_MODULES_CACHE": str(tmp_path / "code"),
             "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
         },
         capture_output=True,
         text=True,
