@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import report, require_agreement, speed_row
+from benchmarks.common import command, report, require_agreement, speed_row
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import fft_conv, vandermonde, vandermonde_two_level
 
@@ -89,4 +89,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

@@ -1,69 +1,68 @@
-"""How the cost of a block grows with the length: ``python -m benchmarks.block``.
+"""A block of DiffuSSM against a block of DiT, forward and backward: ``python -m benchmarks.block``.
 
-Forward and backward of one `HourglassBlock`, L from 1024 to 16384 at a fixed number of images. The exponent
-is the slope of a straight line through log(time) against log(L), by least squares over all lengths. 1 is
-linear; attention would tend to 2.
+Same width, same length of sequence, same batch, same precision, each as fast as it goes: attention is
+PyTorch's fused `scaled_dot_product_attention`. The DiT block has 18 D^2 parameters, ours with M = 2 has
+15 D^2 and the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+from torch import nn
 
-from benchmarks.common import alternate, report
+from benchmarks.common import command, keep_freed_memory, report, speed_row
+from benchmarks.references import awake, require_right
+from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
 
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
-LIMIT = 1.15
+CASES = ((1024, 8, 1.3), (4096, 8, 2.2), (16384, 1, 4.0))  # L, B, how many times faster we must be
 
 
-def make_job(block: HourglassBlock, batch: int, length: int) -> Callable[[], object]:
+def make_job(block: nn.Module, batch: int, length: int) -> Callable[[], object]:
     """A function that runs the block forwards and backwards on the same input at every call."""
-    d_model, M = block.w0.in_features, block.downsample
-    x = torch.randn(batch, length // M, d_model, requires_grad=True)
-    c = torch.randn(batch, d_model, requires_grad=True)
-    inputs = [x, c, *block.parameters()]
-    probe = torch.randn_like(x)
+    parameter = next(block.parameters())
+    d_model = block.norm.normalized_shape[0] if isinstance(block, HourglassBlock) else block.proj.in_features
+    options = {"device": parameter.device, "requires_grad": True}
+    x = torch.randn(batch, length, d_model, **options)
+    c = torch.randn(batch, d_model, **options)
+    inputs, probe = [x, c, *block.parameters()], torch.randn(x.shape, device=x.device)
     return lambda: torch.autograd.grad(block(x, c), inputs, probe)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.block", description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1152, help="D (default: 1152; less is faster)")
-    parser.add_argument("--batch", type=int, default=1, help="B (default: 1)")
-    parser.add_argument("--downsample", type=int, default=2, help="M (default: 2)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each length (default: 3)")
-    arguments = parser.parse_args(argv)
-    D, B, M = arguments.width, arguments.batch, arguments.downsample
-    if min(D, B, M, arguments.runs) < 1 or any(length % M for length in LENGTHS):
-        parser.error(f"all options must be positive, and --downsample must divide {LENGTHS[0]}")
-
-    torch.manual_seed(0)
-    block = HourglassBlock(D, 64, M)
-    torch.nn.init.xavier_uniform_(block.w3.weight)  # zero at the start: some gradients would be all zeros
-    seconds = alternate({str(length): make_job(block, B, length) for length in LENGTHS}, runs=arguments.runs)
-    medians = {length: statistics.median(seconds[str(length)]) for length in LENGTHS}
-    exponent = float(np.polyfit(np.log(LENGTHS), np.log(list(medians.values())), 1)[0])
-    row: dict[str, Any] = {
-        "what": "exponent of the time in L",
-        **{f"L = {length}": f"{1e3 * median:,.0f} ms" for length, median in medians.items()},
-        "doubling costs": f"{2**exponent:.2f} times",
-        "exponent": round(exponent, 3),
-        "limit": f"under {LIMIT}",
-        "reached": math.isfinite(exponent) and exponent < LIMIT,
-        "seconds": seconds,
-    }
-    title = (
-        f"Cost of a block, forward + backward, against the length: B = {B}, D = {D}, N = 64, M = {M}, float32"
+    parser.add_argument("--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: 3)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[L for L, _, _ in CASES], help="default: 1024 4096 16384"
     )
-    return report("block", title, [row], settings=vars(arguments))
+    arguments = parser.parse_args(argv)
+    D = arguments.width
+    cases = [case for case in CASES if case[0] in arguments.lengths]
+    if min(D, arguments.runs) < 1 or D % 16 or len(cases) < len(arguments.lengths):
+        parser.error("--width must be a multiple of 16, --runs positive, --lengths among 1024, 4096, 16384")
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    ours, theirs = awake(HourglassBlock(D, 64, 2)), awake(DiTBlock(D))
+    errors = [require_right(name, block, D, 128) for name, block in (("DiffuSSM", ours), ("DiT", theirs))]
+    rows: list[dict[str, Any]] = []
+    for L, B, limit in cases:
+        row = speed_row(
+            f"L = {L}, B = {B}",
+            ("DiT block", make_job(theirs, B, L)),
+            ("DiffuSSM block", make_job(ours, B, L // 2)),  # the stream of M = 2 has L / 2 places
+            at_least=limit,
+            runs=arguments.runs,
+        )
+        rows.append({**row, "difference": f"{max(errors):.0e}", "length": L})
+    title = f"A block, forward + backward, against a DiT block: D = {D}, N = 64, M = 2, 16 heads, float32"
+    return report("block", title, rows, settings=vars(arguments))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

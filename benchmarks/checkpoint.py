@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Disagreement, report
+from benchmarks.common import Disagreement, command, report
 from diffussm.distributed import Cluster
 from diffussm.model import PRESETS, DiffuSSMConfig
 from diffussm.training import TrainConfig, TrainState, snapshot, write_checkpoint
@@ -76,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

@@ -4,12 +4,14 @@ A ratio is only as good as its two sides, so
 
 - both sides run in one process, alternating, and each is summed up by its median (:func:`alternate`);
 - the two results are compared before anything is reported (:func:`require_agreement`);
+- runs that differ too much among themselves are not reported either (:func:`require_quiet`);
 - peak memory is taken in a fresh process for each side (:func:`peak_memory`);
 - the report names the processor, the thread count and the versions, as Markdown and as JSON (:func:`report`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -28,6 +30,13 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+
+
+NOISE = 0.2  # of the median: how far apart the quartiles of the runs of one side may lie
+
+
+class Noise(RuntimeError):
+    """The runs of one side differ so much among themselves that their median says little."""
 
 
 class Disagreement(RuntimeError):
@@ -82,6 +91,44 @@ def alternate(
     return seconds
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the pages of freed tensors, as the caching allocator of a GPU does.
+
+    By default each tensor of more than 32 MiB is mapped afresh and filled with zeros by the system, page by
+    page: a cost that falls on whichever side makes the larger tensors (here DiT's), not on what they
+    compute. Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    for option, value in ((mmap_max, 0), (trim_threshold, -1), (top_pad, 2**28)):
+        mallopt(option, value)
+
+
+def require_quiet(what: str, seconds: Mapping[str, list[float]]) -> float:
+    """The largest distance between the quartiles of a side's runs, relative to its median.
+
+    Raises Noise where it exceeds NOISE: something else was running, and a ratio of such medians is luck.
+    """
+    worst = 0.0
+    for name, values in seconds.items():
+        if len(values) < 2:
+            continue
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        spread = (high - low) / statistics.median(values)
+        if not spread <= NOISE:
+            runs = ", ".join(f"{value:.3g}" for value in values)
+            raise Noise(
+                f"{what}: the runs of {name} took {runs} s; their quartiles lie {spread:.0%} of the median "
+                f"apart, more than the {NOISE:.0%} allowed; nothing is reported. Close what else is running, "
+                "or raise --runs"
+            )
+        worst = max(worst, spread)
+    return worst
+
+
 def speed_row(
     what: str,
     reference: tuple[str, Callable[[], object]],
@@ -93,6 +140,7 @@ def speed_row(
 ) -> dict[str, Any]:
     """One row of the report: how many times faster ``candidate`` is (each side a ``(name, function)``)."""
     seconds = alternate(dict([reference, candidate]), runs=runs, warmup=warmup)
+    spread = require_quiet(what, seconds)
     slow, fast = (statistics.median(seconds[name]) for name, _ in (reference, candidate))
     return {
         "what": what,
@@ -101,6 +149,7 @@ def speed_row(
         "ratio": round(slow / fast, 2),
         "limit": f"at least {at_least:g}",
         "reached": slow / fast >= at_least,
+        "spread": f"{spread:.0%}",
         "seconds": seconds,
     }
 
@@ -171,6 +220,15 @@ def report(
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(markdown)
     return 0 if all(row.get("reached", True) for row in rows) else 1
+
+
+def command(main: Callable[[], int]) -> int:
+    """Run a benchmark's main; a comparison that must not be reported ends with its reason, no traceback."""
+    try:
+        return main()
+    except (Disagreement, Noise) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def environment() -> dict[str, str]:

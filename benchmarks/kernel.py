@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import memory_row, peak_memory, report, require_agreement, speed_row
+from benchmarks.common import command, memory_row, peak_memory, report, require_agreement, speed_row
 from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
 
 D_MODEL, D_STATE = 1152, 64
@@ -81,4 +81,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))

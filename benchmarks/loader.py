@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import report, require_agreement, speed_row
+from benchmarks.common import command, report, require_agreement, speed_row
 from diffussm.data import batch_flips, batch_indices
 from diffussm.latents import FORMAT, LatentStore, npy_header, sign_manifest, verify_store
 
@@ -112,4 +112,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(main))
