@@ -5,6 +5,7 @@ Generated from book/09_training.md by `make export`: edit there.
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -85,6 +86,8 @@ class TrainConfig:
     are kept, and besides each that `keep_every` divides (0: none). `micro_batch` is how many images a
     process takes through the network at once (0: all of its share). `parallel` is ``"ddp"`` or ``"fsdp"``;
     `recompute` keeps fewer activations and computes them again; `compile` uses torch.compile (chapter 11).
+    `convolution` is ``"fft"`` or ``"package.module:function"``, which chooses another for this machine
+    (chapter 16).
     """
 
     model: DiffuSSMConfig
@@ -111,17 +114,20 @@ class TrainConfig:
     parallel: str = "ddp"
     recompute: bool = False
     compile: bool = False
+    convolution: str = "fft"
 
     # Where the data lie may change as well: what they are is checked apart (`open_run`).
     FREE: ClassVar[frozenset[str]] = frozenset(
         "data log_every save_every sample_every keep_last keep_every micro_batch parallel recompute "
-        "compile".split()
+        "compile convolution".split()
     )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "timesteps", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.timesteps <= 20:
+            raise ValueError(f"timesteps={self.timesteps}: must be over 20, the last beta is 20 / timesteps")
         for name in ("weight_decay", "clip", "sample_every", "keep_every", "micro_batch", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
@@ -416,6 +422,8 @@ class TrainState:
             torch.manual_seed(config.seed)
             model = DiffuSSM(config.model).to(world.device)
         model.recompute = config.recompute
+        if config.convolution != "fft":
+            _choose_convolution(model, config, world)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         for module in (model, ema):
             world.shard(module, config)
@@ -587,6 +595,29 @@ def load_checkpoint(folder: Path, state: TrainState, world: World) -> None:
         state.step = int(record["step"])
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
+
+
+def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> None:
+    """Ask the function that `config.convolution` names for a convolution, and give it to every block."""
+    name, _, function = config.convolution.partition(":")
+    try:
+        choose = getattr(importlib.import_module(name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"convolution={config.convolution!r} cannot be had ({error}); expected 'fft', or "
+            "'package.module:function' such as 'diffussm.on_chip:choose_convolution', which needs Triton"
+        ) from error
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    batch = micro_batch_of(config, world.size)
+    # one process measures and all do as it says: they must not choose differently
+    choice = world.once(
+        lambda: choose(config.model.seq_len, config.model.d_model, batch, world.device, dtype)
+    )
+    if world.rank == 0:
+        print(f"convolution: {choice.reason}", file=sys.stderr)
+    blocks: Any = model.blocks
+    for block in blocks:
+        block.ssm.convolution = choice.convolution
 
 
 def open_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:

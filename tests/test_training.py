@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,12 +15,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diffussm.bidirectional import convolve
 from diffussm.data import TensorData
-from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
     Meter,
     TrainConfig,
+    TrainState,
     World,
     describe_groups,
     ema_decay_at,
@@ -442,3 +445,46 @@ def test_the_recipes_are_the_presets():
 
     for name, recipe in RECIPES.items():
         assert recipe.model == DiffuSSMConfig(**PRESETS[name])
+
+
+def doubled(u, spectra):
+    return convolve(u, 2 * spectra)
+
+
+def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def choose(*question):
+        asked.append(question)
+        return SimpleNamespace(convolution=doubled, reason="twice is better")
+
+    monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(choose=choose))
+    config = TrainConfig(
+        model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, micro_batch=4, convolution="elsewhere:choose"
+    )
+    state = TrainState.create(config, World("cpu"))
+    assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32)]
+    assert "convolution: twice is better" in capsys.readouterr().err
+    for model in (state.model, state.ema):
+        assert all(block.ssm.convolution is doubled for block in model.blocks)
+    plain = TrainState.create(replace(config, convolution="fft"), World("cpu"))
+    assert all(block.ssm.convolution is convolve for block in plain.model.blocks)
+
+
+def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
+    pytest.importorskip("triton")
+    config = TrainConfig(
+        model=DiffuSSMConfig(**PRESETS["digits"]),
+        batch_size=8,
+        convolution="diffussm.on_chip:choose_convolution",
+    )
+    state = TrainState.create(config, World("cpu"))
+    assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
+    assert state.model.blocks[0].ssm.convolution is convolve
+
+
+@pytest.mark.parametrize("name", ["triton", "no.such.module:choose", "diffussm.model:choose", ":", "math:"])
+def test_a_convolution_that_does_not_exist_is_refused(name):
+    config = TrainConfig(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, convolution=name)
+    with pytest.raises(ValueError, match="expected 'fft', or 'package.module:function'"):
+        TrainState.create(config, World("cpu"))
