@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.block import make_job
-from benchmarks.common import alternate, command, keep_freed_memory, report, require_quiet
+from benchmarks.common import command, keep_freed_memory, quiet_runs, report
 from benchmarks.references import awake, require_right
 from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         require_right(name, awake(block), D, 128)
         # from long to short: a short one right after the longest would pay for giving its memory back
         jobs = {str(length): make_job(block, B, length // M) for length in reversed(LENGTHS)}
-        seconds = alternate(jobs, runs=arguments.runs)
-        spread = require_quiet(name, seconds)
+        seconds, spread = quiet_runs(name, jobs, runs=arguments.runs)
         medians = {length: statistics.median(seconds[str(length)]) for length in LENGTHS}
         long = [length for length in LENGTHS if length >= FROM]
         exponent = float(np.polyfit(np.log(long), np.log([medians[length] for length in long]), 1)[0])
