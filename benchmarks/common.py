@@ -279,6 +279,10 @@ def _measure_peak(send: Any, function: str, arguments: tuple[object, ...], threa
     module, _, attribute = function.partition(":")
     job = getattr(importlib.import_module(module), attribute)(*arguments)
     gc.collect()
+    try:  # glibc: pages of freed tensors that the process still holds must not count as already there
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
     try:  # Linux: forget the high-water mark left behind by the imports
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
