@@ -36,12 +36,14 @@ def make_state(preset: str, world: Cluster) -> tuple[TrainConfig, TrainState]:
     return config, state
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure, print, write benchmarks/results/checkpoint.{md,json}; 1 if the limit is not reached."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="DiffuSSM-S")
     parser.add_argument("--runs", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.runs < 1:
+        parser.error("--runs must be positive")
     seconds: dict[str, list[float]] = {"synchronous": [], "training waits": []}
     with tempfile.TemporaryDirectory() as folder, Cluster("cpu") as world:
         config, state = make_state(options.preset, world)
