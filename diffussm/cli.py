@@ -434,13 +434,13 @@ def draw_grid(
     import torch
 
     from diffussm.sampling import sample
-    from diffussm.training import diffusion_of
+    from diffussm.training import diffusion_of, stream
 
     if classes is None:
         classes = range(min(config.model.num_classes, 10) or 1)
     where = next(model.parameters()).device
     shape = (config.model.in_channels, config.model.height, config.model.width)
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "grid", 0)
     noise = torch.randn(len(classes) * count, *shape, generator=generator).to(where)
     conditional = model.null_label is not None
     labels = torch.tensor(classes).repeat_interleave(count).to(where) if conditional else None

@@ -303,7 +303,7 @@ def draw_samples(
     ]
     for number in tqdm(mine, unit="batch", disable=not progress or world.rank > 0, dynamic_ncols=True):
         indices = range(starts[number], min(starts[number] + config.batch_size, config.count))
-        generator = stream(config.seed, number)
+        generator = stream(config.seed, "samples", number)
         noise = torch.randn(shape, generator=generator).to(world.device)
         # a whole batch even at the end: its numbers then do not depend on `count`
         whole = range(indices.start, indices.start + config.batch_size)

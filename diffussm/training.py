@@ -271,9 +271,12 @@ class Drawn(Protocol):
         ...
 
 
-def stream(seed: int, step: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone: nothing has to be saved to resume (chapter 9)."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def stream(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone: nothing has to be saved to resume (chapter 9).
+
+    `purpose` keeps streams apart that are counted alike: "training" by step, "samples" by batch, "grid".
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -284,7 +287,7 @@ def training_batch(
     position = (len(dataset), config.batch_size, step, config.seed)
     share = config.batch_size // size
     mine = slice(rank * share, (rank + 1) * share)
-    generator = stream(config.seed, step)
+    generator = stream(config.seed, "training", step)
     t = torch.randint(config.timesteps, (config.batch_size,), generator=generator)
     shape = (config.batch_size, config.model.in_channels, config.model.height, config.model.width)
     noise = torch.randn(shape, generator=generator)

@@ -121,7 +121,18 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     for config, step in ((TINY, 4), (replace(TINY, seed=1), 3)):
         other = training_batch(data, model, config, step)
         assert not torch.equal(a.noise, other.noise) and not torch.equal(a.t, other.t)
-    assert not torch.equal(torch.rand(4, generator=stream(0, 1)), torch.rand(4, generator=stream(1, 0)))
+
+
+def test_no_two_streams_are_alike():
+    # sampling once started its batches from the noise of the first training steps, bit for bit
+    keys = [
+        (seed, purpose, number)
+        for seed in (0, 1)
+        for purpose in ("training", "samples", "grid")
+        for number in (0, 1)
+    ]
+    draws = {tuple(torch.rand(4, generator=stream(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
 
 
 def test_drawing_a_batch_leaves_the_global_generator_alone():
