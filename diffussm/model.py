@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from diffussm.convolution import _without_autocast
 from diffussm.hourglass import HourglassBlock
 
 __all__ = [
@@ -252,7 +253,7 @@ class DiffuSSM(nn.Module):
 
         Returns:
             (B, 2C, H, W): the noise in the first C channels, in the others the place of the variance
-            between its bounds (chapter 6).
+            between its bounds (chapter 6). Of the precision of the weights, under autocast too.
 
         Raises:
             ValueError: shapes that do not fit, labels missing, superfluous or outside the table.
@@ -276,10 +277,16 @@ class DiffuSSM(nn.Module):
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
             else:
                 x = block(x, c, spectra)  # (B, J, D)
-        shift, scale = self.final_modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
-        x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
+        with _without_autocast(x.device):  # guidance would magnify the rounding of a bfloat16 answer
+            modulation = self.final_modulation(F.silu(c.to(dtype)))  # (B, 2D)
+            shift, scale = modulation.unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
+            x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
         x = rearrange(x, "b j (k c) -> b (j k) c", k=M)  # (B, L, P P 2C)
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: not the kernels that somebody keeps while sampling."""
+        return {**self.__dict__, "_samplers": 0, "_cache": None}
 
     @contextmanager
     def cached_kernels(self) -> Iterator[None]:
@@ -308,6 +315,7 @@ class DiffuSSM(nn.Module):
             not self._samplers
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or not parameters  # one of the replicas that DataParallel makes for each step
             or not all(type(p) is nn.Parameter and not p.is_meta for p in parameters)
         ):
             return [None] * len(self.blocks)
@@ -346,7 +354,7 @@ class DiffuSSM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """The model that :meth:`save_pretrained` wrote. Draws no random numbers.
+        """The model that :meth:`save_pretrained` wrote, in float32 at least. Draws no random numbers.
 
         Raises:
             FileNotFoundError: the folder or one of its two files is missing.
@@ -358,6 +366,8 @@ class DiffuSSM(nn.Module):
         with torch.device("meta"):  # shapes only: nothing is drawn or allocated that the file replaces
             model = cls(config)
         _check_tensors(Path(folder, WEIGHTS_FILE), expected=model.state_dict(), found=tensors)
+        # numbers of 16 bits are a way to store weights: parameters and what is computed with them take 32
+        tensors = {name: w.float() if w.element_size() < 4 else w for name, w in tensors.items()}
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -419,16 +429,16 @@ class _Cache:
 
 
 def sincos_positions(height: int, width: int, d_model: int, device: torch.device | None = None) -> Tensor:
-    """Sines and cosines of the row, then of the column, of every position in raster order: (H W, D) float32.
+    """Sines and cosines of the column, then of the row, of every position in raster order: (H W, D) float32.
 
-    Source: chapter 5, equation eq-model-sincos (DiT's; the paper has none).
+    Source: chapter 5, equation eq-model-sincos (DiT's table; the paper mentions none).
     """
     quarter = d_model // 4
     omega = 10_000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
     row, column = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
-    angles = [place.flatten()[:, None] * omega for place in (row, column)]  # (HW, D/4) each
+    angles = [place.flatten()[:, None] * omega for place in (column, row)]  # (HW, D/4) each
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
 
 

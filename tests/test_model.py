@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import os
+import pickle
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -156,14 +158,32 @@ def test_without_embedding_only_the_sequence_counts():
         assert same == (pos_embed == "none")
 
 
-def test_sincos_positions_are_sines_and_cosines_of_row_and_column():
+def test_sincos_positions_are_sines_and_cosines_of_column_and_row():
     places = sincos_positions(3, 4, 8)
     for row in range(3):
         for column in range(4):
             expected = [
-                f(w * place) for place in (row, column) for f in (math.sin, math.cos) for w in (1, 0.01)
+                f(w * place) for place in (column, row) for f in (math.sin, math.cos) for w in (1, 0.01)
             ]
             torch.testing.assert_close(places[4 * row + column], torch.tensor(expected))
+
+
+def dit_positions(side, width):
+    """The fixed table of DiT's models.py, by its definition: the first half of the numbers belongs to the
+    first of the grids that ``np.meshgrid(across, down)`` returns, and that one counts columns.
+    """
+    omega = 1 / 10_000 ** (np.arange(width // 4) / (width / 4))
+    halves = []
+    for grid in np.meshgrid(np.arange(side), np.arange(side)):
+        angle = np.outer(grid.reshape(-1), omega)
+        halves += [np.sin(angle), np.cos(angle)]
+    return torch.from_numpy(np.concatenate(halves, axis=1))
+
+
+@pytest.mark.parametrize(("side", "width"), [(2, 4), (16, 64), (64, 1152)])
+def test_sincos_positions_are_dits_table_entry_by_entry(side, width):
+    ours = sincos_positions(side, side, width)
+    torch.testing.assert_close(ours.double(), dit_positions(side, width), rtol=0, atol=1e-5)
 
 
 def test_timestep_features_are_cosines_then_sines():
@@ -199,6 +219,22 @@ def test_autocast_bfloat16_is_close_to_float32():
     assert streams == [torch.float32, torch.float32]
     assert (out - expected).abs().max() < 0.05 * expected.abs().max()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_head_computes_in_float32_under_autocast():
+    """From the stream on, which is float32, the output is that of float64 up to round-off of float32."""
+    model, (x, t, y) = awake(), inputs()
+    seen = {}
+    model.blocks[-1].register_forward_hook(lambda module, args, output: seen.update(x=output, c=args[1]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x, t, y)
+    assert out.dtype == torch.float32
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        shift, scale = exact.final_modulation(torch.nn.functional.silu(seen["c"].double())).chunk(2, dim=1)
+        exact_out = exact.head(exact.final_norm(seen["x"].double()) * (1 + scale[:, None]) + shift[:, None])
+    expected = exact_out.view(3, 8, 4, 2, 6).permute(0, 4, 1, 2, 3).reshape(3, 6, 8, 8)  # pairs of neighbours
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient_and_is_real():
@@ -304,6 +340,22 @@ def test_save_and_load_give_the_same_model(tmp_path):
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
     assert sorted(os.listdir(tmp_path / "deep" / "folder")) == ["config.json", "model.safetensors"]
     assert json.loads((tmp_path / "deep" / "folder" / "config.json").read_text())["d_model"] == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_half_precision_are_loaded_as_float32(tmp_path, dtype):
+    model = awake()
+    copy.deepcopy(model).to(dtype).save_pretrained(tmp_path)
+    loaded = DiffuSSM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter.to(dtype).float())
+    loaded(*inputs()).sum().backward()
+
+
+def test_float64_weights_stay_float64(tmp_path):
+    awake().double().save_pretrained(tmp_path)
+    assert DiffuSSM.from_pretrained(tmp_path).head.weight.dtype == torch.float64
 
 
 def test_saving_again_replaces_but_never_another_model(tmp_path):
@@ -513,3 +565,21 @@ def test_a_copy_made_inside_the_context_has_kernels_of_its_own():
         swap_in_an_average(other)
         assert torch.equal(other(x, t, y), fresh_copy(other)(x, t, y))
         assert torch.equal(model(x, t, y), fresh_copy(model)(x, t, y))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_copies_made_while_kernels_are_kept_keep_none(copied, computed):
+    model, (x, t, y) = awake(), inputs()
+    with torch.no_grad(), model.cached_kernels():
+        model(x, t, y)
+        twin = copied(model)
+        assert model._samplers == 1 and model._cache is not None
+        computed.clear()
+        assert torch.equal(twin(x, t, y), model(x, t, y))
+        assert computed == [64, 64]  # by the copy, which was not asked to keep them
+    assert twin._samplers == 0 and twin._cache is None and model._cache is None
+    with torch.no_grad(), twin.cached_kernels():
+        twin(x, t, y)
+    assert twin._cache is None
