@@ -334,7 +334,7 @@ def _train(arguments: Sequence[str]) -> int:
         try:
             state = train(config, out, world=world, dataset=data, on_log=log, on_samples=draw)
         except Preempted as stop:
-            told = f"{stop}; the same command goes on from there"
+            told = str(stop)
             world.once(lambda: (out / "preempted").write_text(told + "\n"))
             if world.rank == 0:
                 print(told, file=sys.stderr)

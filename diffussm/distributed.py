@@ -126,6 +126,11 @@ class Cluster(World):
             dist.all_reduce(values)
         return values
 
+    def barrier(self) -> None:
+        """See World."""
+        if self.size > 1:
+            dist.barrier()
+
     def once(self, function: Callable[[], T]) -> T:
         """See World. The result travels between our own processes, never through a file."""
         outcome: list[Any] = [None, None]
@@ -159,7 +164,7 @@ class Cluster(World):
         self.finish()
         if self.rank == 0:
             self._written = self._writer.submit(
-                write_checkpoint, run, snapshot, config.keep_last, config.keep_every
+                write_checkpoint, run, snapshot, config.keep_last, config.keep_every, config.keep_steps
             )
 
     def save_error(self) -> Exception | None:

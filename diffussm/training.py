@@ -4,19 +4,23 @@ Generated from book/09_training.md by `make export`: edit there.
 """
 
 import copy
+import errno
 import hashlib
 import importlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
@@ -26,7 +30,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffussm.data import Dataset, ImageFolder, TensorData, batch_flips, batch_indices, digits, load_batch
+from diffussm.data import (
+    Dataset,
+    Fetch,
+    ImageFolder,
+    TensorData,
+    batch_flips,
+    batch_indices,
+    digits,
+    load_batch,
+)
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
@@ -53,10 +66,12 @@ __all__ = [
     "OPTIMIZER",
     "CHECKPOINT_FILES",
     "snapshot",
+    "UNSUPPORTED",
     "write_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "open_run",
+    "facts_of",
     "load_run",
     "load_dataset",
     "check_data",
@@ -64,6 +79,7 @@ __all__ = [
     "micro_batch_of",
     "Preempted",
     "train",
+    "accumulate_gradients",
     "Clock",
     "whole_ema",
     "replay",
@@ -76,18 +92,21 @@ class TrainConfig:
 
     `data` is ``"digits"``, the path of an image folder, or that of a latent store (chapter 10). `batch_size`
     counts the images of one optimiser step, over all processes. `lr` is constant between `warmup` steps at
-    the start and `cooldown` steps at the end, during which it rises from and falls to zero linearly;
-    `ssm_lr` caps it for the state space dynamics (chapter 9). `clip` bounds the norm of the gradient (0: not
-    at all). `precision` is ``"float32"`` or ``"bf16"`` (autocast). Raises ValueError for values that cannot
-    work.
+    the start, over which it rises linearly, and `cooldown` steps at the end, over which it falls towards
+    zero; `ssm_lr` caps it for the state space dynamics (chapter 9). `clip` bounds the norm of the gradient
+    (0: not at all). `ema_warmup` lets the window of the average grow at the start (False: a constant decay,
+    as the paper has it). `exif_rotate` turns photographs as their EXIF data ask (chapter 8). `precision` is
+    ``"float32"`` or ``"bf16"`` (autocast). Raises ValueError for values that cannot work.
 
     The options after `seed` change how a run is carried out, not what it learns; they may change on resume.
     `log_every`, `save_every` and `sample_every` (0: never) count optimiser steps. `keep_last` checkpoints
-    are kept, and besides each that `keep_every` divides (0: none). `micro_batch` is how many images a
-    process takes through the network at once (0: all of its share). `parallel` is ``"ddp"`` or ``"fsdp"``;
-    `recompute` keeps fewer activations and computes them again; `compile` uses torch.compile (chapter 11).
-    `convolution` is ``"fft"`` or ``"package.module:function"``, which chooses another for this machine
-    (chapter 16).
+    are kept, and besides each that `keep_every` divides (0: none) and all that `keep` names, by their step
+    (``"1320313"``) or by the images seen until then (``"338M images"``), which are saved when they are
+    reached. `skip_nonfinite` steps whose loss or gradient is not finite are left out before the run stops.
+    `workers` threads decode images. `micro_batch` is how many images a process takes through the network at
+    once (0: all of its share). `parallel` is ``"ddp"`` or ``"fsdp"``; `recompute` keeps fewer activations
+    and computes them again; `compile` uses torch.compile (chapter 11). `convolution` is ``"fft"`` or
+    ``"package.module:function"``, which chooses another for this machine (chapter 16).
     """
 
     model: DiffuSSMConfig
@@ -100,8 +119,10 @@ class TrainConfig:
     warmup: int = 0
     cooldown: int = 0
     ema_decay: float = 0.9999
+    ema_warmup: bool = True
     timesteps: int = 1000
     flip: bool = False
+    exif_rotate: bool = False
     clip: float = 0.0
     precision: str = "float32"
     seed: int = 0
@@ -110,6 +131,9 @@ class TrainConfig:
     sample_every: int = 0
     keep_last: int = 2
     keep_every: int = 0
+    keep: tuple[str, ...] = ()
+    skip_nonfinite: int = 3
+    workers: int = 4
     micro_batch: int = 0
     parallel: str = "ddp"
     recompute: bool = False
@@ -118,17 +142,17 @@ class TrainConfig:
 
     # Where the data lie may change as well: what they are is checked apart (`open_run`).
     FREE: ClassVar[frozenset[str]] = frozenset(
-        "data log_every save_every sample_every keep_last keep_every micro_batch parallel recompute "
-        "compile convolution".split()
+        "data log_every save_every sample_every keep_last keep_every keep skip_nonfinite workers micro_batch "
+        "parallel recompute compile convolution".split()
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "timesteps", "log_every", "save_every", "keep_last"):
+        for name in ("steps", "batch_size", "timesteps", "log_every", "save_every", "keep_last", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.timesteps <= 20:
             raise ValueError(f"timesteps={self.timesteps}: must be over 20, the last beta is 20 / timesteps")
-        for name in ("weight_decay", "clip", "sample_every", "keep_every", "micro_batch", "seed"):
+        for name in "weight_decay clip sample_every keep_every skip_nonfinite micro_batch seed".split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("lr", "ssm_lr"):
@@ -146,6 +170,15 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r}: choose 'float32' or 'bf16'")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel={self.parallel!r}: choose 'ddp' or 'fsdp'")
+        # a YAML file may say `keep: 338M images` where a list of one would be meant
+        entries = str(self.keep).split(",") if isinstance(self.keep, str | int) else self.keep
+        object.__setattr__(self, "keep", tuple(str(entry).strip() for entry in entries))
+        _ = self.keep_steps  # refuses what cannot be read
+
+    @property
+    def keep_steps(self) -> frozenset[int]:
+        """The steps that `keep` names; a number of images is that of the first step that reaches it."""
+        return frozenset(_kept_step(entry, self.batch_size) for entry in self.keep)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -158,6 +191,18 @@ class TrainConfig:
         if "model" not in values:
             raise ValueError("a training configuration needs a 'model' section")
         return cls(**{**values, "model": DiffuSSMConfig.from_dict(values["model"])})
+
+
+def _kept_step(entry: str, batch_size: int) -> int:
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?) ?([kM]?)( images)?", entry)
+    number = Fraction(match[1].replace("_", "")) * {"": 1, "k": 10**3, "M": 10**6}[match[2]] if match else 0
+    step = math.ceil(number / batch_size) if match and match[3] else number
+    if step < 1 or step != int(step):
+        raise ValueError(
+            f"keep={entry!r}: expected a step such as '1320313' or '400k', or a number of images such as "
+            "'338M images'"
+        )
+    return int(step)
 
 
 RECIPES = {
@@ -226,9 +271,12 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def ema_decay_at(step: int, decay: float) -> float:
-    """The decay of the moving average at `step` (counted from 0), eq-training-ema-warmup of chapter 9."""
-    return min(decay, (1 + step) / (10 + step))
+def ema_decay_at(step: int, decay: float, warmup: bool = True) -> float:
+    """The decay of the moving average at `step` (counted from 0), eq-training-ema-warmup of chapter 9.
+
+    Without `warmup` it is constant, eq-training-ema.
+    """
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 @torch.no_grad()
@@ -281,9 +329,18 @@ def stream(seed: int, purpose: str, number: int) -> torch.Generator:
 
 
 def training_batch(
-    dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int, rank: int = 0, size: int = 1
+    dataset: Dataset,
+    model: DiffuSSM,
+    config: TrainConfig,
+    step: int,
+    rank: int = 0,
+    size: int = 1,
+    fetch: Fetch = map,
 ) -> Batch:
-    """The part of process `rank` of `size` in the batch of `step`, a pure function (eq-training-stream)."""
+    """The part of process `rank` of `size` in the batch of `step`, a pure function (eq-training-stream).
+
+    `fetch` may do the work of `map` in several threads.
+    """
     position = (len(dataset), config.batch_size, step, config.seed)
     share = config.batch_size // size
     mine = slice(rank * share, (rank + 1) * share)
@@ -295,7 +352,7 @@ def training_batch(
     if isinstance(dataset, Drawn):
         x0, labels = dataset.batch(indices, flips, torch.randn(shape, generator=generator)[mine])
     else:
-        x0, labels = load_batch(dataset, indices, flips)
+        x0, labels = load_batch(dataset, indices, flips, fetch)
     if model.null_label is None:
         return Batch(x0, t[mine], None, noise[mine])
     everyone = torch.zeros(config.batch_size, dtype=torch.int64)
@@ -306,13 +363,21 @@ def training_batch(
 def training_batches(
     dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int, rank: int = 0, size: int = 1
 ) -> Iterator[Batch]:
-    """The batches from `step` to the end of the run, each made while the one before is being used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        ahead = pool.submit(training_batch, dataset, model, config, step, rank, size)
+    """The batches from `step` to the end of the run, each made while the one before is being used.
+
+    Data sets that read files (they have a method `read`) do so in `config.workers` threads.
+    """
+    threads = config.workers if hasattr(dataset, "read") else 1
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="batches") as pool,
+        ThreadPoolExecutor(threads, thread_name_prefix="images") as readers,
+    ):
+        fetch = readers.map if threads > 1 else map
+        ahead = pool.submit(training_batch, dataset, model, config, step, rank, size, fetch)
         for following in range(step + 1, config.steps + 1):
             batch = ahead.result()
             if following < config.steps:
-                ahead = pool.submit(training_batch, dataset, model, config, following, rank, size)
+                ahead = pool.submit(training_batch, dataset, model, config, following, rank, size, fetch)
             yield batch
 
 
@@ -326,15 +391,15 @@ class Meter:
 
     @classmethod
     def tally(cls, losses: dict[str, Tensor], t: Tensor, timesteps: int) -> Tensor:
-        """What images add: losses {"loss", "mse", "vb"}, (B,) each, t (B,) in [0, timesteps) -> (2, 8)."""
-        sums = torch.zeros(2, len(cls.names), dtype=torch.float64)
-        for column, name in enumerate(("loss", "mse", "vb")):
-            sums[0, column] = losses[name].detach().double().sum().cpu()
-            sums[1, column] = len(t)
-        quartile = 4 * t.cpu() // timesteps  # (B,) 0 to 3
-        mse = losses["mse"].detach().double().cpu()
-        sums[0, 3:7].index_add_(0, quartile, mse)
-        sums[1, 3:7].index_add_(0, quartile, torch.ones_like(mse))
+        """What images add: losses {"loss", "mse", "vb"}, (B,) each, t (B,) in [0, timesteps) -> (2, 8).
+
+        It stays on the device of the losses: to copy it would make the host wait for each micro-batch.
+        """
+        sums = torch.zeros(2, len(cls.names), dtype=torch.float64, device=t.device)
+        terms = torch.stack([losses[name].detach().double() for name in cls.names[:3]])  # (3, B)
+        sums[0, :3], sums[1, :3] = terms.sum(1), len(t)
+        inside = 4 * t // timesteps == torch.arange(4, device=t.device)[:, None]  # (4, B): in which quartile
+        sums[0, 3:7], sums[1, 3:7] = torch.where(inside, terms[1], 0.0).sum(1), inside.sum(1)
         return sums
 
     def add(self, tally: Tensor, grad_norm: float) -> None:
@@ -380,6 +445,9 @@ class World:
         """The sum of a CPU tensor over the processes."""
         return values
 
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+
     def once(self, function: Callable[[], T]) -> T:
         """Call a function in one process; every process gets its result, or its exception."""
         return function()
@@ -394,7 +462,7 @@ class World:
 
     def save(self, run: Path, snapshot: "Snapshot", config: "TrainConfig") -> None:
         """Write a checkpoint, now or soon."""
-        write_checkpoint(run, snapshot, config.keep_last, config.keep_every)
+        write_checkpoint(run, snapshot, config.keep_last, config.keep_every, config.keep_steps)
 
     def save_error(self) -> Exception | None:
         """Why the last checkpoint could not be written, if it could not and nobody was told yet."""
@@ -410,13 +478,17 @@ class World:
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds: all of a run but data and configuration. `step` counts finished steps."""
+    """What a checkpoint holds: all of a run but data and configuration.
+
+    `step` counts finished steps; `skipped` are those (from 1) that were not finite and changed nothing.
+    """
 
     model: DiffuSSM
     ema: DiffuSSM
     optimizer: torch.optim.Optimizer
     meter: Meter
     step: int = 0
+    skipped: list[int] = field(default_factory=list)
 
     @classmethod
     def create(cls, config: TrainConfig, world: World) -> Self:
@@ -425,8 +497,7 @@ class TrainState:
             torch.manual_seed(config.seed)
             model = DiffuSSM(config.model).to(world.device)
         model.recompute = config.recompute
-        if config.convolution != "fft":
-            _choose_convolution(model, config, world)
+        _choose_convolution(model, config, world)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         for module in (model, ema):
             world.shard(module, config)
@@ -443,6 +514,7 @@ class Snapshot(NamedTuple):
     model: DiffuSSMConfig
     tensors: dict[str, dict[str, Tensor]]
     meter: list[list[float]]
+    skipped: list[int]
 
 
 WEIGHTS = {name: f"{name}/model.safetensors" for name in ("model", "ema")}
@@ -468,7 +540,7 @@ def snapshot(state: TrainState, world: World) -> Snapshot:
     )
     tensors = {file: copied(getattr(state, name).state_dict().items()) for name, file in WEIGHTS.items()}
     tensors[OPTIMIZER] = copied(moments)
-    return Snapshot(state.step, state.model.config, tensors, state.meter.sums.tolist())
+    return Snapshot(state.step, state.model.config, tensors, state.meter.sums.tolist(), list(state.skipped))
 
 
 def _sha256(path: Path) -> str:
@@ -476,17 +548,53 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody else read
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+# What systems answer that lack a call for a kind of file, or at all: network disks, FUSE, Windows.
+UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+}
+
+
+@cache  # each text once
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not folder or error.errno not in UNSUPPORTED:
+            raise
+        _warn(
+            f"this disk cannot flush a folder ({error.strerror}): after a loss of power the newest "
+            "checkpoint may be missing, and the run would go on from the one before"
+        )
 
 
-def write_checkpoint(run: Path, taken: Snapshot, keep_last: int = 2, keep_every: int = 0) -> Path:
+def write_checkpoint(
+    run: Path, taken: Snapshot, keep_last: int = 2, keep_every: int = 0, keep: Iterable[int] = ()
+) -> Path:
     """Write RUN/checkpoints/step_XXXXXXXX, all of it or nothing, then remove those not to be kept; return it.
 
+    Kept are the last `keep_last`, those that `keep_every` divides (0: none), and the steps in `keep`.
     Raises OSError, with what to do, when the disk is full or the folder read-only; older checkpoints are
     still there then.
     """
@@ -498,7 +606,7 @@ def write_checkpoint(run: Path, taken: Snapshot, keep_last: int = 2, keep_every:
         for file, tensors in taken.tensors.items():
             path = temporary / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+            _save_tensors(tensors, path)
             if path.name != OPTIMIZER:
                 (path.parent / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
             _flush(path)
@@ -508,7 +616,7 @@ def write_checkpoint(run: Path, taken: Snapshot, keep_last: int = 2, keep_every:
             ):
                 raise OSError(f"{path} reads back other than it was written")
         sums = {name: _sha256(temporary / name) for name in sorted(CHECKPOINT_FILES)}
-        record = {"step": taken.step, "meter": taken.meter, "sha256": sums}
+        record = {"step": taken.step, "meter": taken.meter, "skipped": taken.skipped, "sha256": sums}
         (temporary / "state.json").write_text(json.dumps(record, indent=2))
         for path in (*temporary.rglob("*.json"), *temporary.rglob("*"), temporary):
             _flush(path)
@@ -525,7 +633,8 @@ def write_checkpoint(run: Path, taken: Snapshot, keep_last: int = 2, keep_every:
         ) from error
     others = sorted(other for other in folder.parent.glob("step_*") if other != folder)
     for old in others[: len(others) + 1 - keep_last]:
-        if not keep_every or _step_of(old) % keep_every:
+        step = _step_of(old)
+        if step not in keep and (not keep_every or step % keep_every):
             shutil.rmtree(old)
     return folder
 
@@ -538,12 +647,16 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def find_checkpoint(run: Path) -> Path | None:
+def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
     """The newest checkpoint of a run whose files match their checksums, or None before the first one.
 
-    Raises ValueError when there are checkpoints and all are damaged: to begin again would bury them.
+    With `step` it is the checkpoint of that step and no other: FileNotFoundError, naming those there are,
+    if it is not kept. Raises ValueError when it is damaged, or when there are checkpoints and all are
+    damaged: to begin again would bury them.
     """
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    if step is not None:
+        return _checkpoint_of(run, step, [_step_of(folder) for folder in reversed(folders)])
     for folder in folders:
         if (fault := _fault(folder)) is None:
             return folder
@@ -554,6 +667,17 @@ def find_checkpoint(run: Path) -> Path | None:
             "copy, or move that folder away to begin again from the first step"
         )
     return None
+
+
+def _checkpoint_of(run: Path, step: int, present: list[int]) -> Path:
+    if step not in present:
+        raise FileNotFoundError(
+            f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, present)) or 'none yet'}"
+        )
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    if fault := _fault(folder):
+        raise ValueError(f"{folder} is damaged ({fault}); choose another step")
+    return folder
 
 
 def _fault(folder: Path) -> str | None:
@@ -596,20 +720,31 @@ def load_checkpoint(folder: Path, state: TrainState, world: World) -> None:
             state.optimizer.state[parameter][slot] = value
         state.meter.sums = torch.tensor(record["meter"], dtype=torch.float64).view_as(state.meter.sums)
         state.step = int(record["step"])
+        state.skipped = [int(step) for step in record.get("skipped", [])]
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
 
 
-def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> None:
-    """Ask the function that `config.convolution` names for a convolution, and give it to every block."""
-    name, _, function = config.convolution.partition(":")
+def _chooser(convolution: str) -> Callable[..., Any] | None:
+    """The function that this option names, or None for the FFT; ValueError if there is no such function."""
+    if convolution == "fft":
+        return None
+    name, _, function = convolution.partition(":")
     try:
-        choose = getattr(importlib.import_module(name), function)
+        choose: Callable[..., Any] = getattr(importlib.import_module(name), function)
+        return choose
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"convolution={config.convolution!r} cannot be had ({error}); expected 'fft', or "
+            f"convolution={convolution!r} cannot be had ({error}); expected 'fft', or "
             "'package.module:function' such as 'diffussm.on_chip:choose_convolution', which needs Triton"
         ) from error
+
+
+def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> None:
+    """Ask the function that `config.convolution` names for a convolution, and give it to every block."""
+    choose = _chooser(config.convolution)
+    if choose is None:
+        return
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     batch = micro_batch_of(config, world.size)
     # one process measures and all do as it says: they must not choose differently
@@ -623,36 +758,72 @@ def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> N
         block.ssm.convolution = choice.convolution
 
 
-def open_run(run: Path, config: TrainConfig, dataset: Dataset) -> None:
+def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool = False) -> None:
     """Claim the folder `run` for `config` and data, or check that it is this run already.
 
-    Raises ValueError if it holds another run (naming the differing options) or files that are no run. What
-    `TrainConfig.FREE` names may differ, and so may `steps`: a run can be prolonged, unless its learning rate
-    has been told to fall towards the end.
+    Raises ValueError if it holds another run (naming the differing options), a run of other data, or files
+    that are no run; a new folder is made only when nothing is to be refused. What `TrainConfig.FREE` names
+    may differ, and so may `steps`: a run can be prolonged, unless its learning rate has been told to fall
+    towards the end. `other_data` lets a run go on with other data, which its configuration then records.
     """
-    fingerprint = getattr(dataset, "fingerprint", None)
-    facts = {"images": len(dataset), "classes": dataset.classes, "fingerprint": fingerprint}
-    ours = json.loads(json.dumps({**asdict(config), "dataset": facts}))
+    _chooser(config.convolution)  # a name that does not exist is refused before there is a folder
+    ours = json.loads(json.dumps({**asdict(config), "dataset": facts_of(dataset)}))
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
-        draft = run / ".config.json.tmp"
-        draft.write_text(json.dumps(ours, indent=2) + "\n")
-        draft.replace(run / "config.json")
+        _write_config(run, ours)
         return
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not empty and holds no training run; choose a new folder")
     theirs = _read_config(run)
-    free = TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set())
-    differing = [
-        f"{name} (there {theirs.get(name)!r}, asked {ours.get(name)!r})"
-        for name in sorted(set(ours) | set(theirs))
-        if name not in free and ours.get(name) != theirs.get(name)
-    ]
-    if differing:
+    if differing := _differing(ours, theirs, config):
         raise ValueError(
             f"{run} holds another run, which differs in {'; '.join(differing)}. "
             "Choose a new folder, or give the same options to resume it; nothing was written"
         )
+    _compare_data(run, ours["dataset"], theirs, other_data)
+
+
+def facts_of(dataset: Dataset) -> dict[str, Any]:
+    """What a run remembers of its data: how many images, the classes, a checksum if the data set has one."""
+    fingerprint = getattr(dataset, "fingerprint", None)
+    return {"images": len(dataset), "classes": dataset.classes, "fingerprint": fingerprint}
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig) -> list[str]:
+    free = TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set()) | {"dataset"}
+    # an option that a run's folder does not know is younger than the run, which did as the default does
+    younger = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    theirs = younger | theirs
+    return [
+        f"{name} (there {theirs.get(name)!r}, asked {ours.get(name)!r})"
+        for name in sorted(set(ours) | set(theirs))
+        if name not in free and ours.get(name) != theirs.get(name)
+    ]
+
+
+def _compare_data(run: Path, ours: dict[str, Any], theirs: dict[str, Any], other_data: bool) -> None:
+    known = theirs["dataset"]
+    differing = [
+        f"dataset.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
+        for name, value in ours.items()
+        # a fingerprint that is not known on both sides says nothing
+        if known.get(name) != value and not (name == "fingerprint" and None in (known.get(name), value))
+    ]
+    if differing and not other_data:
+        raise ValueError(
+            f"{run} was trained on other data, which differ in {'; '.join(differing)}. Give the data that "
+            "it was trained on (they may have moved), choose a new folder, or pass --other_data "
+            "(other_data=True) to go on with these; nothing was written"
+        )
+    if differing:
+        earlier = [*known.pop("earlier", []), known]
+        _write_config(run, {**theirs, "dataset": {**ours, "earlier": earlier}})
+
+
+def _write_config(run: Path, values: dict[str, Any]) -> None:
+    draft = run / ".config.json.tmp"
+    draft.write_text(json.dumps(values, indent=2) + "\n")
+    draft.replace(run / "config.json")
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -667,36 +838,83 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 @contextmanager
 def _locked(run: Path, world: World) -> Iterator[None]:
-    """Hold the run's folder: the system lets go of it when the process ends, however it ends."""
-    handle = None
-
-    def take() -> None:
-        import fcntl  # not on Windows
-
-        nonlocal handle
-        handle = (run / ".lock").open("w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            raise ValueError(
-                f"{run} is being trained by another process; wait for it, or stop it (a killed torchrun "
-                "leaves its children alive)"
-            ) from None
-
-    world.once(take)
+    """Hold the run's folder; ValueError if another process does."""
+    release: list[Callable[[], None]] = []
+    world.once(lambda: release.append(_lock(run)))
     try:
         yield
     finally:
-        if handle is not None:
-            handle.close()
+        for let_go in release:  # the first process has one, the others none
+            let_go()
 
 
-def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConfig, list[str]]:
+def _lock(run: Path) -> Callable[[], None]:
+    """Take the run's lock and return what lets go of it; the system does so when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _lock_by_file(run, "this system has no flock")
+    handle = (run / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle.close
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(
+            f"{run} is being trained by another process; wait for it, or stop it (a killed torchrun "
+            "leaves its children alive)"
+        ) from None
+    except OSError as error:  # Lustre that is mounted without flock, some network disks
+        handle.close()
+        if error.errno not in UNSUPPORTED | {errno.ENOLCK}:
+            raise
+        return _lock_by_file(run, f"this disk has no flock: {error.strerror}")
+
+
+def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
+    """The same with a file that only one process can create, which outlives a process that is killed."""
+    path, host = run / ".lock.json", socket.gethostname()
+    _warn(f"{reason}; {path.name} in the run's folder takes its place, which a killed process leaves behind")
+    for _ in range(2):
+        try:
+            with path.open("x") as file:
+                json.dump({"host": host, "process": os.getpid()}, file)
+            return lambda: path.unlink(missing_ok=True)
+        except FileExistsError:
+            _remove_if_stale(path, host)
+    raise ValueError(f"{run} is being trained by another process, which took {path} just now; wait for it")
+
+
+def _remove_if_stale(path: Path, host: str) -> None:
+    try:
+        holder = json.loads(path.read_text())
+        owner, process = str(holder["host"]), int(holder["process"])
+    except FileNotFoundError:  # let go of in this moment
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        owner, process = "unknown", 0
+    if owner == host and os.name == "posix":  # of another machine's processes we know nothing
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            _warn(f"{path} was left by process {process} of this machine, which is no more; it is removed")
+            path.unlink(missing_ok=True)
+            return
+        except PermissionError:  # it is alive, and another user's
+            pass
+    raise ValueError(
+        f"{path.parent} is held by process {process} of the machine {owner!r}, says {path}. If it still "
+        "trains, wait for it or stop it; if it was killed, remove that file and give the command again"
+    )
+
+
+def load_run(
+    run: str | Path, weights: str = "ema", step: int | None = None
+) -> tuple[DiffuSSM, TrainConfig, list[str]]:
     """The trained network of a run's newest valid checkpoint, its configuration and its class names.
 
-    `weights` is ``"ema"`` (what one samples from) or ``"model"``. Raises FileNotFoundError when `run` is no
-    run or has no valid checkpoint yet.
+    `weights` is ``"ema"`` (what one samples from) or ``"model"``; `step` asks for the checkpoint of that
+    step. Raises FileNotFoundError when `run` is no run, or has no valid checkpoint yet or none of that step.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -705,7 +923,7 @@ def load_run(run: str | Path, weights: str = "ema") -> tuple[DiffuSSM, TrainConf
         )
     values = _read_config(run)
     classes = values.pop("dataset").get("classes", [])
-    checkpoint = find_checkpoint(run)
+    checkpoint = find_checkpoint(run, step)
     if checkpoint is None:
         raise FileNotFoundError(f"{run} has no valid checkpoint yet; train longer, or lower save_every")
     return DiffuSSM.from_pretrained(checkpoint / weights), TrainConfig.from_dict(values), classes
@@ -763,7 +981,7 @@ def micro_batch_of(config: TrainConfig, size: int) -> int:
 
 
 class Preempted(Exception):
-    """The run was asked to stop; a checkpoint of its last step is written."""
+    """The run was asked to stop and a checkpoint of its last step is written; the message names the step."""
 
 
 def train(
@@ -775,6 +993,7 @@ def train(
     on_samples: Callable[[DiffuSSM, int], None] | None = None,
     world: World | None = None,
     dataset: Dataset | None = None,
+    other_data: bool = False,
 ) -> TrainState:
     """Train, or resume, the run in folder `run` until `config.steps` optimiser steps are done (chapter 9).
 
@@ -782,18 +1001,19 @@ def train(
     `save_every` steps and at the end). A killed run that is started again gives the same weights, moving
     average and log, bit for bit on a CPU. `on_log` gets each line of the log; `on_samples` the averaged
     model and the step, each `sample_every` steps; both in the first process only. `world` shares the run
-    with others (chapter 11); `dataset` replaces what `load_dataset` finds.
+    with others (chapter 11); `dataset` replaces what `load_dataset` finds; `other_data` lets a run go on
+    with data that it was not trained on.
 
-    Raises ValueError for a folder or data that do not fit, FloatingPointError when loss or gradient stop
-    being finite (what led to it is in RUN/dump_XXXXXXXX), OSError when a checkpoint cannot be written,
-    Preempted when the world was told to stop.
+    Raises ValueError for a folder or data that do not fit, FloatingPointError when loss or gradient were
+    not finite at more than `config.skip_nonfinite` steps (what led to the first is in RUN/dump_XXXXXXXX),
+    OSError when a checkpoint cannot be written, Preempted when the world was told to stop.
     """
     run = Path(run)
     world = world or World(device)
     micro_batch_of(config, world.size)
     data = load_dataset(config) if dataset is None else dataset
     check_data(data, config)
-    world.once(lambda: open_run(run, config, data))
+    world.once(lambda: open_run(run, config, data, other_data))
     with _locked(run, world):
         checkpoint = world.once(lambda: find_checkpoint(run))
         state = TrainState.create(config, world)
@@ -819,65 +1039,105 @@ def _loop(
 ) -> None:
     diffusion = diffusion_of(config)
     network = world.wrap(state.model, config)
-    micro = micro_batch_of(config, world.size)
-    parts = config.batch_size // world.size // micro
     clock = Clock(state.step, config)
     bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
     for batch in training_batches(data, state.model, config, state.step, world.rank, world.size):
-        tally = torch.zeros_like(state.meter.sums)
-        for part in range(parts):
-            x0, t, y, noise = batch.part(part * micro, micro, world.device)
-            with world.exchange(network, now=part == parts - 1):
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    losses = diffusion.losses(network, x0, t, y, noise)
-                # gradients are averaged over processes, so each scales its sum by their number
-                (losses["loss"].sum() * (world.size / config.batch_size)).backward()
-            tally += Meter.tally(losses, t, config.timesteps)
+        tally = accumulate_gradients(network, diffusion, batch, config, world)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        grad_norm = world.whole(nn.utils.get_total_norm(gradients)).item()
-
-        # One exchange per step: what all images add to the log, and whether anyone has a reason to stop.
-        broken = not math.isfinite(grad_norm) or not bool(tally.isfinite().all())
-        reasons = [float(broken), float(world.stopping), float(world.save_error() is not None)]
-        sums = world.sum(torch.cat([tally.flatten(), torch.tensor(reasons, dtype=torch.float64)]))
-        tally, (broken, stopping, unsaved) = sums[:-3].view_as(tally), sums[-3:].tolist()
-        if unsaved:
+        norm = world.whole(nn.utils.get_total_norm(gradients))
+        told = _all_reduce(tally, norm, world)
+        if told.unsaved:
             raise world.save_error() or OSError(
                 "another process could not write a checkpoint; see its message"
             )
-        if broken:
-            _dump(run, state, data, config, world, grad_norm)
-        if config.clip and grad_norm > config.clip:
-            torch._foreach_mul_(gradients, config.clip / grad_norm)
-        for group in state.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * learning_rate_factor(state.step, config)
-        state.optimizer.step()
+        if told.broken:
+            _skip(run, state, data, config, world, told.grad_norm)
+        else:
+            _update(state, gradients, told.grad_norm, config)
+            state.meter.add(told.tally, told.grad_norm)
         state.optimizer.zero_grad(set_to_none=True)
-        update_ema(state.ema, state.model, ema_decay_at(state.step, config.ema_decay))
-        state.meter.add(tally, grad_norm)
         state.step += 1
 
         bar.update()
         if state.step % config.log_every == 0:
-            row: dict[str, Any] = {"step": state.step, "images": state.step * config.batch_size}
-            row |= state.meter.read_and_reset() | clock.read(state.step)
-            row |= world.vitals(config, row["images_per_second"])
+            row = _log_row(state, clock, config, world)
             if world.rank == 0:
                 with (run / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 if on_log is not None:
                     on_log(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
-        if state.step % config.save_every == 0 or state.step == config.steps or stopping:
-            world.save(run, snapshot(state, world), config)
-        if config.sample_every and state.step % config.sample_every == 0 and on_samples is not None:
-            ema = whole_ema(state, world)
-            world.once(partial(on_samples, ema, state.step))
-        if stopping and state.step < config.steps:
+            bar.set_postfix(loss="none" if row["loss"] is None else f"{row['loss']:.4f}")
+        with clock.paused():
+            if told.stopping or _saves_at(state.step, config):
+                world.save(run, snapshot(state, world), config)
+            if config.sample_every and state.step % config.sample_every == 0 and on_samples is not None:
+                world.once(partial(on_samples, whole_ema(state, world), state.step))
+        if told.stopping and state.step < config.steps:
             world.finish()
-            raise Preempted(f"asked to stop: saved step {state.step} of {config.steps}")
+            raise Preempted(
+                f"asked to stop: saved step {state.step} of {config.steps}; "
+                "the same command goes on from there"
+            )
     world.finish()
     bar.close()
+
+
+def accumulate_gradients(
+    network: nn.Module, diffusion: GaussianDiffusion, batch: Batch, config: TrainConfig, world: World
+) -> Tensor:
+    """Forward and backward pass of a process's share, one micro-batch after another; returns its tally."""
+    micro = micro_batch_of(config, world.size)
+    parts = len(batch.t) // micro
+    tally = torch.zeros(2, len(Meter.names), dtype=torch.float64, device=world.device)
+    for part in range(parts):
+        x0, t, y, noise = batch.part(part * micro, micro, world.device)
+        with world.exchange(network, now=part == parts - 1):
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                losses = diffusion.losses(network, x0, t, y, noise)
+            # gradients are averaged over processes, so each scales its sum by their number
+            (losses["loss"].sum() * (world.size / config.batch_size)).backward()
+        tally += Meter.tally(losses, t, config.timesteps)
+    return tally
+
+
+class _Told(NamedTuple):
+    """What all processes know after a step: the tally of the whole batch, and whether anyone has to stop."""
+
+    tally: Tensor
+    grad_norm: float
+    broken: bool
+    stopping: bool
+    unsaved: bool
+
+
+def _all_reduce(tally: Tensor, norm: Tensor, world: World) -> _Told:
+    """The one all-reduce of a step beside that of the gradients, so that all processes decide alike."""
+    ours = torch.cat([tally.flatten(), norm.double().reshape(1)]).cpu()  # the only copy off the device
+    reasons = [not ours.isfinite().all(), world.stopping, world.save_error() is not None]
+    sums = world.sum(torch.cat([ours[:-1], torch.tensor(reasons, dtype=torch.float64)]))
+    broken, stopping, unsaved = (bool(reason) for reason in sums[-3:])
+    return _Told(sums[:-3].view_as(tally), ours[-1].item(), broken, stopping, unsaved)
+
+
+def _update(state: TrainState, gradients: list[Tensor], grad_norm: float, config: TrainConfig) -> None:
+    """One step of the optimiser and of the average."""
+    if config.clip and grad_norm > config.clip:
+        torch._foreach_mul_(gradients, config.clip / grad_norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * learning_rate_factor(state.step, config)
+    state.optimizer.step()
+    update_ema(state.ema, state.model, ema_decay_at(state.step, config.ema_decay, config.ema_warmup))
+
+
+def _saves_at(step: int, config: TrainConfig) -> bool:
+    return step % config.save_every == 0 or step == config.steps or step in config.keep_steps
+
+
+def _log_row(state: TrainState, clock: "Clock", config: TrainConfig, world: World) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": state.step, "images": state.step * config.batch_size}
+    row |= state.meter.read_and_reset() | clock.read(state.step)
+    row |= world.vitals(config, row["images_per_second"])
+    return row | ({"skipped": list(state.skipped)} if state.skipped else {})
 
 
 class Clock:
@@ -887,6 +1147,13 @@ class Clock:
         self.config = config
         self.started = self.last = time.perf_counter()
         self.step = step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training, such as drawing samples: it does not count for the rate."""
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
 
     def read(self, step: int) -> dict[str, float]:
         """Seconds since the start, images per second since the last call, seconds left at that rate."""
@@ -920,30 +1187,49 @@ def _rewind_log(path: Path, step: int) -> None:
         draft.replace(path)
 
 
+def _skip(
+    run: Path, state: TrainState, data: Dataset, config: TrainConfig, world: World, grad_norm: float
+) -> None:
+    """Count a step that is left out; FloatingPointError, alike in all processes, if it is one too many."""
+    if not state.skipped:
+        _dump(run, state, data, config, world, grad_norm)
+    state.skipped.append(state.step + 1)
+    left = config.skip_nonfinite - len(state.skipped)
+    first = run / f"dump_{state.skipped[0]:08d}"
+    what = f"loss or gradient is not finite at step {state.step + 1} (gradient norm {grad_norm})"
+    if left < 0:
+        world.finish()
+        before = ", ".join(map(str, state.skipped[:-1])) or "none"
+        raise FloatingPointError(
+            f"{what}; the weights were not touched. skip_nonfinite={config.skip_nonfinite} such steps may "
+            f"be left out; left out before: {before}. What led to the first was written to {first}: look at "
+            "it with diffussm.training.replay. Its checkpoints stay. Start a new run with a lower lr "
+            f"(now {config.lr:g}), a longer warmup (now {config.warmup}) or a clip (now {config.clip:g}); or "
+            "go on with a higher skip_nonfinite, if this was an accident"
+        )
+    if world.rank == 0:
+        tqdm.write(f"{what}; left out, as {left} more may be. See {first}", file=sys.stderr)
+
+
 def _dump(
     run: Path, state: TrainState, data: Dataset, config: TrainConfig, world: World, grad_norm: float
 ) -> None:
+    """Write what leads to this step, for `replay`: the weights as they are, and the batch."""
     taken = snapshot(state, world)
     folder = run / f"dump_{state.step + 1:08d}"
 
     def write() -> None:
         (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
-        safetensors.torch.save_file(taken.tensors[WEIGHTS["model"]], folder / "model" / "model.safetensors")
+        _save_tensors(taken.tensors[WEIGHTS["model"]], folder / "model" / "model.safetensors")
         batch = training_batch(data, state.model, config, state.step)
         kept = {name: value for name, value in batch._asdict().items() if value is not None}
-        safetensors.torch.save_file(kept, folder / "batch.safetensors")
+        _save_tensors(kept, folder / "batch.safetensors")
         facts = {"step": state.step, "grad_norm": str(grad_norm), "config": asdict(config)}
         (folder / "dump.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     world.finish()
     world.once(write)
-    raise FloatingPointError(
-        f"loss or gradient is not finite at step {state.step + 1} (gradient norm {grad_norm}); the weights "
-        f"were not touched. What led to it is in {folder}: look at it with diffussm.training.replay. The "
-        f"last checkpoint is kept. Start a new run with a lower lr (now {config.lr:g}), a longer warmup "
-        f"(now {config.warmup}) or a clip (now {config.clip:g})"
-    )
 
 
 def replay(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
