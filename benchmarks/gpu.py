@@ -14,9 +14,8 @@ import gc
 import json
 import statistics
 import sys
-import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +29,13 @@ from benchmarks.common import RESULTS, alternate, environment, quiet_runs, requi
 from benchmarks.references import awake, require_right
 from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
-from benchmarks.train_step import make_model, make_step
+from benchmarks.train_step import make_loss, make_model, make_step
 from diffussm.bidirectional import BidirectionalSSM, convolve
 from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
 from diffussm.distributed import peak_flops
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention, time_by_kind
 from diffussm.hourglass import HourglassBlock
-from diffussm.model import PRESETS, DiffuSSMConfig
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
 Row = dict[str, Any]
 
@@ -51,13 +50,16 @@ class Sizes:
     block_cases: tuple[tuple[int, int], ...] = ((1024, 32), (4096, 16), (16384, 2))  # L, B
     curve: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     sizes: tuple[int, ...] = (32, 64)  # sides of the latent
-    batches: tuple[int, ...] = (8, 16, 32, 64, 96, 128)
+    places: tuple[int, ...] = (2**15, 2**16)  # positions in a training batch: 32 and 64 images of L = 1024
+    batches: tuple[int, ...] = (8, 16, 32)  # of guided images
     steps: int = 50
     runs: int = 5
     compile: bool = True
 
 
-REHEARSAL = Sizes(32, {"DiffuSSM": 1, "DiT": 1}, (64,), ((64, 2),), (16, 64), (8,), (2, 4), 3, 2, False)
+REHEARSAL = Sizes(
+    32, {"DiffuSSM": 1, "DiT": 1}, (64,), ((64, 2),), (16, 64), (8,), (128, 256), (2, 4), 3, 2, False
+)
 
 
 def autocast(job: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -111,9 +113,8 @@ def kernel_job(
     return job
 
 
-def kernel(sizes: Sizes, device: torch.device) -> list[Row]:
+def kernel(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The two-level kernel against the direct one, time and memory."""
-    rows = []
     for length in sizes.lengths:
         torch.manual_seed(0)
         system = [x.detach().requires_grad_() for x in S4DKernel(sizes.width).to(device).discrete()]
@@ -124,11 +125,10 @@ def kernel(sizes: Sizes, device: torch.device) -> list[Row]:
         what = f"kernel, forward + backward, L = {length}"
         require_agreement(what, *(side() for side in sides.values()), 1e-4)
         peaks = {name: peak_bytes(side, device) for name, side in sides.items()}
-        rows.append(ratio(what, sides, sizes.runs, length=length, peak_bytes=peaks))
-    return rows
+        yield ratio(what, sides, sizes.runs, length=length, peak_bytes=peaks)
 
 
-def bidirectional(sizes: Sizes, device: torch.device) -> list[Row]:
+def bidirectional(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The bidirectional layer against two S4D layers and a flip, with direct kernels as S4D has them."""
     length = sizes.lengths[-1]
     torch.manual_seed(0)
@@ -139,21 +139,20 @@ def bidirectional(sizes: Sizes, device: torch.device) -> list[Row]:
     ours = layer_job(layer, inputs, probe)
     what = f"bidirectional layer, L = {length}"
     require_agreement(what, theirs(), ours(), 1e-3)
-    return [ratio(what, {"two convolutions": theirs, "one": ours}, sizes.runs, length=length)]
+    yield ratio(what, {"two convolutions": theirs, "one": ours}, sizes.runs, length=length)
 
 
-def convolutions(sizes: Sizes, device: torch.device) -> list[Row]:
+def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Which long convolution is chosen, with the times and errors of all that were tried."""
     try:
         from diffussm.on_chip import choose_convolution
     except ImportError as error:
-        return [{"what": "convolution", "reason": f"FFT: {error}"}]
-    rows = []
+        yield {"what": "convolution", "reason": f"FFT: {error}"}
+        return
     for length, batch in sizes.block_cases:
         choice = choose_convolution(length, sizes.width, batch, device, torch.bfloat16)
         row = {"what": f"convolution, L = {length}, B = {batch}", "reason": choice.reason}
-        rows.append(row | {"seconds": choice.seconds, "errors": choice.errors, "length": length})
-    return rows
+        yield row | {"seconds": choice.seconds, "errors": choice.errors, "length": length}
 
 
 def chosen(sizes: Sizes, length: int, batch: int, device: torch.device) -> Any:
@@ -175,7 +174,7 @@ def block_job(block: nn.Module, batch: int, places: int, device: torch.device) -
     return lambda: torch.autograd.grad(forward(), inputs, probe)
 
 
-def blocks(sizes: Sizes, device: torch.device) -> list[Row]:
+def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """A block against a DiT block, with attention fused and as it is defined; the exponent of the cost."""
     torch.manual_seed(0)
     ours, theirs = (awake(kind(sizes.width).to(device)) for kind in (HourglassBlock, DiTBlock))
@@ -186,24 +185,20 @@ def blocks(sizes: Sizes, device: torch.device) -> list[Row]:
     if sizes.compile:
         for block in (ours, theirs, unfused):
             block.compile()
-    rows = []
     for length, batch in sizes.block_cases:
         ours.ssm.convolution = chosen(sizes, length, batch, device)
         job = block_job(ours, batch, length // 2, device)
         for name, block in (("fused attention", theirs), ("unfused attention", unfused)):
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
             sides = {"DiT": block_job(block, batch, length, device), "DiffuSSM": job}
-            rows.append(attempt(what, ratio, what, sides, sizes.runs, length=length, attention=name))
+            yield attempt(what, ratio, what, sides, sizes.runs, length=length, attention=name)
     ours.ssm.convolution = convolve
     seconds = alternate(
         {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve}, runs=sizes.runs, warmup=2
     )
     medians = [statistics.median(seconds[str(n)]) for n in sizes.curve]
     exponent = float(np.polyfit(np.log(sizes.curve), np.log(medians), 1)[0])
-    rows.append(
-        {"what": "exponent of the cost of a block", "exponent": round(exponent, 3), "seconds": seconds}
-    )
-    return rows
+    yield {"what": "exponent of the cost of a block", "exponent": round(exponent, 3), "seconds": seconds}
 
 
 def attempt(what: str, measure: Callable[..., Row], *arguments: Any, **facts: Any) -> Row:
@@ -214,10 +209,8 @@ def attempt(what: str, measure: Callable[..., Row], *arguments: Any, **facts: An
         return {"what": what, "error": f"{type(error).__name__}: {error}"}
 
 
-def training(sizes: Sizes, device: torch.device) -> list[Row]:
+def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Training of XL: images/s and memory against batch, for DiT at equal length and with patches; MFU."""
-    rows = []
-    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     for size in sizes.sizes:
         for kind, patch in (("DiffuSSM", 1), ("DiT", 1), ("DiT", 2)):
             depth = (sizes.blocks or {"DiffuSSM": 29, "DiT": 28})[kind]
@@ -225,74 +218,92 @@ def training(sizes: Sizes, device: torch.device) -> list[Row]:
                 **PRESETS["DiffuSSM-XL"]
                 | {"input_size": size, "patch_size": patch, "n_blocks": depth, "d_model": sizes.width}
             )
-            macs = (diffussm_macs if kind == "DiffuSSM" else dit_macs)(config)
-            products = sum(value for name, value in macs.items() if name not in ("convolution", "kernels"))
-            for batch in sizes.batches:
-                row: Row = {
-                    "what": f"training {kind}-XL{'/2' if patch == 2 else ''}, {size} x {size}, B = {batch}",
-                    "kind": kind, "patch": patch, "size": size, "length": config.seq_len, "batch": batch,
-                }  # fmt: skip
-                row |= attempt(row["what"], one_training, kind, config, batch, products, peak, sizes, device)
-                rows.append(row)
-                print(json.dumps(row)[:300], flush=True)
+            name = f"training {kind}-XL{'/2' if patch == 2 else ''}, {size} x {size}"
+            facts = {"kind": kind, "patch": patch, "size": size, "length": config.seq_len}
+            batches = [max(1, round(places / config.seq_len)) for places in sizes.places]
+            try:
+                model, convolution = checked_model(kind, config, batches[0], sizes, device)
+            except Exception as error:
+                yield {"what": name, "error": f"{type(error).__name__}: {error}"}
+                continue
+            for batch in batches:
+                what = f"{name}, B = {batch}"
+                row = attempt(what, one_training, model, batch, sizes, device)
+                yield row | facts | {"batch": batch, "convolution": convolution}
                 if "OutOfMemory" in row.get("error", ""):
                     break
-    return rows
+            del model
 
 
-def one_training(
-    kind: str,
-    config: DiffuSSMConfig,
-    batch: int,
-    macs: float,
-    peak: float | None,
-    sizes: Sizes,
-    device: torch.device,
-) -> Row:
-    """Images/s, peak of memory, MFU and the share outside matrix products of one model at one batch."""
+def checked_model(
+    kind: str, config: DiffuSSMConfig, batch: int, sizes: Sizes, device: torch.device
+) -> tuple[nn.Module, str]:
+    """A network, compiled if `sizes` says so, whose loss and gradient are those that it has uncompiled."""
+    free_memory(device)
+    model = make_model(kind, config, str(device))
+    convolution = convolve
+    if kind == "DiffuSSM":
+        convolution = chosen(sizes, config.seq_len, batch, device)
+        for block in model.blocks:
+            block.ssm.convolution = convolution
+    if sizes.compile:
+        before = loss_and_norm(model, 2, device)
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        after = loss_and_norm(model, 2, device)
+        if not np.allclose(before, after, rtol=1e-2, atol=0):
+            raise RuntimeError(f"loss and gradient norm are {after} compiled and {before} uncompiled")
+    return model, "FFT" if convolution is convolve else "Triton"
+
+
+def loss_and_norm(model: nn.Module, batch: int, device: torch.device) -> tuple[float, float]:
+    """Of one batch under bfloat16; the weights stay as they are and no gradient is left."""
+    loss = make_loss(model, batch, "bf16")()
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return float(loss), float(norm)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what is no longer used, and forget the peak of memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = make_model(kind, config, str(device))
+
+
+def one_training(model: nn.Module, batch: int, sizes: Sizes, device: torch.device) -> Row:
+    """Images/s, memory, MFU and the share outside matrix products of one model at one batch.
+
+    The peak of memory is that of warmed-up steps: what compiling and checking took is forgotten.
+    `held_bytes` is what lies in memory between two steps: weights, their average, the optimiser's moments.
+    """
+    free_memory(device)
+    step = make_step(model, batch, "bf16")
+    step(), step()
+    free_memory(device)
     facts: Row = {}
-    if kind == "DiffuSSM":
-        convolution = chosen(sizes, config.seq_len, batch, device)
-        facts["convolution"] = "FFT" if convolution is convolve else str(convolution)
-        for block in model.blocks:
-            block.ssm.convolution = convolution
-    plain = make_step(model, batch, "bf16")
-    step = plain
-    if sizes.compile:
-        first = float(plain())
-        compiled = make_model(kind, config, str(device))
-        for ours, theirs in zip(compiled.blocks, model.blocks, strict=True):
-            if kind == "DiffuSSM":
-                ours.ssm.convolution = theirs.ssm.convolution
-            ours.compile()
-        del model, plain
-        step = make_step(compiled, batch, "bf16")
-        loss = float(step())
-        if not abs(loss / first - 1) < 1e-2:
-            raise RuntimeError(f"the compiled loss is {loss}, the other {first}")
-    seconds, _ = quiet_runs(kind, {kind: step}, runs=sizes.runs, warmup=3)
-    median = statistics.median(seconds[kind])
-    facts |= {"images_per_second": batch / median, "seconds": seconds[kind]}
+    if device.type == "cuda":
+        facts["held_bytes"] = torch.cuda.memory_allocated()
+    seconds, _ = quiet_runs("training", {"step": step}, runs=sizes.runs, warmup=1)
+    median = statistics.median(seconds["step"])
+    facts |= {"images_per_second": batch / median, "seconds": seconds["step"]}
     if device.type == "cuda":
         facts["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if peak is not None:
-        facts["mfu"] = round(
-            6 * macs * batch / median / peak, 4
-        )  # a multiply-add is two, backward twice forward
+        peak = peak_flops(torch.cuda.get_device_name())
+        count = diffussm_macs if isinstance(model, DiffuSSM) else dit_macs
+        macs = sum(n for name, n in count(model.config).items() if name not in ("convolution", "kernels"))
+        if peak is not None:  # a multiply-add is two operations, the backward pass twice the forward pass
+            facts["mfu"] = round(6 * macs * batch / median / peak, 4)
     kinds = time_by_kind(step)
     facts["profile"] = kinds
     facts["share_outside"] = 1 - (kinds["matrix products"] + kinds["attention"]) / sum(kinds.values())
     return facts
 
 
-def sampling(sizes: Sizes, device: torch.device) -> list[Row]:
+def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """One image with kept kernels against computing them at every step; images/s of guided batches."""
-    rows = []
     depth = (sizes.blocks or {"DiffuSSM": 29})["DiffuSSM"]
     for size in sizes.sizes:
         config = DiffuSSMConfig(
@@ -305,21 +316,18 @@ def sampling(sizes: Sizes, device: torch.device) -> list[Row]:
         }
         what = f"sampling, {size} x {size}, batch 1, {sizes.steps} steps"
         require_agreement(what, *(side() for side in sides.values()), 0.0)
-        rows.append(attempt(what, ratio, what, sides, sizes.runs, size=size))
-        for batch in sizes.batches[:3]:
+        yield attempt(what, ratio, what, sides, sizes.runs, size=size)
+        for batch in sizes.batches:
             job = autocast(sampling_job(model, sizes.steps, batch, 1.5), device)
             seconds = alternate({"guided": job}, runs=2)["guided"]
             per_second = batch / statistics.median(seconds) * sizes.steps / 250
-            rows.append(
-                {
-                    "what": f"sampling, {size} x {size}, batch {batch}, guided, as of 250 steps",
-                    "images_per_second": per_second,
-                    "seconds": seconds,
-                    "batch": batch,
-                    "size": size,
-                }
-            )
-    return rows
+            yield {
+                "what": f"sampling, {size} x {size}, batch {batch}, guided, as of 250 steps",
+                "images_per_second": per_second,
+                "seconds": seconds,
+                "batch": batch,
+                "size": size,
+            }
 
 
 SECTIONS = {
@@ -332,11 +340,28 @@ SECTIONS = {
 }
 
 
+def measured(name: str, sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """The rows of a section, and a last one that says why there are no more if something went wrong."""
+    try:
+        yield from SECTIONS[name](sizes, device)
+    except Exception as error:
+        traceback.print_exc()
+        yield {"what": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def summary(row: Row) -> str:
+    """The figures of a row, without the single runs."""
+    return ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on any machine; writes nothing")
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[32, 64], help="sides of the latents; rows of others are kept"
     )
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -345,29 +370,22 @@ def main(argv: list[str] | None = None) -> int:
             "error: PyTorch sees no GPU here; --rehearse walks the same way with tiny sizes", file=sys.stderr
         )
         return 2
-    sizes = REHEARSAL if arguments.rehearse else Sizes()
+    sizes = REHEARSAL if arguments.rehearse else Sizes(sizes=tuple(arguments.sizes))
     file = RESULTS / "gpu.json"
     record = json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}
     record |= {"environment": environment(), "precision": "bf16 autocast, blocks compiled"}
     failed = 0
     for name in arguments.sections:
-        start = time.perf_counter()
-        try:
-            record[name] = SECTIONS[name](sizes, device)
-        except Exception as error:
-            traceback.print_exc()
-            record[name] = [{"what": name, "error": f"{type(error).__name__}: {error}"}]
-        faults = [row for row in record[name] if "error" in row]
-        failed += sum(not row["error"].startswith("Noise") for row in faults)
-        print(
-            f"{name}: {len(record[name])} rows, {len(faults)} failed, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-        for row in faults:
-            print(f"  {row.get('what', '')}: {row['error'][:300]}")
-        if not arguments.rehearse:  # after each section: what was measured stays, whatever comes
-            RESULTS.mkdir(exist_ok=True)
-            file.write_text(json.dumps(record, indent=2) + "\n")
+        rows = [row for row in record.get(name, []) if "size" in row and row["size"] not in sizes.sizes]
+        for row in measured(name, sizes, device):
+            rows.append(row)
+            fault = row.get("error", "")
+            failed += bool(fault) and not fault.startswith("Noise")
+            print(f"{name}: {row['what']}: {fault or summary(row)}"[:400], flush=True)
+            record[name] = rows
+            if not arguments.rehearse:  # after each row: what was measured stays, whatever comes
+                RESULTS.mkdir(exist_ok=True)
+                file.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {file}" if not arguments.rehearse else "a rehearsal: nothing was written")
     return 1 if arguments.rehearse and failed else 0
 

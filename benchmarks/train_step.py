@@ -45,8 +45,8 @@ def make_model(kind: str, config: DiffuSSMConfig, device: str = "cpu") -> nn.Mod
     return awake(KINDS[kind](config)).to(device)
 
 
-def make_step(model: nn.Module, batch: int, precision: str = "float32", fused: bool = True) -> Job:
-    """A function that trains the model on one and the same batch; it returns the loss."""
+def make_loss(model: nn.Module, batch: int, precision: str = "float32") -> Job:
+    """A function that computes the model's loss on one and the same batch."""
     config, device = model.config, next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     shape = (batch, config.in_channels, config.height, config.width)
@@ -54,13 +54,23 @@ def make_step(model: nn.Module, batch: int, precision: str = "float32", fused: b
     t = torch.randint(1000, (batch,), generator=generator).to(device)
     y = torch.randint(config.num_classes, (batch,), generator=generator).to(device)
     diffusion = GaussianDiffusion.linear()
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return diffusion.losses(model, x0, t, y, noise)["loss"].mean()
+
+    return loss
+
+
+def make_step(model: nn.Module, batch: int, precision: str = "float32", fused: bool = True) -> Job:
+    """A function that trains the model on one and the same batch; it returns the loss."""
+    loss_of = make_loss(model, batch, precision)
     ema = copy.deepcopy(model).requires_grad_(False)
     groups = parameter_groups(model, 1e-4, 1e-3)
     optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=fused)
 
     def step() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = diffusion.losses(model, x0, t, y, noise)["loss"].mean()
+        loss = loss_of()
         loss.backward()
         nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
