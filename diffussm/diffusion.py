@@ -6,7 +6,8 @@ Generated from book/06_diffusion.md by `make export`: edit there.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Self
+from numbers import Integral
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ __all__ = [
     "bits_per_dim",
     "standard_normal",
     "DenoisingModel",
+    "find_attribute",
     "GaussianDiffusion",
 ]
 
@@ -61,6 +63,10 @@ class ForwardProcess:
         self.posterior_x0_factor = self.betas * before.sqrt() / (1 - after)
         self.posterior_x_t_factor = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle takes no tables along that lie on somebody's GPU."""
+        return {**self.__dict__, "_tables": {}}
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The entries t of a table, (B, 1, 1, 1), in the precision and on the device of `like`."""
@@ -199,6 +205,13 @@ def standard_normal(
 DenoisingModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+def find_attribute(model: Any, name: str, default: Any = None) -> Any:
+    """An attribute of a model, or of the model inside a wrapper such as DistributedDataParallel."""
+    while not hasattr(model, name) and hasattr(model, "module"):
+        model = model.module
+    return getattr(model, name, default)
+
+
 class GaussianDiffusion(ForwardProcess):
     """A forward process and the reverse process that a network defines on it (paper, section 2.1).
 
@@ -250,7 +263,7 @@ class GaussianDiffusion(ForwardProcess):
         Raises:
             ValueError, TypeError: not an integer from 1 to T.
         """
-        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
+        if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, Integral):
             raise TypeError(f"{num_timesteps!r} steps: expected an integer")
         if not 1 <= num_timesteps <= self.num_timesteps:
             raise ValueError(
@@ -258,7 +271,7 @@ class GaussianDiffusion(ForwardProcess):
             )
         last = self.num_timesteps - 1
         # From the noisy end, so that a single step starts from noise.
-        chosen = torch.linspace(last, 0, num_timesteps, dtype=torch.float64).round().long().flip(0)
+        chosen = torch.linspace(last, 0, int(num_timesteps), dtype=torch.float64).round().long().flip(0)
         after = self.alphas_cumprod[chosen]
         before = torch.cat([after.new_ones(1), after[:-1]])
         return type(self)(1 - after / before, levels=self.levels, timestep_map=self.timestep_map[chosen])
@@ -393,7 +406,7 @@ class GaussianDiffusion(ForwardProcess):
         """
         _check_images("x0", x0)
         columns: dict[str, list[Tensor]] = {"vb": [], "mse": [], "xstart_mse": []}
-        with getattr(model, "cached_kernels", nullcontext)():  # the same kernels for all terms
+        with find_attribute(model, "cached_kernels", nullcontext)():  # the same kernels for all terms
             for step in tqdm(range(self.num_timesteps), desc="bound", unit="term", disable=not progress):
                 t = torch.full((len(x0),), step, device=x0.device)
                 noise = standard_normal(x0.shape, generator, x0.device, _working_dtype(x0))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -28,6 +29,8 @@ __all__ = [
     "DiffuSSMConfig",
     "PRESETS",
     "timestep_features",
+    "Labels",
+    "as_labels",
     "DiffuSSM",
     "sincos_positions",
     "CONFIG_FILE",
@@ -190,6 +193,29 @@ def timestep_features(t: Tensor, n_features: int = 256, max_period: float = 10_0
     return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, n)
 
 
+Labels = Tensor | np.ndarray | Sequence[int]
+
+
+def as_labels(y: Labels) -> Tensor:
+    """Class labels as an int64 tensor: a tensor, a NumPy array or a sequence of integers, of any shape.
+
+    Raises:
+        TypeError: they are not integers.
+
+    Source: chapter 5.
+    """
+    if isinstance(y, Tensor):
+        values, given = y, str(y.dtype)
+        whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) or y.numel() == 0
+    else:
+        array = np.asarray(y)
+        whole, given = array.dtype.kind in "iu" or array.size == 0, f"{type(y).__name__} of {array.dtype}"
+        values = torch.from_numpy(array.astype(np.int64)) if whole else torch.empty(0)
+    if not whole:
+        raise TypeError(f"y is {given}: expected an integer tensor, array or list, one label per image")
+    return values.long()
+
+
 class DiffuSSM(nn.Module):
     """The denoiser: noisy images, timesteps and labels in; predicted noise and variance out.
 
@@ -243,13 +269,13 @@ class DiffuSSM(nn.Module):
             raise ValueError(f"there is no preset {name!r}; {_nearest(name, list(PRESETS))}")
         return cls(DiffuSSMConfig.from_dict({**PRESETS[name], **overrides}))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Labels | None = None) -> Tensor:
         """Predict noise and variance. Draws no random numbers, in training as in evaluation.
 
         Args:
             x: Noisy input, (B, C, H, W). H and W need not be the configuration's, if P and M divide.
             t: Timesteps, (B,), integer or real.
-            y: Labels, (B,) integer, 0 .. num_classes, the last one for "no class"; None if unconditional.
+            y: Labels, (B,) integers, 0 .. num_classes, the last one for "no class"; None if unconditional.
 
         Returns:
             (B, 2C, H, W): the noise in the first C channels, in the others the place of the variance
@@ -259,6 +285,8 @@ class DiffuSSM(nn.Module):
             ValueError: shapes that do not fit, labels missing, superfluous or outside the table.
             TypeError: ``x`` is not floating-point or ``y`` not integer.
         """
+        if y is not None and not isinstance(y, Tensor):
+            y = as_labels(y).to(x.device)
         _check_inputs(self.config, x, t, y)
         M, P, dtype = self.config.downsample, self.config.patch_size, self.embed_x.weight.dtype
         h, w = x.shape[2] // P, x.shape[3] // P
@@ -271,7 +299,7 @@ class DiffuSSM(nn.Module):
             x = x + places[::M].to(dtype)  # (B, J, D)
         c = self.embed_t(timestep_features(t).to(dtype))  # (B, D)
         if self.embed_y is not None and y is not None:
-            c = c + self.embed_y(y)  # (B, D)
+            c = c + self.embed_y(y.long())  # (B, D)
         for block, spectra in zip(self.blocks, self._spectra(h * w), strict=True):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
@@ -397,8 +425,8 @@ def _check_inputs(cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Tensor | None) -
         )
     if y.shape != (batch,):
         raise ValueError(f"y has shape {tuple(y.shape)}: expected ({batch},), one label per sample")
-    if y.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"y has dtype {y.dtype}: expected int64 labels")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y has dtype {y.dtype}: expected integer labels")
     # Reading values waits for a GPU and breaks a compiled graph; there the table lookup fails by itself.
     if y.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(y.min()), int(y.max())) if batch else (0, 0)

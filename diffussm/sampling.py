@@ -6,13 +6,15 @@ Generated from book/07_sampling.md by `make export`: edit there.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffussm.diffusion import GaussianDiffusion, standard_normal
+from diffussm.diffusion import GaussianDiffusion, find_attribute, standard_normal
+from diffussm.model import Labels, as_labels
 
 __all__ = ["ancestral_step", "ddim_step", "guided", "denoise", "sample"]
 
@@ -71,7 +73,8 @@ def guided(
     """A model that exaggerates what the label changes: classifier-free guidance (eq-sampling-guidance).
 
     Args:
-        model: (x, t, y) -> (B, 2C, H, W), with an attribute `null_label`, the label for "no class".
+        model: (x, t, y) -> (B, 2C, H, W), with an attribute `null_label`, the label for "no class"; or a
+            wrapper of one, such as DistributedDataParallel.
         cfg_scale: w >= 0. 0 is the unconditional model, 1 the conditional one (`model` itself), more guides.
         guidance_channels: Guide only the first so many channels of the noise; default all. DiT's code does 3.
 
@@ -86,28 +89,30 @@ def guided(
             f"cfg_scale={cfg_scale}: expected a finite number of at least 0; 1 is the conditional model, the "
             "paper guides with 1.5"
         )
-    if guidance_channels is not None and (not isinstance(guidance_channels, int) or guidance_channels < 1):
+    n = guidance_channels
+    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
         raise ValueError(f"guidance_channels={guidance_channels!r}: expected None (all) or at least 1")
     if cfg_scale == 1:
         return model
-    null_label = getattr(model, "null_label", None)
+    null_label = find_attribute(model, "null_label")
     if null_label is None:
         raise ValueError(
             f"cfg_scale={cfg_scale}: this model has no label for 'no class' (null_label), hence "
             "nothing to guide away from; use cfg_scale=1"
         )
 
-    def guided_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        channels = x.shape[1]
-        n = channels if guidance_channels is None else guidance_channels
-        if n > channels:
-            raise ValueError(f"guidance_channels={n}: the images have {channels}")
+    def guided_model(x: Tensor, t: Tensor, y: Labels) -> Tensor:
+        y = as_labels(y).to(x.device)
+        if n is not None and n > x.shape[1]:
+            raise ValueError(f"guidance_channels={n}: the images have {x.shape[1]}")
+        guide = x.shape[1] if n is None else n
         both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
         # A difference of nearby numbers, magnified: not in bf16.
         conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
-        eps = unconditional[:, :n] + cfg_scale * (conditional[:, :n] - unconditional[:, :n])
-        return torch.cat([eps, conditional[:, n:]], dim=1)  # (B, 2C, H, W)
+        eps, eps_null = conditional[:, :guide], unconditional[:, :guide]
+        eps = eps_null + cfg_scale * (eps - eps_null)
+        return torch.cat([eps, conditional[:, guide:]], dim=1)  # (B, 2C, H, W)
 
     return guided_model
 
@@ -115,7 +120,7 @@ def guided(
 def denoise(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
-    y: Tensor | None,
+    y: Labels | None,
     *,
     steps: int = 250,
     method: str = "ddpm",
@@ -132,7 +137,8 @@ def denoise(
     Args:
         model: (x: (B, C, H, W), t: (B,), y) -> (B, 2C, H, W), a `DiffuSSM` for example.
         diffusion: The schedule that the model was trained with.
-        y: Labels, integer (B,). None for an unconditional model; then `noise` says how many.
+        y: Labels, integers (B,): a tensor, an array or a list. None for an unconditional model; then `noise`
+            says how many.
         steps: Length of the chain, 1 to diffusion.num_timesteps.
         method: "ddpm" (ancestral sampling with the learned variance) or "ddim".
         cfg_scale: Guidance, see `guided`.
@@ -157,18 +163,23 @@ def denoise(
         raise ValueError(f"eta={eta} with method='ddpm': eta belongs to 'ddim', ddpm learns its variance")
     if y is None and cfg_scale != 1:
         raise ValueError(f"cfg_scale={cfg_scale} without labels: guidance needs y, use cfg_scale=1")
-    x = _start(model, y, generator, noise, shape)
-    y = None if y is None else y.to(x.device)
+    labels = None if y is None else as_labels(y)
+    x = _start(model, labels, generator, noise, shape)
+    labels = None if labels is None else labels.to(x.device)
     shorter = diffusion.respace(steps)
     predict = guided(model, cfg_scale, guidance_channels)
 
     def steps_back(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        with getattr(model, "cached_kernels", nullcontext)():
+        with find_attribute(model, "cached_kernels", nullcontext)():
             for step in reversed(range(steps)):
                 if method == "ddpm":
-                    x, pred_xstart = ancestral_step(predict, shorter, x, step, y, generator, clip_denoised)
+                    x, pred_xstart = ancestral_step(
+                        predict, shorter, x, step, labels, generator, clip_denoised
+                    )
                 else:
-                    x, pred_xstart = ddim_step(predict, shorter, x, step, y, generator, clip_denoised, eta)
+                    x, pred_xstart = ddim_step(
+                        predict, shorter, x, step, labels, generator, clip_denoised, eta
+                    )
                 yield int(shorter.timestep_map[step]), x, pred_xstart
 
     return steps_back(x)
@@ -182,13 +193,9 @@ def _start(
     shape: tuple[int, int, int] | None,
 ) -> Tensor:
     """Check labels, noise and shape against each other; return x_T (B, C, H, W)."""
-    if y is not None:
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
-            given = y.dtype if isinstance(y, Tensor) else type(y).__name__
-            raise TypeError(f"y is {given}: expected an integer tensor (B,) of labels, or None")
-        if y.ndim != 1 or not len(y):
-            raise ValueError(f"y has shape {tuple(y.shape)}: expected (B,), one label per image to draw")
-    config = getattr(model, "config", None)
+    if y is not None and y.ndim != 1:
+        raise ValueError(f"y has shape {tuple(y.shape)}: expected (B,), one label per image to draw")
+    config = find_attribute(model, "config")
     if shape is None and noise is None and config is not None:
         shape = (config.in_channels, config.height, config.width)
     if noise is not None:
@@ -213,7 +220,7 @@ def _start(
 def sample(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
-    y: Tensor | None,
+    y: Labels | None,
     steps: int = 250,
     method: str = "ddpm",
     cfg_scale: float = 1.0,
@@ -229,7 +236,7 @@ def sample(
         options: The other options of `denoise`: guidance_channels, eta, noise, shape, clip_denoised.
 
     Returns:
-        (B, C, H, W), not clipped.
+        (B, C, H, W), not clipped; as empty as `y`.
 
     Raises:
         ValueError, TypeError: as for `denoise`, before the first step.

@@ -1,6 +1,8 @@
 """Chapter 6: the forward process, each term of the bound, the learned variance, the hybrid loss, refusals."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -314,6 +316,33 @@ def test_respaced_chain_keeps_the_noise_levels_and_the_original_timesteps():
 
 
 # Precision
+
+
+def test_an_empty_batch_gives_empty_results():
+    diffusion, nothing = GaussianDiffusion.linear(25), torch.zeros(0, 2, 4, 4)
+    t, y = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    weight = torch.ones((), requires_grad=True)
+
+    def model(x, t, y):
+        return weight * torch.cat([x, x], dim=1)
+
+    losses = diffusion.losses(model, nothing, t, y, nothing)
+    assert {name: value.shape for name, value in losses.items()} == dict.fromkeys(losses, (0,))
+    losses["loss"].sum().backward()
+    assert weight.grad == 0
+    bound = diffusion.vlb(model, nothing, y)
+    assert bound["total_bpd"].shape == bound["prior_bpd"].shape == (0,)
+    assert bound["vb"].shape == bound["mse"].shape == bound["xstart_mse"].shape == (0, 25)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda chain: pickle.loads(pickle.dumps(chain))])
+def test_copies_carry_no_tables_of_a_device(copied):
+    diffusion = GaussianDiffusion.linear(25)
+    x, t = torch.randn(2, 1, 2, 2), torch.tensor([0, 24])
+    expected = diffusion.q_sample(x, t, x)
+    twin = copied(diffusion)
+    assert diffusion._tables and not twin._tables
+    assert torch.equal(twin.q_sample(x, t, x), expected)
 
 
 def test_bf16_output_is_computed_in_float32():

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,6 +241,37 @@ def test_clipping_reaches_every_step(method):
         assert (max(guess.abs().max().item() for _, _, guess in chain) <= 1) == within
 
 
+LABELS = {
+    "list": [0, 1, 2],
+    "NumPy integers": [np.int64(0), np.uint8(1), np.int32(2)],
+    "array": np.array([0, 1, 2]),
+    "small integers": np.array([0, 1, 2], dtype=np.uint8),
+    "tensor of small integers": torch.tensor([0, 1, 2], dtype=torch.int16),
+}
+
+
+@pytest.mark.parametrize("y", LABELS.values(), ids=LABELS.keys())
+def test_integers_of_any_kind_are_labels(y):
+    model = small_model()
+    options = {"cfg_scale": 2.0, "generator": seeded(), "progress": False}
+    expected = sample(model, DIFFUSION, torch.tensor([0, 1, 2]), np.int64(3), **options)
+    options["generator"] = seeded()
+    assert torch.equal(sample(model, DIFFUSION, y, 3, guidance_channels=np.int64(1), **options), expected)
+    x, t = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), model(x, t, torch.tensor([0, 1, 2])))
+        assert torch.equal(guided(model, 3.0)(x, t, y), guided(model, 3.0)(x, t, torch.tensor([0, 1, 2])))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("y", [[], np.array([]), torch.zeros(0, dtype=torch.long)], ids=type)
+def test_no_labels_give_no_images(method, y):
+    options = {"method": method, "cfg_scale": 2.0, "generator": seeded(), "progress": False}
+    assert sample(smooth, DIFFUSION, y, 3, shape=(2, 4, 4), **options).shape == (0, 2, 4, 4)
+    nothing = torch.zeros(0, 2, 4, 4)
+    assert sample(smooth, DIFFUSION, None, 3, method, noise=nothing, progress=False).shape == (0, 2, 4, 4)
+
+
 def test_given_noise_is_the_start():
     noise = torch.randn(3, 2, 2, 2, generator=seeded())
     assert torch.equal(draw(method="ddim", noise=noise, generator=None), draw(method="ddim"))
@@ -268,13 +300,19 @@ def test_progress_bar_goes_to_stderr_or_nowhere(capsys):
 # Guidance
 
 
-def test_guidance_one_is_the_conditional_model_bit_for_bit():
+def small_model(num_classes=3):
+    """A DiffuSSM with random weights, and zeros nowhere."""
     torch.manual_seed(11)
     model = DiffuSSM(
-        DiffuSSMConfig(input_size=4, in_channels=1, num_classes=3, d_model=8, n_blocks=1, d_state=4)
+        DiffuSSMConfig(input_size=4, in_channels=1, num_classes=num_classes, d_model=8, n_blocks=1, d_state=4)
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_guidance_one_is_the_conditional_model_bit_for_bit():
+    model = small_model()
     y = torch.tensor([0, 1, 2])
     x, t = torch.randn(3, 1, 4, 4), torch.tensor([3, 500, 999])
     with torch.no_grad():
@@ -317,6 +355,58 @@ def test_guidance_runs_the_model_once_on_both_halves():
     output = guided(model, 2.0)(torch.zeros(2, 1, 2, 2), torch.tensor([7, 8]), torch.tensor([0, 3]))
     assert calls == [((4, 1, 2, 2), [7, 8, 7, 8], [0, 3, 5, 5])]
     assert output.dtype == torch.float32
+
+
+def test_guidance_under_autocast_is_the_combination_in_float32():
+    model, y = small_model(), torch.tensor([0, 1, 2])
+    x, t = torch.randn(3, 1, 4, 4, generator=seeded()), torch.tensor([3, 500, 999])
+    answers = []
+    model.register_forward_hook(lambda module, args, output: answers.append(output))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = guided(model, 4.0)(x, t, y)
+    (answer,) = answers
+    assert answer.dtype == got.dtype == torch.float32
+    assert not torch.equal(answer, answer.bfloat16().float())  # it was never rounded to bfloat16
+    with_label, without = answer.double().chunk(2)
+    expected = 4 * with_label[:, :1] - 3 * without[:, :1]
+    torch.testing.assert_close(got[:, :1].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(got[:, 1:], answer[:3, 1:])
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = {
+    "DataParallel": torch.nn.DataParallel,
+    "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "two of them": lambda model: torch.nn.DataParallel(torch.optim.swa_utils.AveragedModel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_models_inside_wrappers_are_sampled_alike(wrap, process_group, monkeypatch):
+    model, y = small_model(), torch.tensor([0, 1, 2])
+    expected = sample(model, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False)
+    bound = GaussianDiffusion.linear(25).vlb(model, expected, y, seeded())
+    kept = []
+    real = DiffuSSM.cached_kernels
+    monkeypatch.setattr(DiffuSSM, "cached_kernels", lambda self: kept.append(self) or real(self))
+    wrapped = wrap(model)
+    got = sample(wrapped, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False)
+    assert torch.equal(got, expected)
+    assert torch.equal(GaussianDiffusion.linear(25).vlb(wrapped, expected, y, seeded())["vb"], bound["vb"])
+    assert len(kept) == 2  # once for the samples, once for the bound
+
+
+def test_wrapper_of_a_model_without_classes_is_refused_with_the_true_reason():
+    model = torch.nn.DataParallel(small_model(num_classes=0))
+    with pytest.raises(ValueError, match="no label for 'no class'"):
+        guided(model, 2.0)
 
 
 def test_guidance_moves_samples_away_from_the_other_classes():
@@ -381,7 +471,10 @@ def test_trajectory_is_that_of_diffusers():
         ({"cfg_scale": 2.0, "guidance_channels": 3}, ValueError, "guidance_channels=3: the images have 2"),
         ({"y": torch.tensor([[1]])}, ValueError, r"y has shape \(1, 1\): expected \(B,\)"),
         ({"y": torch.tensor([0.5])}, TypeError, "y is torch.float32: expected an integer tensor"),
-        ({"y": [1, 2]}, TypeError, "y is list: expected an integer tensor"),
+        ({"y": ["cat", "dog"]}, TypeError, "y is list of <U3: expected an integer tensor, array or list"),
+        ({"y": np.array([0.5])}, TypeError, "y is ndarray of float64: expected an integer tensor"),
+        ({"y": 1}, ValueError, r"y has shape \(\): expected \(B,\)"),
+        ({"steps": 2.0}, TypeError, "2.0 steps: expected an integer"),
         (
             {"noise": torch.zeros(4, 2, 2, 2)},
             ValueError,
