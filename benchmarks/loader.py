@@ -46,7 +46,7 @@ def write_both(folder: Path, side: int, images: int) -> tuple[LatentStore, Path]
         for index, pair in zip(indices.tolist(), block, strict=True):
             for flip in (0, 1):
                 np.save(files / f"{index}_{flip}.npy", pair[flip])
-    vae = {"sha256": "none: random numbers", "scaling_factor": 0.18215}
+    vae = {"encoder_sha256": "none: random numbers", "scaling_factor": 0.18215}
     manifest = {
         "format": FORMAT,
         "vae": vae,

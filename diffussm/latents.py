@@ -3,17 +3,22 @@
 Generated from book/10_latents.md by `make export`: edit there.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -27,24 +32,27 @@ from diffussm.data import (
     Dataset,
     ImageFolder,
     Skipped,
+    StoredImages,
     batch_indices,
-    center_crop,
-    decode_image,
+    is_folder,
     load_batch,
-    read_image,
-    to_tensor,
+    visible,
 )
 
 __all__ = [
+    "LOG",
     "train_vae",
     "measure_scale",
     "load_vae",
     "vae_identity",
+    "check_encoder",
     "moments",
     "decode",
     "LmdbImages",
     "images_from",
     "FORMAT",
+    "OLD_FORMAT",
+    "ENCODE_AGAIN",
     "npy_header",
     "open_shard",
     "make_plan",
@@ -54,6 +62,8 @@ __all__ = [
     "verify_store",
     "LatentStore",
 ]
+
+LOG = logging.getLogger("diffussm.latents")
 
 
 def train_vae(
@@ -188,19 +198,55 @@ def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> An
 
 
 def vae_identity(vae: Any, name: str | Path) -> dict[str, Any]:
-    """Which autoencoder this is: a SHA-256 over all its weights, and what its latents are like."""
-    digest = hashlib.sha256()
+    """Which autoencoder this is: checksums of its two halves, and what its latents are like.
+
+    The encoder is ``encoder`` and ``quant_conv``, the decoder ``post_quant_conv`` and ``decoder``.
+    """
+    halves = {"encoder": hashlib.sha256(), "decoder": hashlib.sha256()}
     for key, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        half = halves["encoder" if key.startswith(("encoder.", "quant_conv.")) else "decoder"]
+        half.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        half.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
         "name": str(name),
         "class": type(vae).__name__,
-        "sha256": digest.hexdigest(),
+        "encoder_sha256": halves["encoder"].hexdigest(),
+        "decoder_sha256": halves["decoder"].hexdigest(),
         "scaling_factor": float(vae.config.scaling_factor),
         "latent_channels": vae.config.latent_channels,
         "downsampling": 2 ** (len(vae.config.block_out_channels) - 1),
     }
+
+
+def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) -> None:
+    """Raises ValueError unless latents that `made_by` made are latents of the autoencoder `identity` too.
+
+    Both are of :func:`vae_identity`; `what` names the latents in the message. They belong to an encoder and
+    a scaling factor; another decoder of the same encoder is welcome.
+    """
+    if "encoder_sha256" not in made_by:
+        raise ValueError(
+            f"the record of the autoencoder of {what} names no encoder (encoder_sha256): an older version "
+            "wrote it, which did not tell encoder and decoder apart. Encode the images again"
+        )
+    for key in ("encoder_sha256", "scaling_factor"):
+        if made_by[key] != identity[key]:
+            raise ValueError(
+                f"{what}: made by the encoder of {made_by.get('name')!r} ({key} {made_by[key]}). "
+                f"{identity['name']!r} has another ({key} {identity[key]}), to which these latents mean "
+                "nothing. Use the autoencoder that made them, or one that differs from it in the decoder only"
+            )
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 in cuDNN's convolutions, where it is the default: latents would depend on the GPU's age."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()
@@ -209,7 +255,8 @@ def moments(vae: Any, images: Tensor) -> Tensor:
 
     images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w). Raises ValueError if a moment is no finite float16.
     """
-    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    with _full_precision():
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
     if not stored.isfinite().all():
         raise ValueError(
@@ -227,51 +274,89 @@ def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
     return torch.cat(images)
 
 
-class LmdbImages:
+class LmdbImages(StoredImages):
     """The images of an LMDB, keys to encoded files, as LSUN distributes them: a `Dataset` without classes.
 
-    They come in the order of their keys. A broken one raises BadImage when its turn comes. Reads are safe
-    from several threads. Needs the package ``lmdb``.
+    They come in the order of their keys. A broken record is stepped over and listed in ``skipped`` by its
+    key, see :class:`diffussm.data.StoredImages`. Reads are safe from several threads, and the object can be
+    pickled: it opens the database again where it arrives. Needs the package ``lmdb``.
 
     Raises FileNotFoundError, OSError, ValueError: no LMDB there, a damaged one, an empty one.
     """
 
-    classes: tuple[str, ...] = ()
-    num_classes = 0
-
-    def __init__(self, root: str | Path, size: int, flip: bool = False) -> None:
-        import lmdb
-
-        self.root, self.size, self.flip = str(root), size, flip
-        self.skipped: list[Skipped] = []
-        data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
-        if not data.is_file():
-            raise FileNotFoundError(f"there is no {data}; expected the folder of an LMDB")
-        try:
-            _check_lmdb(data)
-            self._env = lmdb.open(str(data), subdir=False, readonly=True, lock=False, readahead=False)
-            with self._env.begin() as reading:
-                keys = list(reading.cursor().iternext(keys=True, values=False))
-        except lmdb.Error as error:
-            raise OSError(f"{data} cannot be read as an LMDB: {error}") from error
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | None,
+        flip: bool = False,
+        *,
+        background: tuple[int, int, int] = WHITE,
+        exif_rotate: bool = False,
+    ) -> None:
+        super().__init__(root, size, flip, background, exif_rotate)
+        self._env = _open_lmdb(self.root)
+        with self._env.begin() as reading:
+            keys = list(reading.cursor().iternext(keys=True, values=False))
         if not keys:
-            raise ValueError(f"{data} is an empty LMDB; expected encoded images")
+            raise ValueError(f"{self.root} is an empty LMDB; expected encoded images")
         # One block of bytes: LSUN's bedrooms have three million keys.
         self._keys = b"".join(keys)
         self._ends = np.cumsum([0] + [len(key) for key in keys])
+        self.labels = torch.zeros(len(keys), dtype=torch.int64)
 
-    def __len__(self) -> int:
-        return len(self._ends) - 1
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_env"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._env = _open_lmdb(self.root)
 
     def key(self, index: int) -> bytes:
         """The key of image `index`."""
         index = range(len(self))[index]
         return self._keys[self._ends[index] : self._ends[index + 1]]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with self._env.begin() as reading:
-            data = reading.get(self.key(index))
-        return to_tensor(center_crop(decode_image(data or b"", WHITE), self.size)), 0
+    def name(self, index: int) -> str:
+        """The key of image `index` as text."""
+        return self.key(index).decode(errors="backslashreplace")
+
+    def _content(self, index: int) -> bytes:
+        import lmdb
+
+        try:
+            with self._env.begin() as reading:
+                content = reading.get(self.key(index))
+        except lmdb.Error as error:
+            raise OSError(f"record {self.name(index)!r} of {self.root} cannot be read: {error}") from error
+        if content is None:
+            raise BadImage("no longer there")
+        return bytes(content)
+
+    def _facts(self) -> Iterator[bytes]:
+        yield self._keys
+        yield self._ends.astype("<i8").tobytes()
+
+
+# LMDB opens a file only once in a process; whoever asks again shares it.
+_OPEN: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+
+
+def _open_lmdb(root: str) -> Any:
+    import lmdb
+
+    data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
+    if not data.is_file():
+        raise FileNotFoundError(f"there is no {data}; expected the folder of an LMDB")
+    _check_lmdb(data)
+    file = (data.stat().st_dev, data.stat().st_ino)
+    try:
+        environment = _OPEN.get(file)
+        if environment is None:
+            environment = lmdb.open(str(data), subdir=False, readonly=True, lock=False, readahead=False)
+            _OPEN[file] = environment
+    except lmdb.Error as error:
+        raise OSError(f"{data} cannot be read as an LMDB: {error}") from error
+    return environment
 
 
 def _check_lmdb(file: Path) -> None:
@@ -292,25 +377,35 @@ def _check_lmdb(file: Path) -> None:
 
 
 def images_from(
-    path: str | Path, size: int, *, flip: bool = False, conditional: bool | None = None
+    path: str | Path,
+    size: int | None,
+    *,
+    flip: bool = False,
+    conditional: bool | None = None,
+    exif_rotate: bool = False,
 ) -> ImageFolder | LmdbImages:
     """The images below `path`, whatever it is: an LMDB, class folders as in ImageNet, or one plain folder.
 
     `conditional` says whether the sub-folders are classes; None: they are if no image lies beside them.
+    `size` and `exif_rotate`: see :class:`diffussm.data.StoredImages`.
     """
     path = Path(path)
     if path.suffix == ".mdb" or (path / "data.mdb").is_file():
         if conditional:
-            raise ValueError(f"{path} is an LMDB, which has no classes; leave conditional away")
-        return LmdbImages(path, size, flip)
-    if conditional is None:
-        visible = [entry for entry in os.scandir(path) if not entry.name.startswith(".")]
-        loose = any(Path(entry.name).suffix.lower() in EXTENSIONS for entry in visible if entry.is_file())
-        conditional = not loose and any(entry.is_dir() for entry in visible)
-    return ImageFolder(path, size, flip=flip, conditional=conditional)
+            raise ValueError(f"{path} is an LMDB, which has no classes; omit conditional")
+        return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
+    if conditional is None and path.is_dir():
+        loose = any(Path(e.name).suffix.lower() in EXTENSIONS for e in visible(path) if not is_folder(e))
+        conditional = not loose and any(is_folder(entry) for entry in visible(path))
+    return ImageFolder(path, size, flip=flip, conditional=bool(conditional), exif_rotate=exif_rotate)
 
 
-FORMAT = "diffussm-latents-1"
+FORMAT = "diffussm-latents-2"
+OLD_FORMAT = "diffussm-latents-1"
+ENCODE_AGAIN = (
+    f"this is a store of the format {OLD_FORMAT}, which did not tell encoder and decoder apart and turned "
+    "images by EXIF; encode the images again, into a new folder"
+)
 
 
 def npy_header(shape: Sequence[int]) -> bytes:
@@ -342,14 +437,46 @@ def _sha256(path: Path) -> str:
 
 def _publish(draft: Path, path: Path) -> None:
     """Make a finished file appear under its name, all at once and for good."""
-    with draft.open("rb") as file:
+    with draft.open("r+b") as file:
         os.fsync(file.fileno())
     draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+_CANNOT = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+}
+
+
+def _flush_folder(folder: Path) -> None:
+    """A renaming is not safe from a power failure before its folder is flushed; some systems cannot do it."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in _CANNOT:  # a disk that is full or broken is another matter
+            raise
+        _warn_of_flushing(folder, str(error))
+
+
+@lru_cache
+def _warn_of_flushing(folder: Path, reason: str) -> None:
+    """Once for each folder."""
+    LOG.warning(
+        "%s cannot be flushed to disk (%s); what was written there is complete, but may be gone after a "
+        "power failure",
+        folder,
+        reason,
+    )
 
 
 def _write_json(path: Path, value: Any, rank: int) -> None:
@@ -369,15 +496,6 @@ def make_plan(
     source: Dataset, identity: dict[str, Any], *, batch_size: int, shard_size: int, flip: bool
 ) -> dict[str, Any]:
     """All that decides the content of a store; ValueError if the images do not fit the autoencoder."""
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        if isinstance(source, ImageFolder):
-            digest.update(b"%b\0%d\n" % (os.fsencode(_name(source, i)), int(source.labels[i])))
-        elif isinstance(source, LmdbImages):
-            digest.update(b"%b\n" % source.key(i))
-        else:  # in memory: look at the pixels
-            image, label = source[i]
-            digest.update(b"%b%d\n" % (image.contiguous().numpy().tobytes(), label))
     size = getattr(source, "size", None)
     height, width = (size, size) if size else source[0][0].shape[-2:]
     factor = identity["downsampling"]
@@ -386,20 +504,26 @@ def make_plan(
     return {
         "format": FORMAT,
         "vae": identity,
-        "data": {"kind": type(source).__name__, "images": len(source), "sha256": digest.hexdigest()},
+        "data": {"kind": type(source).__name__, "images": len(source), "sha256": _fingerprint(source)},
         "image_size": [height, width],
         "shape": [identity["latent_channels"], height // factor, width // factor],
         "flip": flip,
+        "exif_rotate": bool(getattr(source, "exif_rotate", False)),
         "batch_size": batch_size,
         "shard_size": shard_size,
         "classes": list(source.classes),
     }
 
 
-def _name(source: Dataset, index: int) -> str:
-    if isinstance(source, ImageFolder):
-        return os.path.relpath(source.path(index), source.root)
-    return source.key(index).decode(errors="replace") if isinstance(source, LmdbImages) else str(index)
+def _fingerprint(source: Dataset) -> str:
+    """What tells a data set from others. In memory there are no names: look at the pixels."""
+    if isinstance(source, StoredImages):
+        return source.fingerprint
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        image, label = source[i]
+        digest.update(b"%b%d\n" % (image.contiguous().numpy().tobytes(), label))
+    return digest.hexdigest()
 
 
 def _settle(out: Path, plan: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -412,6 +536,8 @@ def _settle(out: Path, plan: dict[str, Any], rank: int) -> dict[str, Any]:
         _write_json(out / "plan.json", plan, rank)
         return plan
     theirs = _read_json(out / "plan.json")
+    if isinstance(theirs, dict) and theirs.get("format") == OLD_FORMAT:
+        raise ValueError(f"{out}: {ENCODE_AGAIN}")
     there, here = _flat(theirs), _flat(json.loads(json.dumps(plan)))
     if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
         facts = "; ".join(
@@ -422,13 +548,13 @@ def _settle(out: Path, plan: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def _flat(plan: Any) -> dict[str, Any]:
-    """The entries of a plan by dotted names, without those that may differ: an autoencoder may have moved."""
+    """The entries of a plan by dotted names, without those that may differ: place and decoder of the VAE."""
     if not isinstance(plan, dict) or not isinstance(plan.get("vae"), dict):
         raise ValueError("plan.json is not the plan of a latent store")
     flat = {}
     for key, value in plan.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return {key: value for key, value in flat.items() if key != "vae.name"}
+    return {key: value for key, value in flat.items() if key not in ("vae.name", "vae.decoder_sha256")}
 
 
 def encode(
@@ -500,13 +626,13 @@ def _encode_shard(
 ) -> None:
     def read(index: int) -> tuple[Tensor, int] | Skipped:
         try:
-            if not isinstance(source, ImageFolder):
+            if not isinstance(source, StoredImages):
                 return source[index]
-            # A folder's own [] would put another image in the place of a broken one.
-            image = read_image(source.path(index), source.size, source.background)
-            return image, int(source.labels[index])
+            # Its own [] would put another image in the place of a broken one.
+            return source.read(index), int(source.labels[index])
         except BadImage as error:
-            return Skipped(_name(source, index), re.sub(r" at 0x[0-9a-f]+", "", str(error)))
+            name = source.name(index) if isinstance(source, StoredImages) else str(index)
+            return Skipped(name, re.sub(r" at 0x[0-9a-f]+", "", str(error)))
 
     name = f"shard-{number:05d}"
     first = number * plan["shard_size"]
@@ -574,13 +700,15 @@ def _natural(value: Any, least: int = 0, most: int = 2**40) -> bool:
 
 def _flaws(m: Any) -> Iterator[str]:
     """What is wrong with a manifest; a check may rely on all before it, so take one flaw and stop."""
+    if isinstance(m, dict) and m.get("format") == OLD_FORMAT:
+        yield ENCODE_AGAIN
     if not isinstance(m, dict) or m.get("format") != FORMAT:
         yield f"is not the manifest of a latent store ({FORMAT})"
     if m.get("checksum") != sign_manifest(m)["checksum"]:
         yield "its checksum does not fit its content; it was changed or damaged"
     vae, shape, classes, shards = (m.get(key) for key in ("vae", "shape", "classes", "shards"))
-    if not isinstance(vae, dict) or not isinstance(vae.get("sha256"), str):
-        yield f"vae is {vae!r:.80}; expected an identity with its sha256"
+    if not isinstance(vae, dict) or not isinstance(vae.get("encoder_sha256"), str):
+        yield f"vae is {vae!r:.80}; expected an identity with its encoder_sha256"
     scale = vae.get("scaling_factor")
     if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
         yield f"scaling_factor is {scale!r:.80}; expected a positive number"
@@ -691,11 +819,5 @@ class LatentStore:
         return self.moments(torch.tensor([index]))[0, 0].float() * self.scale, int(self.labels[index])
 
     def check_vae(self, vae: Any) -> None:
-        """Raises ValueError unless `vae` is the autoencoder that made these latents."""
-        ours = vae_identity(vae, "")
-        for key in ("sha256", "scaling_factor"):
-            if ours[key] != self.vae.get(key):
-                raise ValueError(
-                    f"{self.path} was made by {self.vae.get('name')} ({key} {self.vae.get(key)}), not by "
-                    f"this autoencoder ({key} {ours[key]}), to which its latents mean nothing"
-                )
+        """Raises ValueError unless `vae` has the encoder that made these latents: `check_encoder`."""
+        check_encoder(self.vae, vae_identity(vae, "this autoencoder"), f"the latents in {self.path}")

@@ -268,7 +268,13 @@ def test_sample_writes_a_set_of_decoded_images(work, tmp_path):
         assert made["arr_0"].shape == (6, 16, 16, 3) and made["arr_1"].tolist() == [0, 1] * 3
         images = made["arr_0"]
     how = json.loads((tmp_path / "set.json").read_text())
-    assert how["cfg_scale"] == 1.0 and how["vae"] == LatentStore(work / "latents").vae["sha256"]
+    made_by = LatentStore(work / "latents").vae
+    assert how["cfg_scale"] == 1.0
+    assert how["vae"] == {
+        "name": str(work / "vae"),
+        "encoder_sha256": made_by["encoder_sha256"],
+        "decoder_sha256": made_by["decoder_sha256"],
+    }
     diffussm(words + "folder", w=work, t=tmp_path)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000003.png")), images[3])
 

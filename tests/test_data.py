@@ -1,5 +1,6 @@
 """Chapter 8: digits, OpenMoji, folders, ADM's crop, the order of samples, and odd files."""
 
+import errno
 import io
 import os
 import pickle
@@ -383,15 +384,17 @@ def test_exif_orientation_is_undone(orientation):
     exif[0x0112] = orientation
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(inverse[undo[orientation]]))
     np.testing.assert_array_equal(
-        np.asarray(decode_image(encoded(stored, "PNG", exif=exif))), np.asarray(upright)
+        np.asarray(decode_image(encoded(stored, "PNG", exif=exif), exif_rotate=True)), np.asarray(upright)
     )
+    as_stored = np.asarray(decode_image(encoded(stored, "PNG", exif=exif)))  # ADM's behaviour, the default
+    np.testing.assert_array_equal(as_stored, np.asarray(stored))
 
 
 def test_damaged_exif_costs_only_the_rotation():
     plain = encoded(
         noise_image(24, 16), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffgarbage", quality=95
     )
-    assert decode_image(plain).size == (24, 16)
+    assert decode_image(plain).size == decode_image(plain, exif_rotate=True).size == (24, 16)
 
 
 def test_cmyk_keeps_its_colours():
@@ -596,11 +599,40 @@ def test_a_class_without_any_good_image_is_an_error(zoo):
         ImageFolder(zoo, 16)[4]
 
 
-def test_a_file_that_cannot_be_read_does_raise(zoo):
+def test_a_link_that_leads_nowhere_and_a_file_that_vanished_are_listed_and_stepped_over(zoo, caplog):
+    os.symlink("nowhere.png", zoo / "b_second" / "3.png")
+    os.symlink("4.png", zoo / "b_second" / "4.png")  # to itself
     folder = ImageFolder(zoo, 16)
+    assert [folder.name(i) for i in range(3, 8)] == [
+        f"b_second/{k}" for k in ("0.JPEG", "1.JPEG", "2.JPEG", "3.png", "4.png")
+    ]
     os.remove(folder.path(4))
-    with pytest.raises(FileNotFoundError):
+    for index, substitute in ((4, "2.JPEG"), (6, "0.JPEG"), (7, "0.JPEG")):
+        x, y = folder[index]
+        assert y == 1 and torch.equal(x, read_image(zoo / "b_second" / substitute, 16))
+        with pytest.raises(BadImage, match=r"no longer there|where no file is"):
+            folder.read(index)
+    assert [Path(path).name for path, _ in folder.skipped] == ["1.JPEG", "3.png", "4.png"]
+    assert (
+        folder.skipped[1].reason == "a link to 'nowhere.png', where no file is" and len(caplog.records) == 3
+    )
+
+
+def test_a_disk_that_fails_does_raise_with_the_name_of_the_file(zoo, monkeypatch):
+    folder = ImageFolder(zoo, 16)
+    os.rename(zoo / "b_second", zoo.parent / "unplugged")
+    with pytest.raises(FileNotFoundError, match=r"b_second.1\.JPEG"):  # the folder is gone, not the file
         folder[4]
+
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", lambda *_: Broken())
+    for failing in (lambda: folder[1], lambda: folder.read(1), lambda: read_image(folder.path(1), 16)):
+        with pytest.raises(OSError, match=r"Input/output error.*a_first.1\.JPEG"):
+            failing()
+    assert folder.skipped == []
 
 
 def test_a_folder_can_travel_to_a_worker(zoo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -215,12 +216,21 @@ def test_shard_without_a_single_good_image_is_empty(vae, tmp_path):
     assert store.moments(torch.tensor([2, 0])).shape == (2, 2, 4, 8, 8) and verify_store(tmp_path / "o") == []
 
 
-def test_file_that_cannot_be_read_stops_the_encoding(vae, tmp_path):
+def test_file_that_vanished_is_left_out_and_a_disk_that_fails_stops_the_encoding(vae, tmp_path, monkeypatch):
     root = draw_images(tmp_path / "images", 3)
     folder = ImageFolder(root, SIZE)
     (root / "dogs" / "000.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        encode(folder, tmp_path / "o", vae, "t", **OPTIONS)
+    store = encode(folder, tmp_path / "o", vae, "t", **OPTIONS)
+    left_out = {name: why for shard in store.manifest["shards"] for name, why in shard["skipped"]}
+    assert left_out["dogs/000.png"] == "no longer there" and len(store) == 2
+
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error", "disk")
+
+    monkeypatch.setattr("diffussm.data._file_content", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        encode(folder, tmp_path / "p", vae, "t", **OPTIONS)
+    assert not (tmp_path / "p" / "manifest.json").exists()
 
 
 # float16
@@ -457,7 +467,7 @@ def test_folder_with_other_things_is_refused(vae, root, tmp_path):
 def test_latents_of_another_autoencoder_are_refused(vae, whole):
     store = LatentStore(whole)
     store.check_vae(vae)
-    with pytest.raises(ValueError, match="sha256"):
+    with pytest.raises(ValueError, match="encoder_sha256"):
         store.check_vae(make_vae(1))
     scaled = make_vae()
     scaled.register_to_config(scaling_factor=0.18215)
@@ -565,7 +575,7 @@ def test_path_tricks_are_refused(copy, name):
         (("vae", "scaling_factor"), float("nan")),
         (("vae", "scaling_factor"), 10**400),
         (("vae", "scaling_factor"), "0.5"),
-        (("vae", "sha256"), 7),
+        (("vae", "encoder_sha256"), 7),
         (("vae",), []),
         (("shape",), [4, 8]),
         (("shape",), [4, 8, 0]),
@@ -575,7 +585,8 @@ def test_path_tricks_are_refused(copy, name):
         (("classes",), "cats"),
         (("classes",), [1, 2]),
         (("classes",), []),
-        (("format",), "diffussm-latents-2"),
+        (("format",), "diffussm-latents-3"),
+        (("format",), "diffussm-latents-1"),
     ],
 )
 def test_every_entry_that_matters_is_checked(copy, place, value):
@@ -685,7 +696,8 @@ def test_saved_autoencoder_loads_as_the_same(vae, tmp_path):
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     identity = vae_identity(vae, "x")
     assert (identity["scaling_factor"], identity["latent_channels"], identity["downsampling"]) == (0.5, 4, 2)
-    assert identity["sha256"] != vae_identity(make_vae(1), "x")["sha256"]
+    other = vae_identity(make_vae(1), "x")
+    assert all(identity[key] != other[key] for key in ("encoder_sha256", "decoder_sha256"))
 
 
 def test_autoencoder_that_is_not_there_is_refused_with_advice(tmp_path):
@@ -798,7 +810,7 @@ def test_lmdb_equals_the_folder(root, lsun):
             seen += 1
         else:
             with pytest.raises(BadImage):
-                images[i]
+                images.read(i)
     assert seen == len(folder)
     assert sorted(path.name for path in lsun.iterdir()) == ["data.mdb"], "reading left a file behind"
     with pytest.raises(ValueError, match="no classes"):
@@ -816,7 +828,7 @@ def test_lmdb_is_encoded_without_classes(vae, lsun, tmp_path):
 
 def raises(images, i) -> bool:
     try:
-        images[i]
+        images.read(i)
     except BadImage:
         return True
     return False
