@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
@@ -38,6 +38,7 @@ __all__ = [
     "sample_order",
     "batch_indices",
     "batch_flips",
+    "Fetch",
     "load_batch",
     "stratified_split",
     "digits",
@@ -240,7 +241,12 @@ def batch_flips(n: int, batch_size: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(coins).astype(bool))
 
 
-def load_batch(dataset: Dataset, indices: Tensor, flips: Tensor | None = None) -> tuple[Tensor, Tensor]:
+Fetch = Callable[[Callable[[int], tuple[Tensor, int]], Iterable[int]], Iterable[tuple[Tensor, int]]]
+
+
+def load_batch(
+    dataset: Dataset, indices: Tensor, flips: Tensor | None = None, fetch: Fetch = map
+) -> tuple[Tensor, Tensor]:
     """Fetch samples, mirror some left to right, and stack them.
 
     Args:
@@ -248,6 +254,7 @@ def load_batch(dataset: Dataset, indices: Tensor, flips: Tensor | None = None) -
         indices: int64 (B,), see :func:`batch_indices`.
         flips: bool (B,), see :func:`batch_flips`; ignored where ``dataset.flip`` is False (a mirrored 3 is
             no digit).
+        fetch: `map`, or what does its work in several threads, such as the ``map`` of a ThreadPoolExecutor.
 
     Returns:
         images float32 (B, C, H, W), labels int64 (B,).
@@ -256,7 +263,7 @@ def load_batch(dataset: Dataset, indices: Tensor, flips: Tensor | None = None) -
         raise ValueError(
             f"flips have shape {tuple(flips.shape)}, indices {tuple(indices.shape)}; expected the same"
         )
-    images, labels = zip(*(dataset[i] for i in indices.tolist()), strict=True)
+    images, labels = zip(*fetch(dataset.__getitem__, indices.tolist()), strict=True)
     x = torch.stack(images)  # (B, C, H, W)
     if flips is not None and dataset.flip:
         x = torch.where(flips[:, None, None, None], x.flip(-1), x)
