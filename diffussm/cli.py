@@ -32,7 +32,6 @@ __all__ = [
     "recipe_files",
     "read_recipe",
     "DEVICE_HELP",
-    "DAY",
     "open_data",
     "parameter_count",
     "MARGIN",
@@ -96,7 +95,6 @@ def read_recipe(name: str) -> "TrainConfig":
 
 
 DEVICE_HELP = "e.g. cpu or cuda; default: a GPU if there is one"
-DAY = 86_400.0  # seconds; a process that has encoded its share waits this long for the others
 
 
 def _new_parser(command: str, description: str) -> ArgumentParser:
@@ -168,7 +166,7 @@ def _encode(arguments: Sequence[str]) -> int:
 
     source = images_from(options.data, options.size, conditional=False if options.no_classes else None)
     out = options.out
-    with _cluster(options.device, timeout=DAY) as world:
+    with _cluster("encode", options.device, stoppable=False) as world:  # a kill costs a shard
         vae = load_vae(options.vae, world.device)
         encode(
             source,
@@ -181,7 +179,7 @@ def _encode(arguments: Sequence[str]) -> int:
             rank=world.rank,
             world_size=world.size,
         )
-        _wait(world)  # until every process has done its share
+        world.barrier()  # until every process has done its share
         store = LatentStore(out)
         if world.rank == 0:
             skipped = sum(len(shard["skipped"]) for shard in store.manifest["shards"])
@@ -196,8 +194,8 @@ def _encode(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _cluster(device: str | None, timeout: float = 1800.0) -> Any:
-    """The processes of this command; ValueError for a device that there is not."""
+def _cluster(command: str, device: str | None, *, stoppable: bool = True) -> Any:
+    """The processes of a command; ValueError for a device that there is not."""
     import torch
 
     from diffussm.distributed import Cluster
@@ -210,13 +208,7 @@ def _cluster(device: str | None, timeout: float = 1800.0) -> Any:
         raise ValueError(
             f"--device {device}: this machine has no GPU that torch can use; see diffussm doctor"
         )
-    return Cluster(device, timeout)
-
-
-def _wait(world: Any) -> None:
-    import torch
-
-    world.sum(torch.zeros(1))
+    return Cluster(device, stoppable=stoppable, report=partial(_report, command))
 
 
 def open_data(config: "TrainConfig") -> "Dataset":
@@ -297,8 +289,8 @@ def _train(arguments: Sequence[str]) -> int:
     writer = _tensorboard() if options.tensorboard else None
     data = open_data(config)
 
-    with _cluster(options.device) as world:
-        decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
+    with _cluster("train", options.device) as world:
+        decode = _decoder(options.vae, world.device, getattr(data, "vae", None)) if options.vae else None
 
         def claim() -> None:  # every reason to refuse comes before the first file
             micro_batch_of(config, world.size)
@@ -366,17 +358,20 @@ def _tensorboard() -> Any:
     return SummaryWriter
 
 
-def _decoder(
-    vae_name: str, device: Any, made_by: dict[str, Any] | None
-) -> "tuple[Callable[[Tensor], Tensor], dict[str, Any]]":
-    """Latents to images with this autoencoder, and which it is; ValueError if another encoder made them."""
-    from diffussm.latents import check_encoder, decode, load_vae, vae_identity
+def _decoder(vae_name: str, device: Any, made_by: dict[str, Any] | None) -> "Callable[[Tensor], Tensor]":
+    """Latents to images with this autoencoder; ValueError if another one has made the latents."""
+    from diffussm.latents import decode, load_vae, vae_identity
 
     vae = load_vae(vae_name, device)
     identity = vae_identity(vae, vae_name)
     if made_by is not None:
-        check_encoder(made_by, identity, "the latents of this model")
-    return partial(decode, vae), identity
+        for key in ("sha256", "scaling_factor"):
+            if made_by.get(key) != identity[key]:
+                raise ValueError(
+                    f"--vae {vae_name} is not the autoencoder of these latents, {made_by.get('name')}: "
+                    f"{key} is {identity[key]}, theirs {made_by.get(key)}"
+                )
+    return partial(decode, vae)
 
 
 @cache
@@ -477,8 +472,8 @@ def parse_classes(words: str, names: Sequence[str]) -> list[int]:
 
 def _sample(arguments: Sequence[str]) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored"""
-    from diffussm.distributed import SAMPLE_PRESETS, SampleConfig, draw_samples
-    from diffussm.training import diffusion_of, find_checkpoint, load_run
+    from diffussm.distributed import EXIT_PREEMPTED, SAMPLE_PRESETS, SampleConfig, draw_samples
+    from diffussm.training import Preempted, diffusion_of, find_checkpoint, load_run
 
     parser = _new_parser(
         "sample",
@@ -517,7 +512,7 @@ def _sample(arguments: Sequence[str]) -> int:
     if not target.parent.is_dir():
         raise ValueError(f"{target}: the folder {target.parent} does not exist")
 
-    with _cluster(options.device) as world:
+    with _cluster("sample", options.device, stoppable=grid is None) as world:
         model, trained, names = load_run(run, options.weights)
         classes = None
         if grid is not None and model.null_label is not None:
@@ -530,7 +525,7 @@ def _sample(arguments: Sequence[str]) -> int:
             raise ValueError(f"{run} was trained on latents; say with --vae what made them{source}")
         if options.vae is not None and not latents:
             raise ValueError(f"{run} was trained on pixels; leave --vae away")
-        decode, decoder = _decoder(options.vae, world.device, made_by) if latents else (None, None)
+        decode = _decoder(options.vae, world.device, made_by) if latents else None
         model = model.to(world.device).eval()
         if grid is not None:
             if world.rank == 0:
@@ -552,9 +547,14 @@ def _sample(arguments: Sequence[str]) -> int:
         checkpoint = find_checkpoint(run)
         assert checkpoint is not None  # load_run has found it
         facts = {"weights": options.weights, "checkpoint": checkpoint.name, "ema_decay": trained.ema_decay}
-        if decoder is not None:
-            facts["vae"] = {key: decoder[key] for key in ("name", "encoder_sha256", "decoder_sha256")}
-        draw_samples(model, diffusion_of(trained), config, out, world=world, facts=facts, decode=decode)
+        if made_by is not None:
+            facts["vae"] = made_by["sha256"]
+        try:
+            draw_samples(model, diffusion_of(trained), config, out, world=world, facts=facts, decode=decode)
+        except Preempted as stop:
+            if world.rank == 0:
+                print(f"{stop}; the same command draws the others", file=sys.stderr)
+            return EXIT_PREEMPTED
         if world.rank == 0:
             print(f"wrote {config.count} images to {out}")
     return 0
@@ -931,7 +931,7 @@ def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Cal
         if options.vae is None:
             raise Skip("say with --vae what decodes the samples")
         found = open_data(config) if config.data else None
-        decode, _ = _decoder(options.vae, kind, getattr(found, "vae", None))
+        decode = _decoder(options.vae, kind, getattr(found, "vae", None))
         shape = (1, config.model.in_channels, config.model.height, config.model.width)
         image = decode(torch.zeros(shape, device=kind))
         if not bool(image.isfinite().all()):
@@ -986,21 +986,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"diffussm: there is no command {name!r}\n{usage}", file=sys.stderr)
         return 2
-    who = f"diffussm {name}" + (f" [process {os.environ['RANK']}]" if int(os.environ.get("RANK", 0)) else "")
     try:
         return COMMANDS[name](arguments[1:])
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # torch has no class of its own for this on a CPU
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        print(
-            f"{who}: out of memory; take a smaller batch (train: --micro_batch), see doctor", file=sys.stderr
-        )
-        return 1
     except SystemExit as stop:  # jsonargparse has printed its own message
         return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
+    except BaseException as error:
+        return _report(name, error)
+
+
+def _report(command: str, error: BaseException) -> int:
+    """Print what made a command fail, and return its exit code; raises what nobody foresaw."""
+    rank = int(os.environ.get("RANK", 0))
+    who = f"diffussm {command}" + (f" [process {rank}]" if rank else "")
+    told = str(error)
+    if isinstance(error, KeyboardInterrupt):
         print(f"\n{who}: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    if isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told):
+        told = "out of memory; take a smaller batch (train: --micro_batch), see doctor"
+    elif not isinstance(error, ValueError | OSError | ImportError | FloatingPointError | MemoryError):
+        raise error
+    print(f"{who}: {told}", file=sys.stderr)
+    return 1

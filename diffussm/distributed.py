@@ -4,16 +4,24 @@ Generated from book/11_scaling_out.md by `make export`: edit there.
 """
 
 import json
+import math
 import os
+import pickle
+import shutil
 import signal
+import sys
+import threading
+import time
+import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,13 +33,17 @@ from tqdm import tqdm
 from diffussm.data import hash64
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.sampling import sample
-from diffussm.training import Snapshot, TrainConfig, World, stream, write_checkpoint
+from diffussm.sampling import denoise
+from diffussm.training import E, Preempted, Snapshot, TrainConfig, World, stream, write_checkpoint
 
 __all__ = [
     "T",
-    "SIGNALS",
+    "DAY",
+    "REPEAT",
     "EXIT_PREEMPTED",
+    "SIGNALS",
+    "PeerFailed",
+    "FailureWatch",
     "Cluster",
     "PEAK_FLOPS",
     "peak_flops",
@@ -39,63 +51,214 @@ __all__ = [
     "SampleConfig",
     "LABELS",
     "SAMPLE_PRESETS",
+    "draw_batch",
     "draw_samples",
+    "FORMAT",
     "to_uint8",
+    "SampleFiles",
 ]
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+DAY = 86_400.0  # seconds; a process that has done its share waits this long for the others
+REPEAT = 2.0  # seconds; torchrun hands on a Ctrl-C that the terminal has sent already
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again
+# SIGUSR1 is not known on Windows
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class PeerFailed(ConnectionError):
+    """Another process of the run failed; the message says which one, and why."""
+
+
+class FailureWatch:
+    """How a process that fails tells the others, which may be waiting for it in an all-reduce.
+
+    A thread of each process looks twice a second for a notice in the store of the process group, over a
+    connection of its own, and calls `failed` once there is one.
+    """
+
+    def __init__(self, store: dist.Store, failed: Callable[[], object]) -> None:
+        self._store = store.clone()
+        self._store.set_timeout(timedelta(seconds=10))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(failed,), name="failures", daemon=True)
+        self._thread.start()
+
+    def _look(self, failed: Callable[[], object]) -> None:
+        try:
+            while not self._closed.wait(0.5):
+                if self._store.check(["failed"]):
+                    failed()
+        except RuntimeError:  # the process that held the store has ended
+            return
+
+    def post(self, notice: str) -> str:
+        """Leave a notice; returns the first that anybody left."""
+        try:
+            return self._store.compare_set("failed", "", notice).decode()
+        except RuntimeError:
+            return notice
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join()
 
 
 class Cluster(World):
     """The processes that torchrun started, or this one alone, with all that a long run needs (chapter 11).
 
-    Checkpoints are written by a thread while training goes on. SIGTERM and SIGUSR1 set `stopping`. Use it
-    as a context manager; it leaves the process group and the signal handlers as it found them.
+    Checkpoints are written by a thread while training goes on. Use it as a context manager. If all processes
+    leave it together, it gives back the process group and the signal handlers. A process that leaves it
+    alone, by an exception that the others do not raise, calls `report` (None: print the traceback) and ends
+    at once, with the exit code that `report` returns, or 1; the others follow within seconds.
 
-    Raises ValueError when torchrun started more processes than there are GPUs.
+    Args:
+        device: None for a GPU if there is one, ``"cuda"`` for the GPU of this process, or ``"cpu"``.
+        timeout: seconds until a process gives up waiting for the others in an all-reduce.
+        stoppable: SIGINT (Ctrl-C), SIGTERM and SIGUSR1 set `stopping`; a second SIGINT raises
+            KeyboardInterrupt. False leaves the signals as they are, for work that cannot stop half-way.
+        report: called with what made this process fail.
+
+    Raises:
+        ValueError: there are more processes than GPUs, or `device` names one GPU for all of them.
     """
 
-    def __init__(self, device: str | torch.device | None = None, timeout: float = 1800.0) -> None:
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        timeout: float = 1800.0,
+        *,
+        stoppable: bool = True,
+        report: Callable[[BaseException], int | None] | None = None,
+    ) -> None:
         super().__init__(device)
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        if self.device.type == "cuda" and self.device.index is None:
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            if local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"process {local} of this machine has no GPU of its own: there are "
-                    f"{torch.cuda.device_count()}; start torchrun with --nproc_per_node "
-                    f"{torch.cuda.device_count()}, or pass --device cpu"
-                )
-            self.device = torch.device("cuda", local)
         if self.device.type == "cuda":
+            self.device = _own_gpu(self.device)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32 where bf16 is not used
+        self._report = report or _print_traceback
+        self._leaving = threading.Lock()
+        self._shared: Exception | None = None  # what all processes raise together
         if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            self._join(timeout)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[Path] | None = None
-        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        self._interrupted: float | None = None  # when Ctrl-C was pressed first
+        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS if stoppable}
+
+    def _join(self, timeout: float) -> None:
+        """Meet the other processes."""
+        Cluster._groups += 1
+        limit, gpu = timedelta(seconds=timeout), self.device.type == "cuda"
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        self._store = dist.PrefixStore(f"diffussm/{Cluster._groups}", store)
+        self._counters = 0
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=dist.PrefixStore("group", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=limit,
+            device_id=self.device if gpu else None,  # or NCCL has to guess it from the rank
+        )
+        self._watch = FailureWatch(self._store, self._leave)
+
+    _groups = 0  # process groups so far: each has its own names in the store
 
     def _stop(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted is not None and now - self._interrupted > REPEAT:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
         self.stopping = True
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.size > 1 and error is not None and error is not self._shared:
+            self._leave(error)
         self._writer.shutdown(wait=True)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.size > 1:
             dist.destroy_process_group()
+            self._watch.close()
+
+    def _leave(self, error: BaseException | None = None) -> NoReturn:
+        """End this process alone, because of its own error or (None) another's. Waits for nothing.
+
+        To destroy the process group would be to wait for the others, who wait for this process.
+        """
+        with self._leaving:  # for ever: whoever comes second has nothing to add
+            ours = (
+                "" if error is None else f"process {self.rank} failed: {type(error).__name__}: {error}"[:2000]
+            )
+            first = self._watch.post(ours)
+            if error is None or first != ours:
+                error = PeerFailed(f"stopped, because {first}")
+            code = self._exit_code(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if self.rank == 0:
+                time.sleep(1.0)  # without torchrun the store is here, and the others have to read it
+            os._exit(code)
+
+    def _exit_code(self, error: BaseException) -> int:
+        try:
+            return self._report(error) or 1
+        except BaseException:  # not even a report may keep this process
+            traceback.print_exc()
+            return 1
+
+    def together(self, error: E) -> E:
+        """See World."""
+        self._shared = error
+        return error
+
+    def barrier(self) -> None:
+        """See World. Waits for a day, whatever the timeout of the process group."""
+        deadline = time.monotonic() + DAY
+        count = self._counter()
+        count(1)
+        while count(0) < self.size:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.rank} has waited a day for {self.size - count(0)} others")
+            time.sleep(0.1)  # not in one call that blocks: signals are handled in between
+
+    def deal(self, numbers: Sequence[int]) -> Iterator[int]:
+        """See World."""
+        count = self._counter()
+        while (position := count(1) - 1) < len(numbers) and not self.stopping:
+            yield numbers[position]
+        count(len(numbers))  # if we are asked to stop, nobody gets more
+
+    def _counter(self) -> Callable[[int], int]:
+        """A new number that all processes share: what is called adds to it, and returns it."""
+        if self.size == 1:
+            alone = [0]
+
+            def add(amount: int) -> int:
+                alone[0] += amount
+                return alone[0]
+
+            return add
+        self._counters += 1
+        return partial(self._store.add, f"counter/{self._counters}")
 
     def shard(self, module: nn.Module, config: TrainConfig) -> None:
         """See World. Blocks are compiled one by one: all are the same graph, which is compiled once."""
+        if self.device.type == "cuda":  # TF32 only where bf16 is allowed
+            torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
         if config.compile:
+            # DDP would have each block's graph cut into parts of its buckets' size, for an overlap that
+            # blocks compiled one by one give already
+            from torch._dynamo import config as dynamo
+
+            dynamo.optimize_ddp = False
             for block in module.blocks:  # type: ignore[union-attr]
                 block.compile()
         if self.size > 1 and config.parallel == "fsdp":
@@ -133,16 +296,20 @@ class Cluster(World):
 
     def once(self, function: Callable[[], T]) -> T:
         """See World. The result travels between our own processes, never through a file."""
+        error: Exception | None = None
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
+                if self.size > 1:
+                    pickle.dumps(outcome[0])  # or the others would wait for what cannot be sent
+            except Exception as raised:
+                error = raised
+                outcome = [None, _portable(raised)]
         if self.size > 1:
             dist.broadcast_object_list(outcome, device=torch.device("cpu"))
         if outcome[1] is not None:
-            raise outcome[1]
+            raise self.together(error or outcome[1])
         return cast(T, outcome[0])
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -186,11 +353,44 @@ class Cluster(World):
         if self.device.type != "cuda":
             return {}
         figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+        torch.cuda.reset_peak_memory_stats()  # of this line of the log, not of all since the start
         peak = peak_flops(torch.cuda.get_device_name())
         if peak is not None:
             used = 6 * linear_macs(config.model) * images_per_second
             figures["mfu"] = round(used / (peak * self.size), 4)
         return figures
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process, by its number on this machine; ValueError if there is none for it alone."""
+    gpus = torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    if device.index is not None and neighbours > 1:
+        raise ValueError(
+            f"--device {device} is one GPU, and {neighbours} processes run on this machine; pass "
+            "--device cuda, and each takes its own"
+        )
+    if device.index is None and local >= gpus:
+        raise ValueError(
+            f"process {local} of this machine has no GPU of its own: there are {gpus}; start torchrun with "
+            f"--nproc_per_node {gpus}, or pass --device cpu"
+        )
+    return torch.device("cuda", local) if device.index is None else device
+
+
+def _portable(error: Exception) -> Exception:
+    """This exception if it survives being sent to another process, or else its text."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # a class's own methods may raise anything
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _print_traceback(error: BaseException) -> None:
+    traceback.print_exception(error)
 
 
 PEAK_FLOPS = {
@@ -216,21 +416,24 @@ def linear_macs(config: DiffuSSMConfig) -> float:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Everything that decides a set of samples; the defaults are the paper's (section 4.2).
+    """Everything that decides a set of samples; the defaults are those of ``paper-fid`` (chapter 11).
 
-    `labels` is ``"balanced"`` (each class as often as any other) or ``"random"`` (uniform, by `seed`).
-    `guidance_channels` None means all. `batch_size` matters: each batch has a random stream of its own.
-    Raises ValueError for values that cannot work.
+    `labels` is ``"random"`` (uniform, by `seed`) or ``"balanced"`` (each class as often as any other), among
+    `classes` (numbers; None: all). `guidance_channels` guides the first so many channels (None, or more than
+    there are: all). `precision` is ``"float32"``, ``"tf32"`` (a GPU rounds the factors of matrix products;
+    on a CPU the same as float32) or ``"bf16"`` (autocast). `batch_size` matters: each batch has a random
+    stream of its own. Raises ValueError for values that cannot work.
     """
 
     count: int = 50_000
-    labels: str = "balanced"
+    labels: str = "random"
+    classes: tuple[int, ...] | None = None
     steps: int = 250
     method: str = "ddpm"
     cfg_scale: float = 1.5
-    guidance_channels: int | None = None
+    guidance_channels: int | None = 3
     clip_denoised: bool = False
-    precision: str = "float32"
+    precision: str = "tf32"
     batch_size: int = 64
     seed: int = 0
 
@@ -241,28 +444,102 @@ class SampleConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
         choices = {
-            "labels": ("balanced", "random"),
+            "labels": ("random", "balanced"),
             "method": ("ddpm", "ddim"),
-            "precision": ("float32", "bf16"),
+            "precision": ("float32", "tf32", "bf16"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if self.classes is not None and not (
+            self.classes and min(self.classes) >= 0 and len(set(self.classes)) == len(self.classes)
+        ):
+            raise ValueError(f"classes={self.classes}: expected class numbers, each once, or None for all")
 
     def label(self, indices: range, num_classes: int) -> Tensor:
         """The labels of these samples, int64 (n,): a pure function of the configuration."""
+        among = torch.arange(num_classes) if self.classes is None else torch.tensor(self.classes)
         numbers = np.arange(indices.start, indices.stop)
         if self.labels == "random":
             numbers = (hash64(self.seed, LABELS, 0, numbers) >> np.uint64(1)).astype(np.int64)
-        return torch.from_numpy(numbers % num_classes)
+        return among[torch.from_numpy(numbers % len(among))]
+
+    def of(self, model: DiffuSSMConfig) -> "SampleConfig":
+        """What of this applies to a model; ValueError for classes that it does not have."""
+        if self.classes is not None and max(self.classes) >= model.num_classes:
+            has = f"classes 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
+            raise ValueError(f"classes={self.classes}: this model has {has}")
+        channels = self.guidance_channels
+        if channels is not None and channels >= model.in_channels:
+            channels = None
+        if model.num_classes == 0 or self.cfg_scale == 1:
+            channels = None  # nothing is guided
+        return replace(
+            self, guidance_channels=channels, cfg_scale=self.cfg_scale if model.num_classes else 1.0
+        )
 
 
 LABELS = 3  # the stream of `hash64`, after those of chapter 8
 SAMPLE_PRESETS = {
     "paper-fid": SampleConfig(),
+    "paper-fid-all": SampleConfig(labels="balanced", guidance_channels=None),
     "paper-fid-unguided": SampleConfig(cfg_scale=1.0),
-    "pretty": SampleConfig(count=64, cfg_scale=4.0, batch_size=16),
+    "pretty": SampleConfig(
+        count=64, labels="balanced", cfg_scale=4.0, guidance_channels=None, precision="float32", batch_size=16
+    ),
 }
+
+
+def draw_batch(
+    model: DiffuSSM,
+    diffusion: GaussianDiffusion,
+    config: SampleConfig,
+    number: int,
+    *,
+    world: World,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> np.ndarray | None:
+    """Batch `number` of a set, uint8 (n, H, W, 3); None if `world` was asked to stop before it was done.
+
+    A pure function of the weights, `config` and `number`. See `draw_samples` for the arguments.
+    """
+    first = number * config.batch_size
+    shape = (config.batch_size, model.config.in_channels, model.config.height, model.config.width)
+    generator = stream(config.seed, "samples", number)
+    y = None
+    if model.null_label is not None:
+        y = config.label(range(first, first + config.batch_size), model.config.num_classes).to(world.device)
+    chain = denoise(
+        model,
+        diffusion,
+        y,
+        steps=config.steps,
+        method=config.method,
+        cfg_scale=config.cfg_scale,
+        guidance_channels=config.guidance_channels,
+        clip_denoised=config.clip_denoised,
+        generator=generator,
+        noise=torch.randn(shape, generator=generator).to(world.device),
+    )
+    with _precision(config.precision, world.device):
+        for _, latest, _ in chain:
+            x = latest  # (B, C, H, W)
+            if world.stopping:
+                return None
+    x = x.float()[: config.count - first]
+    return to_uint8(x if decode is None else decode(x))
+
+
+@contextmanager
+def _precision(name: str, device: torch.device) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def draw_samples(
@@ -280,64 +557,46 @@ def draw_samples(
 
     Args:
         model: called as it is, on `world.device`.
-        out: a folder (``000000.png`` ... and ``samples.json``), or a name that ends in ``.npz`` (``arr_0``
-            uint8 (n, H, W, 3), ``arr_1`` labels; the facts lie beside it as ``.json``).
-        facts: what else decided the set (which weights, of which step): stored, and compared on resume.
+        out: a folder (``000000.png`` ..., ``samples.json`` and, for a model with classes, ``labels.json``:
+            ``{"000000.png": 3, ...}``), or a name that ends in ``.npz`` (``arr_0`` uint8 (n, H, W, 3),
+            ``arr_1`` labels; the facts lie beside it as ``.json``).
+        facts: what else decided the set (which weights, of which step; what decodes): stored, and compared
+            on resume, all but the name of the autoencoder ``facts["vae"]["name"]``.
         decode: latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]; None for a model of pixels.
 
     Raises:
         ValueError: `out` holds another set of samples, or something else; nothing is written.
+        Preempted: the world was told to stop; the batches that are done are kept.
     """
-    out = Path(out)
-    packed = out.suffix == ".npz"
-    record = out.with_suffix(".json") if packed else out / "samples.json"
-    parts = out.with_suffix(".parts") if packed else out / ".parts"
-    conditional = model.null_label is not None
-    how = json.loads(json.dumps(asdict(config) | facts))
-    if not conditional:
-        how |= {"labels": "none", "cfg_scale": 1.0}
-    world.once(lambda: _claim(out, record, parts, how))
-    if json.loads(record.read_text()).get("complete"):
-        return out
-    starts = range(0, config.count, config.batch_size)
-    shape = (config.batch_size, model.config.in_channels, model.config.height, model.config.width)
-    mine = [
-        number
-        for number in range(world.rank, len(starts), world.size)
-        if not (parts / f"{number:06d}.npy").exists()
-    ]
-    for number in tqdm(mine, unit="batch", disable=not progress or world.rank > 0, dynamic_ncols=True):
-        indices = range(starts[number], min(starts[number] + config.batch_size, config.count))
-        generator = stream(config.seed, "samples", number)
-        noise = torch.randn(shape, generator=generator).to(world.device)
-        # a whole batch even at the end: its numbers then do not depend on `count`
-        whole = range(indices.start, indices.start + config.batch_size)
-        y = config.label(whole, model.config.num_classes).to(world.device) if conditional else None
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            x = sample(
-                model,
-                diffusion,
-                y,
-                steps=config.steps,
-                method=config.method,
-                cfg_scale=config.cfg_scale if conditional else 1.0,
-                guidance_channels=config.guidance_channels,
-                clip_denoised=config.clip_denoised,
-                generator=generator,
-                noise=noise,
-                progress=False,
-            )
-        x = x.float()[: len(indices)]
-        images = to_uint8(x if decode is None else decode(x))
-        if not packed:
-            _write_pngs(out, indices, images)
-        draft = parts / f".{number:06d}.tmp"
-        with draft.open("wb") as file:
-            np.save(file, images if packed else np.zeros(0, np.uint8))
-        draft.replace(parts / f"{number:06d}.npy")
-    world.sum(torch.zeros(1))  # all have drawn theirs
-    world.once(lambda: _complete(out, record, parts, how, config, model.config.num_classes, len(starts)))
-    return out
+    config = config.of(model.config)
+    how = asdict(config) if model.config.num_classes else asdict(config) | {"labels": "none"}
+    files = SampleFiles(Path(out), json.loads(json.dumps({"format": FORMAT} | how | facts)))
+    if world.once(files.claim):
+        return files.out
+    batches = math.ceil(config.count / config.batch_size)
+    missing = world.once(lambda: files.missing(batches))
+    drawn = 0
+    with tqdm(total=batches, unit="batch", disable=not progress or world.rank > 0, dynamic_ncols=True) as bar:
+        for number in world.deal(missing):
+            bar.update(number - bar.n)
+            images = draw_batch(model, diffusion, config, number, world=world, decode=decode)
+            if images is not None:
+                files.keep(number, number * config.batch_size, images)
+                drawn += 1
+        world.barrier()
+        total, stopped = world.sum(torch.tensor([float(drawn), float(world.stopping)])).tolist()
+        bar.update(batches - len(missing) + int(total) - bar.n)
+    if total < len(missing):
+        done = f"{batches - len(missing) + int(total)} of {batches} batches are drawn and kept"
+        raise world.together(
+            Preempted(f"asked to stop: {done}") if stopped else OSError(f"{done}; the others got lost")
+        )
+    labels = config.label(range(config.count), model.config.num_classes) if model.config.num_classes else None
+    world.once(lambda: files.complete(batches, config.count, labels))
+    return files.out
+
+
+FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -356,69 +615,128 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _claim(out: Path, record: Path, parts: Path, how: dict[str, Any]) -> None:
-    if record.exists():
+class SampleFiles(NamedTuple):
+    """The files of a set of samples: `out`, a folder or a ``.npz`` file, and `how` it is drawn (JSON)."""
+
+    out: Path
+    how: dict[str, Any]
+
+    @property
+    def packed(self) -> bool:
+        """One ``.npz`` file?"""
+        return self.out.suffix == ".npz"
+
+    @property
+    def record(self) -> Path:
+        """Where `how` is written."""
+        return self.out.with_suffix(".json") if self.packed else self.out / "samples.json"
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the batches that are done."""
+        return self.out.with_suffix(".parts") if self.packed else self.out / ".parts"
+
+    def part(self, number: int) -> Path:
+        """The file of a batch that is done: its images, or nothing if they are PNG files already."""
+        return self.parts / f"{number:06d}.npy"
+
+    def claim(self) -> bool:
+        """Begin the set, or go on with it; True if it is complete. ValueError if something else is there."""
+        if self.record.exists():
+            return self._go_on()
+        if self.out.is_file() or (
+            self.out.exists() and any(path != self.parts for path in self.out.iterdir())
+        ):
+            raise ValueError(f"{self.out} exists and is no set of samples; choose another name")
+        if self.parts.exists() and any(self.parts.iterdir()):
+            raise ValueError(f"{self.parts} is left of a set of samples without a record; remove it")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._write_json(self.record, {**self.how, "complete": False})
+        return False
+
+    def _go_on(self) -> bool:
         try:
-            theirs = json.loads(record.read_text())
+            theirs = json.loads(self.record.read_text())
         except ValueError as error:
-            raise ValueError(f"{record} is damaged ({error}); choose another name") from error
+            raise ValueError(f"{self.record} is damaged ({error}); choose another name") from error
+        there, asked = _deciding(theirs), _deciding(self.how)
         different = [
-            f"{key} (there {theirs.get(key)!r}, asked {how.get(key)!r})"
-            for key in sorted(set(how) | set(theirs))
-            if key != "complete" and theirs.get(key) != how.get(key)
+            f"{key} (there {there.get(key)!r}, asked {asked.get(key)!r})"
+            for key in sorted({*there, *asked})
+            if there.get(key) != asked.get(key)
         ]
         if different:
             raise ValueError(
-                f"{out} holds other samples, which differ in {'; '.join(different)}; choose another name"
+                f"{self.out} holds other samples, which differ in {'; '.join(different)}; choose another name"
             )
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no set of samples; choose another name")
-    else:
-        parts.mkdir(parents=True)
-        draft = record.with_name(f".{record.name}.tmp")
-        draft.write_text(json.dumps({**how, "complete": False}, indent=2) + "\n")
-        draft.replace(record)
+        complete = bool(theirs.get("complete"))
+        if complete:  # and then killed, perhaps, before all was tidy
+            shutil.rmtree(self.parts, ignore_errors=True)
+        else:
+            self.parts.mkdir(exist_ok=True)
+        return complete
+
+    def missing(self, batches: int) -> list[int]:
+        """The batches that are not done."""
+        done = {path.name for path in self.parts.iterdir()}
+        return [number for number in range(batches) if self.part(number).name not in done]
+
+    def keep(self, number: int, first: int, images: np.ndarray) -> None:
+        """Write a batch, images uint8 (n, H, W, 3), the first of which is image `first` of the set."""
+        if not self.packed:
+            _write_pngs(self.out, first, images)
+        draft = self.parts / f".{number:06d}.tmp"
+        with draft.open("wb") as file:
+            np.save(file, images if self.packed else np.zeros(0, np.uint8))
+        draft.replace(self.part(number))
+
+    def complete(self, batches: int, count: int, labels: Tensor | None) -> None:
+        """All batches are done: put them together, with the labels int64 (count,), and tidy up."""
+        if self.packed:
+            parts = [self.part(number) for number in range(batches)]
+            _write_npz(self.out, parts, count, torch.zeros(count).long() if labels is None else labels)
+        elif labels is not None:
+            names = {f"{index:06d}.png": label for index, label in enumerate(labels.tolist())}
+            self._write_json(self.out / "labels.json", names)
+        self._write_json(self.record, {**self.how, "complete": True})
+        shutil.rmtree(self.parts)
+        if not self.packed:
+            for stale in self.out.glob(".*.tmp"):  # of a process that was killed
+                stale.unlink()
+
+    @staticmethod
+    def _write_json(path: Path, value: dict[str, Any]) -> None:
+        draft = path.with_name(f".{path.name}.tmp")
+        draft.write_text(json.dumps(value, indent=2) + "\n")
+        draft.replace(path)
 
 
-def _write_pngs(folder: Path, indices: range, images: np.ndarray) -> None:
+def _deciding(how: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same to go on with a set: an autoencoder may have moved."""
+    kept = {key: value for key, value in how.items() if key != "complete"}
+    if isinstance(vae := kept.get("vae"), dict):
+        kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
+    return kept
+
+
+def _write_pngs(folder: Path, first: int, images: np.ndarray) -> None:
     from PIL import Image
 
-    for index, image in zip(indices, images, strict=True):
+    for index, image in enumerate(images, first):
         draft = folder / f".{index:06d}.tmp"
         Image.fromarray(image).save(draft, format="PNG")
         draft.replace(folder / f"{index:06d}.png")
 
 
-def _complete(
-    out: Path,
-    record: Path,
-    parts: Path,
-    how: dict[str, Any],
-    config: SampleConfig,
-    num_classes: int,
-    batches: int,
-) -> None:
-    files = [parts / f"{number:06d}.npy" for number in range(batches)]
-    if out.suffix == ".npz":
-        labels = (
-            config.label(range(config.count), num_classes)
-            if num_classes
-            else torch.zeros(config.count).long()
-        )
-        draft = out.with_name(f".{out.name}.tmp")
-        with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # never whole in memory
-                shape = (config.count, *np.load(files[0], allow_pickle=False).shape[1:])
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in files:
-                    file.write(np.load(part, allow_pickle=False).tobytes())
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, labels.numpy())
-        draft.replace(out)
-    draft = record.with_name(f".{record.name}.tmp")
-    draft.write_text(json.dumps({**how, "complete": True}, indent=2) + "\n")
-    draft.replace(record)
-    for part in files:
-        part.unlink()
-    parts.rmdir()
+def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor) -> None:
+    draft = out.with_name(f".{out.name}.tmp")
+    with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # never whole in memory
+            shape = (count, *np.load(parts[0], allow_pickle=False).shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.load(part, allow_pickle=False).tobytes())
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels.numpy())
+    draft.replace(out)

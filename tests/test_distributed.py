@@ -65,9 +65,18 @@ def fifty():
     return TensorData(torch.rand(50, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(50) % 10)
 
 
+REPORTS = []
+
+
+def cluster(**options):
+    """A Cluster that says through the pipe of its process why it ends."""
+    return Cluster("cpu", report=lambda error: REPORTS[0](error), **options)
+
+
 def _child(function, arguments, environment, pipe):
     os.environ.update(environment)
     torch.set_num_threads(1)
+    REPORTS.append(lambda error: pipe.send((False, f"{type(error).__name__}: {error}")))
     try:
         pipe.send((True, function(*arguments)))
     except BaseException as error:
@@ -115,7 +124,7 @@ def run_tiny(run, changes=None, kill_at=None):
         if row["step"] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with Cluster("cpu") as world:
+    with cluster() as world:
         train(
             replace(TINY, **(changes or {})), run, progress=False, world=world, dataset=fifty(), on_log=on_log
         )
@@ -202,7 +211,7 @@ def test_a_checkpoint_is_read_by_either_way_and_by_one_process(tmp_path, alone, 
 
 
 def batches_seen(steps):
-    with Cluster("cpu") as world:
+    with cluster() as world:
         model = DiffuSSM(TINY.model)
         batches = [training_batch(fifty(), model, TINY, step, world.rank, world.size) for step in steps]
         return [[tensor.numpy() for tensor in batch] for batch in batches]
@@ -248,7 +257,7 @@ def poisoned(run):
         terms = honest(*arguments)
         return terms | {"loss": terms["loss"] * (float("nan") if len(calls) == 4 else 1.0)}
 
-    with Cluster("cpu") as world:
+    with cluster() as world:
         if world.rank == 1:
             GaussianDiffusion.losses = losses
         train(replace(TINY, save_every=2), run, progress=False, world=world, dataset=fifty())
@@ -267,7 +276,7 @@ def test_what_is_not_finite_on_one_process_stops_all_before_the_weights(tmp_path
 
 
 def until_stopped(run):
-    with Cluster("cpu") as world:
+    with cluster() as world:
         try:
             train(
                 replace(TINY, steps=100_000, save_every=100_000),
@@ -299,7 +308,7 @@ def cannot_save(run):
         if row["step"] == 4:  # a file where the folder should be; root may write into read-only folders
             (run / "checkpoints").write_text("in the way")
 
-    with Cluster("cpu") as world:
+    with cluster() as world:
         config = replace(TINY, save_every=5, steps=1000)
         train(config, run, progress=False, world=world, dataset=fifty(), on_log=block)
 
@@ -312,7 +321,7 @@ def test_a_write_that_fails_in_the_background_stops_all(tmp_path):
 
 
 def once_in_a_while():
-    with Cluster("cpu") as world:
+    with cluster() as world:
         calls = []
         said = world.once(lambda: calls.append(world.rank) or f"rank {world.rank}")
         total = world.sum(torch.tensor([1.0, float(world.rank)]))
@@ -393,7 +402,7 @@ def test_the_command_that_is_asked_to_stop_says_so(tmp_path, processes):
 # ---- sets of samples ----
 
 DIFFUSION = GaussianDiffusion.linear(50)
-FEW = SampleConfig(count=10, steps=3, batch_size=4, method="ddim")
+FEW = SampleConfig(count=10, labels="balanced", steps=3, batch_size=4, method="ddim")
 
 
 def network():
@@ -404,7 +413,7 @@ def network():
 
 
 def draw(out, config=FEW, facts=None):
-    with Cluster("cpu") as world:
+    with cluster() as world:
         draw_samples(network(), DIFFUSION, config, out, world=world, facts=facts or {}, progress=False)
 
 
@@ -452,8 +461,8 @@ def test_an_interrupted_set_is_finished_and_not_begun_again(tmp_path, name, monk
 
     from diffussm import distributed
 
-    honest = distributed.sample
-    monkeypatch.setattr(distributed, "sample", counted)
+    honest = distributed.denoise
+    monkeypatch.setattr(distributed, "denoise", counted)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / name)
     draw(tmp_path / name)
@@ -482,7 +491,7 @@ def test_other_samples_are_refused_and_untouched(tmp_path):
 
 
 def test_labels_are_balanced_or_random_by_name():
-    balanced = SampleConfig(count=50_000).label(range(50_000), 1000)
+    balanced = SampleConfig(labels="balanced").label(range(50_000), 1000)
     assert (balanced.bincount(minlength=1000) == 50).all()
     config = SampleConfig(labels="random")
     random = config.label(range(50_000), 1000)
