@@ -228,6 +228,7 @@ class Cluster(World):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"process {self.rank} has waited a day for {self.size - count(0)} others")
             time.sleep(0.1)  # not in one call that blocks: signals are handled in between
+        self.sum(torch.zeros(1))  # all have seen it: now the process that holds the store may end
 
     def deal(self, numbers: Sequence[int]) -> Iterator[int]:
         """See World."""
@@ -288,11 +289,6 @@ class Cluster(World):
         if self.size > 1:
             dist.all_reduce(values)
         return values
-
-    def barrier(self) -> None:
-        """See World."""
-        if self.size > 1:
-            dist.barrier()
 
     def once(self, function: Callable[[], T]) -> T:
         """See World. The result travels between our own processes, never through a file."""

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -59,6 +59,7 @@ __all__ = [
     "training_batches",
     "Meter",
     "T",
+    "E",
     "World",
     "TrainState",
     "Snapshot",
@@ -415,6 +416,7 @@ class Meter:
 
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 class World:
@@ -446,7 +448,18 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here, be it for hours."""
+
+    def deal(self, numbers: Sequence[int]) -> Iterator[int]:
+        """Each number in one process, whichever asks next; ends when one of them is `stopping`."""
+        for number in numbers:
+            if self.stopping:
+                return
+            yield number
+
+    def together(self, error: E) -> E:
+        """Note that all processes raise here, so that they can part in good order; returns `error`."""
+        return error
 
     def once(self, function: Callable[[], T]) -> T:
         """Call a function in one process; every process gets its result, or its exception."""
@@ -1047,9 +1060,8 @@ def _loop(
         norm = world.whole(nn.utils.get_total_norm(gradients))
         told = _all_reduce(tally, norm, world)
         if told.unsaved:
-            raise world.save_error() or OSError(
-                "another process could not write a checkpoint; see its message"
-            )
+            lost = OSError("another process could not write a checkpoint; see its message")
+            raise world.together(world.save_error() or lost)
         if told.broken:
             _skip(run, state, data, config, world, told.grad_norm)
         else:
@@ -1074,10 +1086,8 @@ def _loop(
                 world.once(partial(on_samples, whole_ema(state, world), state.step))
         if told.stopping and state.step < config.steps:
             world.finish()
-            raise Preempted(
-                f"asked to stop: saved step {state.step} of {config.steps}; "
-                "the same command goes on from there"
-            )
+            saved = f"asked to stop: saved step {state.step} of {config.steps}"
+            raise world.together(Preempted(f"{saved}; the same command goes on from there"))
     world.finish()
     bar.close()
 
@@ -1200,13 +1210,14 @@ def _skip(
     if left < 0:
         world.finish()
         before = ", ".join(map(str, state.skipped[:-1])) or "none"
-        raise FloatingPointError(
+        error = FloatingPointError(
             f"{what}; the weights were not touched. skip_nonfinite={config.skip_nonfinite} such steps may "
             f"be left out; left out before: {before}. What led to the first was written to {first}: look at "
             "it with diffussm.training.replay. Its checkpoints stay. Start a new run with a lower lr "
             f"(now {config.lr:g}), a longer warmup (now {config.warmup}) or a clip (now {config.clip:g}); or "
             "go on with a higher skip_nonfinite, if this was an accident"
         )
+        raise world.together(error)
     if world.rank == 0:
         tqdm.write(f"{what}; left out, as {left} more may be. See {first}", file=sys.stderr)
 
