@@ -260,7 +260,9 @@ def poisoned(run):
     with cluster() as world:
         if world.rank == 1:
             GaussianDiffusion.losses = losses
-        train(replace(TINY, save_every=2), run, progress=False, world=world, dataset=fifty())
+        train(
+            replace(TINY, save_every=2, skip_nonfinite=0), run, progress=False, world=world, dataset=fifty()
+        )
 
 
 def test_what_is_not_finite_on_one_process_stops_all_before_the_weights(tmp_path):
