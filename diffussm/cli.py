@@ -290,7 +290,7 @@ def _train(arguments: Sequence[str]) -> int:
     data = open_data(config)
 
     with _cluster("train", options.device) as world:
-        decode = _decoder(options.vae, world.device, getattr(data, "vae", None)) if options.vae else None
+        decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
 
         def claim() -> None:  # every reason to refuse comes before the first file
             micro_batch_of(config, world.size)
@@ -358,20 +358,17 @@ def _tensorboard() -> Any:
     return SummaryWriter
 
 
-def _decoder(vae_name: str, device: Any, made_by: dict[str, Any] | None) -> "Callable[[Tensor], Tensor]":
-    """Latents to images with this autoencoder; ValueError if another one has made the latents."""
-    from diffussm.latents import decode, load_vae, vae_identity
+def _decoder(
+    vae_name: str, device: Any, made_by: dict[str, Any] | None
+) -> "tuple[Callable[[Tensor], Tensor], dict[str, Any]]":
+    """Latents to images with this autoencoder, and which it is; ValueError if another encoder made them."""
+    from diffussm.latents import check_encoder, decode, load_vae, vae_identity
 
     vae = load_vae(vae_name, device)
     identity = vae_identity(vae, vae_name)
     if made_by is not None:
-        for key in ("sha256", "scaling_factor"):
-            if made_by.get(key) != identity[key]:
-                raise ValueError(
-                    f"--vae {vae_name} is not the autoencoder of these latents, {made_by.get('name')}: "
-                    f"{key} is {identity[key]}, theirs {made_by.get(key)}"
-                )
-    return partial(decode, vae)
+        check_encoder(made_by, identity, "the latents of this model")
+    return partial(decode, vae), identity
 
 
 @cache
@@ -525,7 +522,7 @@ def _sample(arguments: Sequence[str]) -> int:
             raise ValueError(f"{run} was trained on latents; say with --vae what made them{source}")
         if options.vae is not None and not latents:
             raise ValueError(f"{run} was trained on pixels; leave --vae away")
-        decode = _decoder(options.vae, world.device, made_by) if latents else None
+        decode, decoder = _decoder(options.vae, world.device, made_by) if latents else (None, None)
         model = model.to(world.device).eval()
         if grid is not None:
             if world.rank == 0:
@@ -547,8 +544,8 @@ def _sample(arguments: Sequence[str]) -> int:
         checkpoint = find_checkpoint(run)
         assert checkpoint is not None  # load_run has found it
         facts = {"weights": options.weights, "checkpoint": checkpoint.name, "ema_decay": trained.ema_decay}
-        if made_by is not None:
-            facts["vae"] = made_by["sha256"]
+        if decoder is not None:
+            facts["vae"] = {key: decoder[key] for key in ("name", "encoder_sha256", "decoder_sha256")}
         try:
             draw_samples(model, diffusion_of(trained), config, out, world=world, facts=facts, decode=decode)
         except Preempted as stop:
@@ -931,7 +928,7 @@ def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Cal
         if options.vae is None:
             raise Skip("say with --vae what decodes the samples")
         found = open_data(config) if config.data else None
-        decode = _decoder(options.vae, kind, getattr(found, "vae", None))
+        decode, _ = _decoder(options.vae, kind, getattr(found, "vae", None))
         shape = (1, config.model.in_channels, config.model.height, config.model.width)
         image = decode(torch.zeros(shape, device=kind))
         if not bool(image.isfinite().all()):
