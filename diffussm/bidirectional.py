@@ -3,16 +3,26 @@
 Generated from book/03_bidirectional.md by `make export`: edit there.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.library import CustomOpDef
 
 from diffussm.convolution import S4DKernel
 
-__all__ = ["PIECE", "PIECE_ON_GPU", "kernel_spectra", "convolve", "bidirectional_conv", "BidirectionalSSM"]
+__all__ = [
+    "PIECE",
+    "PIECE_ON_GPU",
+    "kernel_spectra",
+    "operator",
+    "convolve",
+    "bidirectional_conv",
+    "BidirectionalSSM",
+]
 
 PIECE = 2**20  # real numbers that are transformed at a time on a CPU: what fits into a core's cache
 PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
@@ -49,13 +59,40 @@ def kernel_spectra(k_forward: Tensor, k_backward: Tensor) -> Tensor:
 
 
 def _pieces(u: Tensor) -> Iterator[slice]:
-    """Slices of the channels of u (B, L, D), each with about PIECE numbers after padding."""
+    """Slices of the channels of u (B, L, D), each with about PIECE numbers after padding; none if B = 0."""
     batch, length, d_model = u.shape
+    if batch == 0:  # there are libraries that refuse to transform nothing
+        return iter(())
     step = max(16, (PIECE if u.device.type == "cpu" else PIECE_ON_GPU) // (2 * batch * length))
     return (slice(start, start + step) for start in range(0, d_model, step))
 
 
-@torch.library.custom_op("diffussm::convolve", mutates_args=())
+def operator(name: str, shape: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a function an operator of PyTorch's, ``diffussm::name``; ``shape`` is it without the computing.
+
+    If the name is taken, by a second copy of this code or by this module before a reload, the operator is
+    called ``name_2`` and so on: registering a name again would cut off whoever holds the first operator.
+    """
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        free = next(candidate for candidate in names if not hasattr(torch.ops.diffussm, candidate))
+        made = torch.library.custom_op(f"diffussm::{free}", function, mutates_args=())
+        made.register_fake(shape)
+        return made
+
+    return register
+
+
+def _convolve_shape(u: Tensor, spectra: Tensor) -> Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
+
+
+def _convolve_backward_shape(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(spectra)
+
+
+@operator("convolve", _convolve_shape)
 def _convolve(u: Tensor, spectra: Tensor) -> Tensor:
     """Both directions from one transform of the input."""
     (batch, length, d_model), real = u.shape, spectra.real.dtype
@@ -67,12 +104,12 @@ def _convolve(u: Tensor, spectra: Tensor) -> Tensor:
     return y.flatten(2)  # (B, L, 2D)
 
 
-@torch.library.custom_op("diffussm::convolve_backward", mutates_args=())
+@operator("convolve_backward", _convolve_backward_shape)
 def _convolve_backward(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
     """The adjoint from one transform of the gradient: with respect to u and to the spectra."""
     length, real = u.shape[1], spectra.real.dtype
     grad = grad.unflatten(2, (2, -1))  # (B, L, 2, D)
-    grad_u, grad_spectra = u.new_empty(u.shape), torch.empty_like(spectra)
+    grad_u, grad_spectra = u.new_empty(u.shape), torch.zeros_like(spectra)
     for c in _pieces(u):
         u_f = torch.fft.rfft(u[..., c].transpose(1, 2).to(real), n=2 * length)  # (B, d, L + 1)
         g_f = torch.fft.rfft(grad[..., c].permute(0, 2, 3, 1).to(real), n=2 * length)  # (B, 2, d, L + 1)
@@ -81,16 +118,6 @@ def _convolve_backward(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor
         grad_u[..., c] = torch.fft.irfft(sum_f, n=2 * length)[..., :length].transpose(1, 2)
     grad_spectra[..., 1:-1] *= 2  # a half spectrum: all frequencies but two stand for their mirror image too
     return grad_u, grad_spectra / (2 * length)
-
-
-@_convolve.register_fake
-def _convolve_shape(u: Tensor, spectra: Tensor) -> Tensor:
-    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
-
-
-@_convolve_backward.register_fake
-def _convolve_backward_shape(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(spectra)
 
 
 class _Convolve(torch.autograd.Function):

@@ -4,8 +4,9 @@ Generated from book/02_convolution.md by `make export`: edit there.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ def fft_conv(u: Tensor, k: Tensor) -> Tensor:
             f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) and (D, L); "
             "build the kernel with the length of the input, kernel(u.shape[-1])"
         )
+    if u.numel() == 0:  # there are libraries that refuse to transform nothing
+        return (u * k).to(u.dtype)
     length = u.shape[-1]
     with _without_autocast(u.device):
         dtype = torch.promote_types(torch.promote_types(u.dtype, k.dtype), torch.float32)
@@ -163,7 +166,8 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 class S4DKernel(nn.Module):
     """The convolution kernels of D diagonal state space systems: ``kernel(length)`` is real (D, L).
 
-    Computed in float32, or float64 after ``.double()``; autocast does not change that.
+    Kept and computed in float32, or in float64 after ``.double()``. Neither autocast nor a conversion of the
+    model to half precision changes that: phases and decays would lose the digits they need.
 
     Args:
         d_model: D, the number of channels, each with a system of its own.
@@ -205,16 +209,29 @@ class S4DKernel(nn.Module):
                 f"dt_min={dt_min}, dt_max={dt_max}: expected 0 < dt_min <= dt_max, e.g. 1e-3 and 1e-1"
             )
         A = INITIALISATIONS[init](d_state)  # (N/2,)
-        dtype = torch.get_default_dtype()
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        log_dt = torch.empty(d_model, dtype=dtype).uniform_(math.log(dt_min), math.log(dt_max))
         self.discretization = discretization
-        self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.log_dt = nn.Parameter(log_dt)
         self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype).repeat(d_model, 1))
         self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) / math.sqrt(2))
+        self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What .to(), .half() and .cuda() do to every tensor, but never below float32."""
+
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        applied: Self = super()._apply(at_least_float32, recurse)
+        return applied
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """The discrete system as the kernel needs it: (log dA, C dB), complex (D, N/2) each, with B = 1."""
-        # at least float32: there is no complex bfloat16, should the whole model have been converted
+        # at least float32: there is no complex bfloat16, should a checkpoint have been assigned in it
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         A = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
         dt = torch.exp(self.log_dt.to(dtype))[:, None]  # (D, 1)

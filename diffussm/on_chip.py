@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.bidirectional import convolve
+from diffussm.bidirectional import convolve, operator
 
 __all__ = [
     "LENGTHS",
@@ -197,7 +197,17 @@ def _tiles(spectra: Tensor) -> Tensor:
     return torch.view_as_real(h).unflatten(1, (n2, n1)).permute(0, 3, 2, 1).contiguous()
 
 
-@torch.library.custom_op("diffussm::on_chip", mutates_args=())
+def _on_chip_shape(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
+
+
+def _on_chip_backward_shape(
+    grad: Tensor, u: Tensor, spectra: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(spectra)
+
+
+@operator("on_chip", _on_chip_shape)
 def _on_chip(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     batch, length, d_model = u.shape
     n1, n2 = factors(length)
@@ -209,7 +219,7 @@ def _on_chip(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     return y.flatten(1, 2).transpose(1, 2).contiguous()  # (B, L, 2D)
 
 
-@torch.library.custom_op("diffussm::on_chip_backward", mutates_args=())
+@operator("on_chip_backward", _on_chip_backward_shape)
 def _on_chip_backward(grad: Tensor, u: Tensor, spectra: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     batch, length, d_model = u.shape
     n1, n2 = factors(length)
@@ -226,18 +236,6 @@ def _on_chip_backward(grad: Tensor, u: Tensor, spectra: Tensor, precision: str) 
     half = torch.stack([s + mirrored, (s - mirrored) / 1j])[..., : length + 1] / 2  # (2, D, L + 1)
     half[..., 1:-1] *= 2
     return grad_u.transpose(1, 2).contiguous(), half / (2 * length)
-
-
-@_on_chip.register_fake
-def _on_chip_shape(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
-    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
-
-
-@_on_chip_backward.register_fake
-def _on_chip_backward_shape(
-    grad: Tensor, u: Tensor, spectra: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(spectra)
 
 
 class _OnChip(torch.autograd.Function):

@@ -1,5 +1,9 @@
 """Chapter 3: two directions, one transform, an adjoint by hand."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -161,6 +165,87 @@ def test_autocast_changes_nothing_inside():
     assert under.dtype == torch.bfloat16
     torch.testing.assert_close(under, layer(u.float()).bfloat16(), rtol=0, atol=0)
     assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_in_half_precision_is_within_one_percent_of_float32(dtype):
+    layer = BidirectionalSSM(32, 64)
+    u = torch.randn(2, 1024, 32)
+    with torch.no_grad():
+        full, half = layer(u), layer.to(dtype)(u.to(dtype))
+    assert half.dtype == dtype
+    assert (half - full).norm() < 0.01 * full.norm()
+
+
+def test_an_empty_batch_gives_an_empty_result_and_no_gradient():
+    layer = BidirectionalSSM(4, 8)
+    u = torch.zeros(0, 10, 4, requires_grad=True)
+    y = layer(u)
+    y.sum().backward()
+    assert y.shape == (0, 10, 8) and u.grad.shape == u.shape
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())
+
+
+COPIES = """
+import importlib, importlib.util, sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")  # those of other libraries, which -X dev would show
+import torch
+from diffusers import DiffusionPipeline
+from diffussm import DiffuSSM, bidirectional, on_chip
+from diffussm.pipeline import DiffuSSMPipeline, ancestral_scheduler, self_contained_code
+
+names = ["convolve", "convolve_backward", "on_chip", "on_chip_backward"]
+ours = [getattr(on_chip if "chip" in name else bidirectional, f"_{name}") for name in names]
+handles = [operator._opoverload for operator in ours]
+
+def same(module, u, spectra):
+    results = []
+    for convolve in (first, module.convolve):
+        inputs = [tensor.detach().requires_grad_() for tensor in (u, spectra)]
+        y = convolve(*inputs)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    live = [getattr(torch.ops.diffussm, name).default for name in names]
+    assert all(a is b for a, b in zip(live, handles, strict=True))
+
+first = bidirectional.convolve
+u, spectra = torch.randn(2, 16, 4), bidirectional.kernel_spectra(*torch.randn(2, 4, 16))
+
+folder = Path(sys.argv[1], "saved")
+model = DiffuSSM.from_preset("digits", d_model=16, n_blocks=1, d_state=4).eval()
+DiffuSSMPipeline(model, ancestral_scheduler()).save_pretrained(folder)
+for _ in range(2):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    same(sys.modules[type(pipe.denoiser).__module__], u, spectra)
+x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 7]), torch.tensor([1, 2])
+compiled = torch.compile(pipe.denoiser, fullgraph=True, backend="aot_eager")
+exported = torch.export.export(pipe.denoiser, (x, t, y)).module()
+for version in (pipe.denoiser, compiled, exported):
+    torch.testing.assert_close(version(x, t, y), model(x, t, y))
+
+file = Path(sys.argv[1], "copied.py")
+for module, name in (("bidirectional", "convolve"), ("on_chip", "on_chip_convolve")):
+    file.write_text(self_contained_code(module, name))
+    for number in range(10):
+        spec = importlib.util.spec_from_file_location(f"{module}_{number}", file)
+        copied = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        same(copied if module == "bidirectional" else bidirectional, u, spectra)
+
+for module in (bidirectional, on_chip):
+    importlib.reload(module)
+    same(bidirectional, u, spectra)
+print("alive")
+"""
+
+
+def test_copies_of_the_code_leave_the_operators_of_the_others_alone(tmp_path):
+    """A saved pipeline with trust_remote_code, ten copies, a reload: no registered operator is replaced."""
+    command = [sys.executable, "-X", "dev", "-c", COPIES, tmp_path]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
 
 
 def test_state_dict_has_only_real_tensors():

@@ -169,6 +169,65 @@ def test_half_precision_module_still_computes_in_float32():
     assert kernel(64).dtype == torch.float32 and torch.isfinite(kernel(64)).all()
 
 
+def swapped(kernel):
+    """Converted the other way that torch has: parameters exchanged instead of their data."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return kernel.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+CONVERSIONS = {
+    "half": lambda kernel: kernel.half(),
+    "bfloat16": lambda kernel: kernel.bfloat16(),
+    "to dtype": lambda kernel: kernel.to(torch.bfloat16),
+    "to device and dtype": lambda kernel: kernel.to("cpu", torch.float16),
+    "within a model": lambda kernel: torch.nn.Sequential(torch.nn.ModuleList([kernel])).half()[0][0],
+    "parameters exchanged": swapped,
+    "to float8 and back": lambda kernel: kernel.to(torch.float8_e4m3fn).float(),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_half_precision_leaves_the_parameters_in_float32(conversion):
+    kernel = S4DKernel(4, 8)
+    kernel(10).sum().backward()
+    before = {name: p.detach().clone() for name, p in kernel.named_parameters()}
+    converted = conversion(kernel)
+    assert converted is kernel and all(isinstance(p, torch.nn.Parameter) for p in kernel.parameters())
+    for name, parameter in kernel.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+def test_conversions_that_lose_nothing_are_done():
+    kernel = S4DKernel(4, 8)
+    assert {p.dtype for p in kernel.double().parameters()} == {torch.float64}
+    assert {p.dtype for p in copy.deepcopy(kernel).float().parameters()} == {torch.float32}
+    assert {p.dtype for p in copy.deepcopy(kernel).half().parameters()} == {torch.float32}
+    assert {p.device.type for p in kernel.to("meta", torch.bfloat16).parameters()} == {"meta"}
+    assert {p.dtype for p in kernel.to_empty(device="cpu").parameters()} == {torch.float32}
+
+
+def test_a_kernel_made_where_half_precision_is_the_default_is_kept_in_float32():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernel = S4DKernel(4, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in kernel.parameters()} == {torch.float32}
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    u, k = torch.zeros(0, 3, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
+    y = fft_conv(u, k)
+    y.sum().backward()
+    assert y.shape == u.grad.shape == (0, 3, 8) and y.dtype == torch.float32
+    assert torch.equal(k.grad, torch.zeros(3, 8))
+    assert fft_conv(u.bfloat16(), k).dtype == torch.bfloat16
+
+
 def test_state_dict_holds_four_real_tensors_of_the_stated_shapes():
     kernel = S4DKernel(6, 8)
     shapes = {name: tuple(tensor.shape) for name, tensor in kernel.state_dict().items()}

@@ -111,6 +111,13 @@ def test_new_block_is_the_identity(M):
     assert torch.equal(HourglassBlock(8, 4, M)(x, torch.randn(2, 8)), x)
 
 
+def test_an_empty_batch_gives_an_empty_result():
+    block, x = awake().float(), torch.zeros(0, 6, 8, requires_grad=True)
+    y = block(x, torch.zeros(0, 8))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 6, 8)
+
+
 def test_new_block_can_learn():
     block = HourglassBlock(8, 4)
     block(torch.randn(2, 6, 8), torch.randn(2, 8)).square().sum().backward()
