@@ -403,7 +403,9 @@ def statistics(
     """
     images = source if isinstance(source, ImageSet) else ImageSet(source)
     moments: dict[str, _Moments] = {}
-    kept, digests, shape = _Kept(keep), [], (0, 0)
+    kept = _Kept(keep)
+    digests: list[bytes] = []
+    shape: tuple[int, ...] = ()
     for batch in images.batches(batch_size):
         shape = tuple(batch.shape[2:])
         digests += [hashlib.sha256(x.numpy().tobytes()).digest() for x in batch]
