@@ -89,7 +89,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run; the defaults are the paper's recipe (appendix).
+    """Everything that decides a training run; the defaults are the paper's recipe, but for `ema_warmup`.
 
     `data` is ``"digits"``, the path of an image folder, or that of a latent store (chapter 10). `batch_size`
     counts the images of one optimiser step, over all processes. `lr` is constant between `warmup` steps at
@@ -222,7 +222,10 @@ RECIPES = {
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """The share of `config.lr` at `step` (from 0): linear warm-up, constant, linear cool-down; never zero."""
+    """The share of `config.lr` at `step` (from 0), in (0, 1]: linear warm-up, constant, linear cool-down.
+
+    The cool-down would be at zero only after the last step.
+    """
     rising = (step + 1) / max(config.warmup, 1)
     falling = (config.steps - step) / max(config.cooldown, 1)
     return min(1.0, rising, falling)
