@@ -124,6 +124,7 @@ def _vae(arguments: Sequence[str]) -> int:
         raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
 
     from diffussm.latents import images_from, train_vae
+    from diffussm.model import apply_umask
 
     source = images_from(images, options.size)
     vae = train_vae(
@@ -136,6 +137,8 @@ def _vae(arguments: Sequence[str]) -> int:
     )
     draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     vae.save_pretrained(draft)
+    for file in draft.glob("*.safetensors"):
+        apply_umask(file)
     draft.replace(out)
     print(f"wrote {out}: an autoencoder with a scaling factor of {vae.config.scaling_factor}")
     return 0
@@ -242,7 +245,13 @@ def open_data(config: "TrainConfig") -> "Dataset":
             f"{path} holds no latents, and this model takes {config.model.in_channels} channels; "
             f"make them first: diffussm encode {path} LATENTS --vae VAE --size PIXELS"
         )
-    return images_from(path, config.model.height, flip=config.flip, conditional=config.model.num_classes > 0)
+    return images_from(
+        path,
+        config.model.height,
+        flip=config.flip,
+        conditional=config.model.num_classes > 0,
+        exif_rotate=config.exif_rotate,
+    )
 
 
 def _train(arguments: Sequence[str]) -> int:

@@ -142,6 +142,14 @@ class TensorData:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.labels[index])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Streams of `hash64`: one for each purpose.

@@ -35,6 +35,7 @@ __all__ = [
     "sincos_positions",
     "CONFIG_FILE",
     "WEIGHTS_FILE",
+    "apply_umask",
 ]
 
 
@@ -485,11 +486,20 @@ def _save(model: DiffuSSM, folder: Path) -> None:
     _write(weights, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
 
 
+def apply_umask(path: Path) -> None:
+    """Let others read a file as the umask has it; safetensors writes it for its owner alone."""
+    probe = path.with_name(f".{path.name}.umask")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, flush to the disk, rename: a crash or a full disk leaves the old file or none."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        apply_umask(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

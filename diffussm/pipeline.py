@@ -24,7 +24,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffussm.model import DiffuSSM
+from diffussm.model import DiffuSSM, apply_umask
 from diffussm.sampling import guided
 
 __all__ = [
@@ -635,6 +635,8 @@ def _save_pipeline(
         (draft / "pipeline.py").write_text(self_contained_code(), encoding="utf-8")
         (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(card, encoding="utf-8")
+        for file in draft.rglob("*.safetensors"):
+            apply_umask(file)
         draft.chmod(0o755)  # mkdtemp makes it private
         draft.rename(folder)  # an empty folder is replaced, a full one refused by the system
     except BaseException:
