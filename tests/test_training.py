@@ -1,10 +1,14 @@
 """Chapter 9: one group per parameter, batches that are pure functions, exact resume, sound checkpoints."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +19,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diffussm import training
 from diffussm.bidirectional import convolve
-from diffussm.data import TensorData
+from diffussm.data import ImageFolder, TensorData, batch_indices, digits
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
+    Clock,
     Meter,
+    Preempted,
     TrainConfig,
     TrainState,
     World,
@@ -499,3 +506,398 @@ def test_a_convolution_that_does_not_exist_is_refused(name):
     config = TrainConfig(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, convolution=name)
     with pytest.raises(ValueError, match="expected 'fft', or 'package.module:function'"):
         TrainState.create(config, World("cpu"))
+
+
+# ------------------------------------------------------------------------------
+# Checkpoints that are kept, and asked for by step
+
+
+def steps_kept(run):
+    return [int(folder.name.removeprefix("step_")) for folder in sorted((run / "checkpoints").iterdir())]
+
+
+def test_named_checkpoints_are_written_when_reached_and_outlive_all_others(tmp_path):
+    # with 8 images a step, 35 are reached by step 5; neither 3 nor 5 is a multiple of save_every
+    run_tiny(tmp_path / "run", save_every=2, keep_last=1, keep=("3", "35 images"))
+    assert steps_kept(tmp_path / "run") == [3, 5, 10]
+    # what is kept may change on resume, and what was passed already is told
+    run_tiny(tmp_path / "run", steps=14, save_every=2, keep_last=1, keep=("3", "13"))
+    assert steps_kept(tmp_path / "run") == [3, 13, 14]
+
+
+def test_a_kept_step_that_was_passed_is_told(tmp_path, capsys):
+    run_tiny(tmp_path / "run", steps=4)
+    run_tiny(tmp_path / "run", steps=6, keep=("2", "4", "9"))
+    assert "too late to keep what keep names: 2\n" in capsys.readouterr().err
+
+
+def test_images_are_counted_exactly():
+    config = replace(TINY, batch_size=256, keep=("338M images", "338_000_000 images", "400k", "7"))
+    assert config.keep_steps == {1_320_313, 400_000, 7}
+    assert 256 * 1_320_312 < 338_000_000 <= 256 * 1_320_313
+    assert replace(TINY, keep=("0.5M images",)).keep_steps == {62_500}
+    assert TrainConfig.from_dict({**asdict(TINY), "keep": [3, "5"]}).keep == ("3", "5")
+    assert TrainConfig.from_dict({**asdict(TINY), "keep": "3, 338M images"}).keep == ("3", "338M images")
+
+
+@pytest.mark.parametrize("entry", ["", "0", "-3", "1.5", "338M image", "0 images", "ten", "1e6", "5 steps"])
+def test_what_keep_cannot_mean_is_refused(entry):
+    with pytest.raises(ValueError, match="'338M images'"):
+        replace(TINY, keep=("5", entry))
+
+
+def test_any_checkpoint_can_be_loaded_by_its_step(tmp_path):
+    early = run_tiny(tmp_path / "early", steps=3)
+    late = run_tiny(tmp_path / "run", keep=("3",))
+    for step, state in ((3, early), (10, late), (None, late)):
+        model, _, _ = load_run(tmp_path / "run", "ema", step)
+        for p, q in zip(model.parameters(), state.ema.parameters(), strict=True):
+            assert torch.equal(p, q), step
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; there are 3, 10$"):
+        load_run(tmp_path / "run", step=4)
+    (find_checkpoint(tmp_path / "run", 3) / "ema" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="step_00000003 is damaged"):  # and never another one in its place
+        load_run(tmp_path / "run", step=3)
+    with pytest.raises(FileNotFoundError, match="there are none yet"):
+        find_checkpoint(tmp_path / "nothing", 3)
+
+
+def test_weights_are_as_readable_as_any_new_file(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        state = run_tiny(tmp_path / "run", steps=2)
+        state.ema.save_pretrained(tmp_path / "exported")
+    finally:
+        os.umask(mask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o640)}
+    assert sum(path.suffix == ".safetensors" for path in files) == 4
+
+
+# ------------------------------------------------------------------------------
+# Steps that are not finite
+
+
+class Poisoned(TensorData):
+    """The digits; the batches of some steps hold an image so large that its loss overflows."""
+
+    def __init__(self, *steps):
+        super().__init__(*digits("train"))
+        self.bad = {int(batch_indices(len(self), TINY.batch_size, step - 1, TINY.seed)[0]) for step in steps}
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (image + 1e30 if index in self.bad else image), label
+
+
+def run_poisoned(folder, *steps, **changes):
+    config = replace(TINY, **changes)
+    return train(config, folder, device="cpu", progress=False, dataset=Poisoned(*steps))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path):
+    before = run_poisoned(tmp_path / "before", 5, steps=4, log_every=5)
+    after = run_poisoned(tmp_path / "after", 5, steps=5, log_every=5)
+    assert after.step == 5 and after.skipped == [5] and before.skipped == []
+    before.step = 5
+    assert_same_state(before, after)
+    (line,) = log_of(tmp_path / "after")
+    assert line["skipped"] == [5] and line["images"] == 40 and line["grad_norm"] > 0
+    good = log_of_four_steps(tmp_path)
+    assert {key: line[key] for key in good} == good  # the means are those of the four good steps
+
+
+def log_of_four_steps(tmp_path):
+    run_poisoned(tmp_path / "four", steps=4, log_every=4)
+    (line,) = log_of(tmp_path / "four")
+    return {key: value for key, value in line.items() if key not in ("step", "images")}
+
+
+def test_a_line_of_skipped_steps_alone_says_so(tmp_path):
+    run_poisoned(tmp_path / "run", 2, steps=3, log_every=1)
+    lines = log_of(tmp_path / "run")
+    assert "skipped" not in lines[0]
+    assert lines[1]["loss"] is None and lines[1]["skipped"] == [2] and lines[2]["loss"] > 0
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_resumed_run_repeats_what_it_skipped(tmp_path, stop, capsys):
+    straight = run_poisoned(tmp_path / "straight", 5, save_every=stop)
+    assert "step 5" in (told := capsys.readouterr().err) and "2 more may be" in told
+    run_poisoned(tmp_path / "killed", 5, save_every=stop, keep_every=stop)
+    for folder in (tmp_path / "killed" / "checkpoints").iterdir():
+        if int(folder.name[5:]) > stop:
+            shutil.rmtree(folder)
+    assert (find_checkpoint(tmp_path / "killed").name, stop) == (f"step_{stop:08d}", stop)
+    resumed = run_poisoned(tmp_path / "killed", 5, save_every=stop)
+    assert resumed.skipped == straight.skipped == [5]
+    assert_same_state(straight, resumed)
+    assert log_of(tmp_path / "straight") == log_of(tmp_path / "killed")
+
+
+def test_only_so_many_steps_are_skipped_however_often_it_is_started(tmp_path):
+    bad = (2, 3, 6, 8)
+    for last in (0, 2):  # the second start begins at the checkpoint, and counts what was skipped before
+        with pytest.raises(FloatingPointError, match=r"step 6 .*left out before: 2, 3\. .*dump_00000002"):
+            run_poisoned(tmp_path / "run", *bad, skip_nonfinite=2, save_every=4)
+        assert steps_kept(tmp_path / "run") == [4], last
+    assert [path.name for path in (tmp_path / "run").glob("dump_*")] == ["dump_00000002"]
+    replayed = replay(tmp_path / "run" / "dump_00000002")
+    assert (~replayed["loss"].isfinite()).sum() == 1
+    # an accident may be passed on resume: that is no other run
+    assert run_poisoned(tmp_path / "run", *bad, skip_nonfinite=4).skipped == [2, 3, 6, 8]
+
+
+def test_without_leave_the_first_bad_step_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3 .*left out before: none"):
+        run_poisoned(tmp_path / "run", 3, skip_nonfinite=0)
+
+
+# ------------------------------------------------------------------------------
+# The data of a resumed run
+
+
+def write_images(folder, seed, count=8):
+    for i in range(count):
+        (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        image = torch.randint(256, (8, 8), generator=torch.Generator().manual_seed(100 * seed + i))
+        Image.fromarray(image.byte().numpy()).save(folder / str(i % 2) / f"of_{seed}_{i}.png")
+    return str(folder)
+
+
+def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
+    model = replace(TINY.model, num_classes=2, in_channels=3)
+    one, two = (write_images(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    run = tmp_path / "run"
+    run_tiny(run, model=model, data=one, steps=2)
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"other data, which differ in dataset.fingerprint .*--other_data"):
+        run_tiny(run, model=model, data=two, steps=4)
+    assert (run / "config.json").read_bytes() == before
+    config = replace(TINY, model=model, data=two, steps=4)
+    assert train(config, run, device="cpu", progress=False, other_data=True).step == 4
+    facts = json.loads((run / "config.json").read_text())["dataset"]
+    assert facts["earlier"] == [json.loads(before)["dataset"]]  # it is not forgotten what it learned from
+    assert run_tiny(run, model=model, data=two, steps=6).step == 6  # told once is enough
+    with pytest.raises(ValueError, match="other data"):
+        run_tiny(run, model=model, data=one, steps=8)
+    assert load_run(run)[2] == ["0", "1"]
+
+
+def test_digits_that_were_changed_are_other_digits(tmp_path):
+    images, labels = digits("train")
+    train(TINY, tmp_path / "run", device="cpu", progress=False, dataset=TensorData(images, labels))
+    changed = images.clone()
+    changed[7, 0, 0, 0] *= -1
+    for other in (TensorData(changed, labels), TensorData(images, labels.roll(1))):
+        with pytest.raises(ValueError, match=r"dataset\.fingerprint"):
+            train(TINY, tmp_path / "run", device="cpu", progress=False, dataset=other)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
+    run_tiny(tmp_path / "run", steps=4)
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    for younger in ("ema_warmup", "keep", "skip_nonfinite", "workers", "exif_rotate"):
+        del values[younger]
+    values["dataset"]["fingerprint"] = None
+    file.write_text(json.dumps(values))
+    assert run_tiny(tmp_path / "run").step == 10
+    assert "holds no fingerprint of its data" in capsys.readouterr().err
+    values["lr"] = 2e-3
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="differs in lr"):
+        run_tiny(tmp_path / "run", steps=12)
+
+
+def test_exif_is_no_question_of_digits(tmp_path):
+    with pytest.raises(ValueError, match="exif_rotate applies to files"):
+        run_tiny(tmp_path / "run", exif_rotate=True)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------
+# Disks and systems that lack something
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_without_flock_has_another_lock(tmp_path, monkeypatch, capsys, code):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = tmp_path / f"run{code}"
+    seen = []
+
+    def intrude(row):
+        holder = json.loads((run / ".lock.json").read_text())
+        assert (holder["host"], holder["process"]) == (socket.gethostname(), os.getpid())
+        with pytest.raises(ValueError, match=rf"held by process {os.getpid()} of the machine"):
+            run_tiny(run)
+        seen.append(row["step"])
+
+    train(TINY, run, device="cpu", progress=False, on_log=intrude)
+    assert seen == [4, 8] and not (run / ".lock.json").exists()
+    training._warn.cache_clear()
+    run_tiny(run, steps=12)
+    assert os.strerror(code) in capsys.readouterr().err
+
+
+def test_a_system_without_fcntl_has_another_lock(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    training._warn.cache_clear()
+    assert run_tiny(tmp_path / "run", steps=2).step == 2
+    assert "this system has no flock" in capsys.readouterr().err
+
+
+def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    run_tiny(tmp_path / "run", steps=2)
+    lock = tmp_path / "run" / ".lock.json"
+    here = {"host": socket.gethostname(), "token": "another"}
+    # a number that is free, and ours, which an earlier process had in the same container
+    for process in (ended.pid, os.getpid()):
+        lock.write_text(json.dumps({**here, "process": process}))
+        assert run_tiny(tmp_path / "run", steps=3).step == 3
+        assert f"was left by process {process} of this machine" in capsys.readouterr().err
+    # of processes elsewhere, or of a file that does not name one, nothing is known
+    for holder in ({**here, "host": "elsewhere", "process": 1}, {**here, "process": 1}, {}):
+        lock.write_text(json.dumps(holder))
+        with pytest.raises(ValueError, match="remove that file"):
+            run_tiny(tmp_path / "run", steps=4)
+        assert json.loads(lock.read_text()) == holder
+
+
+def test_a_folder_that_cannot_be_flushed_is_told_once(tmp_path, monkeypatch, capsys):
+    flush = os.fsync
+
+    def only_files(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    training._warn.cache_clear()
+    run_tiny(tmp_path / "run", save_every=2)
+    assert steps_kept(tmp_path / "run") == [8, 10]
+    assert capsys.readouterr().err.count("cannot flush a folder") == 1
+
+
+def test_a_disk_that_fails_is_not_passed_over(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="could not be written"):
+        run_tiny(tmp_path / "run", steps=2)
+
+
+def test_training_is_imported_without_fcntl_and_sigusr1():
+    code = "import signal, sys; del signal.SIGUSR1; sys.modules['fcntl'] = None; import diffussm.training"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("changes", [{"convolution": "fast"}, {"micro_batch": 3}, {"batch_size": 2000}])
+def test_a_refused_run_leaves_no_folder(tmp_path, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        run_tiny(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------
+# The rest of the loop
+
+
+class Stopping(World):
+    """A process that is asked to stop while it makes its third step."""
+
+    asked = 0
+
+    @property
+    def stopping(self):
+        self.asked += 1
+        return self.asked >= 3
+
+
+def test_a_run_that_is_asked_to_stop_says_from_where_it_goes_on(tmp_path):
+    with pytest.raises(Preempted, match="saved step 3 of 10; the same command goes on from there"):
+        train(TINY, tmp_path / "run", progress=False, world=Stopping("cpu"))
+    assert steps_kept(tmp_path / "run") == [3]
+    assert_same_state(run_tiny(tmp_path / "run"), run_tiny(tmp_path / "straight"))
+
+
+def test_a_constant_decay_is_the_papers(tmp_path):
+    assert [ema_decay_at(step, 0.9999, warmup=False) for step in (0, 10**6)] == [0.9999, 0.9999]
+    start = TrainState.create(TINY, World("cpu"))
+    constant = run_tiny(tmp_path / "constant", steps=1, ema_warmup=False)
+    growing = run_tiny(tmp_path / "growing", steps=1)
+    (first, *_), (moved, *_), (grown, *_), (model, *_) = (
+        list(module.parameters()) for module in (start.ema, constant.ema, growing.ema, growing.model)
+    )
+    torch.testing.assert_close(moved, 0.9999 * first + 0.0001 * model)
+    torch.testing.assert_close(grown, 0.1 * first + 0.9 * model)
+    with pytest.raises(ValueError, match="ema_warmup"):
+        run_tiny(tmp_path / "growing", ema_warmup=False)
+
+
+def test_a_tally_stays_on_the_device():
+    """On a device without numbers any look at them would fail."""
+    losses = {name: torch.rand(8, device="meta") for name in ("loss", "mse", "vb")}
+    tally = Meter.tally(losses, torch.zeros(8, dtype=torch.int64, device="meta"), 1000)
+    assert tally.device.type == "meta" and tally.shape == (2, 8) and tally.dtype == torch.float64
+
+
+def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
+    reads = []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tensor.shape) or copy(tensor))
+    for micro in (0, 2, 1):  # and not once for each micro-batch
+        reads.clear()
+        run_tiny(tmp_path / str(micro), steps=3, micro_batch=micro)
+        assert reads.count(torch.Size([17])) == 3 and len(reads) <= 3 + 2  # and the fingerprint of the data
+
+
+def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
+    data = write_images(tmp_path / "images", 1, count=32)
+    model = replace(TINY.model, num_classes=2, in_channels=3)
+    config = replace(TINY, model=model, data=data, workers=4, steps=3)
+    meeting = threading.Barrier(4, timeout=60)
+
+    class Meeting(ImageFolder):
+        """Its images come only when four of them are asked for at once."""
+
+        def __getitem__(self, index):
+            meeting.wait()
+            return super().__getitem__(index)
+
+    folder, model = ImageFolder(data, 8, flip=False), DiffuSSM(config.model)
+    together = list(training_batches(Meeting(data, 8, flip=False), model, config, 0))
+    one_by_one = list(training_batches(folder, model, replace(config, workers=1), 0))
+    for a, b in zip(together, one_by_one, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_drawing_samples_does_not_count_as_training(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = Clock(0, replace(TINY, steps=100))
+    now += 5.0  # ten steps
+    with clock.paused():
+        now += 60.0
+    assert clock.read(10) == {"seconds": 65.0, "images_per_second": 16.0, "seconds_left": 45.0}
+
+
+def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
+    from diffussm import cli
+
+    for name in cli.recipe_files():
+        config = cli.read_recipe(name)
+        if config.model.d_model == 1152:
+            assert config.clip == 1.0 and not config.ema_warmup, name
+    config = cli.read_recipe("imagenet256")
+    (step,) = config.keep_steps
+    assert (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size and step < config.steps
