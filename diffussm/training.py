@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -41,7 +42,7 @@ from diffussm.data import (
     load_batch,
 )
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, apply_umask
 
 __all__ = [
     "TrainConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "CHECKPOINT_FILES",
     "snapshot",
     "UNSUPPORTED",
+    "THIS_PROCESS",
     "write_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
@@ -565,10 +567,8 @@ def _sha256(path: Path) -> str:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors lets nobody else read
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
+    apply_umask(path)
 
 
 # What systems answer that lack a call for a kind of file, or at all: network disks, FUSE, Windows.
@@ -581,6 +581,9 @@ UNSUPPORTED = {
     errno.EACCES,
     errno.EPERM,
 }
+
+
+THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in the next container
 
 
 @cache  # each text once
@@ -797,6 +800,8 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
             "Choose a new folder, or give the same options to resume it; nothing was written"
         )
     _compare_data(run, ours["dataset"], theirs, other_data)
+    if theirs["dataset"].get("fingerprint") is None and ours["dataset"]["fingerprint"] is not None:
+        _warn(f"{run} holds no fingerprint of its data: only their number and their classes were compared")
 
 
 def facts_of(dataset: Dataset) -> dict[str, Any]:
@@ -894,7 +899,7 @@ def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
     for _ in range(2):
         try:
             with path.open("x") as file:
-                json.dump({"host": host, "process": os.getpid()}, file)
+                json.dump({"host": host, "process": os.getpid(), "token": THIS_PROCESS}, file)
             return lambda: path.unlink(missing_ok=True)
         except FileExistsError:
             _remove_if_stale(path, host)
@@ -904,24 +909,33 @@ def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
 def _remove_if_stale(path: Path, host: str) -> None:
     try:
         holder = json.loads(path.read_text())
-        owner, process = str(holder["host"]), int(holder["process"])
+        owner, process, token = str(holder["host"]), int(holder["process"]), holder["token"]
     except FileNotFoundError:  # let go of in this moment
         return
     except (OSError, ValueError, KeyError, TypeError):
-        owner, process = "unknown", 0
-    if owner == host and os.name == "posix":  # of another machine's processes we know nothing
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            _warn(f"{path} was left by process {process} of this machine, which is no more; it is removed")
-            path.unlink(missing_ok=True)
-            return
-        except PermissionError:  # it is alive, and another user's
-            pass
+        owner, process, token = "unknown", 0, ""
+    if owner == host and not _alive(process, token):  # of another machine's processes we know nothing
+        _warn(f"{path} was left by process {process} of this machine, which is no more; it is removed")
+        path.unlink(missing_ok=True)
+        return
     raise ValueError(
         f"{path.parent} is held by process {process} of the machine {owner!r}, says {path}. If it still "
         "trains, wait for it or stop it; if it was killed, remove that file and give the command again"
     )
+
+
+def _alive(process: int, token: str) -> bool:
+    if process == os.getpid():
+        return token == THIS_PROCESS
+    if os.name != "posix":  # where the question would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def load_run(
@@ -951,7 +965,13 @@ def load_dataset(config: TrainConfig) -> Dataset:
     if config.data == "digits":
         images, labels = digits("train")
         return TensorData(images, labels if conditional else None, flip=config.flip)
-    return ImageFolder(config.data, config.model.height, flip=config.flip, conditional=conditional)
+    return ImageFolder(
+        config.data,
+        config.model.height,
+        flip=config.flip,
+        conditional=conditional,
+        exif_rotate=config.exif_rotate,
+    )
 
 
 def check_data(dataset: Dataset, config: TrainConfig) -> None:
@@ -972,6 +992,11 @@ def check_data(dataset: Dataset, config: TrainConfig) -> None:
         raise ValueError(
             f"batch_size={config.batch_size}, but {config.data!r} has only {len(dataset)} images; "
             f"set batch_size={len(dataset)} or less"
+        )
+    if config.exif_rotate and not hasattr(dataset, "read"):
+        raise ValueError(
+            f"exif_rotate applies to files of photographs, and {config.data!r} holds none; omit it (for "
+            "latents it is an option of diffussm encode)"
         )
 
 
@@ -1035,12 +1060,19 @@ def train(
         state = TrainState.create(config, world)
         if checkpoint is not None:
             load_checkpoint(checkpoint, state, world)
+        world.once(lambda: _tell_missed(run, state.step, config))
         world.once(lambda: _rewind_log(run / "log.jsonl", state.step))
         progress = progress and world.rank == 0
         if progress:
             print(describe_groups(state.optimizer.param_groups))
         _loop(config, run, state, data, world, progress, on_log, on_samples)
     return state
+
+
+def _tell_missed(run: Path, step: int, config: TrainConfig) -> None:
+    kept = {_step_of(folder) for folder in (run / "checkpoints").glob("step_*")}
+    if missed := sorted(wanted for wanted in config.keep_steps - kept if wanted <= step):
+        _warn(f"the run is at step {step}, too late to keep what keep names: {', '.join(map(str, missed))}")
 
 
 def _loop(
