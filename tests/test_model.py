@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffussm
 from diffussm.bidirectional import BidirectionalSSM
+from diffussm.data import digits
+from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, sincos_positions, timestep_features
 
 SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "d_model": 16, "n_blocks": 2, "d_state": 4}
@@ -583,3 +587,18 @@ def test_copies_made_while_kernels_are_kept_keep_none(copied, computed):
     with torch.no_grad(), twin.cached_kernels():
         twin(x, t, y)
     assert twin._cache is None
+
+
+def test_the_weights_in_the_package_are_those_of_their_record():
+    folder = Path(diffussm.__file__).parent / "weights" / "digits"
+    record = json.loads((folder / "record.json").read_text())
+    assert record["command"].startswith("diffussm train digits") and record["seed"] == 0
+    model = DiffuSSM.from_pretrained(folder)
+    assert model.config == DiffuSSMConfig(**PRESETS["digits"])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    images, labels = digits("test")
+    with torch.no_grad():
+        losses = GaussianDiffusion.linear(1000).losses(
+            model, images, torch.full((len(images),), 300), labels, torch.randn(images.shape)
+        )
+    assert losses["mse"].mean() < 0.2  # an untrained network predicts zero noise: 1
