@@ -184,7 +184,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     unfused.attention = explicit_attention
     if sizes.compile:
         for block in (ours, theirs, unfused):
-            block.compile()
+            block.compile(dynamic=False)  # each length and batch has a graph of its own
     for length, batch in sizes.block_cases:
         ours.ssm.convolution = chosen(sizes, length, batch, device)
         job = block_job(ours, batch, length // 2, device)
@@ -224,7 +224,7 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             try:
                 model, convolution = checked_model(kind, config, batches[0], sizes, device)
             except Exception as error:
-                yield {"what": name, "error": f"{type(error).__name__}: {error}"}
+                yield facts | {"what": name, "error": f"{type(error).__name__}: {error}"}
                 continue
             for batch in batches:
                 what = f"{name}, B = {batch}"
@@ -262,7 +262,7 @@ def loss_and_norm(model: nn.Module, batch: int, device: torch.device) -> tuple[f
     loss.backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
-    return float(loss), float(norm)
+    return float(loss.detach()), float(norm)
 
 
 def free_memory(device: torch.device) -> None:
