@@ -1,5 +1,6 @@
 """Chapter 11: many processes compute what one does, and nothing that happens to them changes it."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -8,9 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,20 +389,201 @@ def signalled(command, run, number):
     return job.returncode, said
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_command_that_is_asked_to_stop_says_so(tmp_path, processes):
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (2, signal.SIGINT)],
+)
+def test_the_command_that_is_asked_to_stop_says_so(tmp_path, processes, number):
     run, config = tmp_path / "run", tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(asdict(replace(TINY, steps=100_000, log_every=1))))
     words = f"-m diffussm train digits --config {config} --out {run} --device cpu --no_grid".split()
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     launcher += ["--signals_to_handle", "SIGTERM,SIGUSR1"]
     if processes == 1:
-        code, said = signalled([sys.executable, *words], run, signal.SIGTERM)
+        code, said = signalled([sys.executable, *words], run, number)
         assert code == EXIT_PREEMPTED == 75 and "Traceback" not in said, said
     else:  # torchrun hands the signal on, and replaces the code of its children
-        _, said = signalled([sys.executable, *launcher, *words], run, signal.SIGUSR1)
+        _, said = signalled([sys.executable, *launcher, *words], run, number)
     assert "asked to stop" in (run / "preempted").read_text(), said
     assert find_checkpoint(run) is not None
+
+
+# ---- a process that fails ----
+
+SLOW = 600  # seconds that closing the process group takes, and more than any test waits
+
+
+def fails_alone(failing, wait):
+    """Process `failing` raises where the other does not, which waits for it in one way or another."""
+    torch.distributed.destroy_process_group = lambda *_: time.sleep(SLOW)
+    with cluster() as world:
+        world.sum(torch.zeros(1))
+        if world.rank == failing:
+            raise OSError("the disk is full")
+        if wait == "barrier":
+            world.barrier()
+        elif wait == "all-reduce":
+            world.sum(torch.zeros(1))
+        else:  # as in NCCL, which never learns that nobody comes
+            time.sleep(SLOW)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("wait", ["barrier", "all-reduce", "NCCL"])
+def test_a_process_that_fails_alone_ends_all_without_waiting(failing, wait):
+    started = start(2, fails_alone, failing, wait)
+    told = outcomes(started, timeout=120)
+    assert told[failing] == (False, "OSError: the disk is full")
+    why = f"process {failing} failed: OSError: the disk is full"
+    assert told[1 - failing] == (False, f"PeerFailed: stopped, because {why}")
+    assert [process.exitcode for process, _ in started] == [1, 1]
+
+
+def fails_while_writing(run):
+    from diffussm import distributed
+
+    distributed.write_checkpoint = lambda *_: time.sleep(SLOW)
+    with cluster() as world:
+        world.save(run, None, TINY)
+        if world.rank == 0:
+            raise KeyError("a fault of the program")
+        world.sum(torch.zeros(1))
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_its_writer(tmp_path):
+    first, second = outcomes(start(2, fails_while_writing, tmp_path), timeout=120)
+    assert first == (False, "KeyError: 'a fault of the program'")
+    assert not second[0] and "process 0 failed: KeyError" in second[1]
+
+
+def how_it_ends(function, *arguments):
+    """What a function raised, and how often the process group was closed by then."""
+    honest, closed = torch.distributed.destroy_process_group, []
+    torch.distributed.destroy_process_group = lambda *_: closed.append(honest())
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", len(closed)
+
+
+def refused(_):
+    with cluster() as world:
+        world.once(lambda: int("x"))
+
+
+def asked_to_stop(run):
+    with cluster() as world:
+        world.stopping = world.rank == 1
+        train(TINY, run, progress=False, world=world, dataset=fifty())
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (refused, "ValueError: invalid literal"),
+        (asked_to_stop, "Preempted: asked to stop: saved step 1 of 10"),
+        (poisoned, "FloatingPointError: loss or gradient is not finite"),
+        (cannot_save, "OSError: "),
+    ],
+)
+def test_what_all_raise_together_closes_the_group(tmp_path, function, what):
+    for said, closed in together(2, how_it_ends, function, tmp_path / "run"):
+        assert said.startswith(what) and closed == 1
+
+
+class TwoArguments(Exception):
+    """Pickles, and cannot be read back."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def once_what_cannot_be_sent():
+    def needs_two():
+        raise TwoArguments("no image", "torn")
+
+    def holds_a_lock():
+        error = ValueError("locked")
+        error.lock = threading.Lock()
+        raise error
+
+    said = []
+    with cluster() as world:
+        for function in (needs_two, holds_a_lock, threading.Lock):
+            try:
+                world.once(function)
+            except Exception as error:
+                said.append(f"{type(error).__name__}: {error}")
+        return said, world.sum(torch.ones(1)).item()  # and they are still in step
+
+
+def test_what_cannot_be_pickled_leaves_nobody_waiting():
+    first, second = (said for said, total in together(2, once_what_cannot_be_sent) if total == 2)
+    assert first[0] == "TwoArguments: no image: torn" and first[1] == "ValueError: locked"
+    assert second[0] == f"RuntimeError: {first[0]}" and second[1] == f"RuntimeError: {first[1]}"
+    assert "cannot pickle" in first[2] and "cannot pickle" in second[2]
+
+
+@pytest.mark.parametrize("command", ["train", "encode", "sample"])
+def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
+    """Under torchrun; closing the process group would take ten minutes (`one_rank_fails.py`)."""
+    images, config = tmp_path / "images", tmp_path / "tiny.yaml"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "one.png")
+    config.write_text(yaml.safe_dump(asdict(TINY)))
+    words = {
+        "train": f"digits --config {config} --out {tmp_path / 'run'} --no_grid",
+        "encode": f"{images} {tmp_path / 'latents'} --vae none --size 8",
+        "sample": f"--from {alone} --out {tmp_path / 'set'} --count 10 --batch_size 2 --steps 4",
+    }[command]
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --shutdown_timeout 600".split()
+    program = Path(__file__).with_name("one_rank_fails.py")
+    job = [sys.executable, *launcher, str(program), command, *words.split(), "--device", "cpu"]
+    done = subprocess.run(job, capture_output=True, text=True, timeout=240, check=False)
+    why = "the disk of this machine is full"
+    assert done.returncode == 1
+    assert f"diffussm {command} [process 1]: {why}" in done.stderr
+    assert f"diffussm {command}: stopped, because process 1 failed: OSError: {why}" in done.stderr
+
+
+# ---- signals ----
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    from diffussm import distributed
+
+    with Cluster("cpu") as world:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert world.stopping
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun hands on what the terminal has sent already
+        monkeypatch.setattr(distributed, "REPEAT", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with Cluster("cpu") as world:  # SIGTERM says no more the second time than the first
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert world.stopping
+
+
+def test_what_cannot_stop_leaves_the_signals_alone():
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with Cluster("cpu", stoppable=False):
+        assert before == [signal.getsignal(number) for number in numbers]
+
+
+def test_a_system_without_sigusr1_can_stop_as_well(monkeypatch):
+    """As on Windows: the module is executed once more, under another name."""
+    from diffussm import distributed
+
+    monkeypatch.delattr(signal, "SIGUSR1")
+    spec = importlib.util.spec_from_file_location("elsewhere", distributed.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)  # its dataclasses look there
+    spec.loader.exec_module(elsewhere)
+    with elsewhere.Cluster("cpu") as world:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert world.stopping
 
 
 # ---- sets of samples ----
@@ -492,6 +677,123 @@ def test_other_samples_are_refused_and_untouched(tmp_path):
             draw(tmp_path / name)
 
 
+def draw_unevenly(out):
+    """The second process is in its batch until all others are done, and longer than the group waits."""
+    from diffussm import distributed
+
+    honest, mine = distributed.draw_batch, []
+
+    def draw_batch(*arguments, **options):
+        mine.append(arguments[3])
+        if len(mine) == 1 and options["world"].rank == 1:
+            deadline = time.monotonic() + 120
+            while len(list(out.with_suffix(".parts").glob("*.npy"))) < 9 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(8)
+        return honest(*arguments, **options)
+
+    distributed.draw_batch = draw_batch
+    with cluster() as world:
+        world.sum(torch.zeros(1))
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4), None)
+        config = replace(FEW, batch_size=1)
+        draw_samples(network(), DIFFUSION, config, out, world=world, facts={}, progress=False)
+    return mine
+
+
+def test_batches_go_to_whoever_is_free_and_the_last_is_waited_for(tmp_path):
+    first, second = together(2, draw_unevenly, tmp_path / "set.npz")
+    assert len(second) == 1 and sorted(first + second) == list(range(10))
+    draw(tmp_path / "alone.npz", replace(FEW, batch_size=1))
+    assert (tmp_path / "set.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
+
+
+def draw_until_stopped(out):
+    """The last process is asked to stop in the middle of its second batch."""
+    from diffussm import distributed
+
+    honest, begun = distributed.denoise, []
+
+    def denoise(*arguments, **options):
+        begun.append(1)
+        if world.rank < world.size - 1:
+            time.sleep(0.2)  # or nothing may be left for the others
+        for step in honest(*arguments, **options):
+            world.stopping |= len(begun) == 2 and world.rank == world.size - 1
+            yield step
+
+    distributed.denoise = denoise
+    try:
+        with cluster() as world:
+            config = replace(FEW, count=40, batch_size=1)
+            draw_samples(network(), DIFFUSION, config, out, world=world, facts={}, progress=False)
+    except Preempted as stop:
+        return str(stop), len(begun)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_set_that_is_asked_to_stop_says_how_far_it_is_and_goes_on(tmp_path, size):
+    out = tmp_path / "set.npz"
+    stopped = together(size, draw_until_stopped, out)
+    done = len(list((tmp_path / "set.parts").iterdir()))
+    for said, _ in stopped:
+        assert said == f"asked to stop: {done} of 40 batches are drawn and kept"
+    assert done == sum(begun for _, begun in stopped) - 1 < 40
+    draw(out, replace(FEW, count=40, batch_size=1))
+    draw(tmp_path / "whole.npz", replace(FEW, count=40, batch_size=1))
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
+    (tmp_path / "set" / ".parts").mkdir(parents=True)  # killed before the record was written
+    draw(tmp_path / "set")
+    (tmp_path / "set" / ".parts").mkdir()  # killed before all was tidy
+    draw(tmp_path / "set")
+    assert not (tmp_path / "set" / ".parts").exists()
+    draw(tmp_path / "set.npz")
+    (tmp_path / "set.npz").unlink()
+    (tmp_path / "set.json").unlink()
+    (tmp_path / "set.parts").mkdir()
+    (tmp_path / "set.parts" / "000000.npy").write_bytes(b"of other samples")
+    with pytest.raises(ValueError, match="is left of a set of samples without a record"):
+        draw(tmp_path / "set.npz")
+
+
+def test_a_folder_says_of_each_image_which_class_it_is(tmp_path):
+    draw(tmp_path / "set", replace(FEW, classes=(7, 3)))
+    labels = json.loads((tmp_path / "set" / "labels.json").read_text())
+    assert labels == {
+        path.name: (7, 3)[i % 2] for i, path in enumerate(sorted((tmp_path / "set").glob("*.png")))
+    }
+    assert json.loads((tmp_path / "set" / "samples.json").read_text())["classes"] == [7, 3]
+    draw(tmp_path / "set.npz", replace(FEW, classes=(7, 3)))
+    with np.load(tmp_path / "set.npz") as packed:
+        assert packed["arr_1"].tolist() == list(labels.values())
+        assert np.array_equal(packed["arr_0"], pictures(tmp_path / "set"))
+
+
+def test_an_autoencoder_may_have_moved_but_must_be_the_same(tmp_path):
+    vae = {"name": "here", "encoder_sha256": "e", "decoder_sha256": "d"}
+    draw(tmp_path / "set", facts={"vae": vae})
+    draw(tmp_path / "set", facts={"vae": vae | {"name": "there"}})
+    assert json.loads((tmp_path / "set" / "samples.json").read_text())["vae"] == vae
+    with pytest.raises(ValueError, match="differ in vae"):
+        draw(tmp_path / "set", facts={"vae": vae | {"decoder_sha256": "another"}})
+
+
+def test_what_does_not_apply_to_a_model_is_not_in_its_record():
+    conditional, latents = TINY.model, replace(TINY.model, in_channels=4)
+    paper = SampleConfig()
+    assert paper.of(latents).guidance_channels == 3
+    assert paper.of(conditional).guidance_channels is None  # one channel: all of it
+    assert replace(paper, cfg_scale=1.0).of(latents).guidance_channels is None
+    unconditional = paper.of(replace(latents, num_classes=0))
+    assert unconditional.cfg_scale == 1.0 and unconditional.guidance_channels is None
+    for model, has in ((conditional, "classes 0 to 9"), (replace(conditional, num_classes=0), "no classes")):
+        with pytest.raises(ValueError, match=f"this model has {has}"):
+            replace(paper, classes=(3, 10)).of(model)
+
+
 def test_labels_are_balanced_or_random_by_name():
     balanced = SampleConfig(labels="balanced").label(range(50_000), 1000)
     assert (balanced.bincount(minlength=1000) == 50).all()
@@ -501,11 +803,16 @@ def test_labels_are_balanced_or_random_by_name():
     assert 40 < counts.var() < 60  # Poisson: variance = mean = 50
     assert torch.equal(random[100:200], config.label(range(100, 200), 1000))
     assert not torch.equal(random, replace(config, seed=1).label(range(50_000), 1000))
+    among = replace(config, classes=(5, 900)).label(range(1000), 1000)
+    assert set(among.tolist()) == {5, 900} and 400 < (among == 5).sum() < 600
 
 
 def test_presets_are_the_papers():
     paper = SAMPLE_PRESETS["paper-fid"]
     assert (paper.count, paper.steps, paper.method, paper.cfg_scale) == (50_000, 250, "ddpm", 1.5)
+    assert (paper.labels, paper.guidance_channels, paper.classes) == ("random", 3, None)  # as DiT's code
+    both = SAMPLE_PRESETS["paper-fid-all"]
+    assert both == replace(paper, labels="balanced", guidance_channels=None)
     assert SAMPLE_PRESETS["paper-fid-unguided"] == replace(paper, cfg_scale=1.0)
 
 
@@ -519,7 +826,11 @@ def test_pixels_are_rounded_and_latents_refused():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"count": 0}, {"labels": "mine"}, {"method": "euler"}, {"precision": "fp8"}, {"seed": -1}]
+    "changes",
+    [
+        *({"count": 0}, {"labels": "mine"}, {"method": "euler"}, {"precision": "fp8"}, {"seed": -1}),
+        *({"classes": ()}, {"classes": (3, -1)}, {"classes": (3, 3)}),
+    ],
 )
 def test_sample_options_that_cannot_work_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
