@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -390,18 +391,41 @@ def _print_traceback(error: BaseException) -> None:
 
 
 PEAK_FLOPS = {
+    # nvidia.com/en-us/data-center/a100; the A800 is an A100 with a slower NVLink
     "A100": 312e12,
+    "A100 PCIe": 312e12,
+    "A800": 312e12,
+    "A800 PCIe": 312e12,
+    # nvidia.com/en-us/data-center/h100, h200 and grace-hopper-superchip, halved: the sheets count zeros of
+    # sparse matrices. H100 PCIe: product brief PB-11133. The H800 is an H100 with a slower NVLink.
     "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "H20": 148e12,  # no public sheet; the figure that resellers and frameworks (verl, Megatron-Bridge) give
+    # nvidia.com/en-us/data-center/hgx and gb200-nvl72, halved
     "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+    "GB200": 2500e12,
+    "L40S": 362e12,  # nvidia.com/en-us/data-center/l40s
+    "RTX 4090": 165e12,  # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
 }
+# parts of a name that say nothing about speed: maker, form of the module, memory
+_PLAIN = re.compile(r"NVIDIA|Tesla|GeForce|SXM\d*|HBM\d\w*|\d+GB?", re.IGNORECASE)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The maker's figure for dense bf16 products, operations per second; None for a GPU not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    """The maker's figure for dense bf16 products, operations per second.
+
+    `device_name` is what CUDA says, such as ``"NVIDIA A100-SXM4-80GB"``. None for a GPU that is not in the
+    table, or a part of one (MIG): variants of one name differ in speed.
+    """
+    words = [word for word in re.split(r"[\s-]+", device_name) if word and not _PLAIN.fullmatch(word)]
+    known = {name.casefold(): flops for name, flops in PEAK_FLOPS.items()}
+    return known.get(" ".join(words).casefold())
 
 
 def linear_macs(config: DiffuSSMConfig) -> float:
