@@ -54,7 +54,7 @@ __all__ = [
     "SAMPLE_PRESETS",
     "draw_batch",
     "draw_samples",
-    "FORMAT",
+    "SAMPLES_FORMAT",
     "to_uint8",
     "SampleFiles",
 ]
@@ -590,7 +590,7 @@ def draw_samples(
     """
     config = config.of(model.config)
     how = asdict(config) if model.config.num_classes else asdict(config) | {"labels": "none"}
-    files = SampleFiles(Path(out), json.loads(json.dumps({"format": FORMAT} | how | facts)))
+    files = SampleFiles(Path(out), json.loads(json.dumps({"format": SAMPLES_FORMAT} | how | facts)))
     if world.once(files.claim):
         return files.out
     batches = math.ceil(config.count / config.batch_size)
@@ -604,19 +604,16 @@ def draw_samples(
                 files.keep(number, number * config.batch_size, images)
                 drawn += 1
         world.barrier()
-        total, stopped = world.sum(torch.tensor([float(drawn), float(world.stopping)])).tolist()
-        bar.update(batches - len(missing) + int(total) - bar.n)
-    if total < len(missing):
-        done = f"{batches - len(missing) + int(total)} of {batches} batches are drawn and kept"
-        raise world.together(
-            Preempted(f"asked to stop: {done}") if stopped else OSError(f"{done}; the others got lost")
-        )
+        done = batches - len(missing) + int(world.sum(torch.tensor([drawn])))
+        bar.update(done - bar.n)
+    if done < batches:
+        raise world.together(Preempted(f"asked to stop: {done} of {batches} batches are drawn and kept"))
     labels = config.label(range(config.count), model.config.num_classes) if model.config.num_classes else None
     world.once(lambda: files.complete(batches, config.count, labels))
     return files.out
 
 
-FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
+SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Chapter 11: many processes compute what one does, and nothing that happens to them changes it."""
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -241,6 +242,30 @@ def test_recomputing_changes_nothing(tmp_path, alone):
 def test_compiling_changes_nothing(tmp_path, alone):
     together(1, run_tiny, tmp_path / "run", {"compile": True})
     assert_close(tmp_path / "run", alone)
+
+
+def graphs_of_a_block():
+    """How many graphs the compiler gets for one block, which is larger than DDP's first bucket of 1 MiB."""
+    graphs, honest = [], torch.nn.Module.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.nn.Module.compile = lambda module: honest(module, backend=count)
+    config = replace(TINY, model=replace(TINY.model, d_model=256, n_blocks=1), compile=True)
+    with cluster() as world:
+        state = TrainState.create(config, world)
+        network = world.wrap(state.model, config)
+        batch = training_batch(fifty(), state.model, config, 0, world.rank, world.size)
+        DIFFUSION.losses(network, *batch)["loss"].sum().backward()
+        (block,) = state.model.blocks
+        return len(graphs), sum(p.numel() * p.element_size() for p in block.parameters())
+
+
+def test_ddp_does_not_cut_the_graph_of_a_compiled_block():
+    for graphs, size in together(2, graphs_of_a_block):
+        assert graphs == 1 and size > 2**20
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -842,6 +867,82 @@ def test_multiply_adds_follow_the_papers_formula():
     xl = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"])
     assert linear_macs(xl) == pytest.approx(29 * 7.5 * 1024 * 1152**2)
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("Abacus") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),  # names as torch.cuda.get_device_name gives them
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H1000", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_card(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_one_gpu_for_many_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "8"), ("LOCAL_RANK", "7")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="cuda:1 is one GPU, and 8 processes.*pass --device cuda"):
+        Cluster("cuda:1")
+    with pytest.raises(ValueError, match="process 7 of this machine has no GPU.*--nproc_per_node 2"):
+        Cluster("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with Cluster("cuda") as world:
+        assert world.device == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with Cluster("cuda:0") as world:
+        assert world.device == torch.device("cuda", 0)
+
+
+def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
+    peak = [3e9]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    with Cluster("cpu") as world:
+        world.device = torch.device("cuda", 0)
+        first, second = world.vitals(TINY, 100.0), world.vitals(TINY, 100.0)
+    assert (first["memory_gb"], second["memory_gb"]) == (3.0, 1.0) and first["mfu"] == second["mfu"]
+
+
+def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
+    from diffussm import distributed
+
+    gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    try:
+        with Cluster("cpu") as world:
+            world.device = gpu
+            for precision, products in (("float32", "highest"), ("bf16", "high")):
+                world.shard(torch.nn.Linear(1, 1), replace(TINY, precision=precision))
+                assert torch.get_float32_matmul_precision() == products
+        torch.set_float32_matmul_precision("highest")
+        for precision, products in (("float32", "highest"), ("tf32", "high"), ("bf16", "high")):
+            with distributed._precision(precision, gpu):
+                assert torch.get_float32_matmul_precision() == products
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_cluster_gives_the_signals_back():

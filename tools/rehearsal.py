@@ -123,12 +123,21 @@ def rehearse(folder: Path, steps: int, count: int) -> None:
 
     print("5. samples, drawn by two processes and decoded", flush=True)
     words = ["sample", "--from", folder / "run", "--out", folder / "samples.npz", "--vae", vae]
-    words += ["--count", count, "--steps", 10, "--method", "ddim", "--batch_size", 14, "--device", "cpu"]
+    words += ["--preset", "paper-fid-all", "--count", count, "--steps", 10, "--method", "ddim"]
+    words += ["--batch_size", 14, "--device", "cpu"]
     run(*words, processes=2)
     with np.load(folder / "samples.npz", allow_pickle=False) as samples:
         drawn, labels = samples["arr_0"], samples["arr_1"]
     check(f"{count} pictures of 64 x 64 in colour", drawn.shape == (count, 64, 64, 3) and drawn.std() > 10)
     check("each class as often as the others", np.ptp(np.bincount(labels, minlength=14)) <= 1)
+    record, made_by = (
+        json.loads((folder / name).read_text()) for name in ("samples.json", "latents/plan.json")
+    )
+    check(
+        "the record names the decoder, and the encoder is that of the latents",
+        record["vae"]["decoder_sha256"]
+        and record["vae"]["encoder_sha256"] == made_by["vae"]["encoder_sha256"],
+    )
 
     print("6. scores", flush=True)
     score(folder, images)
