@@ -568,7 +568,8 @@ def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
     why = "the disk of this machine is full"
     assert done.returncode == 1
     assert f"diffussm {command} [process 1]: {why}" in done.stderr
-    assert f"diffussm {command}: stopped, because process 1 failed: OSError: {why}" in done.stderr
+    if command != "encode":  # there torchrun's SIGTERM, which follows, may end the other process before
+        assert f"diffussm {command}: stopped, because process 1 failed: OSError: {why}" in done.stderr
 
 
 # ---- signals ----
