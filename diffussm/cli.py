@@ -498,13 +498,15 @@ def _sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace the grid if it exists")
     parser.add_argument("--preset", type=Literal[tuple(SAMPLE_PRESETS)], default="paper-fid")
-    parser.add_class_arguments(SampleConfig, help="options of the preset")
+    parser.add_class_arguments(SampleConfig, help="options of the preset", skip={"classes"})
     words = list(arguments)
     name = next((b for a, b in pairwise(words) if a == "--preset"), "paper-fid")
     name = next((word.partition("=")[2] for word in words if word.startswith("--preset=")), name)
-    parser.set_defaults(asdict(SAMPLE_PRESETS.get(name, SampleConfig())))
+    preset = asdict(SAMPLE_PRESETS.get(name, SampleConfig()))
+    parser.set_defaults({key: value for key, value in preset.items() if key != "classes"})
     options = parser.instantiate(parser.parse_args(words))
-    config = SampleConfig(**{field.name: options[field.name] for field in fields(SampleConfig)})
+    known = (field.name for field in fields(SampleConfig) if field.name != "classes")
+    config = SampleConfig(**{name: options[name] for name in known})
     run, grid, out = options["from"], options.grid, options.out
     if (grid is None) == (out is None):
         raise ValueError("give either --grid FILE.png, for a picture, or --out, for a set of images")
