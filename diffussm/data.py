@@ -575,16 +575,21 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(folder: str, seen: frozenset[tuple[int, int]] = frozenset()) -> Iterator[os.DirEntry[str]]:
-    """All visible files below, sorted by name. Follows links, but never round in a circle."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
+def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[os.DirEntry[str]]:
+    """All visible files below, sorted by name. Follows links, but never back to a folder that lies above."""
+    here = _place(folder)
+    if here in above:
         return
     for entry in visible(folder):
         if is_folder(entry):
-            yield from _walk(entry.path, seen | {(status.st_dev, status.st_ino)})
+            yield from _walk(entry.path, above | {here})
         else:
             yield entry
+
+
+def _place(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 class ImageFolder(StoredImages):
@@ -624,10 +629,13 @@ class ImageFolder(StoredImages):
         if not os.path.isdir(self.root):
             raise NotADirectoryError(f"{self.root!r} is a file; expected a folder of images")
         folders = self._class_folders() if conditional else [("", self.root)]
+        above = frozenset({_place(self.root)} if conditional else ())
         names: list[str] = []
         labels: list[int] = []
         for label, (_, path) in enumerate(folders):
-            found = [os.path.relpath(entry.path, self.root) for entry in _walk(path) if self._by_name(entry)]
+            found = [
+                os.path.relpath(entry.path, self.root) for entry in _walk(path, above) if self._by_name(entry)
+            ]
             if not found:
                 LOG.warning(
                     "class folder %s holds no images", path

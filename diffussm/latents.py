@@ -83,10 +83,12 @@ def train_vae(
 
     `channels` has one entry for each resolution, a multiple of 4; latents are 2**(len - 1) times smaller than
     images. Each of `steps` sees `batch_size` random crops of `crop` pixels. Returns it frozen, as `load_vae`
-    does; the same arguments give the same weights on the same machine. Raises ValueError for sizes that do
-    not fit.
+    does; the same arguments give the same weights on the same machine. `kl_weight` weighs sums over an
+    image, as in latent diffusion: lambda of eq-latents-vae. Raises ValueError for sizes that do not fit.
     """
     side, factor = min(source[0][0].shape[-2:]), 2 ** (len(channels) - 1)
+    if not (lr > 0 and kl_weight >= 0):
+        raise ValueError(f"{lr=}, {kl_weight=}: expected a positive rate and a weight that is not negative")
     if crop > side or crop % factor or steps < 1 or any(width % 4 for width in channels):
         raise ValueError(
             f"{crop=}, {steps=}, channels={tuple(channels)}: expected crops of {side} pixels at most and a "
@@ -117,7 +119,8 @@ def train_vae(
         x = x[..., top : top + crop, left : left + crop].contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - x
-        loss = error.abs().mean() + 3 * error.square().mean() + kl_weight * posterior.kl().mean()
+        kl = posterior.kl().mean() / x[0].numel()  # per image; lambda weighs sums, the errors are means
+        loss = error.abs().mean() + 3 * error.square().mean() + kl_weight * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -147,7 +150,10 @@ def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
     for part in indices.split(16):
         x, _ = load_batch(source, part)
         means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
-    return round(1 / torch.cat(means).std().item(), 5)
+    std = torch.cat(means).std().item()
+    if not 0 < std < math.inf:
+        raise ValueError(f"the latents have a standard deviation of {std}; are the images all alike?")
+    return round(1 / std, 5)
 
 
 def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> Any:

@@ -4,17 +4,19 @@ import errno
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from diffussm import data
 from diffussm.data import (
@@ -535,6 +537,7 @@ def test_nested_upper_case_and_linked_files_are_found_and_a_circle_ends(zoo):
     os.symlink(zoo / "b_second", zoo / "linked")
     folder = ImageFolder(zoo, 8)
     assert "x.PNG" in {Path(folder.path(i)).name for i in range(len(folder))}
+    assert folder.labels.bincount().tolist() == [4, 3, 3, 3]  # the circle brings no pictures of other classes
     assert folder.classes == ("a_first", "b_second", "c_third", "linked")
 
 
@@ -548,6 +551,206 @@ def test_other_files_are_listed_and_hidden_ones_passed_over(zoo):
         ("stray.jpg", "lies beside the class folders, in none of them"),
         ("readme.txt", "not an image by its name (.txt)"),
     ]
+
+
+def test_what_is_left_out_by_its_name_is_announced_once_with_a_count_and_names(zoo, caplog):
+    for k in range(6):
+        write(zoo / "a_first" / f"{k}.heic", b"")
+    write(zoo / "b_second" / "Thumbs.db", b"")
+    write(zoo / "stray.jpg", JPEG)
+    write(zoo / "a_first" / ".DS_Store", b"")  # hidden: not worth a word
+    assert len(ImageFolder(zoo, 16)) == 9
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "8 files are left out" in message and "'stray.jpg' lies beside" in message
+    assert "a_first/0.heic' not an image by its name (.heic)" in message and "and 5 more" in message
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"no images below.*7 files are left out: .*heic"):
+        for path in zoo.rglob("*.*"):
+            path.unlink() if path.suffix in (".JPEG", ".jpg") else None
+        ImageFolder(zoo, 16)
+
+
+def test_every_usual_ending_of_a_jpeg_is_one(zoo):
+    for name in ("web.jfif", "old.jpe", "LOUD.JPG"):
+        write(zoo / "a_first" / name, JPEG)
+    image = Image.new("RGB", (8, 8), "red")
+    if features.check("avif"):
+        write(zoo / "a_first" / "new.avif", encoded(image, "AVIF", quality=100))
+    folder = ImageFolder(zoo, 16)
+    names = {Path(folder.name(i)).name for i in range(len(folder))}
+    assert {"web.jfif", "old.jpe", "LOUD.JPG"} <= names and folder.skipped == [] and scan(folder) == []
+    assert ("new.avif" in names) == bool(features.check("avif"))
+
+
+def test_hidden_folders_and_those_of_mac_archives_are_no_classes(zoo):
+    for hidden in (".ipynb_checkpoints", "__MACOSX", ".hidden"):
+        write(zoo / hidden / "x.jpg", JPEG)
+        write(zoo / "a_first" / hidden / "x.jpg", JPEG)
+    for folder in (ImageFolder(zoo, 16), ImageFolder(zoo, 16, conditional=False)):
+        assert len(folder) == 9 and folder.skipped == []
+    assert ImageFolder(zoo, 16).classes == ("a_first", "b_second", "c_third")
+
+
+def test_a_pipe_is_not_waited_for(zoo):
+    os.mkfifo(zoo / "a_first" / "pipe.png")
+    folder = ImageFolder(zoo, 16)
+    assert len(folder) == 9 and folder.skipped[0].reason == "neither a file nor a link to one"
+
+
+# what tells one folder from another
+
+
+def test_the_fingerprint_is_of_names_and_sizes_and_not_of_the_place(zoo, tmp_path):
+    shutil.copytree(zoo, tmp_path / "moved")
+    folder = ImageFolder(zoo, 16)
+    same = {
+        f.fingerprint for f in (folder, ImageFolder(tmp_path / "moved", 16), ImageFolder(zoo, 32, flip=True))
+    }
+    assert same == {folder.fingerprint} == {pickle.loads(pickle.dumps(folder)).fingerprint}
+    others = [
+        ImageFolder(zoo, 16, exif_rotate=True),
+        ImageFolder(zoo, 16, background=(0, 0, 0)),
+        ImageFolder(zoo, 16, conditional=False),
+        folder.without([data.Skipped(folder.path(4), "test")]),
+    ]
+    prints = [folder.fingerprint, *(other.fingerprint for other in others)]
+    os.rename(zoo / "a_first" / "0.JPEG", zoo / "a_first" / "00.JPEG")
+    prints.append(ImageFolder(zoo, 16).fingerprint)  # another name
+    write(zoo / "a_first" / "00.JPEG", JPEG)
+    prints.append(ImageFolder(zoo, 16).fingerprint)  # another size
+    os.remove(zoo / "a_first" / "00.JPEG")
+    os.symlink("nowhere", zoo / "a_first" / "00.JPEG")
+    prints.append(ImageFolder(zoo, 16).fingerprint)  # no file at all
+    assert len(set(prints)) == len(prints)
+
+
+def test_without_a_size_pixels_are_as_they_are(zoo):
+    x = ImageFolder(zoo, None)[4][0]
+    np.testing.assert_array_equal(
+        ((x + 1) * 127.5).round().permute(1, 2, 0), opened(zoo / "b_second" / "1.JPEG")
+    )
+    assert read_image(zoo / "b_second" / "1.JPEG", None).shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("background", [(256, 0, 0), (-1, 0, 0), (0, 0), (0.5, 0, 0), "red"])
+def test_a_background_that_is_no_colour_is_refused_and_no_image_blamed(zoo, background):
+    for attempt in (
+        lambda: ImageFolder(zoo, 16, background=background),
+        lambda: decode_image(JPEG, background),
+    ):
+        with pytest.raises(ValueError, match="expected three integers") as caught:
+            attempt()
+        assert not isinstance(caught.value, BadImage)
+
+
+# a tree of awkward files, as people have them
+
+
+def draw_weird(root: Path) -> dict[str, np.ndarray | str | None]:
+    """By name: the pixels (H, W, 3), the reason of a refusal, or None where a file is lossy."""
+    rng = np.random.default_rng(0)
+    truth: dict[str, np.ndarray | str | None] = {}
+
+    def put(name, content, expected=None):
+        write(root / name, content)
+        truth[name] = expected
+
+    def noise(h=40, w=48):
+        return rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+    def rgb(h=40, w=48):
+        return Image.fromarray(noise(h, w))
+
+    def exact(name, form="PNG", h=40, w=48, **options):
+        x = noise(h, w)
+        put(name, encoded(Image.fromarray(x), form, **options), x)
+
+    for name, h, w in (("one_pixel.png", 1, 1), ("wide.png", 4, 300), ("UPPER.PNG", 40, 48)):
+        exact(f"class a/{name}", h=h, w=w)
+    for name in ("with space & \n newline.png", "quote'\"$.png", "deep/er/nested.PNG"):
+        exact(f"Ünïcode é/{name}")
+    exact("class a/apng.png", save_all=True, append_images=[rgb()])
+    exact("class a/multi.tiff", "TIFF", save_all=True, append_images=[rgb()])
+    exact("class a/really_png.jpg")
+    exact("class a/really_bmp.JPEG", "BMP")
+    exact("class a/lossless.webp", "WEBP", lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exact("class a/turned.png", exif=exif)  # as it is stored, the default
+    grey = (rng.random((40, 40)) * 256).astype(np.uint8)
+    levels = np.repeat(grey[..., None], 3, 2)
+    for name, form in (("grey16.png", "PNG"), ("grey16.tif", "TIFF")):
+        put(f"class a/{name}", encoded(Image.fromarray(grey.astype(np.uint16) * 257), form), levels)
+    put("class a/grey.png", encoded(Image.fromarray(grey), "PNG"), levels)
+    put(
+        "class a/grey_trns.png",
+        encoded(Image.fromarray(grey), "PNG", transparency=7),
+        np.where(levels == 7, 255, levels),
+    )
+    put(
+        "class a/bits.png",
+        encoded(Image.fromarray(grey > 99), "PNG"),
+        np.where(levels > 99, 255, 0).astype(np.uint8),
+    )
+    x, alpha = noise(), np.full((40, 48), 255, np.uint8)
+    alpha[8:24] = 0
+    transparent = Image.fromarray(np.dstack([x, alpha]))
+    put(
+        "class a/rgba.png",
+        encoded(transparent, "PNG"),
+        np.where(alpha[..., None] == 0, 255, x).astype(np.uint8),
+    )
+    put("class a/anim.gif", encoded(rgb(), "GIF", save_all=True, append_images=[rgb(), rgb()]))
+    put("class a/cmyk.jpg", encoded(rgb().convert("CMYK"), "JPEG"))
+    put("class a/photo.mpo.jpg", encoded(rgb(), "MPO", save_all=True, append_images=[rgb()]))
+    put("class a/web.jfif", encoded(rgb(), "JPEG"))
+    put("class a/empty.jpg", b"", "empty file")
+    put("class a/truncated.jpg", encoded(rgb(200, 200), "JPEG")[:-400], "truncated")
+    put(
+        "class a/float.tif",
+        encoded(Image.fromarray(rng.random((8, 8), np.float32)), "TIFF"),
+        "no agreed range",
+    )
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "x" * (2 << 20), zip=True)
+    put("class a/bigtext.png", encoded(rgb(), "PNG", pnginfo=text), "cannot be decoded")
+    os.symlink("nowhere.png", root / "class a" / "dangling.png")
+    truth["class a/dangling.png"] = "where no file is"
+    os.symlink("..", root / "Ünïcode é" / "loop")
+    (root / "empty").mkdir()
+    for junk in (
+        ".hidden/x.png",
+        "__MACOSX/._x.jpg",
+        "class a/.DS_Store",
+        "class a/._UPPER.PNG",
+        "class a/Thumbs.db",
+    ):
+        write(root / junk, JPEG)
+    return truth
+
+
+def test_a_tree_of_awkward_files_is_read_pixel_by_pixel_or_refused_by_name(tmp_path):
+    truth = draw_weird(tmp_path / "weird")
+    folder = ImageFolder(tmp_path / "weird", None)
+    assert folder.classes == ("class a", "empty", "Ünïcode é")
+    assert [Path(path).name for path, _ in folder.skipped] == ["Thumbs.db"]
+    assert {folder.name(i) for i in range(len(folder))} == truth.keys()
+    refused = {}
+    for i in range(len(folder)):
+        expected = truth[folder.name(i)]
+        if isinstance(expected, str):
+            with pytest.raises(BadImage, match=expected):
+                folder.read(i)
+            refused[folder.path(i)] = expected
+        else:
+            pixels = ((folder.read(i) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+            if expected is not None:
+                np.testing.assert_array_equal(pixels, expected, err_msg=folder.name(i))
+    assert {path for path, _ in scan(folder)} == refused.keys()
+    for i in range(len(folder)):  # and [] steps over them
+        assert folder[i][1] == folder.labels[i]
+    assert {path for path, _ in folder.skipped[1:]} == refused.keys()
 
 
 def test_an_empty_class_keeps_its_label(zoo):
@@ -590,6 +793,23 @@ def test_a_bad_image_in_training_is_replaced_by_the_next_of_its_class_and_record
             assert y == 1 and torch.equal(x, read_image(zoo / "b_second" / "0.JPEG", 16))
     assert sorted(Path(s.path).name for s in folder.skipped) == ["1.JPEG", "2.JPEG"]
     assert len(caplog.records) == 2
+
+
+def test_a_hundred_broken_images_in_a_row_are_no_accident(tmp_path):
+    for k in range(data.PATIENCE + 20):
+        write(tmp_path / "folder" / f"{k:03d}.png", b"")
+    folder = ImageFolder(tmp_path / "folder", 8, conditional=False)
+    with pytest.raises(BadImage, match="none of the 100 images"):
+        folder[3]
+    assert len(folder.skipped) == 100  # and not one more was tried
+
+
+def test_threads_that_meet_one_broken_image_together_record_it_once(zoo):
+    write(zoo / "b_second" / "1.JPEG", b"")
+    folder = ImageFolder(zoo, 16)
+    with ThreadPoolExecutor(8) as pool:
+        images = [image for image, _ in pool.map(folder.__getitem__, [4] * 64)]
+    assert all(torch.equal(image, images[0]) for image in images) and len(folder.skipped) == 1
 
 
 def test_a_class_without_any_good_image_is_an_error(zoo):

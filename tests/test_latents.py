@@ -8,10 +8,12 @@ import os
 import pickle
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,11 +27,13 @@ from diffussm.data import BadImage, ImageFolder, TensorData, load_batch
 from diffussm.latents import (
     LatentStore,
     LmdbImages,
+    check_encoder,
     decode,
     encode,
     images_from,
     load_vae,
     make_plan,
+    measure_scale,
     moments,
     npy_header,
     open_shard,
@@ -268,6 +272,37 @@ def test_moments_beyond_float16_are_refused(mean, logvar):
         moments(Constant(mean, logvar), torch.zeros(1, 3, 16, 16))
 
 
+def test_latents_do_not_depend_on_tf32(monkeypatch):
+    class Looking(Constant):
+        def encode(self, images):
+            assert not torch.backends.cudnn.allow_tf32
+            return super().encode(images)
+
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        moments(Looking(3.0, 0.0), torch.zeros(1, 3, 16, 16))
+        assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_a_draw_cannot_be_told_from_the_encoders_own(vae, root, whole):
+    from scipy.stats import ks_2samp
+
+    draws, store = 2000, LatentStore(whole)
+    folder = ImageFolder(root, SIZE)
+    x0, _ = store.batch(
+        torch.full((draws,), 3), None, torch.randn(draws, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    )
+    posterior = vae.encode(folder[3][0][None]).latent_dist
+    generator = torch.Generator().manual_seed(1)
+    own, measure = (0.5 * torch.cat([posterior.sample(generator) for _ in range(draws)]) for _ in range(2))
+
+    def p(a, b):
+        return ks_2samp(*(((z - measure.mean(0)) / measure.std(0)).flatten() for z in (a, b))).pvalue
+
+    assert p(x0, own) > 1e-3
+    assert p(own.mean(0) + 1.03 * (x0 - own.mean(0)), own) < 1e-6  # it would notice three per cent
+
+
 # resuming, several processes
 
 FORKER = """
@@ -473,6 +508,124 @@ def test_latents_of_another_autoencoder_are_refused(vae, whole):
     scaled.register_to_config(scaling_factor=0.18215)
     with pytest.raises(ValueError, match="scaling_factor"):
         store.check_vae(scaled)
+
+
+def test_another_decoder_of_the_same_encoder_is_welcome(vae, root, whole, copy):
+    finetuned = make_vae()
+    with torch.no_grad():
+        finetuned.decoder.conv_out.bias.add_(0.1)
+        finetuned.post_quant_conv.bias.add_(0.1)
+    ours, theirs = vae_identity(vae, "original"), vae_identity(finetuned, "finetuned")
+    assert ours["encoder_sha256"] == theirs["encoder_sha256"]
+    assert ours["decoder_sha256"] != theirs["decoder_sha256"]
+    LatentStore(whole).check_vae(finetuned)
+    check_encoder(ours, theirs, "samples")
+    (copy / "shard-00001.json").unlink()
+    assert encode(ImageFolder(root, SIZE), copy, finetuned, "finetuned", **OPTIONS) is not None
+    assert content(copy) == content(whole)
+
+
+@pytest.mark.parametrize("part", ["encoder.conv_in", "quant_conv"])
+def test_the_smallest_change_of_an_encoder_is_another_encoder(vae, whole, part):
+    changed = make_vae()
+    weight = changed.get_submodule(part).weight
+    with torch.no_grad():
+        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
+    assert vae_identity(changed, "")["decoder_sha256"] == vae_identity(vae, "")["decoder_sha256"]
+    with pytest.raises(ValueError, match=r"made by the encoder of 'test' \(encoder_sha256"):
+        LatentStore(whole).check_vae(changed)
+
+
+def test_a_record_that_names_no_encoder_is_refused_with_what_to_do(vae):
+    with pytest.raises(ValueError, match=r"the latents of r names no encoder.*Encode the images again"):
+        check_encoder({"sha256": "0", "scaling_factor": 0.5}, vae_identity(vae, "x"), "the latents of r")
+
+
+def test_a_store_of_the_first_format_is_refused_with_what_to_do(vae, root, copy):
+    for name in ("manifest.json", "plan.json"):
+        content = json.loads((copy / name).read_text()) | {"format": "diffussm-latents-1"}
+        (copy / name).write_text(json.dumps(content))
+    for attempt in (
+        lambda: LatentStore(copy),
+        lambda: encode(ImageFolder(root, SIZE), copy, vae, "t", **OPTIONS),
+    ):
+        with pytest.raises(ValueError, match="encode the images again, into a new folder"):
+            attempt()
+
+
+def test_the_plan_says_whether_images_were_turned_by_exif(vae, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    lying = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(lying).save(tmp_path / "images" / "a.png", exif=exif)
+    stores = {}
+    for turned in (False, True):
+        images = images_from(tmp_path / "images", SIZE, exif_rotate=turned)
+        stores[turned] = encode(images, tmp_path / f"{turned}", vae, "t", **OPTIONS)
+        assert stores[turned].manifest["exif_rotate"] is turned
+    upright = vae.encode(images.read(0)[None]).latent_dist.mean[0] * 0.5
+    torch.testing.assert_close(stores[True][0][0], upright, rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(stores[False][0][0], upright, atol=0.05)
+    with pytest.raises(ValueError, match="exif_rotate: there False, now True"):
+        encode(images, tmp_path / "False", vae, "t", **OPTIONS)
+
+
+class Pixels:
+    """An autoencoder whose latents are the pixels."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(scaling_factor=1.0, latent_channels=3, block_out_channels=(1,))
+
+    def state_dict(self):
+        return {}
+
+    def encode(self, images):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=images, logvar=torch.zeros_like(images)))
+
+
+@pytest.mark.parametrize("exif_rotate", [False, True])
+def test_encoding_sees_the_pixels_that_training_sees(tmp_path, exif_rotate):
+    from test_data import draw_weird
+
+    truth = draw_weird(tmp_path / "weird")
+    folder = images_from(tmp_path / "weird", 24, exif_rotate=exif_rotate)
+    store = encode(folder, tmp_path / "o", Pixels(), "pixels", flip=False, **OPTIONS)
+    refused = {name for name, expected in truth.items() if isinstance(expected, str)}
+    assert {name for shard in store.manifest["shards"] for name, _ in shard["skipped"]} == refused
+    good = [i for i in range(len(folder)) if folder.name(i) not in refused]
+    assert len(store) == len(good) and store.classes == folder.classes
+    for place, i in enumerate(good):
+        levels = [((x + 1) * 127.5).round() for x in (store[place][0], folder[i][0])]
+        assert torch.equal(*levels) and store[place][1] == folder[i][1], folder.name(i)
+
+
+def flushing_fails(monkeypatch, number):
+    """Folders cannot be flushed; files can."""
+    plain = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_flush_folders_is_warned_of_once(
+    vae, root, whole, tmp_path, monkeypatch, caplog, number
+):
+    flushing_fails(monkeypatch, number)
+    encode(ImageFolder(root, SIZE), tmp_path / "o", vae, "test", **OPTIONS)
+    assert content(tmp_path / "o") == content(whole)
+    assert ["cannot be flushed" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_disk_that_is_broken_does_stop_the_encoding(vae, root, tmp_path, monkeypatch):
+    flushing_fails(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        encode(ImageFolder(root, SIZE), tmp_path / "o", vae, "test", **OPTIONS)
 
 
 def test_images_that_do_not_divide_are_refused(vae, root, tmp_path):
@@ -764,6 +917,47 @@ def test_training_an_autoencoder_lowers_its_error_and_sets_its_scale():
     assert vae_identity(again, "") == vae_identity(after, "")
 
 
+def test_the_kl_weight_is_that_of_latent_diffusion(monkeypatch):
+    """Sums over an image and its latent, as there; a common factor changes nothing."""
+    seen = {}
+
+    def encoding(self, x, plain=AutoencoderKL.encode):
+        seen["x"], out = x, plain(self, x)
+        seen.setdefault("kl", out.latent_dist.kl())
+        return out
+
+    def decoding(self, z, plain=AutoencoderKL.decode):
+        out = plain(self, z)
+        seen["error"] = out.sample - seen["x"]
+        return out
+
+    def backward(loss, plain=torch.Tensor.backward):
+        seen["loss"] = loss.item()
+        plain(loss)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encoding)
+    monkeypatch.setattr(AutoencoderKL, "decode", decoding)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    data = TensorData(torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    train_vae(data, channels=(4, 8), crop=16, steps=1, batch_size=4, kl_weight=0.25, progress=False)
+    error = seen["error"].double()
+    summed = (error.abs() + 3 * error.square()).sum() / 4 + 0.25 * seen["kl"].double().sum() / 4
+    assert 0.25 * seen["kl"].mean() > 0.1 * summed  # it weighs enough to be seen
+    assert seen["loss"] * 3 * 16 * 16 == pytest.approx(summed.item(), rel=1e-5)
+    for wrong in ({"kl_weight": -1.0}, {"lr": 0.0}, {"kl_weight": float("nan")}):
+        with pytest.raises(ValueError, match="not negative"):
+            train_vae(data, channels=(4, 8), crop=16, steps=1, progress=False, **wrong)
+
+
+def test_images_that_are_all_alike_have_no_scale():
+    class Flat(Pixels):
+        def encode(self, images):
+            return super().encode(torch.zeros_like(images))
+
+    with pytest.raises(ValueError, match="all alike"):
+        measure_scale(Flat(), TensorData(torch.zeros(8, 3, 16, 16)))
+
+
 @pytest.mark.parametrize("wrong", [{"crop": 32}, {"crop": 15}, {"steps": 0}, {"channels": (6, 8)}])
 def test_autoencoder_whose_sizes_do_not_fit_is_refused(wrong):
     options = {"channels": (4, 8), "crop": 16, "steps": 1, "progress": False} | wrong
@@ -813,8 +1007,55 @@ def test_lmdb_equals_the_folder(root, lsun):
                 images.read(i)
     assert seen == len(folder)
     assert sorted(path.name for path in lsun.iterdir()) == ["data.mdb"], "reading left a file behind"
-    with pytest.raises(ValueError, match="no classes"):
+    with pytest.raises(ValueError, match="no classes; omit conditional"):
         images_from(lsun, SIZE, conditional=True)
+
+
+def test_a_broken_record_is_listed_by_its_key_and_stepped_over(root, tmp_path, caplog):
+    import lmdb
+
+    good = sorted(root.glob("cats/*.png"))[:3]
+    with lmdb.open(str(tmp_path / "db"), map_size=1 << 22) as env, env.begin(write=True) as writing:
+        for k, file in enumerate(good):
+            writing.put(b"%d" % (2 * k), file.read_bytes())
+        writing.put(b"1 broken", b"no image at all")
+        writing.put(b"\xff bytes", b"")
+    for order in ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0)):  # whoever meets it first, the substitute is the same
+        images = images_from(tmp_path / "db", SIZE)
+        seen = {i: images[i][0] for i in order}
+        assert torch.equal(seen[1], images.read(2)) and torch.equal(seen[4], images.read(0))
+        assert sorted(name for name, _ in images.skipped) == ["1 broken", "\\xff bytes"]
+        _ = [images[i] for i in order]
+        assert len(images.skipped) == 2 and images.name(1) == "1 broken"
+    assert len(caplog.records) == 4 and "1 broken" in caplog.text
+    for i in (1, 4):
+        with pytest.raises(BadImage):
+            images.read(i)
+    everything = images_from(tmp_path / "db", None)
+    assert everything[0][0].shape == (3, SIZE, SIZE + 4)
+
+
+def test_lmdb_travels_to_a_worker_and_is_opened_twice(lsun):
+    images = images_from(lsun, SIZE, flip=True, exif_rotate=True)
+    sent = pickle.dumps(images)
+    twin = LmdbImages(lsun, SIZE)  # in the same process, which LMDB itself refuses
+    arrived = pickle.loads(sent)
+    assert torch.equal(arrived[3][0], images[3][0]) and torch.equal(twin[3][0], images[3][0])
+    assert arrived.flip and arrived.exif_rotate and arrived.key(3) == images.key(3)
+    assert arrived.fingerprint == images.fingerprint != twin.fingerprint
+
+
+def test_the_fingerprint_of_an_lmdb_is_of_its_keys(lsun, tmp_path):
+    import lmdb
+
+    def prints(*keys):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        with lmdb.open(str(folder), map_size=1 << 20) as env, env.begin(write=True) as writing:
+            for key in keys:
+                writing.put(key, b"x")
+        return images_from(folder, SIZE).fingerprint
+
+    assert prints(b"a", b"b") == prints(b"b", b"a") != prints(b"ab") != prints(b"a", b"c")
 
 
 def test_lmdb_is_encoded_without_classes(vae, lsun, tmp_path):
