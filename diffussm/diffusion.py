@@ -346,7 +346,7 @@ class GaussianDiffusion(ForwardProcess):
         mean, _, log_variance = self.q_posterior(x0, x_t, t)
         kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
         if _readable(t) and not bool((t == 0).any()):
-            return bits_per_dim(kl)  # nearly always; the likelihood is the dearer half
+            return bits_per_dim(kl)  # nearly always; the likelihood is the costlier half
         likelihood = discretized_gaussian_log_likelihood(x0, p["mean"], p["log_variance"], self.levels)
         return torch.where(t == 0, bits_per_dim(-likelihood), bits_per_dim(kl))
 
