@@ -89,6 +89,20 @@ def test_conditional_model_listens_to_time_and_class():
     assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_empty_batch_gives_an_empty_answer(recompute):
+    model = awake()
+    model.recompute = recompute
+    out = model(*inputs(0))
+    assert out.shape == (0, 6, 8, 8)
+    out.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    with torch.no_grad(), model.cached_kernels():
+        assert model(*inputs(0)).shape == (0, 6, 8, 8)
+        assert model(*inputs(2)).shape == (2, 6, 8, 8)
+    assert model(torch.zeros(0, 3, 8, 8), torch.zeros(0), []).shape == (0, 6, 8, 8)
+
+
 def test_unconditional_model_has_no_table():
     model = awake(num_classes=0)
     x, t, y = inputs()

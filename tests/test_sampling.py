@@ -266,8 +266,9 @@ def test_integers_of_any_kind_are_labels(y):
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 @pytest.mark.parametrize("y", [[], np.array([]), torch.zeros(0, dtype=torch.long)], ids=type)
 def test_no_labels_give_no_images(method, y):
-    options = {"method": method, "cfg_scale": 2.0, "generator": seeded(), "progress": False}
-    assert sample(smooth, DIFFUSION, y, 3, shape=(2, 4, 4), **options).shape == (0, 2, 4, 4)
+    options = {"cfg_scale": 2.0, "generator": seeded(), "progress": False}
+    assert sample(smooth, DIFFUSION, y, 3, method, shape=(2, 4, 4), **options).shape == (0, 2, 4, 4)
+    assert sample(small_model(), DIFFUSION, y, 3, method, **options).shape == (0, 1, 4, 4)
     nothing = torch.zeros(0, 2, 4, 4)
     assert sample(smooth, DIFFUSION, None, 3, method, noise=nothing, progress=False).shape == (0, 2, 4, 4)
 
