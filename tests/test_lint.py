@@ -36,6 +36,13 @@ def test_types_hold() -> None:
     run("mypy")
 
 
+def test_overview_has_a_box_for_each_chapter() -> None:
+    figure = (ROOT / "book" / "figures" / "overview.svg").read_text()
+    numbers = [int(number) for number in re.findall(r'font-size="8"[^>]*>(\d+)</text>', figure)]
+    assert numbers == [int(path.name[:2]) for path in NUMBERED]
+    assert figure.count("<rect") == 1 + len(NUMBERED)  # the ground, and the boxes
+
+
 def test_chapters_are_stored_as_jupytext_writes_them() -> None:
     run("tools.tidy", "--check")
 
