@@ -360,7 +360,7 @@ class DiffuSSM(nn.Module):
         Raises:
             ValueError: the model is unconditional.
 
-        Source: chapter 5 (classifier-free guidance; the paper follows DiT).
+        Source: chapter 5 (as DiT does it; the paper guides, and does not mention the dropping).
         """
         if self.null_label is None:
             raise ValueError(
