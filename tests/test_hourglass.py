@@ -222,3 +222,10 @@ def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
         tolerance = 1e-5 if precision == "float32" else 2e-2
         assert (clear - fast).abs().max() <= tolerance * clear.abs().max()
     torch._dynamo.reset()
+
+
+def test_exported_block_holds_the_operator_and_its_values():
+    block, x, c = awake(), torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    exported = torch.export.export(block, (x, c))
+    assert "torch.ops.diffussm.convolve" in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(x, c), block(x, c), rtol=0, atol=0)
