@@ -253,7 +253,7 @@ def graphs_of_a_block():
         return graph.forward
 
     torch.nn.Module.compile = lambda module: honest(module, backend=count)
-    config = replace(TINY, model=replace(TINY.model, d_model=256, n_blocks=1), compile=True)
+    config = replace(TINY, model=replace(TINY.model, d_model=256, n_blocks=1), compile=True, timesteps=50)
     with cluster() as world:
         state = TrainState.create(config, world)
         network = world.wrap(state.model, config)
