@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMParallelScheduler, DDPMScheduler
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -30,7 +32,13 @@ from diffussm.sampling import guided
 __all__ = [
     "ancestral_scheduler",
     "TAKES_VARIANCE",
+    "DOWN_TO_ZERO",
+    "ABOVE_ZERO",
+    "FEWEST_STEPS",
+    "OWN_LEVELS",
+    "linear_alphas_cumprod",
     "scheduler_for",
+    "respaced_scheduler",
     "Denoiser",
     "DiffuSSMPipeline",
     "COMPONENT_FILE",
@@ -57,36 +65,153 @@ def ancestral_scheduler(num_train_timesteps: int = 1000) -> Any:
 
 
 TAKES_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)
+# The schedulers that end where they should, and the fewest steps with which they do: every class of diffusers
+# is walked by tests/test_pipeline_schedulers.py. These visit the timesteps of chapter 7, T - 1 to 0, ...
+DOWN_TO_ZERO = {
+    "DDIMParallelScheduler": 1,
+    "DDIMScheduler": 1,
+    "DDPMParallelScheduler": 1,
+    "DDPMScheduler": 1,
+    "DEISMultistepScheduler": 1,
+    "EulerAncestralDiscreteScheduler": 400,
+    "EulerDiscreteScheduler": 1,
+}
+# ... and these all but 0, where a solver that extrapolates stumbles: noise per signal falls steeply there.
+ABOVE_ZERO = {
+    "DPMSolverMultistepScheduler": 1,
+    "DPMSolverSinglestepScheduler": 64,
+    "HeunDiscreteScheduler": 1,
+    "KDPM2DiscreteScheduler": 1,
+    "LMSDiscreteScheduler": 1,
+    "PNDMScheduler": 1,
+    "SASolverScheduler": 1,
+    "UniPCMultistepScheduler": 1,
+}
+FEWEST_STEPS = DOWN_TO_ZERO | ABOVE_ZERO
+# options with which a scheduler leaves the noise levels that the pipeline gives it, and what to set instead
+OWN_LEVELS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "interpolation_type": "linear",
+}
+
+
+def linear_alphas_cumprod(num_train_timesteps: int) -> Tensor:
+    """The schedule of training, float64 (T,): that of `ancestral_scheduler`, without its rounding."""
+    scale = 1000 / num_train_timesteps
+    betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_train_timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - betas, dim=0)
 
 
 def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
     """The scheduler to run, and whether it takes the network's second half, v, as well as the noise.
 
     Raises:
-        ValueError: it expects something else than predicted noise, or was made for other noise levels.
+        ValueError: it expects something else than predicted noise, was made for other noise levels, or is of
+            a class or has options with which its images would be wrong.
     """
-    name = type(scheduler).__name__
-    kind = scheduler.config.get("prediction_type")
-    if kind != "epsilon":
+    name, config, T = type(scheduler).__name__, scheduler.config, num_train_timesteps
+    _check_kind(name, config)
+    ours, theirs = linear_alphas_cumprod(T).float(), scheduler.alphas_cumprod
+    if theirs.shape != ours.shape or not torch.allclose(theirs.cpu(), ours, rtol=1e-3):
         raise ValueError(
-            f"{name} has prediction_type={kind!r}; a DiffuSSM predicts the noise: expected 'epsilon'"
+            f"{name} has another noise schedule than the one in which this model was trained, linear betas "
+            f"from {0.1 / T:g} to {20 / T:g}, {T} of them. Make it with "
+            f"{name}.from_config(diffussm.pipeline.ancestral_scheduler({T}).config)"
         )
-    ours = ancestral_scheduler(num_train_timesteps).alphas_cumprod
-    theirs = getattr(scheduler, "alphas_cumprod", None)
-    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs.cpu(), ours, rtol=1e-3):
-        raise ValueError(
-            f"{name} has another noise schedule than the linear one of {num_train_timesteps} steps in which "
-            f"this model was trained; make it with {name}.from_config(pipeline.scheduler.config)"
-        )
-    variance = scheduler.config.get("variance_type")
+    variance = config.get("variance_type")
     if variance == "learned":
         raise ValueError(f"{name} has variance_type='learned'; a DiffuSSM learns a 'learned_range'")
     if isinstance(scheduler, TAKES_VARIANCE):
         return scheduler, variance == "learned_range"
     if variance == "learned_range" and "variance_type" in inspect.signature(type(scheduler)).parameters:
         # inherited through from_config: these solvers have no use for v, and cut the noise to 3 channels
-        scheduler = type(scheduler).from_config(scheduler.config, variance_type=None)
+        scheduler = type(scheduler).from_config(config, variance_type=None)
     return scheduler, False
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """ValueError unless this is a class whose walk is known to be right, with options that keep it so."""
+    known = ", ".join(sorted(FEWEST_STEPS))
+    if config.get("prediction_type") != "epsilon":
+        raise ValueError(
+            f"{name} has prediction_type={config.get('prediction_type')!r}; a DiffuSSM predicts the noise: "
+            f"expected 'epsilon', and one of {known}"
+        )
+    if name not in FEWEST_STEPS:
+        raise ValueError(
+            f"{name} is not among the schedulers that draw right images from a DiffuSSM; the others need "
+            f"other noise levels, serve another task or give the images a wrong spread. Use one of {known}"
+        )
+    for option, expected in OWN_LEVELS.items():
+        if config.get(option, expected) not in (expected, None):
+            raise ValueError(
+                f"{name} has {option}={config[option]!r}; the noise levels are the pipeline's to choose, "
+                f"equally spaced in t: make it with {option}={expected!r}"
+            )
+    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver"):
+        raise ValueError(
+            f"{name} has algorithm_type={config['algorithm_type']!r}, which leaves noise on the finished "
+            f"image; use '{config['algorithm_type']}++'"
+        )
+
+
+def respaced_scheduler(
+    scheduler: Any, num_train_timesteps: int, steps: int, device: Any = None
+) -> tuple[Any, Tensor, list[float]]:
+    """A scheduler of the same class whose whole schedule is the noise levels to be walked (chapter 7).
+
+    Returns:
+        It, with its timesteps set; what the network is to be told at each of its calls, (calls,); and the
+        alphas_cumprod there, float64.
+
+    Raises:
+        ValueError: so few steps that the images would have a wrong spread.
+    """
+    kind, name = type(scheduler), type(scheduler).__name__
+    if steps < FEWEST_STEPS[name]:
+        raise ValueError(
+            f"{name} with num_inference_steps={steps}: the spread of its images would be wrong by over 2%. "
+            f"Use {FEWEST_STEPS[name]} steps or more, or DDPMScheduler, whose learned variance needs few"
+        )
+    points = steps + 1 if name in ABOVE_ZERO and steps < num_train_timesteps else steps
+    chosen = torch.linspace(num_train_timesteps - 1, 0, points, dtype=torch.float64).round().long()
+    everywhere = linear_alphas_cumprod(num_train_timesteps)
+    levels = everywhere[chosen[:steps].flip(0)]  # (n,), less and less signal
+    betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+    schedule = {"num_train_timesteps": steps, "trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
+    schedule |= {"steps_offset": 0, "skip_prk_steps": True}  # PNDM's first steps need timesteps in between
+    # the last step ends at the image
+    schedule |= {"set_alpha_to_one": True, "final_sigmas_type": "zero", "lower_order_final": True}
+    known = inspect.signature(kind).parameters
+    short = kind.from_config(scheduler.config, **{key: schedule[key] for key in schedule if key in known})
+    short.alphas_cumprod = levels.float()  # of its own products over float32 betas the last digits are wrong
+    if "timesteps" in inspect.signature(short.set_timesteps).parameters:
+        short.set_timesteps(timesteps=[*reversed(range(steps))], device=device)
+    else:  # which "trailing" gives, too
+        short.set_timesteps(steps, device=device)
+    if hasattr(short, "sigmas") and short.sigmas[-1] > 0:  # it knows no option for the end
+        short.sigmas[-1] = 1e-6
+
+    def log_sigma(alphas_cumprod: Tensor) -> Any:
+        return ((1 - alphas_cumprod) / alphas_cumprod).log().div(2).numpy()
+
+    # an integer t stands for itself; between two of them, log sigma is interpolated, as the schedulers do
+    asked = np.interp(short.timesteps.double().cpu().numpy(), np.arange(steps), log_sigma(levels))
+    times = torch.from_numpy(np.interp(asked, log_sigma(everywhere), np.arange(float(num_train_timesteps))))
+    if hasattr(short, "tau_func"):  # SASolver: where it adds noise, which depends on the timestep of training
+        short.tau_func = _in_training_time(scheduler.tau_func, times)
+    whole = bool((times == times.round()).all())
+    times = times.to(device, torch.int64 if whole else torch.float32)
+    return short, times, (1 / (1 + np.exp(2 * asked))).tolist()
+
+
+def _in_training_time(function: Callable[[float], float], times: Tensor) -> Callable[[Any], float]:
+    """A function of training's timestep as a function of the respaced one, n - 1 for the first of `times`."""
+    return lambda t: function(float(times[len(times) - 1 - int(t)]))
 
 
 class Denoiser(DiffuSSM):
@@ -127,9 +252,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
     """A trained DiffuSSM with all that turns labels into images, for diffusers (chapter 13).
 
     Args:
-        denoiser: the network; a `DiffuSSM` is wrapped in a `Denoiser`.
-        scheduler: any scheduler of diffusers that takes predicted noise; see `ancestral_scheduler`. Exchange
-            it with ``pipe.scheduler = Other.from_config(pipe.scheduler.config)``.
+        denoiser: the network; a `DiffuSSM` is wrapped in a `Denoiser`, taken out of a `DataParallel` or a
+            `DistributedDataParallel` if it stands in one.
+        scheduler: one of the classes in `FEWEST_STEPS`; see `ancestral_scheduler`. Exchange it with
+            ``pipe.scheduler = Other.from_config(pipe.scheduler.config)``. Its spacing of timesteps and its
+            last noise level are not read: the pipeline respaces the schedule as chapter 7 does.
         vae: the autoencoder whose latents the network makes; None if it makes pixels.
         id2label: names by class number, ``{"1": "goldfish, Carassius auratus"}``: a comma separates synonyms.
         num_train_timesteps: T of the linear schedule in which the network was trained.
@@ -156,6 +283,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         training: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(denoiser, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            denoiser = denoiser.module
         if isinstance(denoiser, DiffuSSM) and not isinstance(denoiser, Denoiser):
             denoiser = Denoiser.of(denoiser)
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
@@ -172,6 +301,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler_for(scheduler, num_train_timesteps)
 
     def _check_vae(self) -> None:
+        if not hasattr(self.denoiser, "config"):
+            raise TypeError(
+                f"the denoiser is a {type(self.denoiser).__name__}: expected a DiffuSSM. Take it out of its "
+                "wrapper: pipe.denoiser = pipe.denoiser.module"
+            )
         channels = self.denoiser.config.in_channels
         if self.vae is not None and self.vae.config.latent_channels != channels:
             raise ValueError(
@@ -188,70 +322,83 @@ class DiffuSSMPipeline(DiffusionPipeline):
                 table.setdefault(name, []).append(int(number))
         return table
 
-    def get_label_ids(self, labels: int | str | Tensor | Iterable[int | str]) -> list[int]:
-        """Class numbers of labels given by name or number, one or many.
+    def get_label_ids(self, labels: Any) -> list[int]:
+        """Class numbers of labels given by name or number: one, or an array, tensor or (nested) list of them.
 
         Raises:
             ValueError: an unknown name (with the nearest known), an ambiguous one, a number out of range.
             TypeError: neither name nor number.
         """
-        if isinstance(labels, Tensor):
+        if isinstance(labels, Tensor | np.ndarray | np.generic):
             labels = labels.tolist()
-        table, count = self.labels, self.denoiser.config.num_classes
-        numbers = []
-        for label in [labels] if isinstance(labels, int | str) else labels:
-            if isinstance(label, str):
-                if label not in table:
-                    near = difflib.get_close_matches(label, table, n=3)
-                    known = (
-                        f"did you mean {', '.join(near)}?"
-                        if near
-                        else f"known are {', '.join([*table][:12])}"
-                    )
-                    raise ValueError(f"this model has no class {label!r}; {known}")
-                if len(table[label]) > 1:
-                    raise ValueError(f"{label!r} is the name of classes {table[label]}; give the number")
-                numbers += table[label]
-            elif isinstance(label, bool) or not isinstance(label, int):
-                raise TypeError(f"class label {label!r}: expected a name or an integer")
-            elif not 0 <= label < count:
-                raise ValueError(f"class label {label}: this model has classes 0 to {count - 1}")
-            else:
-                numbers.append(label)
-        return numbers
+        if isinstance(labels, str):
+            return [self._numbered(labels)]
+        if isinstance(labels, Iterable):
+            return [number for label in labels for number in self.get_label_ids(label)]
+        count = self.denoiser.config.num_classes
+        if isinstance(labels, bool) or not isinstance(labels, Integral):
+            raise TypeError(f"class label {labels!r}: expected a name or an integer")
+        number = int(labels)
+        if not 0 <= number < count:
+            raise ValueError(f"class label {number}: this model has classes 0 to {count - 1}")
+        return [number]
+
+    def _numbered(self, name: str) -> int:
+        table = self.labels
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=3)
+            known = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join([*table][:12])}"
+            raise ValueError(f"this model has no class {name!r}; {known}")
+        if len(table[name]) > 1:
+            raise ValueError(f"{name!r} is the name of classes {table[name]}; give the number")
+        return table[name][0]
 
     def _labels(self, class_labels: Any, images_per_label: int) -> tuple[Tensor | None, int]:
         """y (B,) on the device, or None, and B."""
         if (
             isinstance(images_per_label, bool)
-            or not isinstance(images_per_label, int)
+            or not isinstance(images_per_label, Integral)
             or images_per_label < 1
         ):
             raise ValueError(f"images_per_label={images_per_label!r}: expected an integer of at least 1")
         if not self.denoiser.config.num_classes:
             if class_labels is not None:
                 raise ValueError("class_labels were given, but this model is unconditional; leave them out")
-            return None, images_per_label
+            return None, int(images_per_label)
         if class_labels is None:
             raise ValueError(
                 f"class_labels are missing: this model has {self.denoiser.config.num_classes} classes"
             )
-        numbers = self.get_label_ids(class_labels)
-        if not numbers:
-            raise ValueError("class_labels is empty: expected at least one label")
-        y = torch.tensor(numbers, device=self._execution_device).repeat_interleave(images_per_label)
-        return y, len(y)
+        y = torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64, device=self._execution_device)
+        return y.repeat_interleave(int(images_per_label)), len(y) * int(images_per_label)
+
+    def _check_clipping(self, scheduler: Any, clip_denoised: bool) -> None:
+        """ValueError if predicted images were to be clipped to [-1, 1] and are latents, which go beyond."""
+        if self.vae is None and self.denoiser.config.in_channels in (1, 3):
+            return
+        if clip_denoised:
+            raise ValueError(
+                "clip_denoised=True clamps what the network takes for the clean image to [-1, 1], the range "
+                "of pixels; this model makes latents, which go beyond: omit it"
+            )
+        for option in ("clip_sample", "thresholding"):
+            if scheduler.config.get(option):
+                raise ValueError(
+                    f"{type(scheduler).__name__} has {option}=True, which clamps predicted images to the "
+                    f"range of pixels; this model makes latents, which go beyond: make it with {option}=False"
+                )
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Tensor | Sequence[int | str] | None = None,
+        class_labels: Any = None,
         images_per_label: int = 1,
         *,
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
         num_inference_steps: int = 250,
         eta: float = 0.0,
+        clip_denoised: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -261,24 +408,29 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: names or numbers, one or many; None for an unconditional model.
+            class_labels: names or numbers, one or many (a list, an array, a tensor); none gives no images.
+                None for an unconditional model.
             images_per_label: how many of each (in all, if unconditional).
             guidance_scale: w of classifier-free guidance (eq-sampling-guidance); 1 is none.
             guidance_channels: guide only the first so many channels; default all. DiT's code does 3.
             num_inference_steps: steps of the scheduler, 1 to T.
-            eta: noise of DDIM, 0 to 1; other schedulers do not read it.
+            eta: noise of DDIM, 0 to 1; other schedulers have none.
+            clip_denoised: clamp what the network takes for the clean image to [-1, 1] at each of its calls.
+                For pixels, and for solvers without noise, which otherwise throw single pixels far out.
             generator: source of all noise, or one for each image.
             latents: start of the chain, standard normal (B, C, H, W); default drawn from `generator`.
             output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1], or "latent": what the
                 chain ends with, undecoded.
             return_dict: False gives a tuple.
-            callback_on_step_end: called as (pipe, step, timestep, {"latents": x}); may return other latents.
+            callback_on_step_end: called as (pipe, call, timestep, {"latents": x}) after each call of the
+                network; may return other latents.
 
         Raises:
             ValueError, TypeError: arguments that cannot work, before the first step.
+            FloatingPointError: images that are not finite, of a diverged network or an overflow.
         """
-        config = self.denoiser.config
         self._check_vae()
+        config, T = self.denoiser.config, self.config.num_train_timesteps
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
         if output_type != "latent" and self.vae is None and config.in_channels not in (1, 3):
@@ -286,11 +438,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
                 f"the model makes latents of {config.in_channels} channels and there is no VAE to decode "
                 "them; pass vae= to the pipeline, or output_type='latent'"
             )
-        scheduler, takes_variance = scheduler_for(self.scheduler, self.config.num_train_timesteps)
-        if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}: expected 1 to {self.config.num_train_timesteps}"
-            )
+        scheduler, takes_variance = scheduler_for(self.scheduler, T)
+        self._check_clipping(scheduler, clip_denoised)
+        steps = num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= T:
+            raise ValueError(f"num_inference_steps={steps!r}: expected 1 to {T}, an integer")
         y, count = self._labels(class_labels, images_per_label)
         model = guided(self.denoiser, guidance_scale, guidance_channels)
         if guidance_channels is not None and guidance_channels > config.in_channels:
@@ -304,20 +456,23 @@ class DiffuSSMPipeline(DiffusionPipeline):
         device = self._execution_device
         # x stays in float32 also when the weights are not: a step changes it by less than bfloat16 resolves
         dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
+        scheduler, times, alphas_cumprod = respaced_scheduler(scheduler, T, int(steps), device)
+        options = _step_options(scheduler, eta, generator)
         x = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
-        scheduler.set_timesteps(num_inference_steps, device=device)
         x = x * scheduler.init_noise_sigma
-        known = inspect.signature(scheduler.step).parameters
-        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
         with self.denoiser.cached_kernels():
-            for step, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            for call, t in enumerate(self.progress_bar(scheduler.timesteps if count else [])):
                 scaled = scheduler.scale_model_input(x, t)
-                output = model(scaled, t.expand(count), y).to(dtype)  # (B, 2C, H, W)
-                if not takes_variance:
-                    output = output[:, : config.in_channels]  # (B, C, H, W)
+                output = model(scaled, times[call].expand(count), y).to(dtype)  # (B, 2C, H, W)
+                eps, v = output.split(config.in_channels, dim=1)  # (B, C, H, W) each
+                if clip_denoised:
+                    eps = _clipped(eps, scaled, alphas_cumprod[call])
+                output = torch.cat([eps, v], dim=1) if takes_variance else eps
                 x = scheduler.step(output, t, x, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
+                    answer = callback_on_step_end(self, call, times[call], {"latents": x})
+                    x = (answer or {}).get("latents", x)
+        _check_finite(x, "the chain ended with", f"{type(scheduler).__name__}, {steps} steps")
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -326,13 +481,19 @@ class DiffuSSMPipeline(DiffusionPipeline):
         if output_type == "latent":
             return x
         if self.vae is not None:
-            x = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
-            x = self.vae.decode(x.to(self.vae.dtype)).sample
+            x = self._decode_latents(x)
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()
         return array if output_type == "np" else self.numpy_to_pil(array)
+
+    def _decode_latents(self, latents: Tensor) -> Tensor:
+        x = latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])  # a VAE wants one at least
+        x = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        images: Tensor = self.vae.decode(x.to(self.vae.dtype)).sample[: len(latents)]
+        _check_finite(images, "the VAE decoded to", f"latents up to {x.abs().max():.3g}, {self.vae.dtype}")
+        return images
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -374,31 +535,68 @@ class DiffuSSMPipeline(DiffusionPipeline):
         return cls(**_load_pipeline(Path(pretrained_model_name_or_path), options))
 
     @classmethod
-    def from_run(cls, run: str | Path, weights: str = "ema", vae: Any = None) -> Self:
-        """The pipeline of a training run's newest checkpoint: "ema" weights, or "model".
+    def from_run(
+        cls, run: str | Path, weights: str = "ema", vae: Any = None, step: int | None = None
+    ) -> Self:
+        """The pipeline of a training run: "ema" weights, or "model", of the newest checkpoint or of `step`.
 
-        `vae` is needed for a run on latents, and must be the one that encoded them: a folder, a name on the
-        hub, or the module itself. Raises FileNotFoundError where there is no run, ValueError for a VAE that
-        does not fit.
+        `vae` is needed for a run on latents, and must have the encoder that made them (its decoder may be
+        another): a folder, a name on the hub, or the module itself. Raises FileNotFoundError where there is
+        no run or no such checkpoint, ValueError for a VAE that does not fit.
         """
-        return cls(**_load_run(Path(run), weights, vae))
+        return cls(**_load_run(Path(run), weights, vae, step))
 
 
-def _load_run(run: Path, weights: str, vae: Any) -> dict[str, Any]:
+def _step_options(
+    scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
+) -> dict[str, Any]:
+    """Those of the two that the step of this scheduler takes; ValueError for an eta that would be ignored."""
+    known = inspect.signature(scheduler.step).parameters
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: expected 0 (no noise) to 1 (as much as ancestral sampling)")
+    if eta and "eta" not in known:
+        raise ValueError(f"eta={eta}: {type(scheduler).__name__} has no such noise, only DDIM; omit eta")
+    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+
+
+def _clipped(eps: Tensor, x_t: Tensor, alpha_bar: float) -> Tensor:
+    """The noise that belongs to the predicted image, clamped to [-1, 1] (as `p_mean_variance`, chapter 6)."""
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    pred_xstart = ((x_t - noise * eps) / signal).clamp(-1, 1)
+    return (x_t - signal * pred_xstart) / noise
+
+
+def _check_finite(x: Tensor, what: str, how: str) -> None:
+    """Black squares for numbers that are no numbers would be taken for images."""
+    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"{what} numbers that are not finite in {len(bad)} of {len(x)} images ({how}): the weights have "
+            "diverged, or half precision overflowed (torch_dtype=torch.float32 does not)"
+        )
+
+
+def _load_run(run: Path, weights: str, vae: Any, step: int | None = None) -> dict[str, Any]:
     """The arguments of DiffuSSMPipeline."""
     try:  # looked up here: a saved pipeline has no training in its one file
         training, latents = import_module("diffussm.training"), import_module("diffussm.latents")
     except ModuleNotFoundError as error:
         raise ImportError("a training run is read by the package diffussm; install it") from error
-    model, config, classes = training.load_run(run, weights)
-    if isinstance(vae, str | Path):
-        vae = latents.load_vae(vae)
-    if vae is not None and (Path(config.data) / "manifest.json").is_file():
-        latents.LatentStore(config.data).check_vae(vae)
-    step = int(training.find_checkpoint(run).name.removeprefix("step_"))
+    model, config, classes = training.load_run(run, weights, step)
+    step = int(training.find_checkpoint(run, step).name.removeprefix("step_"))
     facts = {"weights": weights, "step": step, "images_seen": step * config.batch_size}
     facts |= {key: value for key, value in asdict(config).items() if key != "model"}
     facts["data"] = Path(config.data).name  # not where it lies on someone's disk
+    made_by = None
+    if (Path(config.data) / "manifest.json").is_file():
+        made_by = latents.LatentStore(config.data).vae
+        facts["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
+    if vae is not None:
+        name, vae = (str(vae), latents.load_vae(vae)) if isinstance(vae, str | Path) else ("a module", vae)
+        identity = latents.vae_identity(vae, name)
+        if made_by is not None:
+            latents.check_encoder(made_by, identity, f"the latents of {run}")
+        facts["vae"] = _without_place(identity, "encoder_sha256", "decoder_sha256")
     names = {str(number): name for number, name in enumerate(classes)} if model.config.num_classes else {}
     return {
         "denoiser": model,
@@ -406,8 +604,15 @@ def _load_run(run: Path, weights: str, vae: Any) -> dict[str, Any]:
         "vae": vae,
         "id2label": names,
         "num_train_timesteps": config.timesteps,
-        "training": facts,
+        "training": json.loads(json.dumps(facts)),  # as it comes back from a saved folder
     }
+
+
+def _without_place(identity: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The name of an autoencoder, which is not where it lies on someone's disk, and what else is asked."""
+    place = Path(identity["name"])
+    name = place.name if place.is_absolute() or place.exists() else identity["name"]
+    return {"name": name, **{key: identity[key] for key in keys if key in identity}}
 
 
 COMPONENT_FILE = "modeling_diffussm.py"

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from diffussm.training import RECIPES, train
 diffusers = pytest.importorskip("diffusers")
 pipeline = pytest.importorskip("diffussm.pipeline")
 from diffussm.pipeline import (  # noqa: E402
+    FEWEST_STEPS,
     Denoiser,
     DiffuSSMPipeline,
     ancestral_scheduler,
@@ -79,7 +81,8 @@ def small_vae(latent_channels=4):
 
 
 @pytest.mark.parametrize(
-    ("steps", "scale", "channels"), [(2, 1.0, None), (50, 1.0, None), (50, 2.0, None), (250, 1.5, 3)]
+    ("steps", "scale", "channels"),
+    [(1, 1.0, None), (2, 1.0, None), (50, 1.0, None), (50, 2.0, None), (250, 1.5, 3)],
 )
 def test_ancestral_images_are_those_of_sample(steps, scale, channels):
     model, y = network(), torch.tensor([0, 2, 1])
@@ -113,12 +116,12 @@ def test_shorter_training_schedules_work_too():
 
 
 def test_ddim_is_ours_where_the_timesteps_agree():
-    """DDIM's last step differs by design (set_alpha_to_one); with all timesteps linspace visits the same."""
     model, y = network(), torch.tensor([0, 2, 1])
-    ours = sample(model, GaussianDiffusion.linear(), y, 1000, "ddim", 1.0, seeded(), progress=False)
-    scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config)
-    theirs = draw(piped(model, scheduler=scheduler), num_inference_steps=1000)
-    assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
+    for steps in (1, 3, 20, 1000):  # diffusers' own list and its own step agree for the last only
+        ours = sample(model, GaussianDiffusion.linear(), y, steps, "ddim", 1.0, seeded(), progress=False)
+        scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config)
+        theirs = draw(piped(model, scheduler=scheduler), num_inference_steps=steps)
+        assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
 
 
 def test_learned_variance_is_honoured():
@@ -179,19 +182,19 @@ class Gaussian(Denoiser):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_schedulers_draw_the_known_distribution(name):
     """With the exact noise of a Gaussian every solver ends in that Gaussian, whatever v says."""
-    noisy = name in ("DDPMParallelScheduler", "EulerAncestralDiscreteScheduler")  # they converge slowly
+    steps = {"DDPMParallelScheduler": 200}.get(
+        name, max(50, FEWEST_STEPS[name])
+    )  # fixed_small converges slowly
     options = {"variance_type": "fixed_small"} if name == "DDPMParallelScheduler" else {}
     scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config, **options)
     exact = Gaussian(replace(TINY, input_size=8))
-    x = draw(
-        piped(exact, scheduler=scheduler), 0, images_per_label=100, num_inference_steps=200 if noisy else 50
-    )
+    x = draw(piped(exact, scheduler=scheduler), 0, images_per_label=100, num_inference_steps=steps)
     assert x.shape == (100, 4, 8, 8)
     torch.testing.assert_close(x.mean((0, 2, 3)), MEAN.flatten(), atol=0.03, rtol=0)
     assert abs(x.std((0, 2, 3)).mean() / 0.5 - 1) < 0.06
 
 
-def test_schedulers_do_not_see_the_variance_unless_they_want_it():
+def test_schedulers_do_not_see_the_variance_unless_they_want_it(monkeypatch):
     seen = []
     scheduler = diffusers.DPMSolverMultistepScheduler.from_config(ancestral_scheduler().config)
     assert scheduler.config.variance_type == "learned_range"  # which would cut epsilon to three channels
@@ -199,13 +202,14 @@ def test_schedulers_do_not_see_the_variance_unless_they_want_it():
     assert runs.config.variance_type is None and not takes
     assert scheduler.config.variance_type == "learned_range"  # the user's own is left alone
     assert scheduler_for(ancestral_scheduler(), 1000)[1] is True
-    pipe = piped()
-    step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, *rest, generator=None, **more: (
-        seen.append(output.shape[1]),
-        step(output, *rest, generator=generator, **more),
-    )[1]
-    draw(pipe, num_inference_steps=2)
+    step = diffusers.DDPMScheduler.step
+
+    def noted(self, output, t, x, generator=None, **more):
+        seen.append(output.shape[1])
+        return step(self, output, t, x, generator=generator, **more)
+
+    monkeypatch.setattr(diffusers.DDPMScheduler, "step", noted)
+    draw(piped(), num_inference_steps=2)
     assert seen == [8, 8]
 
 
@@ -242,6 +246,21 @@ def test_labels_by_name_and_number_are_the_same():
     assert torch.equal(draw(pipe, torch.tensor([0, 2])), by_number)
     assert pipe.get_label_ids("great white shark") == pipe.get_label_ids(NAMES["0"]) == [0]
     assert torch.equal(draw(pipe, 0, images_per_label=2), draw(pipe, (0, 0)))
+    for labels in (np.array([0, 2]), [np.int64(0), np.uint8(2)], [[0], [2]], np.array([[0], [2]], np.int32)):
+        assert torch.equal(draw(pipe, labels), by_number)
+    assert torch.equal(draw(pipe, np.int64(0)), draw(pipe, 0))
+    assert torch.equal(draw(pipe, 0, images_per_label=np.int64(2)), draw(pipe, (0, 0)))
+
+
+@pytest.mark.parametrize("labels", [[], np.array([], dtype=np.int64), torch.empty(0)])
+@pytest.mark.parametrize("vae", [False, True])
+def test_no_labels_give_no_images(labels, vae):
+    pipe = piped(vae=small_vae()) if vae else piped(network(in_channels=3))
+    side = 8 if vae else 4
+    assert draw(pipe, labels).shape == (0, 4 if vae else 3, 4, 4)
+    assert draw(pipe, labels, output_type="pt").shape == (0, 3, side, side)
+    assert draw(pipe, labels, output_type="np").shape == (0, side, side, 3)
+    assert draw(pipe, labels, output_type="pil") == []
 
 
 @pytest.mark.parametrize(
@@ -253,7 +272,9 @@ def test_labels_by_name_and_number_are_the_same():
         ([0, -1], ValueError, "class label -1"),
         (True, TypeError, "class label True"),
         ([0.5], TypeError, "class label 0.5: expected a name or an integer"),
-        ([], ValueError, "class_labels is empty"),
+        ([[0], [3]], ValueError, "class label 3: this model has classes 0 to 2"),
+        (np.array([0.0]), TypeError, "class label 0.0: expected a name or an integer"),
+        (np.array([True]), TypeError, "class label True"),
         (None, ValueError, "class_labels are missing: this model has 3 classes"),
     ],
 )
@@ -267,6 +288,9 @@ def test_bad_labels_are_explained(labels, error, message):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected 1 to 1000"),
         ({"num_inference_steps": 1001}, "expected 1 to 1000"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps=2.0: expected 1 to 1000, an integer"),
+        ({"eta": 0.5}, "eta=0.5: DDPMScheduler has no such noise"),
+        ({"clip_denoised": True}, "clip_denoised=True clamps .* latents, which go beyond: omit it"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
         ({"output_type": "pil"}, "there is no VAE to decode"),
         ({"guidance_scale": -1.0}, "cfg_scale=-1.0"),
@@ -369,6 +393,62 @@ def test_a_vae_of_other_channels_is_refused():
 def test_names_outside_the_table_are_refused():
     with pytest.raises(ValueError, match="'3': 'dog', but the classes are 0 to 2"):
         piped(id2label={3: "dog"})
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_images_that_are_not_finite_are_an_error(output_type):
+    pipe = piped(network(in_channels=1))
+    with torch.no_grad():
+        pipe.denoiser.head.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite in 3 of 3 images .DDPMScheduler, 5 steps"):
+        draw(pipe, output_type=output_type)
+    pipe = piped(vae=small_vae())
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(float("inf"))
+    if output_type != "latent":
+        with pytest.raises(FloatingPointError, match="the VAE decoded to numbers that are not finite"):
+            draw(pipe, output_type=output_type)
+
+
+@pytest.mark.parametrize(("name", "method"), [("DDPMScheduler", "ddpm"), ("DDIMScheduler", "ddim")])
+def test_clipping_is_that_of_sample(name, method):
+    model, y = network(in_channels=1), torch.tensor([0, 2, 1])
+    options = {"steps": 20, "method": method, "clip_denoised": True, "progress": False}
+    ours = sample(model, GaussianDiffusion.linear(), y, generator=seeded(), **options)
+    pipe = piped(model, scheduler=getattr(diffusers, name).from_config(ancestral_scheduler().config))
+    theirs = draw(pipe, num_inference_steps=20, clip_denoised=True)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (draw(pipe, num_inference_steps=20) - theirs).abs().max() > 0.1  # it matters here
+
+
+@pytest.mark.parametrize("name", sorted(FEWEST_STEPS))
+def test_clipping_works_with_every_scheduler(name):
+    """Random weights without it end at numbers in the hundreds."""
+    scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config)
+    steps = max(20, FEWEST_STEPS[name])
+    x = draw(
+        piped(network(in_channels=1), scheduler=scheduler), num_inference_steps=steps, clip_denoised=True
+    )
+    assert x.abs().max() < 1.5
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_schedulers_that_clip_latents_are_refused(option):
+    scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config, **{option: True})
+    with pytest.raises(ValueError, match=f"DDIMScheduler has {option}=True.*make it with {option}=False"):
+        draw(piped(scheduler=scheduler))
+    draw(piped(network(in_channels=1), scheduler=scheduler))
+
+
+def test_a_network_in_a_wrapper_is_taken_out_of_it():
+    model = network()
+    expected = draw(piped(model), guidance_scale=2.0)
+    pipe = DiffuSSMPipeline(torch.nn.DataParallel(model), ancestral_scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe, guidance_scale=2.0), expected)
+    pipe.denoiser = torch.nn.DataParallel(pipe.denoiser)
+    with pytest.raises(TypeError, match="the denoiser is a DataParallel.*pipe.denoiser.module"):
+        draw(pipe)
 
 
 def test_wrapping_shares_the_weights():
