@@ -858,7 +858,8 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
     for micro in (0, 2, 1):  # and not once for each micro-batch
         reads.clear()
         run_tiny(tmp_path / str(micro), steps=3, micro_batch=micro)
-        assert reads.count(torch.Size([17])) == 3 and len(reads) <= 3 + 2  # and the fingerprint of the data
+        # before the first step, data and noise schedule are read as well
+        assert [shape for shape in reads if shape.numel() < 100] == [torch.Size([17])] * 3
 
 
 def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
