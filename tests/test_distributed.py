@@ -277,7 +277,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_up_front(tmp_path, size):
     assert not (tmp_path / "run").exists()
 
 
-def poisoned(run):
+def poisoned(run, leave):
     """The second process alone gets a loss that is not a number, at the fourth step."""
     honest, calls = GaussianDiffusion.losses, []
 
@@ -289,13 +289,19 @@ def poisoned(run):
     with cluster() as world:
         if world.rank == 1:
             GaussianDiffusion.losses = losses
-        train(
-            replace(TINY, save_every=2, skip_nonfinite=0), run, progress=False, world=world, dataset=fifty()
-        )
+        config = replace(TINY, save_every=2, skip_nonfinite=leave)
+        state = train(config, run, progress=False, world=world, dataset=fifty())
+        return state.skipped, [p.tolist() for p in state.ema.parameters()]
+
+
+def test_what_is_not_finite_on_one_process_is_left_out_by_all(tmp_path):
+    (skipped, ours), (also, theirs) = together(2, poisoned, tmp_path / "run", 1)
+    assert skipped == also == [4] and ours == theirs
+    assert digest_of(tmp_path / "run")["skipped"] == log_of(tmp_path / "run")[-1]["skipped"] == [4]
 
 
 def test_what_is_not_finite_on_one_process_stops_all_before_the_weights(tmp_path):
-    for fine, said in outcomes(start(2, poisoned, tmp_path / "run")):
+    for fine, said in outcomes(start(2, poisoned, tmp_path / "run", 0)):
         assert not fine and "FloatingPointError: loss or gradient is not finite at step 4" in said
     (dump,) = (tmp_path / "run").glob("dump_*")
     assert json.loads((dump / "dump.json").read_text())["step"] == 3
