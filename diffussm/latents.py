@@ -132,7 +132,7 @@ def train_vae(
 
 @torch.no_grad()
 def _start_as_identity(vae: Any) -> None:
-    """Start near a network that passes colours on, so that seconds of training are enough."""
+    """Start near a network that passes colours on, so that a few hundred steps are enough."""
     for name, module in vae.named_modules():
         if name.endswith("conv2"):  # the end of a residual branch
             module.weight.zero_()
