@@ -246,13 +246,15 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 in cuDNN's convolutions, where it is the default: latents would depend on the GPU's age."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """No TF32, which only newer GPUs have: the latents would depend on which GPU has made them."""
+    backends: Any = torch.backends  # made when torch is imported: no checker knows its members
+    convolutions, products = backends.cudnn.conv, backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        convolutions.fp32_precision, products.fp32_precision = before
 
 
 @torch.no_grad()

@@ -272,16 +272,24 @@ def test_moments_beyond_float16_are_refused(mean, logvar):
         moments(Constant(mean, logvar), torch.zeros(1, 3, 16, 16))
 
 
-def test_latents_do_not_depend_on_tf32(monkeypatch):
+def test_latents_do_not_depend_on_tf32():
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+
     class Looking(Constant):
         def encode(self, images):
-            assert not torch.backends.cudnn.allow_tf32
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
             return super().encode(images)
 
-    for before in (True, False):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
-        moments(Looking(3.0, 0.0), torch.zeros(1, 3, 16, 16))
-        assert torch.backends.cudnn.allow_tf32 is before
+    found = [setting.fp32_precision for setting in settings]
+    try:
+        for before in ("tf32", "ieee"):
+            for setting in settings:
+                setting.fp32_precision = before
+            moments(Looking(3.0, 0.0), torch.zeros(1, 3, 16, 16))
+            assert [setting.fp32_precision for setting in settings] == [before, before]
+    finally:
+        for setting, value in zip(settings, found, strict=True):
+            setting.fp32_precision = value
 
 
 def test_a_draw_cannot_be_told_from_the_encoders_own(vae, root, whole):
