@@ -3,6 +3,7 @@
 Generated from book/14_imagenet.md by `make export`: edit there.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, fields, replace
 from functools import cache, partial
 from importlib.resources import files
 from itertools import pairwise
@@ -25,17 +28,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffussm.data import Dataset
+    from diffussm.distributed import SampleConfig
     from diffussm.model import DiffuSSM
     from diffussm.training import TrainConfig
 
 __all__ = [
     "recipe_files",
     "read_recipe",
+    "Download",
+    "HUB",
+    "ADM",
+    "VAE_FILE",
+    "DOWNLOADS",
+    "published",
     "DEVICE_HELP",
+    "IDLE",
+    "EXIF_HELP",
+    "TOLD",
     "open_data",
     "parameter_count",
     "MARGIN",
+    "GRID_ROWS",
     "save_grid",
+    "GRID_STEPS",
     "draw_grid",
     "parse_classes",
     "saved_bytes",
@@ -47,6 +62,7 @@ __all__ = [
     "Skip",
     "examine",
     "doctor_questions",
+    "checkpoints_kept",
     "COMMANDS",
     "main",
 ]
@@ -94,12 +110,123 @@ def read_recipe(name: str) -> "TrainConfig":
         raise ValueError(f"{file}: {error}") from error
 
 
+class Download(NamedTuple):
+    """A file that others publish and a run needs. What nobody has told us is None."""
+
+    name: str
+    use: str
+    url: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+HUB = "https://huggingface.co/stabilityai"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+DOWNLOADS = (
+    Download(
+        f"sd-vae-ft-ema/{VAE_FILE}",
+        "encodes, decodes",
+        f"{HUB}/sd-vae-ft-ema",
+        334_643_276,
+        "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+    ),
+    Download(
+        f"sd-vae-ft-mse/{VAE_FILE}",
+        "another decoder",
+        f"{HUB}/sd-vae-ft-mse",
+        334_643_276,
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+    Download(
+        "VIRTUAL_imagenet256_labeled.npz",
+        "reference",
+        f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+        2_037_122_530,
+        "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
+    ),
+    Download("VIRTUAL_imagenet512.npz", "reference", f"{ADM}/imagenet/512/VIRTUAL_imagenet512.npz"),
+    Download("VIRTUAL_lsun_bedroom256.npz", "reference", f"{ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz"),
+    Download(
+        "weights-inception-2015-12-05-6726825d.pth",
+        "scores",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        95_628_359,
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+)
+
+
+def published(file: Path) -> Download | None:
+    """Which of `DOWNLOADS` this file is, by its SHA-256; ValueError if only its name is that of one."""
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    for known in DOWNLOADS:
+        if known.sha256 == found:
+            return known
+        if known.sha256 and known.name == file.name:
+            raise ValueError(
+                f"{file} is not the published {known.name}: its sha256 is {found}, not {known.sha256}"
+            )
+    return None
+
+
 DEVICE_HELP = "e.g. cpu or cuda; default: a GPU if there is one"
 
 
 def _new_parser(command: str, description: str) -> ArgumentParser:
     # without abbreviations, or a mistyped --model.d_mode would be taken for --model.d_model
     return ArgumentParser(prog=f"diffussm {command}", description=description, allow_abbrev=False)
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Any, set[str]]:
+    """The options, and the names of those that were *given*: a default, a recipe and a preset give none."""
+    options = parser.instantiate(parser.parse_args(list(arguments)))
+    given = parser.parse_args(list(arguments), defaults=False)
+    return options, set(given.keys())
+
+
+# What has no effect in a situation. Whoever gives it there expects one, so it is refused.
+IDLE = {
+    "beside --grid": "count labels batch_size",
+    "beside --out": "per_class overwrite",
+    "for a run without classes": "classes labels cfg_scale guidance_channels",
+    "without guidance, at a cfg_scale of 1": "guidance_channels",
+    "for a model of pixels": "vae",
+    "where no samples are drawn": "vae",
+    "for digits": "exif_rotate workers",
+    "for stored latents": "exif_rotate workers",
+    "for an LMDB, which has no classes": "no_classes",
+    "beside --self_test": "reference weights batch_size out device size exif_rotate",
+    "under torchrun": "processes",
+}
+
+
+def _refuse_idle(given: set[str], situation: str) -> None:
+    """ValueError that names the options among `given` which have no effect in this situation."""
+    idle = [f"--{name}" for name in IDLE[situation].split() if name in given]
+    if idle:
+        raise ValueError(f"{' and '.join(idle)} would have no effect {situation}; omit {' and '.join(idle)}")
+
+
+@contextmanager
+def _interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """Whoever presses Ctrl-C in here hears what is kept; it is looked up at that moment."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+
+
+def _nothing() -> str:
+    return "nothing is kept"
+
+
+def _batches_kept() -> str:
+    return "finished batches are kept, and the same command draws the others"
+
+
+EXIF_HELP = "turn photographs as their EXIF tag says (ADM does not)"
 
 
 def _vae(arguments: Sequence[str]) -> int:
@@ -114,7 +241,8 @@ def _vae(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(list(arguments))
+    parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
+    options, _ = _parse(parser, arguments)
     images, out = options.images, options.out
     if min(options.size, options.steps, options.batch_size) < 1 or not 0 < options.lr < 1 or options.seed < 0:
         raise ValueError(
@@ -124,22 +252,24 @@ def _vae(arguments: Sequence[str]) -> int:
         raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
 
     from diffussm.latents import images_from, train_vae
-    from diffussm.model import apply_umask
 
-    source = images_from(images, options.size)
-    vae = train_vae(
-        source,
-        steps=options.steps,
-        batch_size=min(options.batch_size, len(source)),
-        crop=min(32, options.size),
-        lr=options.lr,
-        seed=options.seed,
-    )
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    vae.save_pretrained(draft)
-    for file in draft.glob("*.safetensors"):
-        apply_umask(file)
-    draft.replace(out)
+    source = images_from(images, options.size, exif_rotate=options.exif_rotate)
+    with _interruptible(_nothing):
+        vae = train_vae(
+            source,
+            steps=options.steps,
+            batch_size=min(options.batch_size, len(source)),
+            crop=min(32, options.size),
+            lr=options.lr,
+            seed=options.seed,
+        )
+        draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            vae.save_pretrained(draft)
+            draft.replace(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    _tell_skipped(source.skipped)
     print(f"wrote {out}: an autoencoder with a scaling factor of {vae.config.scaling_factor}")
     return 0
 
@@ -155,21 +285,26 @@ def _encode(arguments: Sequence[str]) -> int:
     parser.add_argument("--size", type=int, required=True, help="images are cropped to size x size pixels")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--shard_size", type=int, default=8192, help="images per file")
-    parser.add_argument("--no_flip", action="store_true", help="leave the mirrored images out")
+    parser.add_argument("--workers", type=int, default=4, help="threads of each process that read images")
+    parser.add_argument("--no_flip", action="store_true", help="do not store the mirrored images")
     parser.add_argument(
         "--no_classes", action="store_true", help="take sub-folders for folders, not for classes"
     )
+    parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
     parser.add_argument("--verify", action="store_true", help="read all of it again and compare checksums")
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
-    options = parser.parse_args(list(arguments))
-    if min(options.size, options.batch_size, options.shard_size) < 1:
-        raise ValueError("--size, --batch_size and --shard_size are at least 1")
+    options, given = _parse(parser, arguments)
+    if min(options.size, options.batch_size, options.shard_size, options.workers) < 1:
+        raise ValueError("--size, --batch_size, --shard_size and --workers are at least 1")
 
-    from diffussm.latents import LatentStore, encode, images_from, load_vae, verify_store
+    from diffussm.latents import LatentStore, LmdbImages, encode, images_from, load_vae, verify_store
 
-    source = images_from(options.data, options.size, conditional=False if options.no_classes else None)
+    conditional = False if options.no_classes else None
+    source = images_from(options.data, options.size, conditional=conditional, exif_rotate=options.exif_rotate)
+    if isinstance(source, LmdbImages):
+        _refuse_idle(given, "for an LMDB, which has no classes")
     out = options.out
-    with _cluster("encode", options.device, stoppable=False) as world:  # a kill costs a shard
+    with _cluster("encode", options.device) as world, _interruptible(partial(_shards_kept, out)):
         vae = load_vae(options.vae, world.device)
         encode(
             source,
@@ -181,13 +316,16 @@ def _encode(arguments: Sequence[str]) -> int:
             flip=not options.no_flip,
             rank=world.rank,
             world_size=world.size,
+            workers=options.workers,
         )
         world.barrier()  # until every process has done its share
         store = LatentStore(out)
         if world.rank == 0:
-            skipped = sum(len(shard["skipped"]) for shard in store.manifest["shards"])
-            held = f"{len(store)} images in {store.num_classes} classes"
-            print(f"{out} holds the latents of {held}; {skipped} skipped")
+            skipped = [one for shard in store.manifest["shards"] for one in shard["skipped"]]
+            print(
+                f"{out} holds the latents of {len(store)} images in {store.num_classes} classes; {len(skipped)} skipped"
+            )
+            _tell_skipped(skipped)
         if options.verify:
             problems = world.once(partial(verify_store, out))
             if problems:
@@ -197,8 +335,27 @@ def _encode(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _cluster(command: str, device: str | None, *, stoppable: bool = True) -> Any:
-    """The processes of a command; ValueError for a device that there is not."""
+def _shards_kept(out: Path) -> str:
+    finished = len(list(out.glob("shard-*.json")))
+    return f"{finished} finished shards are kept, and the same command encodes the others"
+
+
+TOLD = 20  # so many skipped images are named
+
+
+def _tell_skipped(skipped: Sequence[Any]) -> None:
+    """Name the images that were skipped, and why: pairs of name and reason, as `Skipped`."""
+    for name, reason in skipped[:TOLD]:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if len(skipped) > TOLD:
+        print(f"... and {len(skipped) - TOLD} more", file=sys.stderr)
+
+
+def _cluster(command: str, device: str | None, *, stoppable: bool = False) -> Any:
+    """The processes of a command; ValueError for a device that there is not.
+
+    `stoppable`: Ctrl-C and the queue's signals ask the command to stop where nothing is lost.
+    """
     import torch
 
     from diffussm.distributed import Cluster
@@ -222,7 +379,7 @@ def open_data(config: "TrainConfig") -> "Dataset":
     from diffussm.latents import LatentStore, images_from
     from diffussm.training import load_dataset
 
-    latents = config.model.in_channels not in (1, 3)
+    latents = _is_latent(config)
     if config.data == "digits":
         return load_dataset(config)
     if not config.data:
@@ -254,24 +411,45 @@ def open_data(config: "TrainConfig") -> "Dataset":
     )
 
 
-def _train(arguments: Sequence[str]) -> int:
-    """train a model from a recipe, or resume it"""
-    from diffussm.distributed import EXIT_PREEMPTED
-    from diffussm.training import (
-        Preempted,
-        TrainConfig,
-        check_data,
-        micro_batch_of,
-        open_run,
-        train,
-        whole_ema,
-    )
+def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    """The recipe and, with its values for defaults, every option of a `TrainConfig`."""
+    from diffussm.training import TrainConfig
 
     names = ", ".join(recipe_files())
+    parser.add_argument("recipe", type=str, help=f"what to train: a YAML file, or one of {names}")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(TrainConfig, help="options of the recipe")
+    if arguments and not arguments[0].startswith("-"):  # it decides the defaults of all other options
+        parser.set_defaults(asdict(read_recipe(arguments[0])))
+    elif not {"-h", "--help"} & set(arguments):
+        raise ValueError(f"name the recipe first, as in: {parser.prog} digits; there are {names}")
+
+
+def _recipe_of(options: Any) -> "TrainConfig":
+    from diffussm.training import TrainConfig
+
+    return TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
+
+
+def _is_latent(config: "TrainConfig") -> bool:
+    return config.model.in_channels not in (1, 3)
+
+
+def _check_data_options(given: set[str], config: "TrainConfig", data: "Dataset") -> None:
+    """ValueError for an option that this kind of data has no use for."""
+    if config.data == "digits":
+        _refuse_idle(given, "for digits")
+    if _is_latent(config):
+        _refuse_idle(given, "for stored latents")
+    else:
+        _refuse_idle(given, "for a model of pixels")
+
+
+def _train(arguments: Sequence[str]) -> int:
+    """train a model from a recipe, or resume it"""
     parser = _new_parser(
         "train", "Train a model, also under torchrun; the same command again resumes a killed run."
     )
-    parser.add_argument("recipe", type=str, help=f"what to train: a YAML file, or one of {names}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
         "--vae", type=str | None, default=None, help="autoencoder, to draw samples of latents"
@@ -279,78 +457,102 @@ def _train(arguments: Sequence[str]) -> int:
     parser.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard besides the log")
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument("--no_grid", action="store_true", help="draw no samples at the end")
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(TrainConfig, help="options of the recipe")
-    if arguments and not arguments[0].startswith("-"):  # it decides the defaults of all other options
-        parser.set_defaults(asdict(read_recipe(arguments[0])))
-    elif not {"-h", "--help"} & set(arguments):
-        raise ValueError(
-            f"name what to train first, as in: diffussm train digits --out RUN; there are {names}"
-        )
-    options = parser.instantiate(parser.parse_args(list(arguments)))
-    config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
-    out = options.out
-    pixels = config.model.in_channels in (1, 3)
-    if config.sample_every and not pixels and options.vae is None:
+    _add_recipe(parser, arguments)
+    options, given = _parse(parser, arguments)
+    config = _recipe_of(options)
+    if config.sample_every and _is_latent(config) and options.vae is None:
         raise ValueError(
             f"sample_every={config.sample_every}: to draw latents, say with --vae what decodes them"
         )
+    if options.no_grid and not config.sample_every:
+        _refuse_idle(given, "where no samples are drawn")
     writer = _tensorboard() if options.tensorboard else None
     data = open_data(config)
+    _check_data_options(given, config, data)
+    with (
+        _cluster("train", options.device, stoppable=True) as world,
+        _interruptible(partial(_goes_on, options.out)),
+    ):
+        return _train_here(config, data, options, world, writer)
 
-    with _cluster("train", options.device) as world:
-        decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
 
-        def claim() -> None:  # every reason to refuse comes before the first file
-            micro_batch_of(config, world.size)
-            check_data(data, config)
-            open_run(out, config, data)
-            if hasattr(data, "vae"):
-                (out / "vae.json").write_text(json.dumps(data.vae, indent=2) + "\n")
-            (out / "preempted").unlink(missing_ok=True)
+def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any, writer: Any) -> int:
+    """Train with the processes of `world`; the exit code."""
+    from diffussm.distributed import EXIT_PREEMPTED
+    from diffussm.training import Preempted, train, whole_ema
 
-        def draw(model: "DiffuSSM", step: int) -> None:
-            picture = out / "samples" / f"step_{step:08d}.png"
-            picture.parent.mkdir(exist_ok=True)
-            draw_grid(model, config, picture, decode=decode, progress=False)
+    out = options.out
+    decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
+    world.once(lambda: _claim_run(out, config, data, world.size))
 
-        def log(row: dict[str, Any]) -> None:
-            if board is not None:
-                for name, value in row.items():
-                    if value is not None:
-                        board.add_scalar(name, value, row["step"])
-            print(
-                f"step {row['step']} of {config.steps}: loss {row['loss']:.4f}, "
-                f"{row['images_per_second']:.1f} images/s, {_duration(row['seconds_left'])} left",
-                flush=True,
-            )
+    def draw(model: "DiffuSSM", step: int) -> None:
+        picture = out / "samples" / f"step_{step:08d}.png"
+        picture.parent.mkdir(exist_ok=True)
+        draw_grid(model, config, picture, decode=decode, progress=False)
 
-        world.once(claim)
-        board = writer(str(out / "tensorboard")) if writer and world.rank == 0 else None
+    def log(row: dict[str, Any]) -> None:
+        if board is not None:
+            for name, value in row.items():
+                if value is not None:
+                    board.add_scalar(name, value, row["step"])
+        _say(
+            f"step {row['step']} of {config.steps}: loss {row['loss']:.4f}, "
+            f"{row['images_per_second']:.1f} images/s, {_duration(row['seconds_left'])} left"
+        )
+
+    board = writer(str(out / "tensorboard")) if writer and world.rank == 0 else None
+    if world.rank == 0:
+        _say(f"{parameter_count(config.model) / 1e6:.1f} million parameters, {len(data)} images")
+    try:
+        state = train(config, out, world=world, dataset=data, on_log=log, on_samples=draw)
+    except Preempted as stop:
+        told = str(stop)
+        world.once(lambda: (out / "preempted").write_text(told + "\n"))
         if world.rank == 0:
-            print(
-                f"{parameter_count(config.model) / 1e6:.1f} million parameters, {len(data)} images",
-                flush=True,
-            )
-        try:
-            state = train(config, out, world=world, dataset=data, on_log=log, on_samples=draw)
-        except Preempted as stop:
-            told = str(stop)
-            world.once(lambda: (out / "preempted").write_text(told + "\n"))
-            if world.rank == 0:
-                print(told, file=sys.stderr)
-            return EXIT_PREEMPTED
-        finally:
-            if board is not None:
-                board.close()
+            print(told, file=sys.stderr)
+        return EXIT_PREEMPTED
+    finally:
+        if board is not None:
+            board.close()
+    if world.rank == 0:
+        weights = out / "checkpoints" / f"step_{state.step:08d}" / "ema"
+        _say(
+            f"{state.step} steps done; the log is {out / 'log.jsonl'}, the averaged weights are in {weights}"
+        )
+    if (decode or not _is_latent(config)) and not options.no_grid:
+        ema, picture = whole_ema(state, world), out / "samples.png"
+        world.once(lambda: draw_grid(ema, config, picture, decode=decode))
         if world.rank == 0:
-            print(f"{state.step} steps done; the log is {out / 'log.jsonl'}, the weights are beside it")
-        if (pixels or decode) and not options.no_grid:
-            ema, picture = whole_ema(state, world), out / "samples.png"
-            world.once(lambda: draw_grid(ema, config, picture, decode=decode))
-            if world.rank == 0:
-                print(f"a grid of samples is in {picture}")
+            _say(f"a grid of samples is in {picture}")
     return 0
+
+
+def _claim_run(out: Path, config: "TrainConfig", data: "Dataset", processes: int) -> None:
+    """Every reason to refuse comes before the first file."""
+    from diffussm.training import check_data, micro_batch_of, open_run
+
+    micro_batch_of(config, processes)
+    check_data(data, config)
+    open_run(out, config, data)
+    if hasattr(data, "vae"):
+        (out / "vae.json").write_text(json.dumps(data.vae, indent=2) + "\n")
+    (out / "preempted").unlink(missing_ok=True)
+
+
+def _goes_on(run: Path) -> str:
+    """From where an interrupted run will go on."""
+    saved = sorted(folder.name for folder in (run / "checkpoints").glob("step_*"))
+    if not saved:
+        return "no checkpoint was saved, so the same command begins again"
+    return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
+
+
+def _say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def _duration(seconds: float) -> str:
@@ -362,7 +564,7 @@ def _tensorboard() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"--tensorboard needs the package tensorboard ({error}); leave the option away"
+            f"--tensorboard needs the package tensorboard ({error}); omit the option, or install it"
         ) from None
     return SummaryWriter
 
@@ -370,13 +572,13 @@ def _tensorboard() -> Any:
 def _decoder(
     vae_name: str, device: Any, made_by: dict[str, Any] | None
 ) -> "tuple[Callable[[Tensor], Tensor], dict[str, Any]]":
-    """Latents to images with this autoencoder, and which it is; ValueError if another encoder made them."""
+    """What turns latents into images, and its identity; ValueError if another encoder has made the latents."""
     from diffussm.latents import check_encoder, decode, load_vae, vae_identity
 
     vae = load_vae(vae_name, device)
     identity = vae_identity(vae, vae_name)
     if made_by is not None:
-        check_encoder(made_by, identity, "the latents of this model")
+        check_encoder(made_by, identity, f"--vae {vae_name}")
     return partial(decode, vae), identity
 
 
@@ -392,6 +594,7 @@ def parameter_count(config: Any) -> int:
 
 
 MARGIN = 2  # white pixels around each image of a grid
+GRID_ROWS = 10  # classes that are drawn when none is named
 
 
 def save_grid(images: "Tensor", columns: int, path: Path) -> None:
@@ -413,48 +616,59 @@ def save_grid(images: "Tensor", columns: int, path: Path) -> None:
     Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(path)
 
 
+GRID_STEPS = 50  # of the pictures that training draws
+
+
 def draw_grid(
     model: "DiffuSSM",
     config: "TrainConfig",
     picture: Path,
     *,
     count: int = 8,
-    steps: int = 50,
+    steps: int | None = None,
     method: str = "ddim",
     cfg_scale: float = 1.5,
     guidance_channels: int | None = None,
+    clip_denoised: bool | None = None,
+    precision: str = "float32",
     classes: Sequence[int] | None = None,
     seed: int = 0,
     decode: "Callable[[Tensor], Tensor] | None" = None,
     progress: bool = True,
 ) -> None:
-    """Draw `count` samples for each class (None: the first ten), a class to a row; `decode`: for latents."""
+    """Draw `count` samples for each class (None: the first ten), a class to a row; `decode`: for latents.
+
+    `steps` None: 50, or as many as the run has timesteps. `clip_denoised` None: for pixels, which end at -1
+    and 1, and not for latents.
+    """
     import torch
 
     from diffussm.sampling import sample
     from diffussm.training import diffusion_of, stream
 
     if classes is None:
-        classes = range(min(config.model.num_classes, 10) or 1)
+        classes = range(min(config.model.num_classes, GRID_ROWS) or 1)
     where = next(model.parameters()).device
     shape = (config.model.in_channels, config.model.height, config.model.width)
     generator = stream(seed, "grid", 0)
     noise = torch.randn(len(classes) * count, *shape, generator=generator).to(where)
     conditional = model.null_label is not None
     labels = torch.tensor(classes).repeat_interleave(count).to(where) if conditional else None
-    images = sample(
-        model,
-        diffusion_of(config),
-        labels,
-        steps=steps,
-        method=method,
-        cfg_scale=cfg_scale if conditional else 1.0,
-        guidance_channels=guidance_channels,
-        generator=generator,
-        noise=noise,
-        clip_denoised=decode is None,  # pixels end at -1 and 1, latents do not
-        progress=progress,
-    ).float()
+    with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
+        images = sample(
+            model,
+            diffusion_of(config),
+            labels,
+            steps=min(GRID_STEPS, config.timesteps) if steps is None else steps,
+            method=method,
+            cfg_scale=cfg_scale if conditional else 1.0,
+            guidance_channels=guidance_channels,
+            generator=generator,
+            noise=noise,
+            clip_denoised=decode is None if clip_denoised is None else clip_denoised,
+            progress=progress,
+        )
+    images = images.float()
     save_grid(images.cpu() if decode is None else decode(images), count, picture)
 
 
@@ -478,8 +692,8 @@ def parse_classes(words: str, names: Sequence[str]) -> list[int]:
 
 def _sample(arguments: Sequence[str]) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored"""
-    from diffussm.distributed import EXIT_PREEMPTED, SAMPLE_PRESETS, SampleConfig, draw_samples
-    from diffussm.training import Preempted, diffusion_of, find_checkpoint, load_run
+    from diffussm.distributed import SAMPLE_PRESETS, SampleConfig
+    from diffussm.training import load_run
 
     parser = _new_parser(
         "sample",
@@ -487,29 +701,69 @@ def _sample(arguments: Sequence[str]) -> int:
         "A set is resumed by the same command, and does not depend on the number of processes.",
     )
     parser.add_argument("--from", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--vae", type=str | None, default=None, help="autoencoder, for a run on latents")
-    parser.add_argument("--grid", type=Path | None, default=None, help="a PNG file to write")
-    parser.add_argument("--out", type=Path | None, default=None, help="a folder of PNG files, or a .npz file")
-    parser.add_argument("--classes", type=str, default="all", help="for a grid: numbers or names, or 'all'")
-    parser.add_argument("--per_class", type=int, default=8, help="for a grid: images per class")
+    parser.add_argument(
+        "--step", type=int | None, default=None, help="the checkpoint to draw from; default: the newest"
+    )
     parser.add_argument(
         "--weights", type=Literal["ema", "model"], default="ema", help="moving average or raw"
     )
+    parser.add_argument(
+        "--vae", type=str | None, default=None, help="autoencoder that decodes, for a run on latents"
+    )
+    parser.add_argument("--grid", type=Path | None, default=None, help="a PNG file to write")
+    parser.add_argument("--out", type=Path | None, default=None, help="a folder of PNG files, or a .npz file")
+    parser.add_argument(
+        "--classes",
+        type=str | None,
+        default=None,
+        help=f"numbers or names, or 'all'; default: the first {GRID_ROWS} for a grid, all for a set",
+    )
+    parser.add_argument("--per_class", type=int, default=8, help="for a grid: images per class")
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace the grid if it exists")
     parser.add_argument("--preset", type=Literal[tuple(SAMPLE_PRESETS)], default="paper-fid")
     parser.add_class_arguments(SampleConfig, help="options of the preset", skip={"classes"})
+    preset = _preset_named(arguments)
+    defaults = asdict(SAMPLE_PRESETS.get(preset, SampleConfig()))
+    parser.set_defaults({name: value for name, value in defaults.items() if name != "classes"})
+    options, given = _parse(parser, arguments)
+    config = SampleConfig(**{name: options[name] for name in defaults if name != "classes"})
+    _check_sample_target(options, given)
+    run = options["from"]
+
+    is_set = options.out is not None  # it is kept batch by batch, a grid is not
+    kept = _batches_kept if is_set else _nothing
+    with _cluster("sample", options.device, stoppable=is_set) as world, _interruptible(kept):
+        model, trained, names = load_run(run, options.weights, options.step)
+        config = _check_sample_options(config, options, given, trained, names)
+        record = run / "vae.json"
+        made_by = json.loads(record.read_text()) if record.is_file() else None
+        decode, vae = None, None
+        if made_by is not None or _is_latent(trained):
+            if options.vae is None:
+                source = f", {made_by['name']}" if made_by else ""
+                raise ValueError(f"{run} was trained on latents; say with --vae what decodes them{source}")
+            decode, vae = _decoder(options.vae, world.device, made_by)
+        model = model.to(world.device).eval()
+        if options.grid is not None:
+            _draw_grid(model, trained, config, options, given, world, decode)
+            return 0
+        return _draw_set(model, trained, config, options, given, world, decode, vae)
+
+
+def _preset_named(arguments: Sequence[str]) -> str:
+    """It decides the defaults of other options, so it is looked for before they are read."""
     words = list(arguments)
     name = next((b for a, b in pairwise(words) if a == "--preset"), "paper-fid")
-    name = next((word.partition("=")[2] for word in words if word.startswith("--preset=")), name)
-    preset = asdict(SAMPLE_PRESETS.get(name, SampleConfig()))
-    parser.set_defaults({key: value for key, value in preset.items() if key != "classes"})
-    options = parser.instantiate(parser.parse_args(words))
-    known = (field.name for field in fields(SampleConfig) if field.name != "classes")
-    config = SampleConfig(**{name: options[name] for name in known})
-    run, grid, out = options["from"], options.grid, options.out
+    return next((word.partition("=")[2] for word in words if word.startswith("--preset=")), name)
+
+
+def _check_sample_target(options: Any, given: set[str]) -> None:
+    """ValueError unless one picture or one set is asked for, where it can be written."""
+    grid, out = options.grid, options.out
     if (grid is None) == (out is None):
         raise ValueError("give either --grid FILE.png, for a picture, or --out, for a set of images")
+    _refuse_idle(given, "beside --grid" if out is None else "beside --out")
     if options.per_class < 1:
         raise ValueError(f"--per_class {options.per_class}: draw at least one image per class")
     if grid is not None and grid.suffix.lower() != ".png":
@@ -520,52 +774,112 @@ def _sample(arguments: Sequence[str]) -> int:
     if not target.parent.is_dir():
         raise ValueError(f"{target}: the folder {target.parent} does not exist")
 
-    with _cluster("sample", options.device, stoppable=grid is None) as world:
-        model, trained, names = load_run(run, options.weights)
-        classes = None
-        if grid is not None and model.null_label is not None:
-            classes = parse_classes(options.classes, names)
-        record = run / "vae.json"
-        made_by = json.loads(record.read_text()) if record.is_file() else None
-        latents = made_by is not None or model.config.in_channels not in (1, 3)
-        if latents and options.vae is None:
-            source = f", {made_by['name']}" if made_by else ""
-            raise ValueError(f"{run} was trained on latents; say with --vae what made them{source}")
-        if options.vae is not None and not latents:
-            raise ValueError(f"{run} was trained on pixels; leave --vae away")
-        decode, decoder = _decoder(options.vae, world.device, made_by) if latents else (None, None)
-        model = model.to(world.device).eval()
-        if grid is not None:
-            if world.rank == 0:
-                draw_grid(
-                    model,
-                    trained,
-                    grid,
-                    count=options.per_class,
-                    steps=config.steps,
-                    method=config.method,
-                    cfg_scale=config.cfg_scale,
-                    guidance_channels=config.guidance_channels,
-                    classes=classes,
-                    seed=config.seed,
-                    decode=decode,
-                )
-                print(f"wrote {grid}")
-            return 0
-        checkpoint = find_checkpoint(run)
-        assert checkpoint is not None  # load_run has found it
-        facts = {"weights": options.weights, "checkpoint": checkpoint.name, "ema_decay": trained.ema_decay}
-        if decoder is not None:
-            facts["vae"] = {key: decoder[key] for key in ("name", "encoder_sha256", "decoder_sha256")}
-        try:
-            draw_samples(model, diffusion_of(trained), config, out, world=world, facts=facts, decode=decode)
-        except Preempted as stop:
-            if world.rank == 0:
-                print(f"{stop}; the same command draws the others", file=sys.stderr)
-            return EXIT_PREEMPTED
+
+def _check_sample_options(
+    config: "SampleConfig", options: Any, given: set[str], trained: "TrainConfig", names: Sequence[str]
+) -> "SampleConfig":
+    """The configuration for this run, with its classes; ValueError for options that it has no use for."""
+    if not trained.model.num_classes:
+        _refuse_idle(given, "for a run without classes")
+    elif config.cfg_scale == 1:
+        _refuse_idle(given, "without guidance, at a cfg_scale of 1")
+    if not _is_latent(trained):
+        _refuse_idle(given, "for a model of pixels")
+    if config.steps > trained.timesteps:
+        if "steps" in given or options.grid is None:
+            raise ValueError(
+                f"--steps {config.steps}: the run has {trained.timesteps} timesteps; give that many or fewer"
+            )
+        config = replace(config, steps=trained.timesteps)
+    if options.classes is None:
+        return config
+    return replace(config, classes=tuple(parse_classes(options.classes, names)))
+
+
+def _draw_grid(
+    model: "DiffuSSM",
+    trained: "TrainConfig",
+    config: "SampleConfig",
+    options: Any,
+    given: set[str],
+    world: Any,
+    decode: "Callable[[Tensor], Tensor] | None",
+) -> None:
+    if world.rank != 0:
+        return
+    rows = len(config.classes or range(min(trained.model.num_classes, GRID_ROWS) or 1))
+    if config.classes is None and rows < trained.model.num_classes:
+        print(f"the first {rows} of {trained.model.num_classes} classes; name others with --classes")
+    print(_how_many(rows * options.per_class, 1, config, trained), flush=True)
+    draw_grid(
+        model,
+        trained,
+        options.grid,
+        count=options.per_class,
+        steps=config.steps,
+        method=config.method,
+        cfg_scale=config.cfg_scale,
+        guidance_channels=config.guidance_channels,
+        clip_denoised=config.clip_denoised if "clip_denoised" in given else None,
+        precision=config.precision,
+        classes=config.classes,
+        seed=config.seed,
+        decode=decode,
+    )
+    print(f"wrote {options.grid}")
+
+
+def _draw_set(
+    model: "DiffuSSM",
+    trained: "TrainConfig",
+    config: "SampleConfig",
+    options: Any,
+    given: set[str],
+    world: Any,
+    decode: "Callable[[Tensor], Tensor] | None",
+    vae: dict[str, Any] | None,
+) -> int:
+    from diffussm.distributed import EXIT_PREEMPTED, draw_samples
+    from diffussm.training import Preempted, diffusion_of, find_checkpoint
+
+    run = options["from"]
+    seen = json.loads((run / "config.json").read_text())["dataset"]["images"]
+    if "count" not in given and config.count > seen:
+        raise ValueError(
+            f"the preset {options.preset} draws {config.count:,} images, and this run has learnt from {seen:,}; "
+            "say with --count how many to draw"
+        )
+    checkpoint = find_checkpoint(run, options.step)
+    assert checkpoint is not None  # load_run has found it
+    facts: dict[str, Any] = {
+        "weights": options.weights,
+        "checkpoint": checkpoint.name,
+        "ema_decay": trained.ema_decay,
+    }
+    if vae is not None:
+        facts["vae"] = {name: vae[name] for name in ("name", "encoder_sha256", "decoder_sha256")}
+    if world.rank == 0:
+        batches = math.ceil(config.count / config.batch_size)
+        print(_how_many(batches * config.batch_size, batches, config, trained), flush=True)
+    try:
+        draw_samples(
+            model, diffusion_of(trained), config, options.out, world=world, facts=facts, decode=decode
+        )
+    except Preempted as stop:
         if world.rank == 0:
-            print(f"wrote {config.count} images to {out}")
+            print(stop, file=sys.stderr)
+        return EXIT_PREEMPTED
+    if world.rank == 0:
+        print(f"wrote {config.count} images to {options.out}")
     return 0
+
+
+def _how_many(images: int, batches: int, config: "SampleConfig", trained: "TrainConfig") -> str:
+    """What is about to be drawn, in words; whole batches are drawn, also at the end."""
+    guided = trained.model.num_classes > 0 and config.cfg_scale != 1
+    passes = images * config.steps * (2 if guided else 1)
+    times = f"{config.steps} steps{', each with and without the class' if guided else ''}"
+    return f"{images:,} images in {batches:,} batch{'es' * (batches > 1)}, {times}: {passes:,} passes through the network"
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -577,19 +891,19 @@ def _evaluate(arguments: Sequence[str]) -> int:
         nargs="*",
         help="folders of PNG files or .npz files; several: drawn with other seeds",
     )
-    parser.add_argument("--reference", type=Path | None, default=None, help="a folder, a .npz, or statistics")
-    parser.add_argument("--weights", type=Path | None, default=None, help="Inception's weights, a file")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--reference", type=Path | None, default=None, help="images, a .npz, or statistics")
+    _add_scoring(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="a .json file to write")
-    parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument(
         "--self_test", "--self-test", action="store_true", help="check the metrics, and nothing else"
     )
-    options = parser.parse_args(list(arguments))
+    options, given = _parse(parser, arguments)
 
     samples = options.samples or []
-    if not options.self_test and (not samples or options.reference is None):
-        raise ValueError("give SAMPLES and --reference, or --self-test alone")
+    if options.self_test:
+        _refuse_idle(given, "beside --self_test")
+    if options.self_test == bool(samples) or options.self_test == bool(options.reference):
+        raise ValueError("give SAMPLES and --reference, or --self_test alone")
     _check_new(options.out, ".json")
 
     from diffussm import evaluation
@@ -601,13 +915,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
             raise ValueError(f"the metrics are wrong here: {error}") from error
         print("the metrics give what they must on data with known answers")
         return 0
-    result = evaluation.evaluate(
-        samples if len(samples) > 1 else samples[0],
-        options.reference,
-        weights=options.weights,
-        batch_size=options.batch_size,
-        device=options.device or _default_device(),
-    )
+    with _interruptible(_nothing):
+        result = evaluation.evaluate(
+            samples if len(samples) > 1 else samples[0], options.reference, **_scoring(options)
+        )
     text = json.dumps(result, indent=2)
     if options.out is not None:
         draft = options.out.with_name(f".{options.out.name}.tmp")
@@ -620,25 +931,42 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _statistics(arguments: Sequence[str]) -> int:
     """store the statistics of a reference, for evaluate"""
     parser = _new_parser("statistics", "Store what evaluate needs to know of a reference (chapter 12).")
-    parser.add_argument("data", type=Path, help="a folder of images, or a .npz file")
+    parser.add_argument("data", type=Path, help="a folder of images, class folders, an LMDB, or a .npz file")
     parser.add_argument("out", type=Path, help="the .npz file to write")
-    parser.add_argument("--weights", type=Path | None, default=None, help="Inception's weights, a file")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
-    options = parser.parse_args(list(arguments))
+    _add_scoring(parser)
+    options, _ = _parse(parser, arguments)
     _check_new(options.out, ".npz")
 
     from diffussm import evaluation
 
-    evaluation.save_statistics(
-        options.data,
-        options.out,
-        weights=options.weights,
-        batch_size=options.batch_size,
-        device=options.device or _default_device(),
-    )
+    with _interruptible(_nothing):
+        evaluation.save_statistics(options.data, options.out, **_scoring(options))
     print(f"wrote {options.out}")
     return 0
+
+
+def _add_scoring(parser: ArgumentParser) -> None:
+    """The options that `evaluate` and `statistics` share."""
+    parser.add_argument("--weights", type=Path | None, default=None, help="Inception's weights, a file")
+    parser.add_argument(
+        "--size", type=int | None, default=None, help="crop images to size x size, as ADM does"
+    )
+    parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
+
+
+def _scoring(options: Any) -> dict[str, Any]:
+    """The same as arguments of `diffussm.evaluation`."""
+    if options.batch_size < 1 or (options.size is not None and options.size < 1):
+        raise ValueError("--batch_size and --size are at least 1")
+    return {
+        "weights": options.weights,
+        "size": options.size,
+        "exif_rotate": options.exif_rotate,
+        "batch_size": options.batch_size,
+        "device": options.device or _default_device(),
+    }
 
 
 def _check_new(path: Path | None, suffix: str) -> None:
@@ -657,25 +985,6 @@ def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _inception(weights: Path | None) -> str:
-    """For the doctor: are these the weights that the scores are defined by?"""
-    if weights is None:
-        raise Skip("say with --weights where they lie")
-    from diffussm import evaluation
-
-    evaluation.check_weights(weights)
-    return f"{weights} has the right checksum"
-
-
-def _reference(reference: Path | None) -> str:
-    """For the doctor: is there something to compare with?"""
-    if reference is None:
-        raise Skip("say with --reference what evaluate shall compare with")
-    if not reference.exists():
-        raise FileNotFoundError(f"there is no {reference}")
-    return f"{reference} is there"
 
 
 @cache
@@ -835,136 +1144,198 @@ def _gigabytes(count: float) -> str:
 def _doctor(arguments: Sequence[str]) -> int:
     """see whether this machine can carry out a run, before it starts"""
     parser = _new_parser("doctor", "Look at all that a run needs. Exit code 1 if something fails.")
-    parser.add_argument("recipe", type=str, help="as for train")
-    parser.add_argument("--data", type=str | None, default=None, help="as for train")
     parser.add_argument("--out", type=Path, default=Path("."), help="where the run will be written")
     parser.add_argument("--vae", type=str | None, default=None, help="autoencoder that decodes the samples")
     parser.add_argument("--weights", type=Path | None, default=None, help="Inception weights, for evaluate")
     parser.add_argument("--reference", type=Path | None, default=None, help="what evaluate compares with")
     parser.add_argument("--processes", type=int, default=0, help="0: as many as there are GPUs, or 2")
-    parser.add_argument("--micro_batch", type=int | None, default=None, help="as for train")
-    parser.add_argument("--recompute", type=bool | None, default=None, help="as for train")
-    parser.add_argument("--parallel", type=str | None, default=None, help="as for train")
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument(
         "--limit", type=float, default=120.0, help="seconds that the processes may take to talk"
     )
     parser.add_argument("--quick", action="store_true", help="do not read all of the latents")
-    options = parser.parse_args(list(arguments))
+    _add_recipe(parser, arguments)
+    options, given = _parse(parser, arguments)
     if options.processes < 0 or not options.limit > 0:
         raise ValueError("--processes is not negative, and --limit is more than 0")
-    from dataclasses import replace
-
-    config = read_recipe(options.recipe)
-    for name in ("data", "micro_batch", "recompute", "parallel"):
-        if options[name] is not None:
-            config = replace(config, **{name: options[name]})
+    config = _recipe_of(options)
+    if not _is_latent(config):
+        _refuse_idle(given, "for a model of pixels")
+    if "WORLD_SIZE" in os.environ:
+        _refuse_idle(given, "under torchrun")
 
     findings = []
     for what, question in doctor_questions(config, options):
         findings.append(examine(what, question))
         line = f"{findings[-1].verdict}  {what}: {findings[-1].told}"
-        if int(os.environ.get("RANK", 0)) == 0 or findings[-1].verdict == "FAIL":
+        if _rank() == 0 or findings[-1].verdict == "FAIL":
             print(line, flush=True)
     return int(any(finding.verdict == "FAIL" for finding in findings))
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _first_process_only() -> None:
+    """Skip, in all processes but the first, what is the same for all and takes long, or would be said often."""
+    if _rank() > 0:
+        raise Skip("the first process looks")
+
+
 def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Callable[[], str]]]:
-    """What `diffussm doctor` asks, in order; each question returns what it saw, or raises."""
+    """What `diffussm doctor` asks, in order; each question returns what it saw, or raises.
+
+    Under torchrun every process asks them, each of its own GPU.
+    """
     import torch
 
     kind = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     processes = int(os.environ.get("WORLD_SIZE", 0)) or options.processes or gpus or 2
-    latents = config.model.in_channels not in (1, 3)
-
-    def gpu() -> str:
-        if kind == "cpu":
-            raise Skip("none is used; a CPU is enough for digits and openmoji")
-        if not gpus:
-            raise OSError("torch sees no GPU; see what nvidia-smi says, and whether torch was built for CUDA")
-        named = (torch.cuda.get_device_properties(i) for i in range(gpus))
-        return ", ".join(f"{card.name} with {_gigabytes(card.total_memory)}" for card in named)
-
-    def memory() -> str:
-        need = memory_needed(config, processes)["total"]
-        free = torch.cuda.mem_get_info()[0] if gpus else _free_memory() / processes
-        told = (
-            f"{_gigabytes(need)} needed for each of {processes} processes (computed), {_gigabytes(free)} free"
-        )
-        if need > free:
-            raise OSError(f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp")
-        return told
-
-    def bf16() -> str:
-        if config.precision != "bf16":
-            raise Skip(f"the recipe trains in {config.precision}")
-        if gpus and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise OSError("this GPU has no bf16; train with --precision float32")
-        x = torch.ones(8, 8, dtype=torch.bfloat16, device=kind)
-        if (x @ x).float().sum().item() != 512:
-            raise OSError("a product in bf16 is wrong; train with --precision float32")
-        return "works"
-
-    def disk() -> str:
-        kept = config.keep_last + 1 + (config.steps // config.keep_every if config.keep_every else 0)
-        need = kept * 4 * 4.0 * parameter_count(config.model)
-        there = next(
-            path for path in (options.out.absolute(), *options.out.absolute().parents) if path.is_dir()
-        )
-        if not os.access(there, os.W_OK):
-            raise OSError(f"{there} cannot be written to; choose another --out")
-        free = shutil.disk_usage(there).free
-        told = f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free at {there}"
-        if need > free:
-            raise OSError(f"{told}; free some, raise --keep_every, or choose another --out")
-        return told
-
-    def data() -> str:
-        from diffussm.latents import LatentStore, verify_store
-        from diffussm.training import check_data
-
-        found = open_data(config)
-        check_data(found, config)
-        told = f"{len(found)} images in {found.num_classes} classes"
-        if isinstance(found, LatentStore) and not options.quick:
-            if problems := verify_store(found.path):
-                raise OSError("; ".join(problems))
-            told += ", every checksum right"
-        return told
-
-    def vae() -> str:
-        if not latents:
-            raise Skip("the recipe trains on pixels")
-        if options.vae is None:
-            raise Skip("say with --vae what decodes the samples")
-        found = open_data(config) if config.data else None
-        decode, _ = _decoder(options.vae, kind, getattr(found, "vae", None))
-        shape = (1, config.model.in_channels, config.model.height, config.model.width)
-        image = decode(torch.zeros(shape, device=kind))
-        if not bool(image.isfinite().all()):
-            raise ValueError(f"{options.vae} decodes to numbers that are not finite")
-        return f"decodes {shape[2]} x {shape[3]} to {image.shape[2]} x {image.shape[3]} pixels"
-
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     return [
-        ("GPU", gpu),
-        ("memory", memory),
-        ("bf16", bf16),
-        ("processes", lambda: probe_all_reduce(kind, processes, options.limit)),
-        ("disk", disk),
-        ("data", data),
-        ("autoencoder", vae),
-        ("Inception", partial(_inception, options.weights)),
-        ("reference", partial(_reference, options.reference)),
+        ("GPU", partial(_ask_gpu, device, gpus)),
+        ("memory", partial(_ask_memory, config, processes, device)),
+        ("bf16", partial(_ask_bf16, config, device)),
+        ("processes", partial(probe_all_reduce, kind, processes, options.limit)),
+        ("disk", partial(_ask_disk, config, options.out)),
+        ("data", partial(_ask_data, config, options.quick)),
+        ("autoencoder", partial(_ask_vae, config, options.vae, device)),
+        ("Inception", partial(_ask_inception, options.weights)),
+        ("reference", partial(_ask_reference, options.reference)),
     ]
 
 
+def _ask_gpu(device: Any, gpus: int) -> str:
+    import torch
+
+    if device.type == "cpu":
+        raise Skip("none is used; a CPU is enough for digits and openmoji")
+    if not gpus:
+        raise OSError("torch sees no GPU; see what nvidia-smi says, and whether torch was built for CUDA")
+    if device.index >= gpus:
+        raise OSError(f"process {device.index} of this machine has no GPU of its own: there are {gpus}")
+    mine = range(gpus) if "LOCAL_RANK" not in os.environ else [device.index]
+    cards = (torch.cuda.get_device_properties(i) for i in mine)
+    return ", ".join(f"{card.name} with {_gigabytes(card.total_memory)}" for card in cards)
+
+
+def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
+    import torch
+
+    need = memory_needed(config, processes)["total"]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() / processes
+    told = f"{_gigabytes(need)} needed for each of {processes} processes (computed), {_gigabytes(free)} free"
+    if need > free:
+        raise OSError(f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp")
+    return told
+
+
+def _ask_bf16(config: "TrainConfig", device: Any) -> str:
+    import torch
+
+    if config.precision != "bf16":
+        raise Skip(f"the recipe trains in {config.precision}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise OSError("this GPU has no bf16; train with --precision float32")
+    x = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    if (x @ x).float().sum().item() != 512:
+        raise OSError("a product in bf16 is wrong; train with --precision float32")
+    return "works"
+
+
+def checkpoints_kept(config: "TrainConfig") -> int:
+    """How many checkpoints lie on the disk at most, while a run writes its last one."""
+    kept = {step for step in config.keep_steps if step <= config.steps}
+    if config.keep_every:
+        kept |= set(range(config.keep_every, config.steps + 1, config.keep_every))
+    return len(kept) + config.keep_last + 1  # one is written before an old one is removed
+
+
+def _ask_disk(config: "TrainConfig", out: Path) -> str:
+    _first_process_only()
+    kept = checkpoints_kept(config)
+    need = kept * 4 * 4.0 * parameter_count(config.model)
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    if not os.access(there, os.W_OK):
+        raise OSError(f"{there} cannot be written to; choose another --out")
+    free = shutil.disk_usage(there).free
+    told = f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free at {there}"
+    if need > free:
+        raise OSError(f"{told}; free some, raise --keep_every, or choose another --out")
+    return told
+
+
+def _ask_data(config: "TrainConfig", quick: bool) -> str:
+    from diffussm.latents import LatentStore, verify_store
+    from diffussm.training import check_data
+
+    found = open_data(config)  # by every process: each machine must see it
+    check_data(found, config)
+    _first_process_only()
+    told = f"{len(found)} images in {found.num_classes} classes"
+    if isinstance(found, LatentStore) and not quick:
+        if problems := verify_store(found.path):
+            raise OSError("; ".join(problems))
+        told += ", every checksum right"
+    return told
+
+
+def _ask_vae(config: "TrainConfig", name: str | None, device: Any) -> str:
+    import torch
+
+    if not _is_latent(config):
+        raise Skip("the recipe trains on pixels")
+    if name is None:
+        raise Skip("say with --vae what decodes the samples")
+    found = open_data(config) if config.data else None
+    decode, _ = _decoder(name, device, getattr(found, "vae", None))
+    shape = (1, config.model.in_channels, config.model.height, config.model.width)
+    image = decode(torch.zeros(shape, device=device))
+    if not bool(image.isfinite().all()):
+        raise ValueError(f"{name} decodes to numbers that are not finite")
+    told = f"decodes {shape[2]} x {shape[3]} to {image.shape[2]} x {image.shape[3]} pixels"
+    file = Path(name) / VAE_FILE
+    known = published(file) if _rank() == 0 and file.is_file() else None
+    return f"{told}; its weights are those of {known.url}" if known else told
+
+
+def _ask_inception(weights: Path | None) -> str:
+    """Are these the weights that the scores are defined by?"""
+    if weights is None:
+        raise Skip("say with --weights where they lie")
+    _first_process_only()
+    from diffussm import evaluation
+
+    evaluation.check_weights(weights)
+    return f"{weights} has the right checksum"
+
+
+def _ask_reference(reference: Path | None) -> str:
+    """Is there something to compare with?"""
+    if reference is None:
+        raise Skip("say with --reference what evaluate shall compare with")
+    _first_process_only()
+    if not reference.exists():
+        raise FileNotFoundError(f"there is no {reference}")
+    known = published(reference) if reference.is_file() else None
+    return f"{reference} is {'the published one' if known else 'there'}"
+
+
 def _free_memory() -> float:
-    """Bytes of main memory that are free, by the system's own account."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    """Bytes of main memory that are free, by the account of Linux; other systems are not asked."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return 1024.0 * int(line.split()[1])
-    raise Skip("the system does not say how much memory is free")
+    raise Skip("this system does not say in /proc/meminfo how much memory is free")
 
 
 COMMANDS = {
@@ -981,10 +1352,52 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``diffussm``; returns its exit code.
 
-    0 done, 1 refused or failed, 2 bad usage, 75 asked to stop (the run is saved, start it again), 130
+    0 done, 1 refused or failed, 2 bad usage, 75 asked to stop (what is done is saved, start it again), 130
     interrupted.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.stderr or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between the lines of a progress bar
+        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+    streams: list[Any] = [_Pipe(stream) if stream else None for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        for stream in filter(None, streams):
+            stream.flush()
+    return code
+
+
+class _Pipe:
+    """A stream of output whose reader may leave, as in ``diffussm train ... | head``.
+
+    What is written from then on goes nowhere, and the command does its work to the end.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._close()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._close()
+
+    def _close(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what Python still holds for it goes there too
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _dispatch(arguments: list[str]) -> int:
     commands = "\n".join(f"  {name:<12}{command.__doc__}" for name, command in COMMANDS.items())
     usage = f"usage: diffussm COMMAND [options]    (diffussm COMMAND --help lists the options)\n\n{commands}"
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -998,21 +1411,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[name](arguments[1:])
     except SystemExit as stop:  # jsonargparse has printed its own message
         return stop.code if isinstance(stop.code, int) else 2
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if _sentence(error) is None:
+            raise
         return _report(name, error)
 
 
-def _report(command: str, error: BaseException) -> int:
-    """Print what made a command fail, and return its exit code; raises what nobody foresaw."""
-    rank = int(os.environ.get("RANK", 0))
-    who = f"diffussm {command}" + (f" [process {rank}]" if rank else "")
-    told = str(error)
+def _sentence(error: BaseException) -> str | None:
+    """What to tell whoever typed the command; None for an error that is a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
-        print(f"\n{who}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    if isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told):
-        told = "out of memory; take a smaller batch (train: --micro_batch), see doctor"
-    elif not isinstance(error, ValueError | OSError | ImportError | FloatingPointError | MemoryError):
-        raise error
-    print(f"{who}: {told}", file=sys.stderr)
-    return 1
+        return f"interrupted; {error}" if error.args else "interrupted"
+    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError | MemoryError):
+        return str(error)
+    lost = ("out of memory", "can't allocate memory")  # torch has no class of its own for this on a CPU
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in lost):
+        return "out of memory; take a smaller batch (train: --micro_batch), see doctor"
+    return None
+
+
+def _report(command: str, error: BaseException) -> int:
+    """Say on the error stream what went wrong, and in which process; a bug with its traceback. The exit code."""
+    told = _sentence(error)
+    if told is None:
+        traceback.print_exception(error)
+    process = f" [process {_rank()}]" if _rank() else ""
+    print(f"diffussm {command}{process}: {told or repr(error)}", file=sys.stderr, flush=True)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
