@@ -322,9 +322,8 @@ def _encode(arguments: Sequence[str]) -> int:
         store = LatentStore(out)
         if world.rank == 0:
             skipped = [one for shard in store.manifest["shards"] for one in shard["skipped"]]
-            print(
-                f"{out} holds the latents of {len(store)} images in {store.num_classes} classes; {len(skipped)} skipped"
-            )
+            held = f"{len(store)} images in {store.num_classes} classes"
+            print(f"{out} holds the latents of {held}; {len(skipped)} skipped")
             _tell_skipped(skipped)
         if options.verify:
             problems = world.once(partial(verify_store, out))
@@ -418,9 +417,14 @@ def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     names = ", ".join(recipe_files())
     parser.add_argument("recipe", type=str, help=f"what to train: a YAML file, or one of {names}")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(TrainConfig, help="options of the recipe")
+    parser.add_class_arguments(TrainConfig, help="options of the recipe", skip={"keep"})
+    kept = (
+        "checkpoints to keep: steps or images, as in 400k,338M images"  # without the brackets of a YAML list
+    )
+    parser.add_argument("--keep", type=str | list[str | int], default=[], help=kept)
     if arguments and not arguments[0].startswith("-"):  # it decides the defaults of all other options
-        parser.set_defaults(asdict(read_recipe(arguments[0])))
+        recipe = read_recipe(arguments[0])
+        parser.set_defaults(asdict(recipe) | {"keep": list(recipe.keep)})
     elif not {"-h", "--help"} & set(arguments):
         raise ValueError(f"name the recipe first, as in: {parser.prog} digits; there are {names}")
 
@@ -572,7 +576,7 @@ def _tensorboard() -> Any:
 def _decoder(
     vae_name: str, device: Any, made_by: dict[str, Any] | None
 ) -> "tuple[Callable[[Tensor], Tensor], dict[str, Any]]":
-    """What turns latents into images, and its identity; ValueError if another encoder has made the latents."""
+    """What turns latents into images, and its identity; ValueError if another encoder made the latents."""
     from diffussm.latents import check_encoder, decode, load_vae, vae_identity
 
     vae = load_vae(vae_name, device)
@@ -846,8 +850,8 @@ def _draw_set(
     seen = json.loads((run / "config.json").read_text())["dataset"]["images"]
     if "count" not in given and config.count > seen:
         raise ValueError(
-            f"the preset {options.preset} draws {config.count:,} images, and this run has learnt from {seen:,}; "
-            "say with --count how many to draw"
+            f"the preset {options.preset} draws {config.count:,} images, and this run has learnt from "
+            f"{seen:,}; say with --count how many to draw"
         )
     checkpoint = find_checkpoint(run, options.step)
     assert checkpoint is not None  # load_run has found it
@@ -878,8 +882,9 @@ def _how_many(images: int, batches: int, config: "SampleConfig", trained: "Train
     """What is about to be drawn, in words; whole batches are drawn, also at the end."""
     guided = trained.model.num_classes > 0 and config.cfg_scale != 1
     passes = images * config.steps * (2 if guided else 1)
+    drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)}"
     times = f"{config.steps} steps{', each with and without the class' if guided else ''}"
-    return f"{images:,} images in {batches:,} batch{'es' * (batches > 1)}, {times}: {passes:,} passes through the network"
+    return f"{drawn}, {times}: {passes:,} passes of an image through the network"
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -1178,7 +1183,7 @@ def _rank() -> int:
 
 
 def _first_process_only() -> None:
-    """Skip, in all processes but the first, what is the same for all and takes long, or would be said often."""
+    """Skip, in all processes but the first, what is the same for all of them."""
     if _rank() > 0:
         raise Skip("the first process looks")
 
@@ -1430,7 +1435,7 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _report(command: str, error: BaseException) -> int:
-    """Say on the error stream what went wrong, and in which process; a bug with its traceback. The exit code."""
+    """Say on the error stream what went wrong, a bug with its traceback; returns the exit code."""
     told = _sentence(error)
     if told is None:
         traceback.print_exception(error)
