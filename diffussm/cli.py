@@ -5,6 +5,7 @@ Generated from book/14_imagenet.md by `make export`: edit there.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -64,6 +65,7 @@ __all__ = [
     "doctor_questions",
     "checkpoints_kept",
     "COMMANDS",
+    "LOG",
     "main",
 ]
 
@@ -269,7 +271,6 @@ def _vae(arguments: Sequence[str]) -> int:
             draft.replace(out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    _tell_skipped(source.skipped)
     print(f"wrote {out}: an autoencoder with a scaling factor of {vae.config.scaling_factor}")
     return 0
 
@@ -1354,6 +1355,9 @@ COMMANDS = {
 }
 
 
+LOG = logging.getLogger("diffussm")  # what the package has to say while a bar is shown goes above the bar
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``diffussm``; returns its exit code.
 
@@ -1363,8 +1367,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.stderr or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between the lines of a progress bar
         os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+    from tqdm.contrib.logging import logging_redirect_tqdm  # it reads them when it is imported
+
     streams: list[Any] = [_Pipe(stream) if stream else None for stream in (sys.stdout, sys.stderr)]
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]), logging_redirect_tqdm([LOG]):
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         for stream in filter(None, streams):
             stream.flush()
