@@ -427,7 +427,7 @@ def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
         recipe = read_recipe(arguments[0])
         parser.set_defaults(asdict(recipe) | {"keep": list(recipe.keep)})
     elif not {"-h", "--help"} & set(arguments):
-        raise ValueError(f"name the recipe first, as in: {parser.prog} digits; there are {names}")
+        raise ValueError(f"name what to train first, as in: {parser.prog} digits; the recipes are {names}")
 
 
 def _recipe_of(options: Any) -> "TrainConfig":
@@ -648,6 +648,7 @@ def draw_grid(
     """
     import torch
 
+    from diffussm.distributed import precision as computing_in
     from diffussm.sampling import sample
     from diffussm.training import diffusion_of, stream
 
@@ -659,7 +660,7 @@ def draw_grid(
     noise = torch.randn(len(classes) * count, *shape, generator=generator).to(where)
     conditional = model.null_label is not None
     labels = torch.tensor(classes).repeat_interleave(count).to(where) if conditional else None
-    with torch.autocast(where.type, torch.bfloat16, enabled=precision == "bf16"):
+    with computing_in(precision, where):
         images = sample(
             model,
             diffusion_of(config),
@@ -790,15 +791,18 @@ def _check_sample_options(
         _refuse_idle(given, "without guidance, at a cfg_scale of 1")
     if not _is_latent(trained):
         _refuse_idle(given, "for a model of pixels")
+    channels = config.guidance_channels or 0
+    if "guidance_channels" in given and channels > trained.model.in_channels:
+        raise ValueError(f"--guidance_channels {channels}: the model has {trained.model.in_channels}")
     if config.steps > trained.timesteps:
         if "steps" in given or options.grid is None:
             raise ValueError(
                 f"--steps {config.steps}: the run has {trained.timesteps} timesteps; give that many or fewer"
             )
         config = replace(config, steps=trained.timesteps)
-    if options.classes is None:
-        return config
-    return replace(config, classes=tuple(parse_classes(options.classes, names)))
+    if options.classes is not None:
+        config = replace(config, classes=tuple(parse_classes(options.classes, names)))
+    return config.of(trained.model)
 
 
 def _draw_grid(
@@ -872,7 +876,7 @@ def _draw_set(
         )
     except Preempted as stop:
         if world.rank == 0:
-            print(stop, file=sys.stderr)
+            print(f"{stop}; the same command draws the others", file=sys.stderr)
         return EXIT_PREEMPTED
     if world.rank == 0:
         print(f"wrote {config.count} images to {options.out}")
@@ -1446,5 +1450,6 @@ def _report(command: str, error: BaseException) -> int:
     if told is None:
         traceback.print_exception(error)
     process = f" [process {_rank()}]" if _rank() else ""
-    print(f"diffussm {command}{process}: {told or repr(error)}", file=sys.stderr, flush=True)
+    begun = "\n" * isinstance(error, KeyboardInterrupt)  # the terminal shows ^C without a new line
+    print(f"{begun}diffussm {command}{process}: {told or repr(error)}", file=sys.stderr, flush=True)
     return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -53,6 +53,7 @@ __all__ = [
     "LABELS",
     "SAMPLE_PRESETS",
     "draw_batch",
+    "precision",
     "draw_samples",
     "SAMPLES_FORMAT",
     "to_uint8",
@@ -541,7 +542,7 @@ def draw_batch(
         generator=generator,
         noise=torch.randn(shape, generator=generator).to(world.device),
     )
-    with _precision(config.precision, world.device):
+    with precision(config.precision, world.device):
         for _, latest, _ in chain:
             x = latest  # (B, C, H, W)
             if world.stopping:
@@ -551,7 +552,8 @@ def draw_batch(
 
 
 @contextmanager
-def _precision(name: str, device: torch.device) -> Iterator[None]:
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """A context in which a network computes as `SampleConfig.precision` says."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if name == "float32" else "high")

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -265,8 +267,8 @@ def test_sample_writes_a_set_of_decoded_images(work, tmp_path):
     )
     diffussm(words + "set.npz", w=work, t=tmp_path)
     with np.load(tmp_path / "set.npz", allow_pickle=False) as made:
-        assert made["arr_0"].shape == (6, 16, 16, 3) and made["arr_1"].tolist() == [0, 1] * 3
-        images = made["arr_0"]
+        assert made["arr_0"].shape == (6, 16, 16, 3)
+        images, labels = made["arr_0"], made["arr_1"].tolist()
     how = json.loads((tmp_path / "set.json").read_text())
     made_by = LatentStore(work / "latents").vae
     assert how["cfg_scale"] == 1.0
@@ -277,6 +279,7 @@ def test_sample_writes_a_set_of_decoded_images(work, tmp_path):
     }
     diffussm(words + "folder", w=work, t=tmp_path)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000003.png")), images[3])
+    assert list(json.loads((tmp_path / "folder" / "labels.json").read_text()).values()) == labels
 
 
 def test_the_vae_command_writes_what_load_vae_reads(work):
@@ -351,9 +354,9 @@ MISTAKES = [
     ("sample --from {w}/digits --grid {t}/x.png --device quantum", "quantum"),
     ("sample --from {w}/digits", "either"),
     ("sample --from {w}/latent-run --grid {t}/x.png", "--vae"),
-    ("sample --from {w}/latent-run --out {t}/y --vae {w}/other", "is not the autoencoder"),
+    ("sample --from {w}/latent-run --out {t}/y --vae {w}/other", "made by the encoder of"),
     ("sample --from {w}/latent-run --out {t}/y --vae {t}/nowhere", "nowhere"),
-    ("sample --from {w}/digits --out {w}/images", "no set of samples"),
+    ("sample --from {w}/digits --out {w}/images --count 3", "no set of samples"),
     ("sample --grid {t}/x.png", "from"),
     ("train", "name what to train"),
     ("train --out {t}/new digits", "name what to train"),
@@ -370,13 +373,19 @@ MISTAKES = [
     ("train {w}/images --out {t}/new", "no recipe"),
     ("train {w}/vae/config.json --out {t}/new", "config.json"),
     ("train digits", "out"),
+    ("train digits --out {t}/new --convolution fast", "convolution"),
+    ("train digits --out {t}/new --keep soon", "keep"),
+    ("sample --from {w}/digits --grid {t}/x.png --step 3", "step 3"),
+    ("evaluate {w}/images --self_test", "alone"),
+    ("statistics {w}/images {t}/x.npz --size 0", "at least 1"),
+    ("encode {w}/images {t}/new --vae {w}/vae --size 16 --workers 0", "at least 1"),
     ("train digits --out {w}/digits --lr 0.5", "holds another run"),
     ("train digits --out {w}/images", "holds no training run"),
     ("train imagenet256 --out {t}/new", "--data"),
     ("train imagenet256 --out {t}/new --data {w}/images", "diffussm encode"),
     ("train imagenet256 --out {t}/new --data {w}/latents", "the model takes"),
     ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --sample_every 2", "--vae"),
-    ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --vae {w}/other", "is not the autoencoder"),
+    ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --vae {w}/other", "made by the encoder of"),
     ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --model.num_classes 3", "classes"),
     ("encode {w}/images {w}/latents --vae {w}/vae --size 8", "other latents"),
     ("encode {w}/images {w}/latents --vae {w}/other --size 16 --shard_size 8", "other latents"),
@@ -472,6 +481,314 @@ def test_import_pulls_in_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+# What the commands say, refuse and keep
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run on pixels without classes, of two steps and 30 timesteps; both steps are kept."""
+    folder = tmp_path_factory.mktemp("plain")
+    rng = np.random.default_rng(1)
+    (folder / "images").mkdir()
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{i}.png"
+        )
+    (folder / "plain.yaml").write_text(
+        "model: {input_size: 8, in_channels: 3, num_classes: 0, d_model: 16, n_blocks: 1, d_state: 4}\n"
+        "steps: 3\nbatch_size: 4\ntimesteps: 30\nlr: 0.1\n"
+    )
+    words = "train {f}/plain.yaml --data {f}/images --out {f}/run --device cpu --sample_every 1 --keep_last 1"
+    said = diffussm(words + " --keep 1,8images", f=folder)
+    return SimpleNamespace(folder=folder, run=folder / "run", said=said)
+
+
+def grid(run, path, options, code=0):
+    """A grid of two images for each class: its bytes, or what was said when it was refused."""
+    said = diffussm(
+        f"sample --from {run} --per_class 2 --device cpu --grid {path} --overwrite {options}", code
+    )
+    return path.read_bytes() if code == 0 else said
+
+
+IDLE = [
+    ("sample --from {w}/digits --grid {t}/x.png --count 3", "--count"),
+    ("sample --from {w}/digits --grid {t}/x.png --labels random --batch_size=3", "--labels and --batch_size"),
+    ("sample --from {w}/digits --out {t}/x --per_class 3", "--per_class"),
+    ("sample --from {w}/digits --out {t}/x --overwrite", "--overwrite"),
+    ("sample --from {w}/digits --out {t}/x --cfg_scale 1 --guidance_channels 1", "--guidance_channels"),
+    ("sample --from {w}/digits --grid {t}/x.png --guidance_channels 3", "--guidance_channels 3"),
+    ("sample --from {p}/run --grid {t}/x.png --classes 1", "--classes"),
+    ("sample --from {p}/run --out {t}/x --cfg_scale 2 --labels random", "--labels and --cfg_scale"),
+    ("train digits --out {t}/x --exif_rotate true", "--exif_rotate"),
+    ("train digits --out {t}/x --workers 2", "--workers"),
+    ("train digits --out {t}/x --vae {w}/vae", "--vae"),
+    ("train {w}/tiny.yaml --data {w}/latents --out {t}/x --workers 2", "--workers"),
+    ("train {w}/tiny.yaml --data {w}/latents --out {t}/x --vae {w}/vae --no_grid", "--vae"),
+    ("train {p}/plain.yaml --data {p}/images --out {t}/x --vae {w}/vae", "--vae"),
+    ("doctor digits --vae {w}/vae", "--vae"),
+    ("evaluate --self_test --size 8 --exif_rotate", "--size and --exif_rotate"),
+    ("evaluate --self_test --weights {w}/tiny.yaml", "--weights"),
+]
+
+
+@pytest.mark.parametrize(("command", "names"), IDLE, ids=range(len(IDLE)))
+def test_an_option_that_would_change_nothing_is_refused_by_name(work, plain, tmp_path, command, names):
+    said = diffussm(command, 1, w=work, p=plain.folder, t=tmp_path)
+    assert names in said.splitlines()[-1] and not list(tmp_path.iterdir())
+
+
+def test_defaults_recipes_and_presets_are_not_taken_for_options_that_were_given(work, tmp_path):
+    """paper-fid guides three channels, of which digits have one; the recipe may name workers."""
+    (tmp_path / "recipe.yaml").write_text(
+        (work / "tiny.yaml").read_text() + "workers: 2\nexif_rotate: true\n"
+    )
+    diffussm(
+        "train {t}/recipe.yaml --data {w}/latents --out {t}/run --no_grid --device cpu", w=work, t=tmp_path
+    )
+    grid(work / "digits", tmp_path / "x.png", "--preset paper-fid --steps 2 --classes 1")
+
+
+def test_an_lmdb_has_no_classes_to_leave_out(work, tmp_path):
+    import lmdb
+
+    with (
+        lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 20) as environment,
+        environment.begin(write=True) as put,
+    ):
+        for i in range(3):
+            put.put(b"%d" % i, (work / "images" / "cats" / f"{i}.png").read_bytes())
+    words = "encode {t}/lmdb {t}/store --vae {w}/vae --size 16 --device cpu"
+    assert "--no_classes" in diffussm(words + " --no_classes", 1, w=work, t=tmp_path)
+    assert "3 images in 0 classes" in diffussm(words + " --workers 1", w=work, t=tmp_path)
+
+
+def test_a_set_of_one_class_holds_that_class_and_says_so(work, tmp_path):
+    words = (
+        f"sample --from {work}/digits --count 5 --steps 2 --device cpu --classes 3 --out {tmp_path}/threes"
+    )
+    diffussm(words)
+    labels = json.loads((tmp_path / "threes" / "labels.json").read_text())
+    assert labels == {f"{i:06d}.png": 3 for i in range(5)}
+    assert json.loads((tmp_path / "threes" / "samples.json").read_text())["classes"] == [3]
+
+
+def test_a_grid_honours_precision_and_clipping(work, tmp_path):
+    drawn = {
+        options: grid(work / "digits", tmp_path / "x.png", f"--steps 3 --classes 1 {options}")
+        for options in ("", "--precision bf16", "--clip_denoised false", "--clip_denoised true")
+    }
+    assert drawn[""] == drawn["--clip_denoised true"]  # pixels are clipped
+    assert len(set(drawn.values())) == 3
+
+
+def test_nobody_draws_more_images_than_were_learnt_from_unless_they_say_so(work, tmp_path):
+    said = diffussm(f"sample --from {work}/digits --device cpu --out {tmp_path}/x", 1)
+    assert "50,000" in said and "1,437" in said and "--count" in said and not list(tmp_path.iterdir())
+    # 3 batches of 4, 2 steps, with and without the class; more images than the 12 that the run has seen
+    said = diffussm(
+        f"sample --from {work}/digits --device cpu --out {tmp_path}/x --count 9 --batch_size 4 --steps 2"
+    )
+    assert "12 images in 3 batches, 2 steps" in said and f" {12 * 2 * 2} passes" in said
+
+
+def test_samples_come_from_the_step_that_is_asked_for(plain, tmp_path):
+    kept = sorted(path.name for path in (plain.run / "checkpoints").iterdir())
+    assert kept == [f"step_{step:08d}" for step in (1, 2, 3)]  # 8 images are two steps
+    newest = grid(plain.run, tmp_path / "x.png", "")
+    assert (
+        newest
+        == grid(plain.run, tmp_path / "x.png", "--step 3")
+        != grid(plain.run, tmp_path / "x.png", "--step 1")
+    )
+    words = f"sample --from {plain.run} --count 2 --steps 2 --device cpu --out {tmp_path}/set --step 2"
+    diffussm(words)
+    assert json.loads((tmp_path / "set" / "samples.json").read_text())["checkpoint"] == "step_00000002"
+    assert "there are 1, 2, 3" in grid(plain.run, tmp_path / "y.png", "--step 7", code=1)
+
+
+def test_a_schedule_of_30_timesteps_is_drawn_from_in_training_and_after(plain, tmp_path):
+    assert (plain.run / "samples.png").is_file() and len(list((plain.run / "samples").iterdir())) == 3
+    assert grid(plain.run, tmp_path / "x.png", "") == grid(plain.run, tmp_path / "x.png", "--steps 30")
+    assert "30 timesteps" in grid(plain.run, tmp_path / "y.png", "--steps 31", code=1)
+    # a set is of a protocol, so its steps are not lowered without a word
+    said = diffussm(f"sample --from {plain.run} --count 2 --device cpu --out {tmp_path}/set", 1)
+    assert "--steps 250" in said and not (tmp_path / "set").exists()
+
+
+def test_another_decoder_of_the_same_encoder_may_decode_and_is_recorded(work, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(work / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"] = tensors["decoder.conv_out.bias"] + 0.5
+    save_file(tensors, file)
+    words = "sample --from {w}/latent-run --count 2 --steps 2 --device cpu --vae {v} --out {t}/"
+    diffussm(words + "mine.npz", w=work, v=work / "vae", t=tmp_path)
+    diffussm(words + "other.npz", w=work, v=tmp_path / "vae", t=tmp_path)
+    mine, other = (json.loads((tmp_path / f"{name}.json").read_text())["vae"] for name in ("mine", "other"))
+    assert mine["encoder_sha256"] == other["encoder_sha256"]
+    assert mine["decoder_sha256"] != other["decoder_sha256"]
+    images = [np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("mine", "other")]
+    assert (images[1] - images[0]).mean() > 20
+
+
+def test_encode_names_what_it_skipped(work, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    for i in range(2):
+        (tmp_path / "images" / f"{i}.png").write_bytes((work / "images" / "cats" / f"{i}.png").read_bytes())
+    said = diffussm("encode {t}/images {t}/s --vae {w}/vae --size 16 --device cpu", w=work, t=tmp_path)
+    assert "1 skipped" in said and "broken.png" in said
+
+
+def test_many_skipped_images_are_counted_after_the_first(capsys):
+    cli._tell_skipped([(f"{i}.png", "broken") for i in range(cli.TOLD + 5)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == cli.TOLD + 1 and "5 more" in lines[-1]
+
+
+def interrupting(*_, **__):
+    raise KeyboardInterrupt
+
+
+INTERRUPTED = [
+    ("diffussm.latents.train_vae", "vae {w}/images {t}/new --size 16", "nothing is kept"),
+    (
+        "diffussm.latents.load_vae",
+        "encode {w}/images {w}/latents --vae {w}/vae --size 16",
+        "2 finished shards",
+    ),
+    ("diffussm.cli.draw_grid", "sample --from {w}/digits --grid {t}/x.png --device cpu", "nothing is kept"),
+    ("diffussm.training.train", "train digits --out {w}/digits --steps 4 " + SMALL, "goes on from step 4"),
+    ("diffussm.training.train", "train digits --out {t}/new " + SMALL, "begins again"),
+    ("diffussm.evaluation.evaluate", "evaluate {w}/images --reference {w}/images", "nothing is kept"),
+    ("diffussm.evaluation.save_statistics", "statistics {w}/images {t}/x.npz", "nothing is kept"),
+    (
+        "diffussm.distributed.draw_samples",
+        "sample --from {w}/digits --out {t}/new --count 2 --device cpu",
+        "finished batches are kept",
+    ),
+]
+
+
+@pytest.mark.parametrize(("where", "command", "said"), INTERRUPTED, ids=range(len(INTERRUPTED)))
+def test_an_interrupted_command_says_what_is_kept(work, tmp_path, monkeypatch, where, command, said):
+    monkeypatch.setattr(where, interrupting)
+    assert said in diffussm(command, 130, w=work, t=tmp_path)
+
+
+def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    def once_shown(line):
+        if line.startswith("step 2 "):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = f"train digits --out {tmp_path}/run --steps 6 --no_grid {SMALL} --log_every 1"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_say", once_shown)
+        said = diffussm(words, 75)
+    step = json.loads((tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json").read_text())["step"]
+    assert step == 3 and "goes on from there" in said and "step 3 of 6" in said
+    assert (tmp_path / "run" / "preempted").read_text().strip() in said
+    assert "6 steps done" in diffussm(words)
+
+
+def test_ctrl_c_keeps_the_batches_of_a_set(work, tmp_path, monkeypatch):
+    from diffussm import distributed
+
+    words = (
+        f"sample --from {work}/digits --out {tmp_path}/set --count 6 --batch_size 2 --steps 2 --device cpu"
+    )
+    drawn, draw = [], distributed.draw_batch
+
+    def first_one(*arguments, **options):
+        drawn.append(draw(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return drawn[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "draw_batch", first_one)
+        said = diffussm(words, 75)
+    assert len(drawn) == 1 and "1 of 3 batches" in said and "draws the others" in said
+    diffussm(words)
+    assert len(list((tmp_path / "set").glob("*.png"))) == 6
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has left."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_reader_that_leaves_ends_the_output_and_not_the_command(tmp_path):
+    with (tmp_path / "stream").open("w") as file, contextlib.redirect_stdout(Gone(file)):
+        assert cli.main(["evaluate", "--self_test"]) == 0
+        assert os.readlink(f"/proc/self/fd/{file.fileno()}") == os.devnull
+
+
+def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "diffussm",
+        *f"train digits --out {tmp_path}/run --steps 30 {SMALL}".split(),
+    ]
+    job = subprocess.Popen([*command, "--no_grid"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job.stdout.close()
+    said = job.stderr.read().decode()
+    assert job.wait(timeout=120) == 0, said
+    assert (tmp_path / "run" / "checkpoints" / "step_00000030").is_dir()
+    assert "Traceback" not in said and "Broken pipe" not in said
+    assert said.count("step/s") < 5  # 30 steps, and nobody watches
+
+
+def test_a_line_of_output_does_not_stick_to_the_bar():
+    from tqdm import tqdm
+
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), tqdm(total=3) as bar:
+        bar.update()
+        cli._say("a line")
+        logging.getLogger("diffussm.data").warning("a warning")
+    lines = [line.split("\r")[-1].strip() for line in stream.getvalue().splitlines()]
+    assert "a line" in lines
+
+
+def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypatch):
+    from tqdm import tqdm
+
+    def busy(arguments):
+        """busy"""
+        with tqdm(total=3, mininterval=0) as bar:
+            bar.update()
+            logging.getLogger("diffussm.data").warning("skipped x.png")
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "train", busy)
+    lines = [line.split("\r")[-1].strip() for line in diffussm("train").splitlines()]
+    assert "skipped x.png" in lines
+
+
+def test_the_weights_are_where_the_last_line_says(plain):
+    assert f"{plain.run}/checkpoints/step_00000003/ema" in plain.said
+    assert (plain.run / "checkpoints" / "step_00000003" / "ema" / "model.safetensors").is_file()
+
+
+def test_kept_checkpoints_are_named_without_brackets(plain):
+    assert json.loads((plain.run / "config.json").read_text())["keep"] == ["1", "8images"]
+
+
 # Doctor
 
 
@@ -505,7 +822,7 @@ def test_doctor_fails_with_everything_that_is_wrong_at_once(work, tmp_path):
     )
     for what in ("memory", "processes", "data", "autoencoder", "Inception", "reference"):
         assert f"FAIL  {what}" in said, said
-    assert "--micro_batch" in said and "is not the autoencoder" in said and not list(tmp_path.iterdir())
+    assert "--micro_batch" in said and "made by the encoder of" in said and not list(tmp_path.iterdir())
 
 
 def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
@@ -580,6 +897,143 @@ def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
     states = cli.memory_needed(config, 8)["weights, gradients, average, moments"]
     with torch.device("meta"):
         assert states == 20 * sum(p.numel() for p in DiffuSSM(config.model).parameters())
+
+
+def as_process(monkeypatch, rank, gpus):
+    """As torchrun would start it, on a machine with so many GPUs."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
+    as_process(monkeypatch, rank=5, gpus=8)
+    seen = []
+
+    def memory(device):
+        seen.append(device)
+        return 1e12, 1e12
+
+    def decoder(name, device, made_by):
+        seen.append(device)
+        raise ValueError("no GPU here")
+
+    def card(index):
+        seen.append(torch.device("cuda", index))
+        return SimpleNamespace(name="a card", total_memory=80e9)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    monkeypatch.setattr(cli, "_decoder", decoder)
+    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents"), batch_size=8)
+    questions = dict(cli.doctor_questions(config, asked(device=None, vae="x")))
+    for what in ("GPU", "memory", "autoencoder"):
+        cli.examine(what, questions[what])
+    assert seen == [torch.device("cuda", 5)] * 3
+
+
+def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypatch):
+    as_process(monkeypatch, rank=2, gpus=2)
+    questions = dict(cli.doctor_questions(cli.read_recipe("imagenet256"), asked(device=None)))
+    finding = cli.examine("GPU", questions["GPU"])
+    assert finding.verdict == "FAIL" and "there are 2" in finding.told
+
+
+def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
+    from diffussm import evaluation, latents
+
+    read = []
+    monkeypatch.setattr(latents, "verify_store", lambda path: read.append(path) or [])
+    monkeypatch.setattr(evaluation, "check_weights", read.append)
+    monkeypatch.setattr(cli, "published", read.append)
+    monkeypatch.setattr(
+        cli.shutil, "disk_usage", lambda path: read.append(path) or SimpleNamespace(free=1e15)
+    )
+    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents"))
+    paths = {"weights": work / "tiny.yaml", "reference": work / "tiny.yaml", "vae": str(work / "vae")}
+    for rank, verdict in ((1, "skip"), (0, "pass")):
+        read.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        questions = dict(cli.doctor_questions(config, asked(**paths)))
+        for what in ("disk", "data", "Inception", "reference"):
+            assert cli.examine(what, questions[what]).verdict == verdict
+        cli.examine("autoencoder", questions["autoencoder"])
+        assert len(read) == (5 if rank == 0 else 0)
+    assert "--processes" in diffussm_under_torchrun(monkeypatch, "doctor digits --processes 2")
+
+
+def diffussm_under_torchrun(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return diffussm(command, 1)
+
+
+def test_the_disk_must_hold_the_checkpoints_that_are_kept():
+    config = replace(cli.read_recipe("digits"), steps=100, keep_every=25, keep_last=2, keep=())
+    assert cli.checkpoints_kept(config) == 4 + 2 + 1
+    assert cli.checkpoints_kept(replace(config, keep=("30", "50", "400"))) == 4 + 2 + 1 + 1
+
+
+def test_doctor_passes_over_the_memory_where_the_system_does_not_tell(monkeypatch):
+    real = Path.read_text
+
+    def read_text(self, *arguments, **options):
+        if str(self) == "/proc/meminfo":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    memory = dict(cli.doctor_questions(cli.read_recipe("digits"), asked()))["memory"]
+    assert cli.examine("memory", memory).verdict == "skip"
+
+
+def test_doctor_takes_the_options_of_the_recipe(plain):
+    words = f"doctor digits --data {plain.folder}/images --device cpu --processes 1 --quick "
+    assert "FAIL  data" in diffussm(words, 1)
+    said = diffussm(words + "--model.in_channels 3 --model.num_classes 0 --batch_size 4")
+    assert "pass  data: 6 images" in said
+
+
+def test_a_file_with_the_name_of_a_published_one_must_be_that_one(tmp_path, monkeypatch):
+    file = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
+    file.write_bytes(b"abc")
+    with pytest.raises(ValueError, match="is not the published"):
+        cli.published(file)
+    known = cli.Download(
+        file.name, "", "", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    monkeypatch.setattr(cli, "DOWNLOADS", (known,))
+    assert cli.published(file) == known
+    other = tmp_path / "other.npz"
+    other.write_bytes(b"x")
+    assert cli.published(other) is None
+
+
+def test_published_checksums_agree_with_the_name_and_the_evaluator():
+    from diffussm import evaluation
+
+    weights = next(one for one in cli.DOWNLOADS if one.name == evaluation.WEIGHTS)
+    assert weights.sha256[:8] in weights.name
+    assert all(one.sha256 is None or len(one.sha256) == 64 for one in cli.DOWNLOADS)
+
+
+def test_without_signals_and_locks_of_unix_the_commands_work(tmp_path):
+    """As on Windows: no SIGUSR1, no fcntl; simulated here."""
+    commands = [
+        f"train digits --out {tmp_path}/run --steps 2 --no_grid {SMALL}",
+        f"sample --from {tmp_path}/run --grid {tmp_path}/x.png --steps 2 --classes 1 --device cpu",
+        f"sample --from {tmp_path}/run --out {tmp_path}/x.npz --steps 2 --count 2 --device cpu",
+        "doctor digits --quick --device cpu --processes 1",
+    ]
+    program = (
+        "import signal, sys; del signal.SIGUSR1; sys.modules['fcntl'] = None\n"
+        "from diffussm.cli import main\n"
+        f"sys.exit(max(main(words.split()) for words in {commands!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "x.png").is_file() and "Traceback" not in done.stderr
 
 
 # A thousand pieces of nonsense
@@ -738,5 +1192,5 @@ def test_100_fuzzed_command_lines_are_refused_without_a_file(work, tmp_path, mon
 
 
 def test_the_world_of_one_process_is_the_default():
-    with cli._cluster("cpu") as world:
+    with cli._cluster("train", "cpu") as world:
         assert isinstance(world, World) and (world.rank, world.size) == (0, 1)
