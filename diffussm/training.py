@@ -1088,7 +1088,9 @@ def _loop(
     diffusion = diffusion_of(config)
     network = world.wrap(state.model, config)
     clock = Clock(state.step, config)
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress, dynamic_ncols=True)
+    in_file = on_log is not None and not sys.stderr.isatty()  # there, the lines of the log are enough
+    silent = not progress or in_file
+    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=silent, dynamic_ncols=True)
     for batch in training_batches(data, state.model, config, state.step, world.rank, world.size):
         tally = accumulate_gradients(network, diffusion, batch, config, world)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
