@@ -254,6 +254,7 @@ def _vae(arguments: Sequence[str]) -> int:
         raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
 
     from diffussm.latents import images_from, train_vae
+    from diffussm.model import apply_umask
 
     source = images_from(images, options.size, exif_rotate=options.exif_rotate)
     with _interruptible(_nothing):
@@ -268,6 +269,8 @@ def _vae(arguments: Sequence[str]) -> int:
         draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             vae.save_pretrained(draft)
+            for file in draft.glob("*.safetensors"):
+                apply_umask(file)
             draft.replace(out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -459,6 +462,9 @@ def _train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--vae", type=str | None, default=None, help="autoencoder, to draw samples of latents"
     )
+    parser.add_argument(
+        "--other_data", action="store_true", help="go on with other images than the run began with"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard besides the log")
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument("--no_grid", action="store_true", help="draw no samples at the end")
@@ -488,7 +494,7 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
 
     out = options.out
     decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
-    world.once(lambda: _claim_run(out, config, data, world.size))
+    world.once(lambda: _claim_run(out, config, data, world.size, options.other_data))
 
     def draw(model: "DiffuSSM", step: int) -> None:
         picture = out / "samples" / f"step_{step:08d}.png"
@@ -532,13 +538,13 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
     return 0
 
 
-def _claim_run(out: Path, config: "TrainConfig", data: "Dataset", processes: int) -> None:
+def _claim_run(out: Path, config: "TrainConfig", data: "Dataset", processes: int, other_data: bool) -> None:
     """Every reason to refuse comes before the first file."""
     from diffussm.training import check_data, micro_batch_of, open_run
 
     micro_batch_of(config, processes)
     check_data(data, config)
-    open_run(out, config, data)
+    open_run(out, config, data, other_data)
     if hasattr(data, "vae"):
         (out / "vae.json").write_text(json.dumps(data.vae, indent=2) + "\n")
     (out / "preempted").unlink(missing_ok=True)

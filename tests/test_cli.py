@@ -782,6 +782,19 @@ def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypat
     assert ALONE.search(diffussm("train"))
 
 
+def test_a_run_goes_on_with_other_pictures_only_when_told(plain, tmp_path):
+    import shutil
+
+    shutil.copytree(plain.run, tmp_path / "run")
+    shutil.copytree(plain.folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "7.png")
+    words = (
+        "train {f}/plain.yaml --data {t}/images --out {t}/run --device cpu --steps 4 --no_grid --keep_last 1"
+    )
+    assert "--other_data" in diffussm(words, 1, f=plain.folder, t=tmp_path)
+    assert "4 steps done" in diffussm(words + " --other_data", f=plain.folder, t=tmp_path)
+
+
 def test_the_weights_are_where_the_last_line_says(plain):
     assert f"{plain.run}/checkpoints/step_00000003/ema" in plain.said
     assert (plain.run / "checkpoints" / "step_00000003" / "ema" / "model.safetensors").is_file()
