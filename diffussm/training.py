@@ -173,6 +173,10 @@ class TrainConfig:
             raise ValueError(f"precision={self.precision!r}: choose 'float32' or 'bf16'")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel={self.parallel!r}: choose 'ddp' or 'fsdp'")
+        if not isinstance(self.keep, str | int | list | tuple):
+            raise ValueError(
+                f"keep={self.keep!r}: expected steps or numbers of images, as in ['338M images']"
+            )
         # a YAML file may say `keep: 338M images` where a list of one would be meant
         entries = str(self.keep).split(",") if isinstance(self.keep, str | int) else self.keep
         object.__setattr__(self, "keep", tuple(str(entry).strip() for entry in entries))

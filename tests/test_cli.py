@@ -153,6 +153,9 @@ def test_every_recipe_fits_eight_gpus_of_80_gb(name):
         ("!!python/object/apply:os.system [echo]", "YAML"),
         ("model: {}\nlr: .nan", "lr"),
         ("model: 3", "mapping"),
+        ("model: {}\nkeep: 1.5", "keep"),
+        ("model: {}\nkeep: null", "keep"),
+        ("model: {}\nkeep: [soon]", "keep"),
         ("1: 2", "no recipe"),
     ],
 )
