@@ -257,8 +257,9 @@ class GaussianDiffusion(ForwardProcess):
     def respace(self, num_timesteps: int) -> Self:
         """A shorter chain through some of the same noise levels, for the same network (chapter 7).
 
-        The chosen timesteps are equally spaced, the first and the last among them; the betas follow from
-        their alphas_cumprod. The network is still told the original timestep.
+        The chosen timesteps are equally spaced, the first and the last among them (a single one is the last);
+        so ADM's code has it for a plain number, not for its "ddimN". The betas follow from their
+        alphas_cumprod. The network is still told the original timestep.
 
         Raises:
             ValueError, TypeError: not an integer from 1 to T.

@@ -296,6 +296,19 @@ def test_bound_is_the_sum_of_its_parts():
 # Respacing
 
 
+@pytest.mark.parametrize("steps", [2, 21, 50, 250, 600, 1000])
+def test_respacing_is_adms_for_a_plain_number(steps):
+    """A running sum of the stride, rounded. Where it meets a half, its own round-off decides: one timestep."""
+    place, expected = 0.0, []
+    for _ in range(steps):
+        expected.append(round(place))
+        place += 999 / (steps - 1)
+    chosen = GaussianDiffusion.linear(1000).respace(steps).timestep_map
+    difference = (chosen - torch.tensor(expected)).abs()
+    assert difference.max() <= (0 if steps in (50, 250, 1000) else 1) and (difference > 0).sum() <= 1
+    assert chosen.diff().min() >= 1
+
+
 def test_respaced_chain_keeps_the_noise_levels_and_the_original_timesteps():
     diffusion = GaussianDiffusion.linear(1000, levels=17)
     short = diffusion.respace(250)
