@@ -298,7 +298,7 @@ def test_bound_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("steps", [2, 21, 50, 250, 600, 1000])
 def test_respacing_is_adms_for_a_plain_number(steps):
-    """A running sum of the stride, rounded. Where it meets a half, its own round-off decides: one timestep."""
+    """A running sum of the stride, rounded. Where it meets a half, round-off decides."""
     place, expected = 0.0, []
     for _ in range(steps):
         expected.append(round(place))
