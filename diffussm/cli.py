@@ -504,10 +504,11 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
     def log(row: dict[str, Any]) -> None:
         if board is not None:
             for name, value in row.items():
-                if value is not None:
+                if isinstance(value, int | float):
                     board.add_scalar(name, value, row["step"])
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"  # None: all steps were left out
         _say(
-            f"step {row['step']} of {config.steps}: loss {row['loss']:.4f}, "
+            f"step {row['step']} of {config.steps}: loss {loss}, "
             f"{row['images_per_second']:.1f} images/s, {_duration(row['seconds_left'])} left"
         )
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from diffussm import cli
-from diffussm.data import BadImage, ImageFolder
+from diffussm.data import BadImage, ImageFolder, TensorData, batch_indices, digits
 from diffussm.latents import LatentStore, load_vae, read_manifest, sign_manifest, verify_store
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import RECIPES, TrainConfig, World, diffusion_of
@@ -188,6 +188,24 @@ def test_training_says_how_large_how_fast_and_how_long(tmp_path):
     said = diffussm(f"train digits --out {tmp_path}/run --steps 4 --no_grid {SMALL}")
     for words in ("million parameters", "dynamics", "images/s", " s left", "4 steps done"):
         assert words in said
+
+
+def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(tmp_path, monkeypatch):
+    class TooLarge(TensorData):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image + 1e30 if index == int(batch_indices(len(self), 8, 1, 0)[0]) else image), label
+
+    seen = []
+    board = SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.append(float(value)), close=lambda: None
+    )
+    monkeypatch.setattr(cli, "_tensorboard", lambda: lambda folder: board)
+    monkeypatch.setattr(cli, "open_data", lambda config: TooLarge(*digits("train")))
+    said = diffussm(
+        f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard {SMALL} --log_every 1"
+    )
+    assert "step 2 of 3: loss not finite" in said and len(seen) > 20
 
 
 def test_the_same_command_resumes(work, tmp_path):
