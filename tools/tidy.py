@@ -16,11 +16,15 @@ from tools.book import ROOT
 
 __all__ = ["main", "tidied"]
 
+# As JupyterLab writes it into a notebook that it runs
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
 
 def tidied(path: Path) -> str:
     """A chapter's text as jupytext writes it, with every caption and alternative text as one paragraph."""
     config = load_jupytext_config(str(path))
     notebook = jupytext.read(path, config=config)
+    notebook.metadata["kernelspec"] = dict(KERNEL)
     for cell in notebook.cells:
         settings = cell.metadata.get("mystnb", {})
         for owner, key in (("figure", "caption"), ("image", "alt")):

@@ -1,0 +1,44 @@
+"""For `make lab`: to look at a text notebook changes nothing, and a text that had no header is saved without.
+
+JupyterLab marks a notebook as changed when its kernel tells it about the language; so chapters are handed out
+with what this kernel will say. jupytext does not write it into the file.
+"""
+
+import re
+from pathlib import Path
+
+from ipykernel.ipkernel import IPythonKernel
+from jupytext import AsyncTextFileContentsManager
+
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+HEADER = {
+    ".md": re.compile(r"\A---\n.*?^---\n\n*", re.DOTALL | re.MULTILINE),
+    ".py": re.compile(r"\A# ---\n.*?^# ---\n\n*", re.DOTALL | re.MULTILINE),
+}
+
+
+class TextNotebooks(AsyncTextFileContentsManager):
+    """Notebooks stored as text, as jupytext reads them, complete with kernel and language."""
+
+    async def get(self, path, content=True, type=None, *arguments, **options):
+        """As in any contents manager."""
+        model = await super().get(path, content, type, *arguments, **options)
+        if content and model["type"] == "notebook" and not path.endswith(".ipynb"):
+            metadata = model["content"]["metadata"]
+            metadata.setdefault("kernelspec", dict(KERNEL))
+            metadata.setdefault("language_info", dict(IPythonKernel.language_info))
+        return model
+
+
+def keep_without_header(model, path, contents_manager, **_):
+    """Drop the header that jupytext is about to write into a README, a page without cells or a module."""
+    header = HEADER.get(Path(path).suffix)
+    if header is None or model.get("type") != "file" or not isinstance(model.get("content"), str):
+        return
+    there = Path(contents_manager.root_dir, path.strip("/"))
+    if there.is_file() and not header.match(there.read_text(encoding="utf-8")):
+        model["content"] = header.sub("", model["content"])
+
+
+c.ServerApp.contents_manager_class = TextNotebooks  # noqa: F821, c is given by Jupyter
+c.FileContentsManager.pre_save_hook = keep_without_header  # noqa: F821

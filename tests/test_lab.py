@@ -1,0 +1,155 @@
+"""`make lab` in a real browser: looking at a file changes nothing, and saving a chapter adds nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pages import BROWSERS, FLAGS, absent
+
+from tools.book import ROOT
+
+CHAPTER = "book/04_hourglass.md"
+PLAIN = ("README.md", "book/index.md", "book/notation.md")
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
+MODULES = ("book/plotting.py", "diffussm/hourglass.py")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what JupyterLab is shown, so that a fault cannot touch the real files."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for part in ("book", "diffussm", ".jupyter"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "jupytext.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    text = (folder / CHAPTER).read_text()
+    cells = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
+    (folder / CHAPTER).write_text("".join(cells[:6]))  # of a chapter, its beginning is enough to be run
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(checkout: Path) -> Iterator[str]:
+    """JupyterLab as `make lab` starts it, with settings of its own for this user."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home = checkout.parent / "home"
+    environment = os.environ | {
+        "JUPYTER_CONFIG_PATH": str(checkout / ".jupyter"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    }
+    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={checkout}", f"--port={port}"]
+    command += ["--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.port_retries=0"]
+    with (checkout.parent / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, cwd=checkout, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{address}/api", timeout=5) as answer:
+                    json.load(answer)
+                break
+            except OSError:
+                assert server.poll() is None, (checkout.parent / "lab.log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        for _ in range(2):  # the second time without shutting down kernels one by one
+            server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        absent("no Chromium on this machine", "DIFFUSSM_REQUIRE_BROWSER")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        instance = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield instance
+        instance.close()
+
+
+def opened(browser: Any, lab: str, path: str) -> Any:
+    """A tab of the browser in which JupyterLab has opened a file as a double click does."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(240_000)
+    page.goto(f"{lab}/lab/workspaces/{Path(path).stem}/tree/{path}?reset")
+    page.locator(f".lm-TabBar-tab.lm-mod-current:has-text('{Path(path).name}')").first.wait_for()
+    return page
+
+
+def choose(page: Any, menu: str, command: str) -> None:
+    """Choose an entry of a menu."""
+    page.locator(f".lm-MenuBar-item:has-text('{menu}')").first.click()
+    page.locator(f".lm-Menu-item[data-command='{command}']").first.click()
+
+
+def dirty(page: Any) -> bool:
+    return page.locator(".lm-TabBar-tab.jp-mod-dirty").count() > 0
+
+
+def test_a_chapter_that_was_only_looked_at_asks_nothing(checkout: Path, lab: str, browser: Any) -> None:
+    before = (checkout / CHAPTER).read_bytes()
+    page = opened(browser, lab, CHAPTER)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    page.wait_for_timeout(1000)
+    assert not dirty(page)
+    page.locator(".lm-TabBar-tab.lm-mod-current:has-text('.md') .lm-TabBar-tabCloseIcon").first.click()
+    page.wait_for_timeout(1000)
+    assert page.locator(".jp-Dialog").count() == 0
+    assert (checkout / CHAPTER).read_bytes() == before
+    page.close()
+
+
+def test_a_chapter_that_was_run_is_saved_as_it_was(checkout: Path, lab: str, browser: Any) -> None:
+    before = (checkout / CHAPTER).read_text()
+    page = opened(browser, lab, CHAPTER)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    cells = len(re.findall(r"^```\{code-cell\}", before, re.MULTILINE))
+    choose(page, "Run", "runmenu:run-all")
+    page.wait_for_function(
+        f"() => {PROMPTS}.length && {PROMPTS}.every(p => /\\[\\d+\\]/.test(p.textContent))"
+    )
+    assert cells >= 3 and dirty(page)
+    choose(page, "File", "docmanager:save")
+    page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="detached")
+    assert (checkout / CHAPTER).read_text() == before
+    page.close()
+
+
+@pytest.mark.parametrize("path", [*PLAIN, *MODULES])
+def test_saving_a_page_without_cells_or_a_module_adds_no_header(
+    path: str, checkout: Path, lab: str, browser: Any
+) -> None:
+    before = (checkout / path).read_text()
+    page = opened(browser, lab, path)
+    page.wait_for_timeout(3000)
+    assert page.locator(".jp-Dialog").count() == 0
+    page.keyboard.press("Control+S")
+    page.wait_for_timeout(2000)
+    assert (checkout / path).read_text() == before
+    page.close()
