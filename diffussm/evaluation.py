@@ -663,12 +663,16 @@ def evaluate(
     facts = [_facts(one) | (how or {}) for one in sources]
     extractor = extractor or _inception(weights, device)
     known, kind = load_reference(reference, extractor, batch_size, size, exif_rotate)
+    place = getattr(extractor, "device", "cpu")
+    setting = {"crop": size, "exif_rotate": exif_rotate, "batch_size": batch_size, "device": str(place)}
     rows, protocols, notes = [], [], []
     for images, fact in zip(sets, facts, strict=True):
         found = statistics(images, extractor, batch_size)
-        row, protocol = _scored(found, known, getattr(extractor, "device", "cpu"))
+        row, protocol = _scored(found, known, place)
         rows.append(row | {"count": found.count})
-        protocols.append(protocol | {"differs_from_adm": _differs_from_adm(extractor, protocol, kind)})
+        protocols.append(
+            setting | protocol | {"differs_from_adm": _differs_from_adm(extractor, protocol, kind)}
+        )
         fact |= found.record
         notes += _notes(found, known, protocol)
     if len({row["count"] for row in rows}) > 1:
@@ -682,8 +686,6 @@ def evaluate(
         "reference": {"name": path.name, "kind": kind, "count": known.count or None} | file | known.record,
         "extractor": {"name": extractor.name, "sha256": extractor.checksum},
         "protocol": protocols[0] if all(one == protocols[0] for one in protocols) else protocols,
-        "batch_size": batch_size,
-        "device": str(getattr(extractor, "device", "cpu")),
         "notes": list(dict.fromkeys(notes)),
         "versions": {name: _version(name) for name in ("diffussm", "torch", "torch-fidelity", "numpy")},
     }
