@@ -182,10 +182,14 @@ def _new_parser(command: str, description: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Any, set[str]]:
-    """The options, and the names of those that were *given*: a default, a recipe and a preset give none."""
-    options = parser.instantiate(parser.parse_args(list(arguments)))
-    given = parser.parse_args(list(arguments), defaults=False)
-    return options, set(given.keys())
+    """The options, and the names of those *typed*: what a default, preset, recipe or --config says is not."""
+    words = list(arguments)
+    options = parser.instantiate(parser.parse_args(words))
+    while "--config" in words:  # a whole configuration, also of what does not matter here
+        at = words.index("--config")
+        del words[at : at + 2]
+    typed = parser.parse_args([word for word in words if not word.startswith("--config=")], defaults=False)
+    return options, set(typed.keys())
 
 
 # What has no effect in a situation. Whoever gives it there expects one, so it is refused.

@@ -1230,3 +1230,18 @@ def test_100_fuzzed_command_lines_are_refused_without_a_file(work, tmp_path, mon
 def test_the_world_of_one_process_is_the_default():
     with cli._cluster("train", "cpu") as world:
         assert isinstance(world, World) and (world.rank, world.size) == (0, 1)
+
+
+def test_a_whole_configuration_may_say_what_does_not_matter_here(tmp_path):
+    """`exif_rotate` and `workers` are refused for digits where they are typed, not in a file that has all."""
+    from diffussm import cli
+
+    parser = cli._new_parser("train", "")
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1)
+    (tmp_path / "all.yaml").write_text("workers: 2\nsteps: 3\n")
+    for words in (["--config", str(tmp_path / "all.yaml")], [f"--config={tmp_path / 'all.yaml'}"]):
+        options, typed = cli._parse(parser, [*words, "--steps", "5"])
+        assert (options.workers, options.steps, "workers" in typed, "steps" in typed) == (2, 5, False, True)
+    assert "workers" in cli._parse(parser, ["--workers", "2"])[1]
