@@ -1125,9 +1125,7 @@ def probe_all_reduce(kind: str, processes: int, limit: float = 120.0, program: s
                 last = said.strip().splitlines()[-1:] or ["no message"]
                 raise OSError(f"a process failed: {last[0]:.200}; {advice}")
     except subprocess.TimeoutExpired:
-        raise OSError(
-            f"{processes} processes did not finish in {limit:g} s, and were ended; {advice}"
-        ) from None
+        raise OSError(f"not all of {processes} finished in {limit:g} s; they were ended. {advice}") from None
     finally:
         for job in jobs:
             if job.poll() is None:

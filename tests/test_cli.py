@@ -349,6 +349,28 @@ def test_statistics_and_evaluate_give_scores_that_say_how_they_came_about(work, 
     assert both["fid"]["values"][0] == result["fid"] < both["fid"]["values"][1]
 
 
+def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(work, tmp_path, averages):
+    import lmdb
+
+    files = sorted((work / "images").rglob("*.png"))
+    with (
+        lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 20) as environment,
+        environment.begin(write=True) as put,
+    ):
+        for i, file in enumerate(files):
+            put.put(b"%04d" % i, file.read_bytes())
+    for name, source in (("tree", work / "images"), ("lmdb", tmp_path / "lmdb")):
+        diffussm("statistics {s} {t}/{n}.npz --size 16 --device cpu", s=source, n=name, t=tmp_path)
+    tree, lmdb_ = (np.load(tmp_path / f"{name}.npz") for name in ("tree", "lmdb"))
+    assert tree["count"] == 12 and np.allclose(tree["mu"], lmdb_["mu"])
+    words = (
+        "evaluate {w}/images --reference {t}/tree.npz --size 16 --exif_rotate --device cpu --out {t}/x.json"
+    )
+    diffussm(words, w=work, t=tmp_path)
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert abs(result["fid"]) < 1e-3 and "exif_rotate" in json.dumps(result)
+
+
 def test_the_self_test_passes_and_says_when_it_does_not(monkeypatch):
     from diffussm import evaluation
 
