@@ -830,7 +830,7 @@ def _draw_grid(
     rows = len(config.classes or range(min(trained.model.num_classes, GRID_ROWS) or 1))
     if config.classes is None and rows < trained.model.num_classes:
         print(f"the first {rows} of {trained.model.num_classes} classes; name others with --classes")
-    print(_how_many(rows * options.per_class, 1, config, trained), flush=True)
+    print(_how_many(rows * options.per_class, rows * options.per_class, config, trained), flush=True)
     draw_grid(
         model,
         trained,
@@ -879,8 +879,7 @@ def _draw_set(
     if vae is not None:
         facts["vae"] = {name: vae[name] for name in ("name", "encoder_sha256", "decoder_sha256")}
     if world.rank == 0:
-        batches = math.ceil(config.count / config.batch_size)
-        print(_how_many(batches * config.batch_size, batches, config, trained), flush=True)
+        print(_how_many(config.count, config.batch_size, config, trained), flush=True)
     try:
         draw_samples(
             model, diffusion_of(trained), config, options.out, world=world, facts=facts, decode=decode
@@ -894,11 +893,12 @@ def _draw_set(
     return 0
 
 
-def _how_many(images: int, batches: int, config: "SampleConfig", trained: "TrainConfig") -> str:
-    """What is about to be drawn, in words; whole batches are drawn, also at the end."""
+def _how_many(images: int, at_once: int, config: "SampleConfig", trained: "TrainConfig") -> str:
+    """What is about to be drawn, in words; the last batch is whole too."""
+    batches = math.ceil(images / at_once)
     guided = trained.model.num_classes > 0 and config.cfg_scale != 1
-    passes = images * config.steps * (2 if guided else 1)
-    drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)}"
+    passes = batches * at_once * config.steps * (2 if guided else 1)
+    drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
     times = f"{config.steps} steps{', each with and without the class' if guided else ''}"
     return f"{drawn}, {times}: {passes:,} passes of an image through the network"
 

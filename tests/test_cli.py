@@ -633,7 +633,7 @@ def test_nobody_draws_more_images_than_were_learnt_from_unless_they_say_so(work,
     said = diffussm(
         f"sample --from {work}/digits --device cpu --out {tmp_path}/x --count 9 --batch_size 4 --steps 2"
     )
-    assert "12 images in 3 batches, 2 steps" in said and f" {12 * 2 * 2} passes" in said
+    assert "9 images in 3 batches of 4, 2 steps" in said and f" {12 * 2 * 2} passes" in said
 
 
 def test_samples_come_from_the_step_that_is_asked_for(plain, tmp_path):
