@@ -83,5 +83,5 @@ bench: venv ## ratios against peers and limits, measured side by side (a GPU: be
 	if [ -n "$$failed" ]; then echo "a limit was not reached, or nothing was reported, in:$$failed"; exit 1; fi
 
 clean: ## remove what was built (not .venv, not runs/)
-	rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

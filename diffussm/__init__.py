@@ -5,27 +5,51 @@ rest is in the modules.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
-_HOMES = {
-    "DiffuSSM": "model",
-    "DiffuSSMConfig": "model",
-    "PRESETS": "model",
-    "GaussianDiffusion": "diffusion",
-    "sample": "sampling",
-    "evaluate": "evaluation",
-    "DiffuSSMPipeline": "pipeline",
-    "TrainConfig": "training",
-    "train": "training",
-}
+__all__ = [
+    "DiffuSSM",
+    "DiffuSSMConfig",
+    "DiffuSSMPipeline",
+    "GaussianDiffusion",
+    "PRESETS",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "sample",
+    "train",
+]
 
-__all__ = ["__version__", *_HOMES]
+if TYPE_CHECKING:
+    from diffussm.diffusion import GaussianDiffusion as GaussianDiffusion
+    from diffussm.evaluation import evaluate as evaluate
+    from diffussm.model import PRESETS as PRESETS
+    from diffussm.model import DiffuSSM as DiffuSSM
+    from diffussm.model import DiffuSSMConfig as DiffuSSMConfig
+    from diffussm.pipeline import DiffuSSMPipeline as DiffuSSMPipeline
+    from diffussm.sampling import sample as sample
+    from diffussm.training import TrainConfig as TrainConfig
+    from diffussm.training import train as train
+else:  # the same names, imported on first use: `diffussm --help` does not wait for torch
+    _HOMES = {
+        "DiffuSSM": "model",
+        "DiffuSSMConfig": "model",
+        "DiffuSSMPipeline": "pipeline",
+        "GaussianDiffusion": "diffusion",
+        "PRESETS": "model",
+        "TrainConfig": "training",
+        "evaluate": "evaluation",
+        "sample": "sampling",
+        "train": "training",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'diffussm' has no attribute {name!r}")
+        return getattr(import_module(f"diffussm.{_HOMES[name]}"), name)
 
 
-def __getattr__(name: str) -> Any:
-    # Looked up on first use, so that `diffussm --help` does not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'diffussm' has no attribute {name!r}")
-    return getattr(import_module(f"diffussm.{_HOMES[name]}"), name)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
