@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser
 
+from diffussm import __version__
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -1426,6 +1428,9 @@ def _dispatch(arguments: list[str]) -> int:
     usage = f"usage: diffussm COMMAND [options]    (diffussm COMMAND --help lists the options)\n\n{commands}"
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
+        return 0
+    if arguments[0] == "--version":
+        print(f"diffussm {__version__}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
