@@ -513,7 +513,7 @@ def test_help_lists_the_commands_and_does_not_wait_for_torch():
     for name in ("vae", "encode", "doctor", "train", "sample", "evaluate", "statistics"):
         assert name in said
     code = "import sys; from diffussm.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 def test_import_pulls_in_no_heavy_library():
@@ -522,7 +522,7 @@ def test_import_pulls_in_no_heavy_library():
         "import sys, torch, diffussm, diffussm.cli; from diffussm import DiffuSSM, sample, train; "
         f"assert not [m for m in {heavy} if m in sys.modules]"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 # What the commands say, refuse and keep
@@ -792,7 +792,7 @@ def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
     job.stdout.close()
     with job.stderr as stream:
         said = stream.read().decode()
-    assert job.wait(timeout=120) == 0, said
+    assert job.wait(timeout=400) == 0, said
     assert (tmp_path / "run" / "checkpoints" / "step_00000030").is_dir()
     assert "Traceback" not in said and "Broken pipe" not in said
     assert "step/s" not in said  # nobody watches a bar

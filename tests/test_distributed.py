@@ -105,7 +105,7 @@ def start(size, function, *arguments):
     return started
 
 
-def outcomes(started, timeout=180):
+def outcomes(started, timeout=400):
     results = []
     for process, pipe in started:
         assert pipe.poll(timeout), "a process hangs"
@@ -416,7 +416,7 @@ def signalled(command, run, number):
     while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(number)
-    said, _ = job.communicate(timeout=120)
+    said, _ = job.communicate(timeout=400)
     return job.returncode, said
 
 
@@ -463,7 +463,7 @@ def fails_alone(failing, wait):
 @pytest.mark.parametrize("wait", ["barrier", "all-reduce", "NCCL"])
 def test_a_process_that_fails_alone_ends_all_without_waiting(failing, wait):
     started = start(2, fails_alone, failing, wait)
-    told = outcomes(started, timeout=120)
+    told = outcomes(started, timeout=400)
     assert told[failing] == (False, "OSError: the disk is full")
     why = f"process {failing} failed: OSError: the disk is full"
     assert told[1 - failing] == (False, f"PeerFailed: stopped, because {why}")
@@ -482,7 +482,7 @@ def fails_while_writing(run):
 
 
 def test_a_process_that_fails_alone_does_not_wait_for_its_writer(tmp_path):
-    first, second = outcomes(start(2, fails_while_writing, tmp_path), timeout=120)
+    first, second = outcomes(start(2, fails_while_writing, tmp_path), timeout=400)
     assert first == (False, "KeyError: 'a fault of the program'")
     assert not second[0] and "process 0 failed: KeyError" in second[1]
 
