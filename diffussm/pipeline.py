@@ -45,6 +45,7 @@ __all__ = [
     "COMPONENT_CODE",
     "self_contained_code",
     "CITATION",
+    "CLIP_ADVICE",
     "SCORES",
     "model_card",
 ]
@@ -748,6 +749,10 @@ CITATION = """\
   journal = {arXiv preprint arXiv:2311.18257},
   year = {2023},
 }"""
+CLIP_ADVICE = (
+    "With a scheduler that adds no noise (DDIM, Euler, DPM-Solver++ and others) pass `clip_denoised=True`: "
+    "without it single pixels can end far out of range."
+)
 SCORES = {"fid", "sfid", "is", "inception_score", "precision", "recall", "frechet_distance"}
 
 
@@ -781,6 +786,7 @@ def model_card(
         "`trust_remote_code` runs `pipeline.py`, which is in this folder to be read. With the package "
         "`diffussm` installed, `diffussm.pipeline.DiffuSSMPipeline.from_pretrained` loads the same folder "
         "and runs no code of it. The weights are safetensors.",
+        *([CLIP_ADVICE] if pipe.vae is None and model.in_channels in (1, 3) else []),
         "## Model",
         _table(("what", "value"), [*_rows(sizes), *_rows(asdict(model))]),
         "## Training",
@@ -796,7 +802,7 @@ def model_card(
     if labels:
         classes = _rows(pipe.config.id2label)
         sections.insert(
-            5,
+            sections.index("## Model"),
             f"<details><summary>{len(classes)} classes</summary>\n\n"
             f"{_table(('number', 'name'), classes)}\n\n</details>",
         )
