@@ -66,7 +66,7 @@ def ancestral_scheduler(num_train_timesteps: int = 1000) -> Any:
 
 
 TAKES_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)
-# The schedulers that end where they should, and the fewest steps with which they do: every class of diffusers
+# The schedulers that end where they should, and the fewest steps with which they do. Every class of diffusers
 # is walked by tests/test_pipeline_schedulers.py. These visit the timesteps of chapter 7, T - 1 to 0, ...
 DOWN_TO_ZERO = {
     "DDIMParallelScheduler": 1,
@@ -77,7 +77,7 @@ DOWN_TO_ZERO = {
     "EulerAncestralDiscreteScheduler": 400,
     "EulerDiscreteScheduler": 1,
 }
-# ... and these all but 0, where a solver that extrapolates stumbles: noise per signal falls steeply there.
+# ... and these all but 0, where a solver that extrapolates stumbles, so steeply does the noise fall there.
 ABOVE_ZERO = {
     "DPMSolverMultistepScheduler": 1,
     "DPMSolverSinglestepScheduler": 64,

@@ -461,6 +461,75 @@ def test_wrapping_shares_the_weights():
     assert {"denoiser", "scheduler", "vae"} == set(pipe.components)
 
 
+def states(pipe):
+    """dtypes of the S4D parameters and of all others."""
+    found = {True: set(), False: set()}
+    for name, parameter in pipe.denoiser.named_parameters():
+        found[name.endswith(("log_dt", "log_A_real", "A_imag", ".C"))].add(parameter.dtype)
+    return found[True], found[False]
+
+
+@pytest.mark.parametrize("way", ["torch_dtype", "to", "half", "diffusers"])
+def test_half_precision_leaves_the_state_spaces_in_float32(saved, way, tmp_path, monkeypatch):
+    dtype = torch.float16 if way == "half" else torch.bfloat16
+    if way == "torch_dtype":
+        pipe = load(saved.folder, torch_dtype=dtype)
+    elif way == "diffusers":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(saved.folder), trust_remote_code=True, torch_dtype=dtype
+        )
+        assert type(pipe.denoiser).__module__.startswith("diffusers_modules")
+    else:
+        pipe = load(saved.folder)
+        pipe = pipe.to(dtype) if way == "to" else pipe
+        pipe.denoiser = pipe.denoiser.half() if way == "half" else pipe.denoiser
+    pipe.set_progress_bar_config(disable=True)
+    assert states(pipe) == ({torch.float32}, {dtype})
+    full = draw(load(saved.folder))
+    assert 0 < (draw(pipe) - full).abs().max() < 0.05 * full.abs().max()
+
+
+COPIES = """
+import sys, torch, diffusers
+from diffusers import DiffusionPipeline
+from diffussm.pipeline import DiffuSSMPipeline
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(0)
+    return pipe(0, num_inference_steps=3, generator=seed, output_type="latent").images
+
+ours = DiffuSSMPipeline.from_pretrained(FOLDER)
+expected = draw(ours)
+for copy in range(10):  # each time diffusers runs the code in the folder again
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[name]
+    other = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    assert type(other.denoiser) is not type(ours.denoiser)
+    assert torch.equal(draw(other), expected) and torch.equal(draw(ours), expected), copy
+with torch.enable_grad():
+    for pipe in (ours, other):
+        pipe.denoiser.requires_grad_(True)
+        pipe.denoiser(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])).sum().backward()
+        assert all(p.grad.isfinite().all() for p in pipe.denoiser.parameters() if p.grad is not None)
+print("right")
+"""
+
+
+def test_ten_copies_of_the_code_live_beside_the_package(saved, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "ignore", "-c", f"FOLDER = {str(saved.folder)!r}\n{COPIES}"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "right", done.stderr[-2000:]
+
+
 def test_half_precision_keeps_the_chain_in_float32():
     full = draw(piped())
     half = draw(piped().to(torch.bfloat16))
@@ -640,6 +709,9 @@ def test_model_card_does_not_invent_figures(tmp_path):
     piped().save_pretrained(tmp_path / "bare")
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "Not measured." in card and "Not recorded." in card and "not stated" in card
+    assert "clip_denoised" not in card  # which latents cannot be
+    piped(network(in_channels=1)).save_pretrained(tmp_path / "pixels")
+    assert "pass `clip_denoised=True`" in (tmp_path / "pixels" / "README.md").read_text()
     assert "license:" not in card
 
 
@@ -762,6 +834,42 @@ def test_a_run_becomes_a_pipeline(run, weights, tmp_path):
     pipe.save_pretrained(tmp_path / "digits")
     assert "| images_seen | 8 |" in (tmp_path / "digits" / "README.md").read_text()
     assert dict(load(tmp_path / "digits").config.training) == facts
+
+
+def test_a_kept_step_becomes_a_pipeline(run):
+    folder, state = run
+    pipe = DiffuSSMPipeline.from_run(folder, "model", step=2)
+    assert torch.equal(pipe.denoiser.head.weight, state.model.head.weight)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint of step 1; there are 2"):
+        DiffuSSMPipeline.from_run(folder, step=1)
+
+
+def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(tmp_path, monkeypatch):
+    """Of a run on latents; the encoder must be theirs, the decoder may be another."""
+    from diffussm import latents, training
+
+    vae = small_vae()
+    made_by = latents.vae_identity(vae, "/data/models/sd-vae")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
+    monkeypatch.setattr(latents, "LatentStore", lambda path: SimpleNamespace(vae=made_by))
+    config = replace(RECIPES["digits"], data=str(tmp_path / "store"))
+    monkeypatch.setattr(training, "load_run", lambda *_: (network(), config, ["a", "b", "c"]))
+    monkeypatch.setattr(training, "find_checkpoint", lambda *_: tmp_path / "step_00000007")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(1)
+    pipe = DiffuSSMPipeline.from_run(tmp_path, vae=vae)
+    facts = pipe.config.training
+    assert facts["latents"]["name"] == "sd-vae"  # not where it lies on someone's disk
+    assert facts["vae"]["encoder_sha256"] == made_by["encoder_sha256"] == facts["latents"]["encoder_sha256"]
+    assert facts["vae"]["decoder_sha256"] != made_by["decoder_sha256"]
+    pipe.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"| vae.decoder_sha256 | {facts['vae']['decoder_sha256']} |" in card
+    with torch.no_grad():
+        vae.encoder.conv_in.bias.add_(1)
+    with pytest.raises(ValueError, match="made by the encoder of"):
+        DiffuSSMPipeline.from_run(tmp_path, vae=vae)
 
 
 def test_no_run_is_an_error_that_says_so(tmp_path):
