@@ -8,10 +8,6 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-# CPU=1 takes PyTorch's build for CPUs, and none of the libraries of CUDA.
-CPU ?=
-PINS := $(if $(CPU),grep -vE '^(nvidia|cuda)-',cat) requirements.txt
-PYTORCH := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 CACHE := _build/.jupyter_cache
 PAGE := $(CURDIR)/_build/html/index.html
 
@@ -34,8 +30,7 @@ venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.
 	    echo "venv: installing into $(VENV)"; \
 	    test -x $(RUN) || "$(PYTHON)" -m venv $(VENV); \
 	    $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'; \
-	    $(PINS) > $(VENV)/pins.txt; \
-	    $(RUN) -m pip install --quiet $(PYTORCH) -r $(VENV)/pins.txt; \
+	    $(RUN) -m pip install --quiet -r requirements.txt; \
 	    $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	    cat requirements.txt pyproject.toml > $(VENV)/installed; \
 	fi
