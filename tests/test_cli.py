@@ -584,9 +584,7 @@ def test_an_option_that_would_change_nothing_is_refused_by_name(work, plain, tmp
 
 def test_defaults_recipes_and_presets_are_not_taken_for_options_that_were_given(work, tmp_path):
     """paper-fid guides three channels, of which digits have one; the recipe may name workers."""
-    (tmp_path / "recipe.yaml").write_text(
-        (work / "tiny.yaml").read_text() + "workers: 2\nexif_rotate: true\n"
-    )
+    (tmp_path / "recipe.yaml").write_text((work / "tiny.yaml").read_text() + "workers: 2\n")
     diffussm(
         "train {t}/recipe.yaml --data {w}/latents --out {t}/run --no_grid --device cpu", w=work, t=tmp_path
     )
