@@ -205,6 +205,7 @@ IDLE = {
     "for digits": "exif_rotate workers",
     "for stored latents": "exif_rotate workers",
     "for an LMDB, which has no classes": "no_classes",
+    "for .npz files, whose pictures are as they are": "exif_rotate",
     "beside --self_test": "reference weights batch_size out device size exif_rotate",
     "under torchrun": "processes",
 }
@@ -486,9 +487,11 @@ def _train(arguments: Sequence[str]) -> int:
     writer = _tensorboard() if options.tensorboard else None
     data = open_data(config)
     _check_data_options(given, config, data)
+    goes_on = partial(_goes_on, options.out)
     with (
+        _interruptible(goes_on),  # looks again once a checkpoint that was being written is whole
         _cluster("train", options.device, stoppable=True) as world,
-        _interruptible(partial(_goes_on, options.out)),
+        _interruptible(goes_on),  # for a process that leaves alone
     ):
         return _train_here(config, data, options, world, writer)
 
@@ -552,8 +555,6 @@ def _claim_run(out: Path, config: "TrainConfig", data: "Dataset", processes: int
     micro_batch_of(config, processes)
     check_data(data, config)
     open_run(out, config, data, other_data)
-    if hasattr(data, "vae"):
-        (out / "vae.json").write_text(json.dumps(data.vae, indent=2) + "\n")
     (out / "preempted").unlink(missing_ok=True)
 
 
@@ -712,7 +713,7 @@ def parse_classes(words: str, names: Sequence[str]) -> list[int]:
 def _sample(arguments: Sequence[str]) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored"""
     from diffussm.distributed import SAMPLE_PRESETS, SampleConfig
-    from diffussm.training import load_run
+    from diffussm.training import encoder_of, find_checkpoint, load_run
 
     parser = _new_parser(
         "sample",
@@ -753,10 +754,14 @@ def _sample(arguments: Sequence[str]) -> int:
     is_set = options.out is not None  # it is kept batch by batch, a grid is not
     kept = _batches_kept if is_set else _nothing
     with _cluster("sample", options.device, stoppable=is_set) as world, _interruptible(kept):
+        # found once and by one process: a run that still trains may write another checkpoint meanwhile
+        found = world.once(
+            lambda: find_checkpoint(run, options.step) if (run / "config.json").is_file() else None
+        )
+        options.step = int(found.name.removeprefix("step_")) if found else options.step
         model, trained, names = load_run(run, options.weights, options.step)
         config = _check_sample_options(config, options, given, trained, names)
-        record = run / "vae.json"
-        made_by = json.loads(record.read_text()) if record.is_file() else None
+        made_by = encoder_of(run, trained.data)
         decode, vae = None, None
         if made_by is not None or _is_latent(trained):
             if options.vae is None:
@@ -804,6 +809,11 @@ def _check_sample_options(
         _refuse_idle(given, "without guidance, at a cfg_scale of 1")
     if not _is_latent(trained):
         _refuse_idle(given, "for a model of pixels")
+    elif config.clip_denoised:
+        raise ValueError(
+            "--clip_denoised true clamps predicted images to the range of pixels; this run makes latents, "
+            "which go beyond: omit it"
+        )
     channels = config.guidance_channels or 0
     if "guidance_channels" in given and channels > trained.model.in_channels:
         raise ValueError(f"--guidance_channels {channels}: the model has {trained.model.in_channels}")
@@ -862,7 +872,7 @@ def _draw_set(
     vae: dict[str, Any] | None,
 ) -> int:
     from diffussm.distributed import EXIT_PREEMPTED, draw_samples
-    from diffussm.training import Preempted, diffusion_of, find_checkpoint
+    from diffussm.training import Preempted, diffusion_of
 
     run = options["from"]
     seen = json.loads((run / "config.json").read_text())["dataset"]["images"]
@@ -871,11 +881,9 @@ def _draw_set(
             f"the preset {options.preset} draws {config.count:,} images, and this run has learnt from "
             f"{seen:,}; say with --count how many to draw"
         )
-    checkpoint = find_checkpoint(run, options.step)
-    assert checkpoint is not None  # load_run has found it
     facts: dict[str, Any] = {
         "weights": options.weights,
-        "checkpoint": checkpoint.name,
+        "checkpoint": f"step_{options.step:08d}",
         "ema_decay": trained.ema_decay,
     }
     if vae is not None:
@@ -927,7 +935,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
         _refuse_idle(given, "beside --self_test")
     if options.self_test == bool(samples) or options.self_test == bool(options.reference):
         raise ValueError("give SAMPLES and --reference, or --self_test alone")
+    if options.out is not None and options.out in [path.with_suffix(".json") for path in samples]:
+        raise ValueError(
+            f"{options.out} is where diffussm sample keeps the record of a set; give another name, such as "
+            f"{options.out.with_suffix('.scores.json')}"
+        )
     _check_new(options.out, ".json")
+    if not options.self_test and all(path.suffix == ".npz" for path in [*samples, options.reference]):
+        _refuse_idle(given, "for .npz files, whose pictures are as they are")
 
     from diffussm import evaluation
 
@@ -957,8 +972,10 @@ def _statistics(arguments: Sequence[str]) -> int:
     parser.add_argument("data", type=Path, help="a folder of images, class folders, an LMDB, or a .npz file")
     parser.add_argument("out", type=Path, help="the .npz file to write")
     _add_scoring(parser)
-    options, _ = _parse(parser, arguments)
+    options, given = _parse(parser, arguments)
     _check_new(options.out, ".npz")
+    if options.data.suffix == ".npz":
+        _refuse_idle(given, "for .npz files, whose pictures are as they are")
 
     from diffussm import evaluation
 
@@ -1211,11 +1228,16 @@ def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Cal
     """
     import torch
 
-    kind = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    asked = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = asked.type
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     processes = int(os.environ.get("WORLD_SIZE", 0)) or options.processes or gpus or 2
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if asked.index is not None and "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            f"--device {asked} is one GPU for all processes; pass --device cuda, and each takes its own"
+        )
+    device = torch.device(kind, asked.index or local) if kind == "cuda" else torch.device(kind)
     return [
         ("GPU", partial(_ask_gpu, device, gpus)),
         ("memory", partial(_ask_memory, config, processes, device)),
@@ -1247,7 +1269,11 @@ def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
     import torch
 
     need = memory_needed(config, processes)["total"]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() / processes
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else _free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    )
     told = f"{_gigabytes(need)} needed for each of {processes} processes (computed), {_gigabytes(free)} free"
     if need > free:
         raise OSError(f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp")

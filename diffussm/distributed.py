@@ -663,9 +663,8 @@ class SampleFiles(NamedTuple):
         """Begin the set, or go on with it; True if it is complete. ValueError if something else is there."""
         if self.record.exists():
             return self._go_on()
-        if self.out.is_file() or (
-            self.out.exists() and any(path != self.parts for path in self.out.iterdir())
-        ):
+        drafts = {self.parts, self.record.with_name(f".{self.record.name}.tmp")}  # of a start that was killed
+        if self.out.is_file() or (self.out.exists() and set(self.out.iterdir()) - drafts):
             raise ValueError(f"{self.out} exists and is no set of samples; choose another name")
         if self.parts.exists() and any(self.parts.iterdir()):
             raise ValueError(f"{self.parts} is left of a set of samples without a record; remove it")
@@ -717,11 +716,11 @@ class SampleFiles(NamedTuple):
         elif labels is not None:
             names = {f"{index:06d}.png": label for index, label in enumerate(labels.tolist())}
             self._write_json(self.out / "labels.json", names)
-        self._write_json(self.record, {**self.how, "complete": True})
-        shutil.rmtree(self.parts)
         if not self.packed:
             for stale in self.out.glob(".*.tmp"):  # of a process that was killed
                 stale.unlink()
+        self._write_json(self.record, {**self.how, "complete": True})
+        shutil.rmtree(self.parts)
 
     @staticmethod
     def _write_json(path: Path, value: dict[str, Any]) -> None:

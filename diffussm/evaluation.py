@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, hash64
-from diffussm.latents import LmdbImages, images_from
+from diffussm.latents import LmdbImages, full_precision, images_from
 
 __all__ = [
     "frechet_distance",
@@ -190,7 +190,8 @@ class Inception:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """See `Extractor`: pool (B, 2048), spatial (B, 2023), logits (B, 1008) without bias, as ADM."""
-        pool, logits = self.net(images.to(self.device))
+        with full_precision():
+            pool, logits = self.net(images.to(self.device))
         assert self._map is not None
         spatial = self._map[:, :7].permute(0, 2, 3, 1).flatten(1)
         return {"pool": pool.cpu(), "spatial": spatial.cpu(), "logits": logits.cpu()}
@@ -664,7 +665,7 @@ def evaluate(
     extractor = extractor or _inception(weights, device)
     known, kind = load_reference(reference, extractor, batch_size, size, exif_rotate)
     place = getattr(extractor, "device", "cpu")
-    setting = {"crop": size, "exif_rotate": exif_rotate, "batch_size": batch_size, "device": str(place)}
+    setting = {"batch_size": batch_size, "device": str(place)}
     rows, protocols, notes = [], [], []
     for images, fact in zip(sets, facts, strict=True):
         found = statistics(images, extractor, batch_size)

@@ -46,6 +46,7 @@ __all__ = [
     "load_vae",
     "vae_identity",
     "check_encoder",
+    "full_precision",
     "moments",
     "decode",
     "LmdbImages",
@@ -245,7 +246,7 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32, which only newer GPUs have: the latents would depend on which GPU has made them."""
     backends: Any = torch.backends  # made when torch is imported: no checker knows its members
     convolutions, products = backends.cudnn.conv, backends.cuda.matmul
@@ -263,7 +264,7 @@ def moments(vae: Any, images: Tensor) -> Tensor:
 
     images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w). Raises ValueError if a moment is no finite float16.
     """
-    with _full_precision():
+    with full_precision():
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
     if not stored.isfinite().all():

@@ -583,14 +583,15 @@ def _load_run(run: Path, weights: str, vae: Any, step: int | None = None) -> dic
         training, latents = import_module("diffussm.training"), import_module("diffussm.latents")
     except ModuleNotFoundError as error:
         raise ImportError("a training run is read by the package diffussm; install it") from error
+    # found once: a run that is still training may write another checkpoint meanwhile
+    found = training.find_checkpoint(run, step) if (run / "config.json").is_file() else None
+    step = int(found.name.removeprefix("step_")) if found else step
     model, config, classes = training.load_run(run, weights, step)
-    step = int(training.find_checkpoint(run, step).name.removeprefix("step_"))
     facts = {"weights": weights, "step": step, "images_seen": step * config.batch_size}
     facts |= {key: value for key, value in asdict(config).items() if key != "model"}
     facts["data"] = Path(config.data).name  # not where it lies on someone's disk
-    made_by = None
-    if (Path(config.data) / "manifest.json").is_file():
-        made_by = latents.LatentStore(config.data).vae
+    made_by = training.encoder_of(run, config.data)
+    if made_by is not None:
         facts["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
     if vae is not None:
         name, vae = (str(vae), latents.load_vae(vae)) if isinstance(vae, str | Path) else ("a module", vae)

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
@@ -75,6 +75,7 @@ __all__ = [
     "load_checkpoint",
     "open_run",
     "facts_of",
+    "encoder_of",
     "load_run",
     "load_dataset",
     "check_data",
@@ -655,7 +656,7 @@ def write_checkpoint(
             "the same command again to go on from the last checkpoint"
         ) from error
     others = sorted(other for other in folder.parent.glob("step_*") if other != folder)
-    for old in others[: len(others) + 1 - keep_last]:
+    for old in others[: max(len(others) + 1 - keep_last, 0)]:
         step = _step_of(old)
         if step not in keep and (not keep_every or step % keep_every):
             shutil.rmtree(old)
@@ -791,9 +792,12 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
     """
     _chooser(config.convolution)  # a name that does not exist is refused before there is a folder
     ours = json.loads(json.dumps({**asdict(config), "dataset": facts_of(dataset)}))
+    encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
-        _write_config(run, ours)
+        _write_json(run / "config.json", ours)
+        if encoder is not None:
+            _write_json(run / "vae.json", encoder)
         return
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not empty and holds no training run; choose a new folder")
@@ -803,6 +807,8 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
             f"{run} holds another run, which differs in {'; '.join(differing)}. "
             "Choose a new folder, or give the same options to resume it; nothing was written"
         )
+    if encoder is not None:
+        _compare_encoder(run, encoder)
     _compare_data(run, ours["dataset"], theirs, other_data)
     if theirs["dataset"].get("fingerprint") is None and ours["dataset"]["fingerprint"] is not None:
         _warn(f"{run} holds no fingerprint of its data: only their number and their classes were compared")
@@ -842,13 +848,38 @@ def _compare_data(run: Path, ours: dict[str, Any], theirs: dict[str, Any], other
         )
     if differing:
         earlier = [*known.pop("earlier", []), known]
-        _write_config(run, {**theirs, "dataset": {**ours, "earlier": earlier}})
+        _write_json(run / "config.json", {**theirs, "dataset": {**ours, "earlier": earlier}})
 
 
-def _write_config(run: Path, values: dict[str, Any]) -> None:
-    draft = run / ".config.json.tmp"
+def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
+    """ValueError if a run has learned the latents of another encoder: no option makes the two one model."""
+    known = encoder_of(run) or encoder
+    for name in ("encoder_sha256", "scaling_factor"):
+        if known.get(name) != encoder.get(name):
+            raise ValueError(
+                f"{run} has learned latents of the encoder of {known.get('name')}, and these are of that of "
+                f"{encoder.get('name')} ({name} there {known.get(name)}, now {encoder.get(name)}); give its "
+                "own latents, or choose a new folder. Nothing was written"
+            )
+    _write_json(run / "vae.json", known)
+
+
+def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | None:
+    """Which autoencoder's encoder made the latents of a run (`vae_identity` of chapter 10); None if unknown.
+
+    The run remembers it in ``vae.json``; without that, the latent store `data` is asked, if it is there.
+    """
+    if (run / "vae.json").is_file():
+        return dict(json.loads((run / "vae.json").read_text()))
+    if data and (manifest := Path(data) / "manifest.json").is_file():
+        return dict(json.loads(manifest.read_text())["vae"])
+    return None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(json.dumps(values, indent=2) + "\n")
-    draft.replace(run / "config.json")
+    draft.replace(path)
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -920,7 +951,13 @@ def _remove_if_stale(path: Path, host: str) -> None:
         owner, process, token = "unknown", 0, ""
     if owner == host and not _alive(process, token):  # of another machine's processes we know nothing
         _warn(f"{path} was left by process {process} of this machine, which is no more; it is removed")
-        path.unlink(missing_ok=True)
+        aside = path.with_name(f"{path.name}.{THIS_PROCESS}")  # another process may judge the same at once
+        with suppress(FileNotFoundError):
+            path.rename(aside)
+            if json.loads(aside.read_text()).get("token") != token:  # it is new already: not ours to remove
+                with suppress(FileExistsError):
+                    os.link(aside, path)
+            aside.unlink()
         return
     raise ValueError(
         f"{path.parent} is held by process {process} of the machine {owner!r}, says {path}. If it still "

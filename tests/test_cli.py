@@ -1265,3 +1265,26 @@ def test_a_whole_configuration_may_say_what_does_not_matter_here(tmp_path):
         options, typed = cli._parse(parser, [*words, "--steps", "5"])
         assert (options.workers, options.steps, "workers" in typed, "steps" in typed) == (2, 5, False, True)
     assert "workers" in cli._parse(parser, ["--workers", "2"])[1]
+
+
+def test_latents_are_not_clamped_to_the_range_of_pixels(work, tmp_path):
+    said = diffussm(
+        f"sample --from {work}/latent-run --vae {work}/vae --clip_denoised true --grid {tmp_path}/a.png",
+        code=1,
+    )
+    assert "--clip_denoised true" in said and not (tmp_path / "a.png").exists()
+
+
+def test_a_result_never_takes_the_place_of_the_record_of_a_set(work, tmp_path):
+    (tmp_path / "set.npz").write_bytes(b"")
+    said = diffussm(
+        f"evaluate {tmp_path}/set.npz --reference {tmp_path}/set.npz --out {tmp_path}/set.json", code=1
+    )
+    assert "set.scores.json" in said
+
+
+def test_pictures_of_an_npz_are_not_turned(tmp_path):
+    for command in ("evaluate {0} --reference {0}", "statistics {0} {1}/out.npz"):
+        words = command.format(f"{tmp_path}/set.npz", tmp_path)
+        said = diffussm(f"{words} --exif_rotate", code=1)
+        assert "--exif_rotate would have no effect" in said

@@ -778,7 +778,9 @@ def test_a_set_that_is_asked_to_stop_says_how_far_it_is_and_goes_on(tmp_path, si
 
 def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
     (tmp_path / "set" / ".parts").mkdir(parents=True)  # killed before the record was written
+    (tmp_path / "set" / ".samples.json.tmp").write_text("{")
     draw(tmp_path / "set")
+    assert not list((tmp_path / "set").glob(".*.tmp"))
     (tmp_path / "set" / ".parts").mkdir()  # killed before all was tidy
     draw(tmp_path / "set")
     assert not (tmp_path / "set" / ".parts").exists()

@@ -393,6 +393,43 @@ def test_every_hundredth_checkpoint_can_be_kept(tmp_path):
     assert kept == [f"step_{step:08d}" for step in (4, 8, 9, 10)]
 
 
+def test_as_many_checkpoints_are_kept_as_was_asked(tmp_path):
+    # with more to keep than there are, a negative bound once removed the oldest
+    run_tiny(tmp_path / "run", save_every=1, keep_last=6)
+    assert steps_kept(tmp_path / "run") == [5, 6, 7, 8, 9, 10]
+
+
+def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
+    def latents(encoder):
+        data = TensorData(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        data.vae = {"name": encoder, "encoder_sha256": encoder, "scaling_factor": 1.0}
+        return data
+
+    config = replace(TINY, model=replace(TINY.model, num_classes=0, label_dropout=0.0))
+    training.open_run(tmp_path / "run", config, latents("one"))
+    assert training.encoder_of(tmp_path / "run")["name"] == "one"
+    training.open_run(tmp_path / "run", config, latents("one"))
+    with pytest.raises(ValueError, match="another folder|choose a new folder"):
+        training.open_run(tmp_path / "run", config, latents("two"), other_data=True)
+    assert training.encoder_of(tmp_path / "run")["name"] == "one"
+    (tmp_path / "run" / "vae.json").unlink()  # as a run of an older version has none
+    assert training.encoder_of(tmp_path / "run", tmp_path / "nowhere") is None
+
+
+def test_a_lock_that_is_new_already_is_not_taken(tmp_path, monkeypatch):
+    """Two starts judge the same lock stale; the second of them must not remove what the first made."""
+    lock = tmp_path / ".lock.json"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "process": 1, "token": "gone"}))
+
+    def meanwhile(process, token):
+        lock.write_text(json.dumps({"host": "here", "process": 2, "token": "new"}))
+        return False
+
+    monkeypatch.setattr(training, "_alive", meanwhile)
+    training._remove_if_stale(lock, socket.gethostname())
+    assert json.loads(lock.read_text())["token"] == "new" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
     def folder(name, count):
         for i in range(count):
