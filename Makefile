@@ -51,8 +51,9 @@ render: fresh
 book: render ## export, execute all chapters (those that changed), render; prints the page to open
 	@echo "open file://$(PAGE)"
 
+# Two at a time: the longest chapter, which trains, uses one thread. Threads that wait must not spin then.
 chapters: fresh
-	$(call timed,chapters,$(RUN) -m pytest --nbmake --nbmake-timeout 900 --keep-outputs $(CACHE) book)
+	$(call timed,chapters,OMP_WAIT_POLICY=passive $(RUN) -m pytest --nbmake --nbmake-timeout 900 -n 2 --keep-outputs $(CACHE) book)
 
 # The chapters run first and leave their outputs for the pages, so that nothing runs twice.
 test: chapters ## everything that must hold: chapters, unit tests, export, lint, types, rendered pages

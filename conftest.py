@@ -85,13 +85,16 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 def keep_outputs(folder: str, chapter: Path, notebook: Any, seconds: float) -> None:
     """Store an executed chapter as the book build would have."""
+    from filelock import FileLock
     from jupyter_cache import get_cache
     from jupyter_cache.base import CacheBundleIn
 
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of the run, which are no part of the chapter
-    get_cache(folder).cache_notebook_bundle(
-        CacheBundleIn(notebook, str(chapter), data={"execution_seconds": seconds}),
-        check_validity=False,
-        overwrite=True,
-    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # two chapters may end at once
+        get_cache(folder).cache_notebook_bundle(
+            CacheBundleIn(notebook, str(chapter), data={"execution_seconds": seconds}),
+            check_validity=False,
+            overwrite=True,
+        )

@@ -277,7 +277,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_up_front(tmp_path, size):
     assert not (tmp_path / "run").exists()
 
 
-def poisoned(run, leave):
+def poisoned(run, leave=0):
     """The second process alone gets a loss that is not a number, at the fourth step."""
     honest, calls = GaussianDiffusion.losses, []
 
@@ -947,7 +947,7 @@ def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
                 assert torch.get_float32_matmul_precision() == products
         torch.set_float32_matmul_precision("highest")
         for precision, products in (("float32", "highest"), ("tf32", "high"), ("bf16", "high")):
-            with distributed._precision(precision, gpu):
+            with distributed.precision(precision, gpu):
                 assert torch.get_float32_matmul_precision() == products
             assert torch.get_float32_matmul_precision() == "highest"
     finally:

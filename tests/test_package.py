@@ -280,7 +280,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(latents, "encode", reach)
     monkeypatch.setattr(cli, "open_data", lambda config: [])
     monkeypatch.setattr(cli, "_train_here", reach)
-    monkeypatch.setattr(cli, "_cluster", lambda *given, **options: nullcontext(SimpleNamespace(device="cpu")))
+    world = SimpleNamespace(device="cpu", once=lambda function: function())
+    monkeypatch.setattr(cli, "_cluster", lambda *given, **options: nullcontext(world))
     monkeypatch.setattr(cli, "doctor_questions", reach)
     for name in ("evaluate", "save_statistics", "self_test"):
         monkeypatch.setattr(evaluation, name, reach)
