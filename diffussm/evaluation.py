@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, hash64
 from diffussm.latents import LmdbImages, full_precision, images_from
+from diffussm.training import _sha256
 
 __all__ = [
     "frechet_distance",
@@ -749,11 +750,6 @@ def _facts(source: Source) -> dict[str, Any]:
             raise ValueError(f"{path} is not complete; give the same `diffussm sample` command again first")
         facts |= written
     return facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version(name: str) -> str | None:

@@ -3,7 +3,6 @@
 Generated from book/10_latents.md by `make export`: edit there.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -38,6 +37,7 @@ from diffussm.data import (
     load_batch,
     visible,
 )
+from diffussm.training import UNSUPPORTED, _sha256
 
 __all__ = [
     "LOG",
@@ -439,28 +439,12 @@ def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
     return content[len(header) :].view("<f2").reshape(shape)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _publish(draft: Path, path: Path) -> None:
     """Make a finished file appear under its name, all at once and for good."""
     with draft.open("r+b") as file:
         os.fsync(file.fileno())
     draft.replace(path)
     _flush_folder(path.parent)
-
-
-_CANNOT = {
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.EBADF,
-    errno.EACCES,
-    errno.EPERM,
-}
 
 
 def _flush_folder(folder: Path) -> None:
@@ -472,7 +456,7 @@ def _flush_folder(folder: Path) -> None:
         finally:
             os.close(opened)
     except OSError as error:
-        if error.errno not in _CANNOT:  # a disk that is full or broken is another matter
+        if error.errno not in UNSUPPORTED:  # a disk that is full or broken is another matter
             raise
         _warn_of_flushing(folder, str(error))
 
