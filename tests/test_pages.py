@@ -7,9 +7,7 @@ than its text, or where there is no Chromium; DIFFUSSM_REQUIRE_BOOK and DIFFUSSM
 from __future__ import annotations
 
 import functools
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,19 +17,11 @@ from typing import Any
 
 import pytest
 import yaml
+from browsers import absent
 
 from tools.book import ROOT, Chapter, read_chapter
 
 HTML = ROOT / "_build" / "html"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 PHONE = 390
 
 
@@ -43,13 +33,6 @@ def toc() -> list[str]:
 
 
 PAGES = toc()
-
-
-def absent(reason: str, variable: str) -> None:
-    """Skip, or fail where the environment says that this must be there."""
-    if os.environ.get(variable):
-        pytest.fail(f"{reason} ({variable} is set)", pytrace=False)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -77,19 +60,6 @@ def server(book: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{http.server_address[1]}"
         http.shutdown()
         thread.join()
-
-
-@pytest.fixture(scope="session")
-def browser(book: Path) -> Iterator[Any]:
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        absent("no Chromium on this machine", "DIFFUSSM_REQUIRE_BROWSER")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        instance = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield instance
-        instance.close()
 
 
 @dataclass
