@@ -29,14 +29,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             for item in wanting:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU; benchmarks/gpu.sh runs these tests"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs a GPU; benchmarks/gpu.sh runs these tests"
+                    )
+                )
 
 
-def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+def pytest_collect_file(
+    file_path: Path, parent: pytest.Collector
+) -> pytest.Collector | None:
     """With --nbmake, every Markdown page that has code cells is a test."""
-    if file_path.suffix != ".md" or not parent.config.getoption("nbmake", default=False):
+    if file_path.suffix != ".md" or not parent.config.getoption(
+        "nbmake", default=False
+    ):
         return None
-    if not re.search(r"^`{3,}\{code-cell\}", file_path.read_text(encoding="utf-8"), re.MULTILINE):
+    if not re.search(
+        r"^`{3,}\{code-cell\}", file_path.read_text(encoding="utf-8"), re.MULTILINE
+    ):
         return None
     # Imported here: a plain run of the unit tests needs neither Jupyter nor nbmake.
     from nbmake.nb_run import NotebookRun
@@ -61,7 +71,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, f"{file_path.stem}.ipynb")
                 nbformat.write(jupytext.read(file_path), copy)
-                run = NotebookRun(Text(copy), option.nbmake_timeout, kernel=option.nbmake_kernel)  # type: ignore[arg-type]
+                run = NotebookRun(
+                    Text(copy), option.nbmake_timeout, kernel=option.nbmake_kernel
+                )  # type: ignore[arg-type]
                 start = time.monotonic()
                 result = run.execute()
             if result.error is not None:
@@ -74,7 +86,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
                 result.error.trace = f"{place}\n{result.error.trace}"
                 raise NotebookFailedException(result)
             if option.keep_outputs:
-                keep_outputs(option.keep_outputs, file_path, result.nb, time.monotonic() - start)
+                keep_outputs(
+                    option.keep_outputs, file_path, result.nb, time.monotonic() - start
+                )
 
     class ChapterFile(NotebookFile):
         def collect(self) -> Iterator[Any]:
@@ -90,7 +104,9 @@ def keep_outputs(folder: str, chapter: Path, notebook: Any, seconds: float) -> N
     from jupyter_cache.base import CacheBundleIn
 
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # the times of the run, which are no part of the chapter
+        cell.metadata.pop(
+            "execution", None
+        )  # the times of the run, which are no part of the chapter
     Path(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # two chapters may end at once
         get_cache(folder).cache_notebook_bundle(

@@ -10,7 +10,11 @@ from pathlib import Path
 from ipykernel.ipkernel import IPythonKernel
 from jupytext import AsyncTextFileContentsManager
 
-KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+KERNEL = {
+    "display_name": "Python 3 (ipykernel)",
+    "language": "python",
+    "name": "python3",
+}
 HEADER = {
     ".md": re.compile(r"\A---\n.*?^---\n\n*", re.DOTALL | re.MULTILINE),
     ".py": re.compile(r"\A# ---\n.*?^# ---\n\n*", re.DOTALL | re.MULTILINE),
@@ -33,7 +37,11 @@ class TextNotebooks(AsyncTextFileContentsManager):
 def keep_without_header(model, path, contents_manager, **_):
     """Drop the header that jupytext is about to write into a README, a page without cells or a module."""
     header = HEADER.get(Path(path).suffix)
-    if header is None or model.get("type") != "file" or not isinstance(model.get("content"), str):
+    if (
+        header is None
+        or model.get("type") != "file"
+        or not isinstance(model.get("content"), str)
+    ):
         return
     there = Path(contents_manager.root_dir, path.strip("/"))
     if there.is_file() and not header.match(there.read_text(encoding="utf-8")):

@@ -55,8 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=4, help="B (default: 4)")
     parser.add_argument("--length", type=int, default=4096, help="L (default: 4096)")
-    parser.add_argument("--width", type=int, default=1152, help="D (default: 1152; less needs less memory)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: 3)")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=1152,
+        help="D (default: 1152; less needs less memory)",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+    )
     arguments = parser.parse_args(argv)
     B, L, D = arguments.batch, arguments.length, arguments.width
     if min(B, L, D, arguments.runs) < 1:
@@ -70,9 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for what, kernel, limit in (
         ("against two S4D convolutions, direct kernels", vandermonde, LIMIT),
-        ("against two S4D convolutions, our two-level kernels", vandermonde_two_level, 1.0),
+        (
+            "against two S4D convolutions, our two-level kernels",
+            vandermonde_two_level,
+            1.0,
+        ),
     ):
-        theirs = make_job(lambda u, kernel=kernel: two_convolutions(layer, u, kernel), inputs, probe)
+        theirs = make_job(
+            lambda u, kernel=kernel: two_convolutions(layer, u, kernel), inputs, probe
+        )
         error = require_agreement(what, theirs(), ours(), tolerance=1e-3)
         row = speed_row(
             what,
@@ -82,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             runs=arguments.runs,
         )
         rows.append({**row, "difference": f"{error:.0e}"})
-    title = (
-        f"Bidirectional layer, forward + backward, kernels included: B = {B}, L = {L}, D = {D}, N = {D_STATE}"
-    )
+    title = f"Bidirectional layer, forward + backward, kernels included: B = {B}, L = {L}, D = {D}, N = {D_STATE}"
     return report("bidirectional", title, rows, settings=vars(arguments))
 
 

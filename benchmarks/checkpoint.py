@@ -58,11 +58,17 @@ def main(argv: list[str] | None = None) -> int:
             seconds["training waits"].append(time.perf_counter() - begun)
             world.finish()
             records = [
-                json.loads((Path(folder, name, "checkpoints", written.name) / "state.json").read_text())
+                json.loads(
+                    (
+                        Path(folder, name, "checkpoints", written.name) / "state.json"
+                    ).read_text()
+                )
                 for name in "ab"
             ]
             if records[0] != records[1]:
-                raise Disagreement("the two ways wrote different checkpoints; nothing is reported")
+                raise Disagreement(
+                    "the two ways wrote different checkpoints; nothing is reported"
+                )
         size = sum(file.stat().st_size for file in written.rglob("*.safetensors"))
     slow, fast = (statistics.median(values) for values in seconds.values())
     row: dict[str, Any] = {

@@ -32,7 +32,9 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 
 
-NOISE = 0.2  # of the median: how far apart the quartiles of the runs of one side may lie
+NOISE = (
+    0.2  # of the median: how far apart the quartiles of the runs of one side may lie
+)
 
 
 class Noise(RuntimeError):
@@ -44,7 +46,10 @@ class Disagreement(RuntimeError):
 
 
 def require_agreement(
-    what: str, reference: Tensor | Iterable[Tensor], candidate: Tensor | Iterable[Tensor], tolerance: float
+    what: str,
+    reference: Tensor | Iterable[Tensor],
+    candidate: Tensor | Iterable[Tensor],
+    tolerance: float,
 ) -> float:
     """Largest difference relative to the reference's largest entry, over all tensors given.
 
@@ -52,17 +57,25 @@ def require_agreement(
     ``tolerance``.
     """
     pairs = [
-        [tensors] if isinstance(tensors, Tensor) else list(tensors) for tensors in (reference, candidate)
+        [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        for tensors in (reference, candidate)
     ]
     if len(pairs[0]) != len(pairs[1]):
-        raise Disagreement(f"{what}: {len(pairs[0])} tensors against {len(pairs[1])}; nothing is reported")
+        raise Disagreement(
+            f"{what}: {len(pairs[0])} tensors against {len(pairs[1])}; nothing is reported"
+        )
     worst = 0.0
     for index, (a, b) in enumerate(zip(*pairs, strict=True)):
         if a.shape != b.shape:
-            raise Disagreement(f"{what}: tensor {index} has shape {tuple(a.shape)} against {tuple(b.shape)}")
+            raise Disagreement(
+                f"{what}: tensor {index} has shape {tuple(a.shape)} against {tuple(b.shape)}"
+            )
         wide = torch.promote_types(a.dtype, torch.float64)  # complex stays complex
         a, b = a.detach().to(wide), b.detach().to(wide)
-        error = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        error = float(
+            (a - b).abs().max()
+            / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        )
         if not error <= tolerance:  # also catches NaN
             raise Disagreement(
                 f"{what}: the two sides differ by {error:.1e} of the largest entry (tensor {index}), "
@@ -130,7 +143,12 @@ def require_quiet(what: str, seconds: Mapping[str, list[float]]) -> float:
 
 
 def quiet_runs(
-    what: str, sides: Mapping[str, Callable[[], object]], *, runs: int = 3, warmup: int = 1, tries: int = 3
+    what: str,
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    runs: int = 3,
+    warmup: int = 1,
+    tries: int = 3,
 ) -> tuple[dict[str, list[float]], float]:
     """What :func:`alternate` returns and its spread; a noisy round is measured again before it is refused."""
     for left in reversed(range(tries)):
@@ -153,8 +171,12 @@ def speed_row(
     warmup: int = 1,
 ) -> dict[str, Any]:
     """One row of the report: how many times faster ``candidate`` is (each side a ``(name, function)``)."""
-    seconds, spread = quiet_runs(what, dict([reference, candidate]), runs=runs, warmup=warmup)
-    slow, fast = (statistics.median(seconds[name]) for name, _ in (reference, candidate))
+    seconds, spread = quiet_runs(
+        what, dict([reference, candidate]), runs=runs, warmup=warmup
+    )
+    slow, fast = (
+        statistics.median(seconds[name]) for name, _ in (reference, candidate)
+    )
     return {
         "what": what,
         reference[0]: f"{1e3 * slow:,.1f} ms",
@@ -176,7 +198,9 @@ def peak_memory(function: str, *arguments: object) -> int:
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(send, function, arguments, torch.get_num_threads()))
+    process = context.Process(
+        target=_measure_peak, args=(send, function, arguments, torch.get_num_threads())
+    )
     process.start()
     send.close()
     try:
@@ -192,7 +216,11 @@ def peak_memory(function: str, *arguments: object) -> int:
 
 
 def memory_row(
-    what: str, reference: tuple[str, int], candidate: tuple[str, int], *, at_least: float
+    what: str,
+    reference: tuple[str, int],
+    candidate: tuple[str, int],
+    *,
+    at_least: float,
 ) -> dict[str, Any]:
     """One row of the report: how many times less memory ``candidate`` needs (each ``(name, bytes)``)."""
     ratio = reference[1] / max(candidate[1], 1)
@@ -208,7 +236,11 @@ def memory_row(
 
 
 def report(
-    name: str, title: str, rows: list[dict[str, Any]], *, settings: Mapping[str, Any] | None = None
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> int:
     """Print the rows as a Markdown table, write ``results/<name>.json`` and ``.md``, return the exit status.
 
@@ -217,11 +249,21 @@ def report(
     """
     if not rows:
         raise ValueError(f"benchmark {name!r} measured nothing: pass at least one row")
-    columns = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    columns = [
+        key for key, value in rows[0].items() if not isinstance(value, dict | list)
+    ]
+    lines = [
+        f"## {title}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
     for row in rows:
         values = [row.get(column, "") for column in columns]
-        cells = [{True: "yes", False: "**no**"}[v] if isinstance(v, bool) else str(v) for v in values]
+        cells = [
+            {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else str(v)
+            for v in values
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     machine = environment()
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
@@ -229,7 +271,12 @@ def report(
     markdown = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(markdown)
-    record = {"title": title, "settings": dict(settings or {}), "environment": machine, "rows": rows}
+    record = {
+        "title": title,
+        "settings": dict(settings or {}),
+        "environment": machine,
+        "rows": rows,
+    }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(markdown)
     return 0 if all(row.get("reached", True) for row in rows) else 1
@@ -274,7 +321,9 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _measure_peak(send: Any, function: str, arguments: tuple[object, ...], threads: int) -> None:
+def _measure_peak(
+    send: Any, function: str, arguments: tuple[object, ...], threads: int
+) -> None:
     torch.set_num_threads(threads)
     module, _, attribute = function.partition(":")
     job = getattr(importlib.import_module(module), attribute)(*arguments)

@@ -25,7 +25,13 @@ from torch import nn
 
 from benchmarks.bidirectional import make_job as layer_job
 from benchmarks.bidirectional import two_convolutions
-from benchmarks.common import RESULTS, alternate, environment, quiet_runs, require_agreement
+from benchmarks.common import (
+    RESULTS,
+    alternate,
+    environment,
+    quiet_runs,
+    require_agreement,
+)
 from benchmarks.references import awake, require_right
 from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
@@ -33,7 +39,13 @@ from benchmarks.train_step import make_loss, make_model, make_step
 from diffussm.bidirectional import BidirectionalSSM, convolve
 from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
 from diffussm.distributed import peak_flops
-from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention, time_by_kind
+from diffussm.efficiency import (
+    DiTBlock,
+    diffussm_macs,
+    dit_macs,
+    explicit_attention,
+    time_by_kind,
+)
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
@@ -47,10 +59,17 @@ class Sizes:
     width: int = 1152
     blocks: dict[str, int] | None = None  # depth by kind; None: that of XL
     lengths: tuple[int, ...] = (1024, 4096)
-    block_cases: tuple[tuple[int, int], ...] = ((1024, 32), (4096, 16), (16384, 2))  # L, B
+    block_cases: tuple[tuple[int, int], ...] = (
+        (1024, 32),
+        (4096, 16),
+        (16384, 2),
+    )  # L, B
     curve: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     sizes: tuple[int, ...] = (32, 64)  # sides of the latent
-    places: tuple[int, ...] = (2**15, 2**16)  # positions in a training batch: 32 and 64 images of L = 1024
+    places: tuple[int, ...] = (
+        2**15,
+        2**16,
+    )  # positions in a training batch: 32 and 64 images of L = 1024
     batches: tuple[int, ...] = (8, 16, 32)  # of guided images
     steps: int = 50
     runs: int = 5
@@ -58,7 +77,17 @@ class Sizes:
 
 
 REHEARSAL = Sizes(
-    32, {"DiffuSSM": 1, "DiT": 1}, (64,), ((64, 2),), (16, 64), (8,), (128, 256), (2, 4), 3, 2, False
+    32,
+    {"DiffuSSM": 1, "DiT": 1},
+    (64,),
+    ((64, 2),),
+    (16, 64),
+    (8,),
+    (128, 256),
+    (2, 4),
+    3,
+    2,
+    False,
 )
 
 
@@ -72,7 +101,9 @@ def autocast(job: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     return under
 
 
-def ratio(what: str, sides: dict[str, Callable[[], object]], runs: int, **facts: Any) -> Row:
+def ratio(
+    what: str, sides: dict[str, Callable[[], object]], runs: int, **facts: Any
+) -> Row:
     """Medians of two sides and how many times faster the second is."""
     seconds, spread = quiet_runs(what, sides, runs=runs, warmup=2)
     slow, fast = (statistics.median(values) for values in seconds.values())
@@ -103,7 +134,9 @@ def kernel_job(
     side: Callable[..., torch.Tensor], system: list[torch.Tensor], length: int
 ) -> Callable[[], list[torch.Tensor]]:
     """The kernel and its gradients."""
-    probe = torch.randn(len(system[0]), length, generator=torch.Generator().manual_seed(1))
+    probe = torch.randn(
+        len(system[0]), length, generator=torch.Generator().manual_seed(1)
+    )
     probe = probe.to(system[0].device)
 
     def job() -> list[torch.Tensor]:
@@ -117,7 +150,10 @@ def kernel(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """The two-level kernel against the direct one, time and memory."""
     for length in sizes.lengths:
         torch.manual_seed(0)
-        system = [x.detach().requires_grad_() for x in S4DKernel(sizes.width).to(device).discrete()]
+        system = [
+            x.detach().requires_grad_()
+            for x in S4DKernel(sizes.width).to(device).discrete()
+        ]
         sides = {
             "direct": kernel_job(vandermonde, system, length),
             "two-level": kernel_job(vandermonde_two_level, system, length),
@@ -134,37 +170,53 @@ def bidirectional(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     torch.manual_seed(0)
     layer = BidirectionalSSM(sizes.width).to(device)
     u = torch.randn(4, length, sizes.width, device=device, requires_grad=True)
-    inputs, probe = [u, *layer.parameters()], torch.randn(4, length, 2 * sizes.width, device=device)
+    inputs, probe = (
+        [u, *layer.parameters()],
+        torch.randn(4, length, 2 * sizes.width, device=device),
+    )
     theirs = layer_job(lambda u: two_convolutions(layer, u, vandermonde), inputs, probe)
     ours = layer_job(layer, inputs, probe)
     what = f"bidirectional layer, L = {length}"
     require_agreement(what, theirs(), ours(), 1e-3)
-    yield ratio(what, {"two convolutions": theirs, "one": ours}, sizes.runs, length=length)
+    yield ratio(
+        what, {"two convolutions": theirs, "one": ours}, sizes.runs, length=length
+    )
 
 
 def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Which long convolution is chosen, with the times and errors of all that were tried."""
     try:
-        from diffussm.on_chip import choose_convolution
+        from diffussm.gpu_kernels import choose_convolution
     except ImportError as error:
         yield {"what": "convolution", "reason": f"FFT: {error}"}
         return
     for length, batch in sizes.block_cases:
         choice = choose_convolution(length, sizes.width, batch, device, torch.bfloat16)
-        row = {"what": f"convolution, L = {length}, B = {batch}", "reason": choice.reason}
-        yield row | {"seconds": choice.seconds, "errors": choice.errors, "length": length}
+        row = {
+            "what": f"convolution, L = {length}, B = {batch}",
+            "reason": choice.reason,
+        }
+        yield row | {
+            "seconds": choice.seconds,
+            "errors": choice.errors,
+            "length": length,
+        }
 
 
 def chosen(sizes: Sizes, length: int, batch: int, device: torch.device) -> Any:
     """The convolution that the trainer would choose here."""
     try:
-        from diffussm.on_chip import choose_convolution
+        from diffussm.gpu_kernels import choose_convolution
     except ImportError:
         return convolve
-    return choose_convolution(length, sizes.width, batch, device, torch.bfloat16).convolution
+    return choose_convolution(
+        length, sizes.width, batch, device, torch.bfloat16
+    ).convolution
 
 
-def block_job(block: nn.Module, batch: int, places: int, device: torch.device) -> Callable[[], object]:
+def block_job(
+    block: nn.Module, batch: int, places: int, device: torch.device
+) -> Callable[[], object]:
     """Forward and backward of a block under bfloat16."""
     d_model = block.modulation.in_features
     x = torch.randn(batch, places, d_model, device=device, requires_grad=True)
@@ -177,7 +229,9 @@ def block_job(block: nn.Module, batch: int, places: int, device: torch.device) -
 def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """A block against a DiT block, with attention fused and as it is defined; the exponent of the cost."""
     torch.manual_seed(0)
-    ours, theirs = (awake(kind(sizes.width).to(device)) for kind in (HourglassBlock, DiTBlock))
+    ours, theirs = (
+        awake(kind(sizes.width).to(device)) for kind in (HourglassBlock, DiTBlock)
+    )
     for name, block in (("DiffuSSM", ours), ("DiT", theirs)):
         require_right(name, block, sizes.width, 128)
     unfused = copy.deepcopy(theirs)
@@ -188,20 +242,33 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for length, batch in sizes.block_cases:
         ours.ssm.convolution = chosen(sizes, length, batch, device)
         job = block_job(ours, batch, length // 2, device)
-        for name, block in (("fused attention", theirs), ("unfused attention", unfused)):
+        for name, block in (
+            ("fused attention", theirs),
+            ("unfused attention", unfused),
+        ):
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
             sides = {"DiT": block_job(block, batch, length, device), "DiffuSSM": job}
-            yield attempt(what, ratio, what, sides, sizes.runs, length=length, attention=name)
+            yield attempt(
+                what, ratio, what, sides, sizes.runs, length=length, attention=name
+            )
     ours.ssm.convolution = convolve
     seconds = alternate(
-        {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve}, runs=sizes.runs, warmup=2
+        {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve},
+        runs=sizes.runs,
+        warmup=2,
     )
     medians = [statistics.median(seconds[str(n)]) for n in sizes.curve]
     exponent = float(np.polyfit(np.log(sizes.curve), np.log(medians), 1)[0])
-    yield {"what": "exponent of the cost of a block", "exponent": round(exponent, 3), "seconds": seconds}
+    yield {
+        "what": "exponent of the cost of a block",
+        "exponent": round(exponent, 3),
+        "seconds": seconds,
+    }
 
 
-def attempt(what: str, measure: Callable[..., Row], *arguments: Any, **facts: Any) -> Row:
+def attempt(
+    what: str, measure: Callable[..., Row], *arguments: Any, **facts: Any
+) -> Row:
     """A row, or the reason why there is none."""
     try:
         return {"what": what} | measure(*arguments, **facts)
@@ -216,15 +283,32 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             depth = (sizes.blocks or {"DiffuSSM": 29, "DiT": 28})[kind]
             config = DiffuSSMConfig(
                 **PRESETS["DiffuSSM-XL"]
-                | {"input_size": size, "patch_size": patch, "n_blocks": depth, "d_model": sizes.width}
+                | {
+                    "input_size": size,
+                    "patch_size": patch,
+                    "n_blocks": depth,
+                    "d_model": sizes.width,
+                }
             )
             name = f"training {kind}-XL{'/2' if patch == 2 else ''}, {size} x {size}"
-            facts = {"kind": kind, "patch": patch, "size": size, "length": config.seq_len}
-            batches = [max(1, round(places / config.seq_len)) for places in sizes.places]
+            facts = {
+                "kind": kind,
+                "patch": patch,
+                "size": size,
+                "length": config.seq_len,
+            }
+            batches = [
+                max(1, round(places / config.seq_len)) for places in sizes.places
+            ]
             try:
-                model, convolution = checked_model(kind, config, batches[0], sizes, device)
+                model, convolution = checked_model(
+                    kind, config, batches[0], sizes, device
+                )
             except Exception as error:
-                yield facts | {"what": name, "error": f"{type(error).__name__}: {error}"}
+                yield facts | {
+                    "what": name,
+                    "error": f"{type(error).__name__}: {error}",
+                }
                 continue
             for batch in batches:
                 what = f"{name}, B = {batch}"
@@ -252,15 +336,21 @@ def checked_model(
             block.compile(dynamic=False)
         after = loss_and_norm(model, 2, device)
         if not np.allclose(before, after, rtol=1e-2, atol=0):
-            raise RuntimeError(f"loss and gradient norm are {after} compiled and {before} uncompiled")
+            raise RuntimeError(
+                f"loss and gradient norm are {after} compiled and {before} uncompiled"
+            )
     return model, "FFT" if convolution is convolve else "Triton"
 
 
-def loss_and_norm(model: nn.Module, batch: int, device: torch.device) -> tuple[float, float]:
+def loss_and_norm(
+    model: nn.Module, batch: int, device: torch.device
+) -> tuple[float, float]:
     """Of one batch under bfloat16; the weights stay as they are and no gradient is left."""
     loss = make_loss(model, batch, "bf16")()
     loss.backward()
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]
+    )
     model.zero_grad(set_to_none=True)
     return float(loss.detach()), float(norm)
 
@@ -273,7 +363,9 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def one_training(model: nn.Module, batch: int, sizes: Sizes, device: torch.device) -> Row:
+def one_training(
+    model: nn.Module, batch: int, sizes: Sizes, device: torch.device
+) -> Row:
     """Images/s, memory, MFU and the share outside matrix products of one model at one batch.
 
     The peak of memory is that of warmed-up steps: what compiling and checking took is forgotten.
@@ -293,12 +385,20 @@ def one_training(model: nn.Module, batch: int, sizes: Sizes, device: torch.devic
         facts["peak_bytes"] = torch.cuda.max_memory_allocated()
         peak = peak_flops(torch.cuda.get_device_name())
         count = diffussm_macs if isinstance(model, DiffuSSM) else dit_macs
-        macs = sum(n for name, n in count(model.config).items() if name not in ("convolution", "kernels"))
-        if peak is not None:  # a multiply-add is two operations, the backward pass twice the forward pass
+        macs = sum(
+            n
+            for name, n in count(model.config).items()
+            if name not in ("convolution", "kernels")
+        )
+        if (
+            peak is not None
+        ):  # a multiply-add is two operations, the backward pass twice the forward pass
             facts["mfu"] = round(6 * macs * batch / median / peak, 4)
     kinds = time_by_kind(step)
     facts["profile"] = kinds
-    facts["share_outside"] = 1 - (kinds["matrix products"] + kinds["attention"]) / sum(kinds.values())
+    facts["share_outside"] = 1 - (kinds["matrix products"] + kinds["attention"]) / sum(
+        kinds.values()
+    )
     return facts
 
 
@@ -307,12 +407,16 @@ def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     depth = (sizes.blocks or {"DiffuSSM": 29})["DiffuSSM"]
     for size in sizes.sizes:
         config = DiffuSSMConfig(
-            **PRESETS["DiffuSSM-XL"] | {"input_size": size, "n_blocks": depth, "d_model": sizes.width}
+            **PRESETS["DiffuSSM-XL"]
+            | {"input_size": size, "n_blocks": depth, "d_model": sizes.width}
         )
         model = make_model("DiffuSSM", config, str(device)).eval()
         sides = {
             name: autocast(sampling_job(side, sizes.steps), device)
-            for name, side in (("computed at every step", Uncached(model)), ("kept", model))
+            for name, side in (
+                ("computed at every step", Uncached(model)),
+                ("kept", model),
+            )
         }
         what = f"sampling, {size} x {size}, batch 1, {sizes.steps} steps"
         require_agreement(what, *(side() for side in sides.values()), 0.0)
@@ -351,42 +455,74 @@ def measured(name: str, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def summary(row: Row) -> str:
     """The figures of a row, without the single runs."""
-    return ", ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
+    return ", ".join(
+        f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on any machine; writes nothing")
-    parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--sizes", nargs="+", type=int, default=[32, 64], help="sides of the latents; rows of others are kept"
+        "--rehearse",
+        action="store_true",
+        help="tiny sizes on any machine; writes nothing",
+    )
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="default: all",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[32, 64],
+        help="sides of the latents; rows of others are kept",
     )
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.rehearse:
         print(
-            "error: PyTorch sees no GPU here; --rehearse walks the same way with tiny sizes", file=sys.stderr
+            "error: PyTorch sees no GPU here; --rehearse walks the same way with tiny sizes",
+            file=sys.stderr,
         )
         return 2
     sizes = REHEARSAL if arguments.rehearse else Sizes(sizes=tuple(arguments.sizes))
     file = RESULTS / "gpu.json"
-    record = json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}
-    record |= {"environment": environment(), "precision": "bf16 autocast, blocks compiled"}
+    record = (
+        json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}
+    )
+    record |= {
+        "environment": environment(),
+        "precision": "bf16 autocast, blocks compiled",
+    }
     failed = 0
     for name in arguments.sections:
-        rows = [row for row in record.get(name, []) if "size" in row and row["size"] not in sizes.sizes]
+        rows = [
+            row
+            for row in record.get(name, [])
+            if "size" in row and row["size"] not in sizes.sizes
+        ]
         for row in measured(name, sizes, device):
             rows.append(row)
             fault = row.get("error", "")
             failed += bool(fault) and not fault.startswith("Noise")
             print(f"{name}: {row['what']}: {fault or summary(row)}"[:400], flush=True)
             record[name] = rows
-            if not arguments.rehearse:  # after each row: what was measured stays, whatever comes
+            if (
+                not arguments.rehearse
+            ):  # after each row: what was measured stays, whatever comes
                 RESULTS.mkdir(exist_ok=True)
                 file.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {file}" if not arguments.rehearse else "a rehearsal: nothing was written")
+    print(
+        f"written to {file}"
+        if not arguments.rehearse
+        else "a rehearsal: nothing was written"
+    )
     return 1 if arguments.rehearse and failed else 0
 
 

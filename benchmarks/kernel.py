@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, memory_row, peak_memory, report, require_agreement, speed_row
+from benchmarks.common import (
+    command,
+    memory_row,
+    peak_memory,
+    report,
+    require_agreement,
+    speed_row,
+)
 from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
 
 D_MODEL, D_STATE = 1152, 64
@@ -32,11 +39,19 @@ def discrete_system(d_model: int) -> tuple[Tensor, Tensor]:
     return log_dA.detach(), weights.detach()
 
 
-def make_job(side: str, d_model: int, length: int, backward: bool) -> Callable[[], list[Tensor]]:
+def make_job(
+    side: str, d_model: int, length: int, backward: bool
+) -> Callable[[], list[Tensor]]:
     """A function that computes the kernel, or the kernel and its gradients, anew at every call."""
     kernel = SIDES[side]
-    log_dA, weights = (tensor.requires_grad_(backward) for tensor in discrete_system(d_model))
-    probe = torch.randn(d_model, length, generator=torch.Generator().manual_seed(1)) if backward else None
+    log_dA, weights = (
+        tensor.requires_grad_(backward) for tensor in discrete_system(d_model)
+    )
+    probe = (
+        torch.randn(d_model, length, generator=torch.Generator().manual_seed(1))
+        if backward
+        else None
+    )
 
     def job() -> list[Tensor]:
         result = kernel(log_dA, weights, length)
@@ -44,16 +59,26 @@ def make_job(side: str, d_model: int, length: int, backward: bool) -> Callable[[
             return [result]
         return [result.detach(), *torch.autograd.grad(result, (log_dA, weights), probe)]
 
-    if d_model > 2:  # a small call first, so that libraries it loads do not count as the kernel's memory
+    if (
+        d_model > 2
+    ):  # a small call first, so that libraries it loads do not count as the kernel's memory
         make_job(side, 2, 16, backward)()
     return job
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: 3)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=list(SPEED_LIMITS), help="default: 1024 4096"
+        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=list(SPEED_LIMITS),
+        help="default: 1024 4096",
     )
     arguments = parser.parse_args(argv)
     if arguments.runs < 1 or min(arguments.lengths) < 1:
@@ -65,18 +90,41 @@ def main(argv: list[str] | None = None) -> int:
         for backward in (False, True):
             what = f"{'forward + backward' if backward else 'forward'}, L = {length}"
             jobs = {side: make_job(side, D_MODEL, length, backward) for side in SIDES}
-            require_agreement(what, jobs["direct"](), jobs["two-level"](), tolerance=1e-4)
+            require_agreement(
+                what, jobs["direct"](), jobs["two-level"](), tolerance=1e-4
+            )
             direct, two_level = jobs.items()
             rows.append(
-                speed_row(f"time, {what}", direct, two_level, at_least=limit, runs=arguments.runs, warmup=0)
+                speed_row(
+                    f"time, {what}",
+                    direct,
+                    two_level,
+                    at_least=limit,
+                    runs=arguments.runs,
+                    warmup=0,
+                )
             )
             peaks = [
-                (side, peak_memory("benchmarks.kernel:make_job", side, D_MODEL, length, backward))
+                (
+                    side,
+                    peak_memory(
+                        "benchmarks.kernel:make_job", side, D_MODEL, length, backward
+                    ),
+                )
                 for side in SIDES
             ]
-            rows.append(memory_row(f"peak memory, {what}", peaks[0], peaks[1], at_least=MEMORY_LIMIT))
+            rows.append(
+                memory_row(
+                    f"peak memory, {what}", peaks[0], peaks[1], at_least=MEMORY_LIMIT
+                )
+            )
     title = f"Kernel of D = {D_MODEL} channels, N = {D_STATE}, float32: two levels against direct"
-    settings = {"d_model": D_MODEL, "d_state": D_STATE, "runs": arguments.runs, "lengths": arguments.lengths}
+    settings = {
+        "d_model": D_MODEL,
+        "d_state": D_STATE,
+        "runs": arguments.runs,
+        "lengths": arguments.lengths,
+    }
     return report("kernel", title, rows, settings=settings)
 
 

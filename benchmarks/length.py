@@ -27,10 +27,16 @@ LIMIT = 1.15
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.length", description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.length", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
+    )
     parser.add_argument("--batch", type=int, default=1, help="B (default: 1)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each length (default: 3)")
+    parser.add_argument(
+        "--runs", type=int, default=3, help="timed runs of each length (default: 3)"
+    )
     arguments = parser.parse_args(argv)
     D, B = arguments.width, arguments.batch
     if min(D, B, arguments.runs) < 1 or D % 16:
@@ -47,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     seconds: dict[str, dict[int, list[float]]] = {name: {} for name in blocks}
     spreads = []
     for length in LENGTHS:
-        jobs = {name: make_job(block, B, length // M) for name, (block, M) in blocks.items()}
+        jobs = {
+            name: make_job(block, B, length // M) for name, (block, M) in blocks.items()
+        }
         runs = max(
             arguments.runs, 4 * arguments.runs * FROM // length
         )  # short ones oftener: they are noisier
@@ -58,19 +66,29 @@ def main(argv: list[str] | None = None) -> int:
 
     rows: list[dict[str, Any]] = []
     for name, (_, M) in blocks.items():
-        medians = {length: statistics.median(values) for length, values in seconds[name].items()}
+        medians = {
+            length: statistics.median(values)
+            for length, values in seconds[name].items()
+        }
         long = [length for length in LENGTHS if length >= FROM]
-        exponent = float(np.polyfit(np.log(long), np.log([medians[length] for length in long]), 1)[0])
+        exponent = float(
+            np.polyfit(np.log(long), np.log([medians[length] for length in long]), 1)[0]
+        )
         rows.append(
             {
                 "what": name,
-                **{f"L = {length}": f"{1e3 * median:,.0f} ms" for length, median in medians.items()},
+                **{
+                    f"L = {length}": f"{1e3 * median:,.0f} ms"
+                    for length, median in medians.items()
+                },
                 "exponent": round(exponent, 3),
                 "limit": f"at most {LIMIT}" if M == 2 else "",
                 **({"reached": exponent <= LIMIT} if M == 2 else {}),
                 "spread": f"{max(spreads):.0%}",
                 "medians": {str(length): median for length, median in medians.items()},
-                "seconds": {str(length): values for length, values in seconds[name].items()},
+                "seconds": {
+                    str(length): values for length, values in seconds[name].items()
+                },
             }
         )
     title = f"Cost of a block, forward + backward, against the length: B = {B}, D = {D}, float32"

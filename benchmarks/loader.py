@@ -20,7 +20,13 @@ from torch import Tensor
 
 from benchmarks.common import command, report, require_agreement, speed_row
 from diffussm.data import batch_flips, batch_indices
-from diffussm.latents import FORMAT, LatentStore, npy_header, sign_manifest, verify_store
+from diffussm.latents import (
+    FORMAT,
+    LatentStore,
+    npy_header,
+    sign_manifest,
+    verify_store,
+)
 
 LIMIT = 10.0
 BATCH = 256
@@ -42,7 +48,14 @@ def write_both(folder: Path, side: int, images: int) -> tuple[LatentStore, Path]
         name = f"shard-{number:05d}.npy"
         (store / name).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
-        shards.append({"name": name, "images": len(indices), "sha256": digest, "labels": [[0, len(indices)]]})
+        shards.append(
+            {
+                "name": name,
+                "images": len(indices),
+                "sha256": digest,
+                "labels": [[0, len(indices)]],
+            }
+        )
         for index, pair in zip(indices.tolist(), block, strict=True):
             for flip in (0, 1):
                 np.save(files / f"{index}_{flip}.npy", pair[flip])
@@ -63,13 +76,20 @@ def write_both(folder: Path, side: int, images: int) -> tuple[LatentStore, Path]
 
 def read_files(files: Path, indices: Tensor, flips: Tensor) -> Tensor:
     """What most loaders do: open, parse and read a file for each image, then stack."""
-    paths = (files / f"{i}_{f}.npy" for i, f in zip(indices.tolist(), flips.int().tolist(), strict=True))
+    paths = (
+        files / f"{i}_{f}.npy"
+        for i, f in zip(indices.tolist(), flips.int().tolist(), strict=True)
+    )
     return torch.from_numpy(np.stack([np.load(path) for path in paths]))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side (default: 5)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.runs < 1:
         parser.error("--runs must be positive")
@@ -79,12 +99,18 @@ def main(argv: list[str] | None = None) -> int:
             store, files = write_both(Path(folder, str(side)), side, images)
             steps = images // BATCH
             batches = [
-                (batch_indices(images, BATCH, step, 0), batch_flips(images, BATCH, step, 0))
+                (
+                    batch_indices(images, BATCH, step, 0),
+                    batch_flips(images, BATCH, step, 0),
+                )
                 for step in range(steps)
             ]
             for indices, flips in batches:
                 require_agreement(
-                    "moments", read_files(files, indices, flips), store.moments(indices, flips), 0.0
+                    "moments",
+                    read_files(files, indices, flips),
+                    store.moments(indices, flips),
+                    0.0,
                 )
 
             def one_by_one(files: Path = files, batches: list = batches) -> None:
@@ -103,11 +129,19 @@ def main(argv: list[str] | None = None) -> int:
                 runs=arguments.runs,
             )
             for name in ("one .npy per image", "latent store"):
-                rate = images / sorted(row["seconds"][name])[len(row["seconds"][name]) // 2]
+                rate = (
+                    images
+                    / sorted(row["seconds"][name])[len(row["seconds"][name]) // 2]
+                )
                 row[name] += f", {rate:,.0f} images/s"
             rows.append(row)
     title = f"Reading moments in random order, batches of {BATCH}, files in the system's cache"
-    settings = {"batch": BATCH, "shards": SHARDS, "runs": arguments.runs, "images": SIZES}
+    settings = {
+        "batch": BATCH,
+        "shards": SHARDS,
+        "runs": arguments.runs,
+        "images": SIZES,
+    }
     return report("loader", title, rows, settings=settings)
 
 

@@ -21,8 +21,12 @@ from diffussm.hourglass import HourglassBlock
 def clear_convolution(u: Tensor, spectra: Tensor) -> Tensor:
     """`diffussm.bidirectional.convolve` in four operations, differentiated by autograd."""
     length = u.shape[1]
-    u_f = torch.fft.rfft(u.to(spectra.real.dtype), n=2 * length, dim=1).transpose(1, 2)  # (B, D, L + 1)
-    y = torch.fft.irfft(u_f[:, None] * spectra, n=2 * length)[..., :length]  # (B, 2, D, L)
+    u_f = torch.fft.rfft(u.to(spectra.real.dtype), n=2 * length, dim=1).transpose(
+        1, 2
+    )  # (B, D, L + 1)
+    y = torch.fft.irfft(u_f[:, None] * spectra, n=2 * length)[
+        ..., :length
+    ]  # (B, 2, D, L)
     return y.flatten(1, 2).transpose(1, 2).to(u.dtype)
 
 
@@ -32,7 +36,9 @@ def clear_twin(block: nn.Module) -> nn.Module:
     if isinstance(twin, HourglassBlock):
         twin.ssm.convolution = clear_convolution
         for kernel in (twin.ssm.forward_kernel, twin.ssm.backward_kernel):
-            kernel.forward = lambda length, kernel=kernel: vandermonde(*kernel.discrete(), length)
+            kernel.forward = lambda length, kernel=kernel: vandermonde(
+                *kernel.discrete(), length
+            )
     elif isinstance(twin, DiTBlock):
         twin.attention = explicit_attention
     return twin
@@ -42,19 +48,29 @@ def outputs(block: nn.Module, inputs: Iterable[Tensor], probe: Tensor) -> list[T
     """Output and gradients (of the inputs, then of the parameters)."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = block(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, [*leaves, *block.parameters()], probe.to(y.dtype))]
+    return [
+        y.detach(),
+        *torch.autograd.grad(y, [*leaves, *block.parameters()], probe.to(y.dtype)),
+    ]
 
 
-def require_right(what: str, block: nn.Module, d_model: int, length: int, tolerance: float = 1e-4) -> float:
+def require_right(
+    what: str, block: nn.Module, d_model: int, length: int, tolerance: float = 1e-4
+) -> float:
     """Compare a block with its clear twin: output within a tenth of ``tolerance``, gradients within it.
 
     Returns the largest error, relative to the largest entry of each tensor. Raises Disagreement.
     """
     parameter = next(block.parameters())
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=generator) for shape in ((2, length, d_model), (2, d_model))]
+    inputs = [
+        torch.randn(shape, generator=generator)
+        for shape in ((2, length, d_model), (2, d_model))
+    ]
     probe = torch.randn(2, length, d_model, generator=generator)
-    fast = outputs(block, [tensor.to(parameter) for tensor in inputs], probe.to(parameter))
+    fast = outputs(
+        block, [tensor.to(parameter) for tensor in inputs], probe.to(parameter)
+    )
     clear = outputs(
         clear_twin(block),
         [tensor.to(parameter.device, torch.float64) for tensor in inputs],

@@ -27,15 +27,38 @@ Part = tuple[float, float, Callable[[], object]]
 def parts_of_a_block(L: int, D: int) -> dict[str, Part]:
     """Name -> operations (a multiply-add is two), bytes that must be read or written, and the work itself."""
     torch.manual_seed(0)
-    stream, wide, weight = torch.randn(L, D), torch.randn(L, 2 * D), torch.randn(2 * D, D)
+    stream, wide, weight = (
+        torch.randn(L, D),
+        torch.randn(L, 2 * D),
+        torch.randn(2 * D, D),
+    )
     sequences = torch.randn(D, 2 * L)
-    half_spectra, spectra = torch.fft.rfft(sequences), torch.randn(2, D, L + 1, dtype=torch.complex64)
+    half_spectra, spectra = (
+        torch.fft.rfft(sequences),
+        torch.randn(2, D, L + 1, dtype=torch.complex64),
+    )
     heads = torch.randn(3, 1, 16, L, D // 16)
     return {
-        "dense map": (4.0 * L * D * D, 4.0 * (3 * L * D + 2 * D * D), lambda: stream @ weight.T),
-        "attention": (4.0 * L * L * D, 16.0 * L * D, lambda: F.scaled_dot_product_attention(*heads)),
-        "transform": (5.0 * L * math.log2(2 * L) * D, 16.0 * L * D, lambda: torch.fft.rfft(sequences)),
-        "two spectra": (12.0 * D * (L + 1), 40.0 * D * (L + 1), lambda: half_spectra * spectra),
+        "dense map": (
+            4.0 * L * D * D,
+            4.0 * (3 * L * D + 2 * D * D),
+            lambda: stream @ weight.T,
+        ),
+        "attention": (
+            4.0 * L * L * D,
+            16.0 * L * D,
+            lambda: F.scaled_dot_product_attention(*heads),
+        ),
+        "transform": (
+            5.0 * L * math.log2(2 * L) * D,
+            16.0 * L * D,
+            lambda: torch.fft.rfft(sequences),
+        ),
+        "two spectra": (
+            12.0 * D * (L + 1),
+            40.0 * D * (L + 1),
+            lambda: half_spectra * spectra,
+        ),
         "GELU": (20.0 * L * D, 16.0 * L * D, lambda: F.gelu(wide)),
         "layer norm": (8.0 * L * D, 8.0 * L * D, lambda: F.layer_norm(stream, (D,))),
         "gate": (2.0 * L * D, 24.0 * L * D, lambda: wide * wide),
@@ -44,7 +67,11 @@ def parts_of_a_block(L: int, D: int) -> dict[str, Part]:
 
 def ceilings() -> dict[str, Part]:
     """A large matrix product and a large copy."""
-    square, source, target = torch.randn(2048, 2048), torch.randn(2**25), torch.empty(2**25)
+    square, source, target = (
+        torch.randn(2048, 2048),
+        torch.randn(2**25),
+        torch.empty(2**25),
+    )
     return {
         "matrix product": (2.0 * 2048**3, 12.0 * 2048**2, lambda: square @ square),
         "copy": (0.0, 8.0 * 2**25, lambda: target.copy_(source)),
@@ -66,7 +93,9 @@ def kept_spectra(L: int, D: int, runs: int) -> tuple[dict[str, list[float]], flo
         "whole block": lambda: block(x, c),
         "with kept spectra": lambda: block(x, c, known),
     }
-    seconds, _ = quiet_runs("a block with and without kept spectra", sides, runs=runs, warmup=2)
+    seconds, _ = quiet_runs(
+        "a block with and without kept spectra", sides, runs=runs, warmup=2
+    )
     shares = []
     for _ in range(runs):
         kinds = time_by_kind(sides["with kept spectra"])
@@ -78,21 +107,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--length", type=int, default=1024, help="L, even (default: 1024)")
-    parser.add_argument("--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)")
-    parser.add_argument("--runs", type=int, default=9, help="timed runs of each part (default: 9)")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="L, even (default: 1024)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=9, help="timed runs of each part (default: 9)"
+    )
     arguments = parser.parse_args(argv)
     L, D, runs = arguments.length, arguments.width, arguments.runs
     if min(L, D, runs) < 1 or L % 2 or D % 16:
-        parser.error("all options must be positive, --length even and --width a multiple of 16")
+        parser.error(
+            "all options must be positive, --length even and --width a multiple of 16"
+        )
 
     rows: list[dict[str, Any]] = []
     work = {**ceilings(), **parts_of_a_block(L, D)}
     seconds, _ = quiet_runs(
-        "the parts of a block", {name: job for name, (_, _, job) in work.items()}, runs=runs, warmup=3
+        "the parts of a block",
+        {name: job for name, (_, _, job) in work.items()},
+        runs=runs,
+        warmup=3,
     )
     for name, (operations, moved, _) in work.items():
-        best = min(seconds[name])  # a ceiling is what can be reached, and so is what lies under it
+        best = min(
+            seconds[name]
+        )  # a ceiling is what can be reached, and so is what lies under it
         rows.append(
             {
                 "what": name,
@@ -105,8 +147,16 @@ def main(argv: list[str] | None = None) -> int:
         )
     inside, products = kept_spectra(L, D, runs)
     for name, values in inside.items():
-        rows.append({"what": f"block: {name}", "best": f"{1e3 * min(values):.3g} ms", "seconds": values})
-    settings = vars(arguments) | {"share of matrix products with kept spectra": round(products, 4)}
+        rows.append(
+            {
+                "what": f"block: {name}",
+                "best": f"{1e3 * min(values):.3g} ms",
+                "seconds": values,
+            }
+        )
+    settings = vars(arguments) | {
+        "share of matrix products with kept spectra": round(products, 4)
+    }
     title = f"Roofline and the parts of a block: B = 1, L = {L}, D = {D}, float32"
     return report("roofline", title, rows, settings=settings)
 

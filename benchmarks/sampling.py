@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, keep_freed_memory, report, require_agreement, speed_row
+from benchmarks.common import (
+    command,
+    keep_freed_memory,
+    report,
+    require_agreement,
+    speed_row,
+)
 from benchmarks.train_step import make_model
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
@@ -23,7 +29,11 @@ LIMIT = 1.5
 # blocks are alike: few of them have the ratio of many
 CASES: dict[str, dict[str, Any]] = {
     "XL, 32 x 32, L = 1024": {**PRESETS["DiffuSSM-XL"], "n_blocks": 4},
-    "XL, 64 x 64, L = 4096": {**PRESETS["DiffuSSM-XL"], "n_blocks": 2, "input_size": 64},
+    "XL, 64 x 64, L = 4096": {
+        **PRESETS["DiffuSSM-XL"],
+        "n_blocks": 2,
+        "input_size": 64,
+    },
     "XL/2, 32 x 32, L = 256": {**PRESETS["DiffuSSM-XL/2"], "n_blocks": 4},
     "S, 32 x 32, L = 1024": {**PRESETS["DiffuSSM-S"], "n_blocks": 4},
     "emoji, L = 256": PRESETS["emoji"],
@@ -42,10 +52,14 @@ class Uncached:
         return self.model(*inputs)
 
 
-def make_job(model: Any, steps: int, batch: int = 1, cfg_scale: float = 1.0) -> Callable[[], Tensor]:
+def make_job(
+    model: Any, steps: int, batch: int = 1, cfg_scale: float = 1.0
+) -> Callable[[], Tensor]:
     """A function that draws the same images at every call."""
     config = model.config
-    parameter = next((model.model if isinstance(model, Uncached) else model).parameters())
+    parameter = next(
+        (model.model if isinstance(model, Uncached) else model).parameters()
+    )
     shape = (batch, config.in_channels, config.height, config.width)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     y = torch.zeros(batch, dtype=torch.int64, device=parameter.device)
@@ -54,16 +68,28 @@ def make_job(model: Any, steps: int, batch: int = 1, cfg_scale: float = 1.0) -> 
     def job() -> Tensor:
         generator = torch.Generator(parameter.device).manual_seed(0)
         return sample(
-            model, diffusion, y, steps, cfg_scale=cfg_scale, generator=generator, noise=noise, progress=False
+            model,
+            diffusion,
+            y,
+            steps,
+            cfg_scale=cfg_scale,
+            generator=generator,
+            noise=noise,
+            progress=False,
         )
 
     return job
 
 
 @torch.no_grad()
-def guided_in_two_calls(model: DiffuSSM, scale: float, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+def guided_in_two_calls(
+    model: DiffuSSM, scale: float, x: Tensor, t: Tensor, y: Tensor
+) -> Tensor:
     """Guidance as its formula reads: the conditional model, then the unconditional one."""
-    conditional, unconditional = model(x, t, y), model(x, t, torch.full_like(y, model.null_label))
+    conditional, unconditional = (
+        model(x, t, y),
+        model(x, t, torch.full_like(y, model.null_label)),
+    )
     n = x.shape[1]
     eps = unconditional[:, :n] + scale * (conditional[:, :n] - unconditional[:, :n])
     return torch.cat([eps, conditional[:, n:]], dim=1)
@@ -73,8 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--steps", type=int, default=8, help="steps of the sampler (default: 8)")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side (default: 5)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="steps of the sampler (default: 8)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
+    )
     arguments = parser.parse_args(argv)
     if min(arguments.steps, arguments.runs) < 1:
         parser.error("--steps and --runs must be positive")
@@ -83,7 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for what, values in CASES.items():
         model = make_model("DiffuSSM", DiffuSSMConfig(**values)).eval()
-        slow, fast = (make_job(side, arguments.steps) for side in (Uncached(model), model))
+        slow, fast = (
+            make_job(side, arguments.steps) for side in (Uncached(model), model)
+        )
         difference = require_agreement(what, slow(), fast(), tolerance=0.0)
         row = speed_row(
             f"{what}, {model.config.n_blocks} blocks",

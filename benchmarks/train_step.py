@@ -62,7 +62,9 @@ def make_loss(model: nn.Module, batch: int, precision: str = "float32") -> Job:
     return loss
 
 
-def make_step(model: nn.Module, batch: int, precision: str = "float32", fused: bool = True) -> Job:
+def make_step(
+    model: nn.Module, batch: int, precision: str = "float32", fused: bool = True
+) -> Job:
     """A function that trains the model on one and the same batch; it returns the loss."""
     loss_of = make_loss(model, batch, precision)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -72,7 +74,9 @@ def make_step(model: nn.Module, batch: int, precision: str = "float32", fused: b
     def step() -> torch.Tensor:
         loss = loss_of()
         loss.backward()
-        nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, 0.9999)
@@ -97,7 +101,9 @@ def kernel_job(model: DiffuSSM, length: int) -> Callable[[], object]:
     def job() -> None:
         for layer in layers:
             spectra = layer.spectra(length)
-            torch.autograd.grad(spectra, list(layer.parameters()), torch.ones_like(spectra))
+            torch.autograd.grad(
+                spectra, list(layer.parameters()), torch.ones_like(spectra)
+            )
 
     return job
 
@@ -109,11 +115,16 @@ def where_time_goes(model: DiffuSSM, batch: int, runs: int) -> dict[str, float]:
     samples: list[dict[str, float]] = []
     for _ in range(runs):
         kinds, inside = time_by_kind(step), time_by_kind(kernels)
-        apart = {kind: kinds[kind] - inside[kind] for kind in kinds if kind != "attention"}
+        apart = {
+            kind: kinds[kind] - inside[kind] for kind in kinds if kind != "attention"
+        }
         apart["kernels, matrix products"] = inside["matrix products"]
         apart["kernels, the rest"] = inside["FFT"] + inside["other"]
         samples.append(apart)
-    return {kind: statistics.median(sample[kind] for sample in samples) for kind in samples[0]}
+    return {
+        kind: statistics.median(sample[kind] for sample in samples)
+        for kind in samples[0]
+    }
 
 
 def share_outside(seconds: dict[str, float]) -> float:
@@ -129,10 +140,18 @@ def optimizer_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
         twin = copy.deepcopy(model)
         for parameter in twin.parameters():
             parameter.grad = torch.ones_like(parameter)
-        optimizers.append(torch.optim.AdamW(parameter_groups(twin, 1e-4, 1e-3), eps=1e-8, fused=fused))
+        optimizers.append(
+            torch.optim.AdamW(parameter_groups(twin, 1e-4, 1e-3), eps=1e-8, fused=fused)
+        )
         optimizers[-1].step()
-    results = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
-    return optimizers[0].step, optimizers[1].step, require_agreement("fused AdamW", *results, 1e-4)
+    results = [
+        [p for group in o.param_groups for p in group["params"]] for o in optimizers
+    ]
+    return (
+        optimizers[0].step,
+        optimizers[1].step,
+        require_agreement("fused AdamW", *results, 1e-4),
+    )
 
 
 def average_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
@@ -143,7 +162,9 @@ def average_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
             parameter.mul_(1.01)
 
     def one_by_one() -> None:
-        for average, parameter in zip(slow.parameters(), model.parameters(), strict=True):
+        for average, parameter in zip(
+            slow.parameters(), model.parameters(), strict=True
+        ):
             average.mul_(0.9999).add_(parameter.detach(), alpha=1 - 0.9999)
 
     def at_once() -> None:
@@ -151,30 +172,55 @@ def average_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
 
     one_by_one()
     at_once()
-    return one_by_one, at_once, require_agreement("average", slow.parameters(), fast.parameters(), 1e-6)
+    return (
+        one_by_one,
+        at_once,
+        require_agreement("average", slow.parameters(), fast.parameters(), 1e-6),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--size", type=int, default=32, help="side of the latent (default: 32, L = 1024)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=32,
+        help="side of the latent (default: 32, L = 1024)",
+    )
     parser.add_argument("--batch", type=int, default=8, help="B (default: 8)")
-    parser.add_argument("--blocks", type=int, default=3, help="blocks (default: 3; XL has 29)")
-    parser.add_argument("--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (default: 3)")
+    parser.add_argument(
+        "--blocks", type=int, default=3, help="blocks (default: 3; XL has 29)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+    )
     arguments = parser.parse_args(argv)
     B, D = arguments.batch, arguments.width
-    if min(arguments.size, B, arguments.blocks, D, arguments.runs) < 1 or D % 16 or arguments.size % 2:
-        parser.error("all options must be positive, --width a multiple of 16 and --size even")
+    if (
+        min(arguments.size, B, arguments.blocks, D, arguments.runs) < 1
+        or D % 16
+        or arguments.size % 2
+    ):
+        parser.error(
+            "all options must be positive, --width a multiple of 16 and --size even"
+        )
 
     keep_freed_memory()
     config = DiffuSSMConfig(
-        **PRESETS["DiffuSSM-XL"] | {"input_size": arguments.size, "n_blocks": arguments.blocks, "d_model": D}
+        **PRESETS["DiffuSSM-XL"]
+        | {"input_size": arguments.size, "n_blocks": arguments.blocks, "d_model": D}
     )
     L, runs = config.seq_len, arguments.runs
     models = {kind: make_model(kind, config) for kind in KINDS}
-    errors = [require_right(kind, copy.deepcopy(model.blocks[0]), D, 128) for kind, model in models.items()]
+    errors = [
+        require_right(kind, copy.deepcopy(model.blocks[0]), D, 128)
+        for kind, model in models.items()
+    ]
 
     seconds = where_time_goes(models["DiffuSSM"], B, runs)
     share = share_outside(seconds)
@@ -191,12 +237,19 @@ def main(argv: list[str] | None = None) -> int:
         }
     ]
 
-    def compare(what: str, reference: Any, candidate: Any, at_least: float, runs: int = runs) -> None:
+    def compare(
+        what: str, reference: Any, candidate: Any, at_least: float, runs: int = runs
+    ) -> None:
         sides = ("reference", reference), ("candidate", candidate)
         rows.append(speed_row(what, *sides, at_least=at_least, runs=runs))
 
     steps = {kind: make_step(model, B) for kind, model in models.items()}
-    compare("a step of DiT against one of DiffuSSM", steps["DiT"], steps["DiffuSSM"], SPEED_LIMIT)
+    compare(
+        "a step of DiT against one of DiffuSSM",
+        steps["DiT"],
+        steps["DiffuSSM"],
+        SPEED_LIMIT,
+    )
     del models["DiT"], steps
 
     ours = models["DiffuSSM"]
@@ -214,7 +267,9 @@ def main(argv: list[str] | None = None) -> int:
     plain, recomputing = make_step(ours, B), make_step(again, B)
     errors.append(require_agreement("recomputing", plain(), recomputing(), 1e-5))
     compare("recomputing activations against keeping them", recomputing, plain, 1.0)
-    deep = replace(config, n_blocks=4 * arguments.blocks, d_model=D // 3 // 16 * 16 or D)
+    deep = replace(
+        config, n_blocks=4 * arguments.blocks, d_model=D // 3 // 16 * 16 or D
+    )
     peaks = [
         peak_memory("benchmarks.train_step:make_memory_job", deep, B, recompute)
         for recompute in (False, True)

@@ -41,7 +41,9 @@ def use_style() -> None:
     """Set matplotlib's defaults for the book and, inside a notebook, ask for SVG."""
     mpl.rcParams.update(
         {
-            "axes.prop_cycle": mpl.cycler(color=[c for name, c in COLORS.items() if name != "yellow"]),
+            "axes.prop_cycle": mpl.cycler(
+                color=[c for name, c in COLORS.items() if name != "yellow"]
+            ),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 11,
@@ -80,8 +82,12 @@ def _channels_last(images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         images = images[:, None]
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images are (n, H, W), (n, 1, H, W) or (n, 3, H, W), got {images.shape}")
-    return np.moveaxis(np.broadcast_to(images, (len(images), 3, *images.shape[2:])), 1, -1)
+        raise ValueError(
+            f"images are (n, H, W), (n, 1, H, W) or (n, 3, H, W), got {images.shape}"
+        )
+    return np.moveaxis(
+        np.broadcast_to(images, (len(images), 3, *images.shape[2:])), 1, -1
+    )
 
 
 def image_grid(
@@ -106,9 +112,14 @@ def image_grid(
     n, height, width, _ = pixels.shape
     columns = min(n, ncols or (len(titles) if titles else 10))
     rows = -(-n // columns)
-    for what, given, expected in (("row_labels", row_labels, rows), ("titles", titles, columns)):
+    for what, given, expected in (
+        ("row_labels", row_labels, rows),
+        ("titles", titles, columns),
+    ):
         if given is not None and len(given) != expected:
-            raise ValueError(f"{what}: got {len(given)}, the grid is {rows} rows by {columns} columns")
+            raise ValueError(
+                f"{what}: got {len(given)}, the grid is {rows} rows by {columns} columns"
+            )
 
     # Whole screen pixels per image pixel: browsers would smooth an 8 x 8 image otherwise.
     scale = max(1, round(cell * 120 / width))
@@ -120,12 +131,21 @@ def image_grid(
         canvas[top : top + height * scale, left : left + width * scale] = image
 
     inches = cell * columns + (1.0 if row_labels else 0.0)
-    fig, ax = plt.subplots(figsize=(inches, cell * rows * height / width + (0.35 if titles else 0.1)))
+    fig, ax = plt.subplots(
+        figsize=(inches, cell * rows * height / width + (0.35 if titles else 0.1))
+    )
     ax.imshow(canvas, interpolation="none")
     ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(columns) * step_x + width * scale / 2 if titles else [], titles or [])
-    ax.set_yticks(np.arange(rows) * step_y + height * scale / 2 if row_labels else [], row_labels or [])
-    ax.tick_params(length=0, top=False, bottom=False, labeltop=bool(titles), labelbottom=False)
+    ax.set_xticks(
+        np.arange(columns) * step_x + width * scale / 2 if titles else [], titles or []
+    )
+    ax.set_yticks(
+        np.arange(rows) * step_y + height * scale / 2 if row_labels else [],
+        row_labels or [],
+    )
+    ax.tick_params(
+        length=0, top=False, bottom=False, labeltop=bool(titles), labelbottom=False
+    )
     return fig
 
 
@@ -136,14 +156,20 @@ def _png(frame: Any, upscale: int, dpi: int) -> bytes:
         frame.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
         plt.close(frame)
         # A palette of 256 colours is indistinguishable for line art and a third of the size.
-        picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        picture = (
+            Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        )
         buffer = io.BytesIO()
     else:
         values = _as_array(frame)
         if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] != 3):
-            raise ValueError(f"a frame is (H, W), (H, W, 3) or a figure, got an array of {values.shape}")
+            raise ValueError(
+                f"a frame is (H, W), (H, W, 3) or a figure, got an array of {values.shape}"
+            )
         values = np.rint(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
-        picture = Image.fromarray(values.repeat(upscale, axis=0).repeat(upscale, axis=1))
+        picture = Image.fromarray(
+            values.repeat(upscale, axis=0).repeat(upscale, axis=1)
+        )
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
@@ -218,14 +244,20 @@ def frame_player(
     milliseconds. Leave ``caption`` empty where the cell's metadata has one.
     """
     if not len(frames) or len(frames) != len(labels):
-        raise ValueError(f"one label a frame: got {len(frames)} frames and {len(labels)} labels")
+        raise ValueError(
+            f"one label a frame: got {len(frames)} frames and {len(labels)} labels"
+        )
     if not alt:
-        raise ValueError("alt: say in a sentence what the frames show, for someone who cannot see them")
+        raise ValueError(
+            "alt: say in a sentence what the frames show, for someone who cannot see them"
+        )
     files = [_png(frame, upscale, dpi) for frame in frames]
     width, height = Image.open(io.BytesIO(files[0])).size
     names = [str(label) for label in labels]
     start %= len(files)
-    digest = hashlib.sha256(b"".join(files) + "".join([alt, caption, *names]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(files) + "".join([alt, caption, *names]).encode()
+    ).hexdigest()
     encoded = [base64.b64encode(file).decode() for file in files]
     return HTML(
         _PLAYER.format(
@@ -238,7 +270,9 @@ def frame_player(
             last=len(files) - 1,
             start=start,
             label=html.escape(names[start]),
-            caption=f"\n<figcaption>{html.escape(caption)}</figcaption>" if caption else "",
+            caption=f"\n<figcaption>{html.escape(caption)}</figcaption>"
+            if caption
+            else "",
             frames=json.dumps(encoded),
             labels=json.dumps(names).replace("</", "<\\/"),
             interval=interval,

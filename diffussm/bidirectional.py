@@ -1,6 +1,6 @@
 """Both directions.
 
-Generated from book/03_bidirectional.md by `make export`: edit there.
+Generated from book/13_bidirectional.md by `make export`: edit there.
 """
 
 import itertools
@@ -24,7 +24,9 @@ __all__ = [
     "BidirectionalSSM",
 ]
 
-PIECE = 2**20  # real numbers that are transformed at a time on a CPU: what fits into a core's cache
+PIECE = (
+    2**20
+)  # real numbers that are transformed at a time on a CPU: what fits into a core's cache
 PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
 
 
@@ -45,13 +47,21 @@ def kernel_spectra(k_forward: Tensor, k_backward: Tensor) -> Tensor:
     """
     for name, tensor in (("k_forward", k_forward), ("k_backward", k_backward)):
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor")
-    if k_forward.ndim != 2 or k_forward.shape != k_backward.shape or k_forward.shape[1] == 0:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor"
+            )
+    if (
+        k_forward.ndim != 2
+        or k_forward.shape != k_backward.shape
+        or k_forward.shape[1] == 0
+    ):
         raise ValueError(
             f"k_forward has shape {tuple(k_forward.shape)} and k_backward {tuple(k_backward.shape)}: "
             "expected (D, L) for both, with L at least 1"
         )
-    dtype = torch.promote_types(torch.promote_types(k_forward.dtype, k_backward.dtype), torch.float32)
+    dtype = torch.promote_types(
+        torch.promote_types(k_forward.dtype, k_backward.dtype), torch.float32
+    )
     n = 2 * k_forward.shape[1]
     forward = torch.fft.rfft(k_forward.to(dtype), n=n)  # (D, L + 1)
     backward = torch.fft.rfft(k_backward.to(dtype), n=n)  # (D, L + 1)
@@ -63,11 +73,15 @@ def _pieces(u: Tensor) -> Iterator[slice]:
     batch, length, d_model = u.shape
     if batch == 0:  # there are libraries that refuse to transform nothing
         return iter(())
-    step = max(16, (PIECE if u.device.type == "cpu" else PIECE_ON_GPU) // (2 * batch * length))
+    step = max(
+        16, (PIECE if u.device.type == "cpu" else PIECE_ON_GPU) // (2 * batch * length)
+    )
     return (slice(start, start + step) for start in range(0, d_model, step))
 
 
-def operator(name: str, shape: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operator(
+    name: str, shape: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Make a function an operator of PyTorch's, ``diffussm::name``; ``shape`` is it without the computing.
 
     If the name is taken, by a second copy of this code or by this module before a reload, the operator is
@@ -75,8 +89,14 @@ def operator(name: str, shape: Callable[..., Any]) -> Callable[[Callable[..., An
     """
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
-        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-        free = next(candidate for candidate in names if not hasattr(torch.ops.diffussm, candidate))
+        names = itertools.chain(
+            [name], (f"{name}_{number}" for number in itertools.count(2))
+        )
+        free = next(
+            candidate
+            for candidate in names
+            if not hasattr(torch.ops.diffussm, candidate)
+        )
         made = torch.library.custom_op(f"diffussm::{free}", function, mutates_args=())
         made.register_fake(shape)
         return made
@@ -88,7 +108,9 @@ def _convolve_shape(u: Tensor, spectra: Tensor) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
 
 
-def _convolve_backward_shape(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve_backward_shape(
+    grad: Tensor, u: Tensor, spectra: Tensor
+) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), torch.empty_like(spectra)
 
 
@@ -98,25 +120,37 @@ def _convolve(u: Tensor, spectra: Tensor) -> Tensor:
     (batch, length, d_model), real = u.shape, spectra.real.dtype
     y = u.new_empty(batch, length, 2, d_model)
     for c in _pieces(u):
-        u_f = torch.fft.rfft(u[..., c].transpose(1, 2).to(real), n=2 * length)  # (B, d, L + 1)
+        u_f = torch.fft.rfft(
+            u[..., c].transpose(1, 2).to(real), n=2 * length
+        )  # (B, d, L + 1)
         y_f = u_f[:, None] * spectra[:, c]  # (B, 2, d, L + 1)
         y[..., c] = torch.fft.irfft(y_f, n=2 * length)[..., :length].permute(0, 3, 1, 2)
     return y.flatten(2)  # (B, L, 2D)
 
 
 @operator("convolve_backward", _convolve_backward_shape)
-def _convolve_backward(grad: Tensor, u: Tensor, spectra: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve_backward(
+    grad: Tensor, u: Tensor, spectra: Tensor
+) -> tuple[Tensor, Tensor]:
     """The adjoint from one transform of the gradient: with respect to u and to the spectra."""
     length, real = u.shape[1], spectra.real.dtype
     grad = grad.unflatten(2, (2, -1))  # (B, L, 2, D)
     grad_u, grad_spectra = u.new_empty(u.shape), torch.zeros_like(spectra)
     for c in _pieces(u):
-        u_f = torch.fft.rfft(u[..., c].transpose(1, 2).to(real), n=2 * length)  # (B, d, L + 1)
-        g_f = torch.fft.rfft(grad[..., c].permute(0, 2, 3, 1).to(real), n=2 * length)  # (B, 2, d, L + 1)
+        u_f = torch.fft.rfft(
+            u[..., c].transpose(1, 2).to(real), n=2 * length
+        )  # (B, d, L + 1)
+        g_f = torch.fft.rfft(
+            grad[..., c].permute(0, 2, 3, 1).to(real), n=2 * length
+        )  # (B, 2, d, L + 1)
         grad_spectra[:, c] = (u_f.conj_physical_()[:, None] * g_f).sum(0)
         sum_f = g_f.mul_(spectra[:, c].conj_physical()).sum(1)  # (B, d, L + 1)
-        grad_u[..., c] = torch.fft.irfft(sum_f, n=2 * length)[..., :length].transpose(1, 2)
-    grad_spectra[..., 1:-1] *= 2  # a half spectrum: all frequencies but two stand for their mirror image too
+        grad_u[..., c] = torch.fft.irfft(sum_f, n=2 * length)[..., :length].transpose(
+            1, 2
+        )
+    grad_spectra[..., 1:-1] *= (
+        2  # a half spectrum: all frequencies but two stand for their mirror image too
+    )
     return grad_u, grad_spectra / (2 * length)
 
 
@@ -222,7 +256,9 @@ class BidirectionalSSM(nn.Module):
         They depend on the parameters only. Whoever applies the layer several times between two changes of
         the weights may compute them once and pass them to :meth:`forward`.
         """
-        spectra = kernel_spectra(self.forward_kernel(length), self.backward_kernel(length))
+        spectra = kernel_spectra(
+            self.forward_kernel(length), self.backward_kernel(length)
+        )
         return spectra + self.skip.view(2, -1, 1)  # the spectrum of d at lag 0 is d
 
     def forward(self, u: Tensor, spectra: Tensor | None = None) -> Tensor:
@@ -241,6 +277,10 @@ class BidirectionalSSM(nn.Module):
         """
         d_model = self.skip.shape[0] // 2
         if u.ndim != 3 or u.shape[2] != d_model or u.shape[1] == 0:
-            raise ValueError(f"u has shape {tuple(u.shape)}: expected (B, L, {d_model}), with L at least 1")
-        y = self.convolution(u, self.spectra(u.shape[1]) if spectra is None else spectra)
+            raise ValueError(
+                f"u has shape {tuple(u.shape)}: expected (B, L, {d_model}), with L at least 1"
+            )
+        y = self.convolution(
+            u, self.spectra(u.shape[1]) if spectra is None else spectra
+        )
         return y

@@ -1,6 +1,6 @@
 """ImageNet, command by command.
 
-Generated from book/14_imagenet.md by `make export`: edit there.
+Generated from book/93_cli.md by `make export`: edit there.
 """
 
 import hashlib
@@ -75,7 +75,10 @@ __all__ = [
 def recipe_files() -> dict[str, Path]:
     """The YAML files that come with the package, by name."""
     found = Path(str(files("diffussm"))) / "configs"
-    return {file.stem: file for file in sorted(found.glob("*.yaml"), key=lambda file: file.stem)}
+    return {
+        file.stem: file
+        for file in sorted(found.glob("*.yaml"), key=lambda file: file.stem)
+    }
 
 
 def read_recipe(name: str) -> "TrainConfig":
@@ -90,7 +93,9 @@ def read_recipe(name: str) -> "TrainConfig":
     known = recipe_files()
     file = known.get(name) or Path(name)
     if not file.is_file():
-        raise ValueError(f"there is no recipe {name!r}; give a YAML file, or one of {', '.join(known)}")
+        raise ValueError(
+            f"there is no recipe {name!r}; give a YAML file, or one of {', '.join(known)}"
+        )
     try:
         text = file.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
@@ -99,15 +104,23 @@ def read_recipe(name: str) -> "TrainConfig":
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{file} is no recipe; expected lines such as 'steps: 1000' and a 'model:' section")
+        raise ValueError(
+            f"{file} is no recipe; expected lines such as 'steps: 1000' and a 'model:' section"
+        )
     types = {field.name: field.type for field in fields(TrainConfig)}
     for key, value in values.items():
         kind = types.get(key)
         if kind is float and type(value) is int:
             values[key] = float(value) if abs(value) < 2**53 else math.inf
         elif kind in (int, float, bool, str) and type(value) is not kind:
-            hint = "; YAML wants a point in such a number, as in 1.0e-4" if kind is float else ""
-            raise ValueError(f"{file}: {key} is {value!r:.60}, expected {kind.__name__}{hint}")
+            hint = (
+                "; YAML wants a point in such a number, as in 1.0e-4"
+                if kind is float
+                else ""
+            )
+            raise ValueError(
+                f"{file}: {key} is {value!r:.60}, expected {kind.__name__}{hint}"
+            )
     try:
         return TrainConfig.from_dict(values)
     except ValueError as error:
@@ -149,8 +162,16 @@ DOWNLOADS = (
         2_037_122_530,
         "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
     ),
-    Download("VIRTUAL_imagenet512.npz", "reference", f"{ADM}/imagenet/512/VIRTUAL_imagenet512.npz"),
-    Download("VIRTUAL_lsun_bedroom256.npz", "reference", f"{ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz"),
+    Download(
+        "VIRTUAL_imagenet512.npz",
+        "reference",
+        f"{ADM}/imagenet/512/VIRTUAL_imagenet512.npz",
+    ),
+    Download(
+        "VIRTUAL_lsun_bedroom256.npz",
+        "reference",
+        f"{ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz",
+    ),
     Download(
         "weights-inception-2015-12-05-6726825d.pth",
         "scores",
@@ -180,17 +201,23 @@ DEVICE_HELP = "e.g. cpu or cuda; default: a GPU if there is one"
 
 def _new_parser(command: str, description: str) -> ArgumentParser:
     # without abbreviations, or a mistyped --model.d_mode would be taken for --model.d_model
-    return ArgumentParser(prog=f"diffussm {command}", description=description, allow_abbrev=False)
+    return ArgumentParser(
+        prog=f"diffussm {command}", description=description, allow_abbrev=False
+    )
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Any, set[str]]:
     """The options, and the names of those *typed*: what a default, preset, recipe or --config says is not."""
     words = list(arguments)
     options = parser.instantiate(parser.parse_args(words))
-    while "--config" in words:  # a whole configuration, also of what does not matter here
+    while (
+        "--config" in words
+    ):  # a whole configuration, also of what does not matter here
         at = words.index("--config")
         del words[at : at + 2]
-    typed = parser.parse_args([word for word in words if not word.startswith("--config=")], defaults=False)
+    typed = parser.parse_args(
+        [word for word in words if not word.startswith("--config=")], defaults=False
+    )
     return options, set(typed.keys())
 
 
@@ -215,7 +242,9 @@ def _refuse_idle(given: set[str], situation: str) -> None:
     """ValueError that names the options among `given` which have no effect in this situation."""
     idle = [f"--{name}" for name in IDLE[situation].split() if name in given]
     if idle:
-        raise ValueError(f"{' and '.join(idle)} would have no effect {situation}; omit {' and '.join(idle)}")
+        raise ValueError(
+            f"{' and '.join(idle)} would have no effect {situation}; omit {' and '.join(idle)}"
+        )
 
 
 @contextmanager
@@ -241,11 +270,16 @@ EXIF_HELP = "turn photographs as their EXIF tag says (ADM does not)"
 def _vae(arguments: Sequence[str]) -> int:
     """train a small autoencoder on a folder of images"""
     parser = _new_parser(
-        "vae", "Train the small autoencoder of chapter 10, for data of one's own or a rehearsal."
+        "vae",
+        "Train the small autoencoder of chapter 10, for data of one's own or a rehearsal.",
     )
     parser.add_argument("images", type=Path, help="folder of images, or an LMDB")
-    parser.add_argument("out", type=Path, help="folder to write, which --vae then takes")
-    parser.add_argument("--size", type=int, default=64, help="images are cropped to size x size")
+    parser.add_argument(
+        "out", type=Path, help="folder to write, which --vae then takes"
+    )
+    parser.add_argument(
+        "--size", type=int, default=64, help="images are cropped to size x size"
+    )
     parser.add_argument("--steps", type=int, default=380)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -253,7 +287,11 @@ def _vae(arguments: Sequence[str]) -> int:
     parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
     options, _ = _parse(parser, arguments)
     images, out = options.images, options.out
-    if min(options.size, options.steps, options.batch_size) < 1 or not 0 < options.lr < 1 or options.seed < 0:
+    if (
+        min(options.size, options.steps, options.batch_size) < 1
+        or not 0 < options.lr < 1
+        or options.seed < 0
+    ):
         raise ValueError(
             "--size, --steps and --batch_size are at least 1, --lr lies in (0, 1), --seed is not negative"
         )
@@ -281,41 +319,88 @@ def _vae(arguments: Sequence[str]) -> int:
             draft.replace(out)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    print(f"wrote {out}: an autoencoder with a scaling factor of {vae.config.scaling_factor}")
+    print(
+        f"wrote {out}: an autoencoder with a scaling factor of {vae.config.scaling_factor}"
+    )
     return 0
 
 
 def _encode(arguments: Sequence[str]) -> int:
     """store the latents of a folder of images (or an LMDB)"""
-    parser = _new_parser("encode", "Encode images once; also under torchrun. The same command again goes on.")
-    parser.add_argument("data", type=Path, help="class folders as in ImageNet, a plain folder, or an LMDB")
+    parser = _new_parser(
+        "encode",
+        "Encode images once; also under torchrun. The same command again goes on.",
+    )
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="class folders as in ImageNet, a plain folder, or an LMDB",
+    )
     parser.add_argument("out", type=Path, help="folder of the latent store")
     parser.add_argument(
-        "--vae", type=str, required=True, help="folder of an AutoencoderKL, or its name on the hub"
+        "--vae",
+        type=str,
+        required=True,
+        help="folder of an AutoencoderKL, or its name on the hub",
     )
-    parser.add_argument("--size", type=int, required=True, help="images are cropped to size x size pixels")
+    parser.add_argument(
+        "--size",
+        type=int,
+        required=True,
+        help="images are cropped to size x size pixels",
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--shard_size", type=int, default=8192, help="images per file")
-    parser.add_argument("--workers", type=int, default=4, help="threads of each process that read images")
-    parser.add_argument("--no_flip", action="store_true", help="do not store the mirrored images")
     parser.add_argument(
-        "--no_classes", action="store_true", help="take sub-folders for folders, not for classes"
+        "--workers",
+        type=int,
+        default=4,
+        help="threads of each process that read images",
+    )
+    parser.add_argument(
+        "--no_flip", action="store_true", help="do not store the mirrored images"
+    )
+    parser.add_argument(
+        "--no_classes",
+        action="store_true",
+        help="take sub-folders for folders, not for classes",
     )
     parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
-    parser.add_argument("--verify", action="store_true", help="read all of it again and compare checksums")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all of it again and compare checksums",
+    )
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     options, given = _parse(parser, arguments)
     if min(options.size, options.batch_size, options.shard_size, options.workers) < 1:
-        raise ValueError("--size, --batch_size, --shard_size and --workers are at least 1")
+        raise ValueError(
+            "--size, --batch_size, --shard_size and --workers are at least 1"
+        )
 
-    from diffussm.latents import LatentStore, LmdbImages, encode, images_from, load_vae, verify_store
+    from diffussm.latents import (
+        LatentStore,
+        LmdbImages,
+        encode,
+        images_from,
+        load_vae,
+        verify_store,
+    )
 
     conditional = False if options.no_classes else None
-    source = images_from(options.data, options.size, conditional=conditional, exif_rotate=options.exif_rotate)
+    source = images_from(
+        options.data,
+        options.size,
+        conditional=conditional,
+        exif_rotate=options.exif_rotate,
+    )
     if isinstance(source, LmdbImages):
         _refuse_idle(given, "for an LMDB, which has no classes")
     out = options.out
-    with _cluster("encode", options.device) as world, _interruptible(partial(_shards_kept, out)):
+    with (
+        _cluster("encode", options.device) as world,
+        _interruptible(partial(_shards_kept, out)),
+    ):
         vae = load_vae(options.vae, world.device)
         encode(
             source,
@@ -332,7 +417,9 @@ def _encode(arguments: Sequence[str]) -> int:
         world.barrier()  # until every process has done its share
         store = LatentStore(out)
         if world.rank == 0:
-            skipped = [one for shard in store.manifest["shards"] for one in shard["skipped"]]
+            skipped = [
+                one for shard in store.manifest["shards"] for one in shard["skipped"]
+            ]
             held = f"{len(store)} images in {store.num_classes} classes"
             print(f"{out} holds the latents of {held}; {len(skipped)} skipped")
             _tell_skipped(skipped)
@@ -347,7 +434,9 @@ def _encode(arguments: Sequence[str]) -> int:
 
 def _shards_kept(out: Path) -> str:
     finished = len(list(out.glob("shard-*.json")))
-    return f"{finished} finished shards are kept, and the same command encodes the others"
+    return (
+        f"{finished} finished shards are kept, and the same command encodes the others"
+    )
 
 
 TOLD = 20  # so many skipped images are named
@@ -373,7 +462,9 @@ def _cluster(command: str, device: str | None, *, stoppable: bool = False) -> An
     try:
         kind = torch.device(device or "cpu").type
     except RuntimeError:
-        raise ValueError(f"--device {device}: no such kind of device; try cpu or cuda") from None
+        raise ValueError(
+            f"--device {device}: no such kind of device; try cpu or cuda"
+        ) from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device}: this machine has no GPU that torch can use; see diffussm doctor"
@@ -393,7 +484,11 @@ def open_data(config: "TrainConfig") -> "Dataset":
     if config.data == "digits":
         return load_dataset(config)
     if not config.data:
-        what = "the folder that diffussm encode has written" if latents else "a folder of images"
+        what = (
+            "the folder that diffussm encode has written"
+            if latents
+            else "a folder of images"
+        )
         raise ValueError(f"this recipe needs --data: {what}")
     path = Path(config.data)
     if not path.exists():
@@ -426,31 +521,41 @@ def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     from diffussm.training import TrainConfig
 
     names = ", ".join(recipe_files())
-    parser.add_argument("recipe", type=str, help=f"what to train: a YAML file, or one of {names}")
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(TrainConfig, help="options of the recipe", skip={"keep"})
-    kept = (
-        "checkpoints to keep: steps or images, as in 400k,338M images"  # without the brackets of a YAML list
+    parser.add_argument(
+        "recipe", type=str, help=f"what to train: a YAML file, or one of {names}"
     )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below"
+    )
+    parser.add_class_arguments(TrainConfig, help="options of the recipe", skip={"keep"})
+    kept = "checkpoints to keep: steps or images, as in 400k,338M images"  # without the brackets of a YAML list
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=kept)
-    if arguments and not arguments[0].startswith("-"):  # it decides the defaults of all other options
+    if arguments and not arguments[0].startswith(
+        "-"
+    ):  # it decides the defaults of all other options
         recipe = read_recipe(arguments[0])
         parser.set_defaults(asdict(recipe) | {"keep": list(recipe.keep)})
     elif not {"-h", "--help"} & set(arguments):
-        raise ValueError(f"name what to train first, as in: {parser.prog} digits; the recipes are {names}")
+        raise ValueError(
+            f"name what to train first, as in: {parser.prog} digits; the recipes are {names}"
+        )
 
 
 def _recipe_of(options: Any) -> "TrainConfig":
     from diffussm.training import TrainConfig
 
-    return TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
+    return TrainConfig(
+        **{field.name: options[field.name] for field in fields(TrainConfig)}
+    )
 
 
 def _is_latent(config: "TrainConfig") -> bool:
     return config.model.in_channels not in (1, 3)
 
 
-def _check_data_options(given: set[str], config: "TrainConfig", data: "Dataset") -> None:
+def _check_data_options(
+    given: set[str], config: "TrainConfig", data: "Dataset"
+) -> None:
     """ValueError for an option that this kind of data has no use for."""
     if config.data == "digits":
         _refuse_idle(given, "for digits")
@@ -463,18 +568,30 @@ def _check_data_options(given: set[str], config: "TrainConfig", data: "Dataset")
 def _train(arguments: Sequence[str]) -> int:
     """train a model from a recipe, or resume it"""
     parser = _new_parser(
-        "train", "Train a model, also under torchrun; the same command again resumes a killed run."
+        "train",
+        "Train a model, also under torchrun; the same command again resumes a killed run.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
-        "--vae", type=str | None, default=None, help="autoencoder, to draw samples of latents"
+        "--vae",
+        type=str | None,
+        default=None,
+        help="autoencoder, to draw samples of latents",
     )
     parser.add_argument(
-        "--other_data", action="store_true", help="go on with other images than the run began with"
+        "--other_data",
+        action="store_true",
+        help="go on with other images than the run began with",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write RUN/tensorboard besides the log")
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write RUN/tensorboard besides the log",
+    )
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
-    parser.add_argument("--no_grid", action="store_true", help="draw no samples at the end")
+    parser.add_argument(
+        "--no_grid", action="store_true", help="draw no samples at the end"
+    )
     _add_recipe(parser, arguments)
     options, given = _parse(parser, arguments)
     config = _recipe_of(options)
@@ -489,20 +606,28 @@ def _train(arguments: Sequence[str]) -> int:
     _check_data_options(given, config, data)
     goes_on = partial(_goes_on, options.out)
     with (
-        _interruptible(goes_on),  # looks again once a checkpoint that was being written is whole
+        _interruptible(
+            goes_on
+        ),  # looks again once a checkpoint that was being written is whole
         _cluster("train", options.device, stoppable=True) as world,
         _interruptible(goes_on),  # for a process that leaves alone
     ):
         return _train_here(config, data, options, world, writer)
 
 
-def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any, writer: Any) -> int:
+def _train_here(
+    config: "TrainConfig", data: "Dataset", options: Any, world: Any, writer: Any
+) -> int:
     """Train with the processes of `world`; the exit code."""
     from diffussm.distributed import EXIT_PREEMPTED
     from diffussm.training import Preempted, train, whole_ema
 
     out = options.out
-    decode = _decoder(options.vae, world.device, getattr(data, "vae", None))[0] if options.vae else None
+    decode = (
+        _decoder(options.vae, world.device, getattr(data, "vae", None))[0]
+        if options.vae
+        else None
+    )
     world.once(lambda: _claim_run(out, config, data, world.size, options.other_data))
 
     def draw(model: "DiffuSSM", step: int) -> None:
@@ -515,7 +640,9 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
             for name, value in row.items():
                 if isinstance(value, int | float):
                     board.add_scalar(name, value, row["step"])
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"  # None: all steps were left out
+        loss = (
+            "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        )  # None: all steps were left out
         _say(
             f"step {row['step']} of {config.steps}: loss {loss}, "
             f"{row['images_per_second']:.1f} images/s, {_duration(row['seconds_left'])} left"
@@ -523,9 +650,13 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
 
     board = writer(str(out / "tensorboard")) if writer and world.rank == 0 else None
     if world.rank == 0:
-        _say(f"{parameter_count(config.model) / 1e6:.1f} million parameters, {len(data)} images")
+        _say(
+            f"{parameter_count(config.model) / 1e6:.1f} million parameters, {len(data)} images"
+        )
     try:
-        state = train(config, out, world=world, dataset=data, on_log=log, on_samples=draw)
+        state = train(
+            config, out, world=world, dataset=data, on_log=log, on_samples=draw
+        )
     except Preempted as stop:
         told = str(stop)
         world.once(lambda: (out / "preempted").write_text(told + "\n"))
@@ -548,7 +679,9 @@ def _train_here(config: "TrainConfig", data: "Dataset", options: Any, world: Any
     return 0
 
 
-def _claim_run(out: Path, config: "TrainConfig", data: "Dataset", processes: int, other_data: bool) -> None:
+def _claim_run(
+    out: Path, config: "TrainConfig", data: "Dataset", processes: int, other_data: bool
+) -> None:
     """Every reason to refuse comes before the first file."""
     from diffussm.training import check_data, micro_batch_of, open_run
 
@@ -624,7 +757,9 @@ def save_grid(images: "Tensor", columns: int, path: Path) -> None:
 
     n, channels, height, _ = images.shape
     if channels not in (1, 3):
-        raise ValueError(f"these samples have {channels} channels: latents; say with --vae what decodes them")
+        raise ValueError(
+            f"these samples have {channels} channels: latents; say with --vae what decodes them"
+        )
     if n % columns:
         raise ValueError(f"{n} images do not fill rows of {columns}")
     scale = max(1, math.ceil(48 / height))
@@ -673,7 +808,11 @@ def draw_grid(
     generator = stream(seed, "grid", 0)
     noise = torch.randn(len(classes) * count, *shape, generator=generator).to(where)
     conditional = model.null_label is not None
-    labels = torch.tensor(classes).repeat_interleave(count).to(where) if conditional else None
+    labels = (
+        torch.tensor(classes).repeat_interleave(count).to(where)
+        if conditional
+        else None
+    )
     with computing_in(precision, where):
         images = sample(
             model,
@@ -722,41 +861,76 @@ def _sample(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--from", type=Path, required=True, help="folder of the run")
     parser.add_argument(
-        "--step", type=int | None, default=None, help="the checkpoint to draw from; default: the newest"
+        "--step",
+        type=int | None,
+        default=None,
+        help="the checkpoint to draw from; default: the newest",
     )
     parser.add_argument(
-        "--weights", type=Literal["ema", "model"], default="ema", help="moving average or raw"
+        "--weights",
+        type=Literal["ema", "model"],
+        default="ema",
+        help="moving average or raw",
     )
     parser.add_argument(
-        "--vae", type=str | None, default=None, help="autoencoder that decodes, for a run on latents"
+        "--vae",
+        type=str | None,
+        default=None,
+        help="autoencoder that decodes, for a run on latents",
     )
-    parser.add_argument("--grid", type=Path | None, default=None, help="a PNG file to write")
-    parser.add_argument("--out", type=Path | None, default=None, help="a folder of PNG files, or a .npz file")
+    parser.add_argument(
+        "--grid", type=Path | None, default=None, help="a PNG file to write"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path | None,
+        default=None,
+        help="a folder of PNG files, or a .npz file",
+    )
     parser.add_argument(
         "--classes",
         type=str | None,
         default=None,
         help=f"numbers or names, or 'all'; default: the first {GRID_ROWS} for a grid, all for a set",
     )
-    parser.add_argument("--per_class", type=int, default=8, help="for a grid: images per class")
+    parser.add_argument(
+        "--per_class", type=int, default=8, help="for a grid: images per class"
+    )
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
-    parser.add_argument("--overwrite", action="store_true", help="replace the grid if it exists")
-    parser.add_argument("--preset", type=Literal[tuple(SAMPLE_PRESETS)], default="paper-fid")
-    parser.add_class_arguments(SampleConfig, help="options of the preset", skip={"classes"})
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the grid if it exists"
+    )
+    parser.add_argument(
+        "--preset", type=Literal[tuple(SAMPLE_PRESETS)], default="paper-fid"
+    )
+    parser.add_class_arguments(
+        SampleConfig, help="options of the preset", skip={"classes"}
+    )
     preset = _preset_named(arguments)
     defaults = asdict(SAMPLE_PRESETS.get(preset, SampleConfig()))
-    parser.set_defaults({name: value for name, value in defaults.items() if name != "classes"})
+    parser.set_defaults(
+        {name: value for name, value in defaults.items() if name != "classes"}
+    )
     options, given = _parse(parser, arguments)
-    config = SampleConfig(**{name: options[name] for name in defaults if name != "classes"})
+    config = SampleConfig(
+        **{name: options[name] for name in defaults if name != "classes"}
+    )
     _check_sample_target(options, given)
     run = options["from"]
 
     is_set = options.out is not None  # it is kept batch by batch, a grid is not
     kept = _batches_kept if is_set else _nothing
-    with _cluster("sample", options.device, stoppable=is_set) as world, _interruptible(kept):
+    with (
+        _cluster("sample", options.device, stoppable=is_set) as world,
+        _interruptible(kept),
+    ):
         # found once and by one process: a run that still trains may write another checkpoint meanwhile
         found = world.once(
-            lambda: find_checkpoint(run, options.step) if (run / "config.json").is_file() else None
+            lambda: (
+                find_checkpoint(run, options.step)
+                if (run / "config.json").is_file()
+                else None
+            )
         )
         options.step = int(found.name.removeprefix("step_")) if found else options.step
         model, trained, names = load_run(run, options.weights, options.step)
@@ -766,7 +940,9 @@ def _sample(arguments: Sequence[str]) -> int:
         if made_by is not None or _is_latent(trained):
             if options.vae is None:
                 source = f", {made_by['name']}" if made_by else ""
-                raise ValueError(f"{run} was trained on latents; say with --vae what decodes them{source}")
+                raise ValueError(
+                    f"{run} was trained on latents; say with --vae what decodes them{source}"
+                )
             decode, vae = _decoder(options.vae, world.device, made_by)
         model = model.to(world.device).eval()
         if options.grid is not None:
@@ -779,19 +955,27 @@ def _preset_named(arguments: Sequence[str]) -> str:
     """It decides the defaults of other options, so it is looked for before they are read."""
     words = list(arguments)
     name = next((b for a, b in pairwise(words) if a == "--preset"), "paper-fid")
-    return next((word.partition("=")[2] for word in words if word.startswith("--preset=")), name)
+    return next(
+        (word.partition("=")[2] for word in words if word.startswith("--preset=")), name
+    )
 
 
 def _check_sample_target(options: Any, given: set[str]) -> None:
     """ValueError unless one picture or one set is asked for, where it can be written."""
     grid, out = options.grid, options.out
     if (grid is None) == (out is None):
-        raise ValueError("give either --grid FILE.png, for a picture, or --out, for a set of images")
+        raise ValueError(
+            "give either --grid FILE.png, for a picture, or --out, for a set of images"
+        )
     _refuse_idle(given, "beside --grid" if out is None else "beside --out")
     if options.per_class < 1:
-        raise ValueError(f"--per_class {options.per_class}: draw at least one image per class")
+        raise ValueError(
+            f"--per_class {options.per_class}: draw at least one image per class"
+        )
     if grid is not None and grid.suffix.lower() != ".png":
-        raise ValueError(f"--grid {grid}: the picture is a PNG; give a name that ends in .png")
+        raise ValueError(
+            f"--grid {grid}: the picture is a PNG; give a name that ends in .png"
+        )
     if grid is not None and grid.exists() and not options.overwrite:
         raise ValueError(f"{grid} exists; give another name, or --overwrite")
     target = grid or out
@@ -800,7 +984,11 @@ def _check_sample_target(options: Any, given: set[str]) -> None:
 
 
 def _check_sample_options(
-    config: "SampleConfig", options: Any, given: set[str], trained: "TrainConfig", names: Sequence[str]
+    config: "SampleConfig",
+    options: Any,
+    given: set[str],
+    trained: "TrainConfig",
+    names: Sequence[str],
 ) -> "SampleConfig":
     """The configuration for this run, with its classes; ValueError for options that it has no use for."""
     if not trained.model.num_classes:
@@ -816,7 +1004,9 @@ def _check_sample_options(
         )
     channels = config.guidance_channels or 0
     if "guidance_channels" in given and channels > trained.model.in_channels:
-        raise ValueError(f"--guidance_channels {channels}: the model has {trained.model.in_channels}")
+        raise ValueError(
+            f"--guidance_channels {channels}: the model has {trained.model.in_channels}"
+        )
     if config.steps > trained.timesteps:
         if "steps" in given or options.grid is None:
             raise ValueError(
@@ -841,8 +1031,13 @@ def _draw_grid(
         return
     rows = len(config.classes or range(min(trained.model.num_classes, GRID_ROWS) or 1))
     if config.classes is None and rows < trained.model.num_classes:
-        print(f"the first {rows} of {trained.model.num_classes} classes; name others with --classes")
-    print(_how_many(rows * options.per_class, rows * options.per_class, config, trained), flush=True)
+        print(
+            f"the first {rows} of {trained.model.num_classes} classes; name others with --classes"
+        )
+    print(
+        _how_many(rows * options.per_class, rows * options.per_class, config, trained),
+        flush=True,
+    )
     draw_grid(
         model,
         trained,
@@ -887,12 +1082,20 @@ def _draw_set(
         "ema_decay": trained.ema_decay,
     }
     if vae is not None:
-        facts["vae"] = {name: vae[name] for name in ("name", "encoder_sha256", "decoder_sha256")}
+        facts["vae"] = {
+            name: vae[name] for name in ("name", "encoder_sha256", "decoder_sha256")
+        }
     if world.rank == 0:
         print(_how_many(config.count, config.batch_size, config, trained), flush=True)
     try:
         draw_samples(
-            model, diffusion_of(trained), config, options.out, world=world, facts=facts, decode=decode
+            model,
+            diffusion_of(trained),
+            config,
+            options.out,
+            world=world,
+            facts=facts,
+            decode=decode,
         )
     except Preempted as stop:
         if world.rank == 0:
@@ -903,45 +1106,67 @@ def _draw_set(
     return 0
 
 
-def _how_many(images: int, at_once: int, config: "SampleConfig", trained: "TrainConfig") -> str:
+def _how_many(
+    images: int, at_once: int, config: "SampleConfig", trained: "TrainConfig"
+) -> str:
     """What is about to be drawn, in words; the last batch is whole too."""
     batches = math.ceil(images / at_once)
     guided = trained.model.num_classes > 0 and config.cfg_scale != 1
     passes = batches * at_once * config.steps * (2 if guided else 1)
     drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
-    times = f"{config.steps} steps{', each with and without the class' if guided else ''}"
+    times = (
+        f"{config.steps} steps{', each with and without the class' if guided else ''}"
+    )
     return f"{drawn}, {times}: {passes:,} passes of an image through the network"
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
     """score a set of samples: FID, sFID, IS, precision, recall"""
-    parser = _new_parser("evaluate", "Compare samples with a reference by ADM's protocol (chapter 12).")
+    parser = _new_parser(
+        "evaluate", "Compare samples with a reference by ADM's protocol (chapter 12)."
+    )
     parser.add_argument(
         "samples",
         type=Path,
         nargs="*",
         help="folders of PNG files or .npz files; several: drawn with other seeds",
     )
-    parser.add_argument("--reference", type=Path | None, default=None, help="images, a .npz, or statistics")
-    _add_scoring(parser)
-    parser.add_argument("--out", type=Path | None, default=None, help="a .json file to write")
     parser.add_argument(
-        "--self_test", "--self-test", action="store_true", help="check the metrics, and nothing else"
+        "--reference",
+        type=Path | None,
+        default=None,
+        help="images, a .npz, or statistics",
+    )
+    _add_scoring(parser)
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="a .json file to write"
+    )
+    parser.add_argument(
+        "--self_test",
+        "--self-test",
+        action="store_true",
+        help="check the metrics, and nothing else",
     )
     options, given = _parse(parser, arguments)
 
     samples = options.samples or []
     if options.self_test:
         _refuse_idle(given, "beside --self_test")
-    if options.self_test == bool(samples) or options.self_test == bool(options.reference):
+    if options.self_test == bool(samples) or options.self_test == bool(
+        options.reference
+    ):
         raise ValueError("give SAMPLES and --reference, or --self_test alone")
-    if options.out is not None and options.out in [path.with_suffix(".json") for path in samples]:
+    if options.out is not None and options.out in [
+        path.with_suffix(".json") for path in samples
+    ]:
         raise ValueError(
             f"{options.out} is where diffussm sample keeps the record of a set; give another name, such as "
             f"{options.out.with_suffix('.scores.json')}"
         )
     _check_new(options.out, ".json")
-    if not options.self_test and all(path.suffix == ".npz" for path in [*samples, options.reference]):
+    if not options.self_test and all(
+        path.suffix == ".npz" for path in [*samples, options.reference]
+    ):
         _refuse_idle(given, "for .npz files, whose pictures are as they are")
 
     from diffussm import evaluation
@@ -955,7 +1180,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
         return 0
     with _interruptible(_nothing):
         result = evaluation.evaluate(
-            samples if len(samples) > 1 else samples[0], options.reference, **_scoring(options)
+            samples if len(samples) > 1 else samples[0],
+            options.reference,
+            **_scoring(options),
         )
     text = json.dumps(result, indent=2)
     if options.out is not None:
@@ -968,8 +1195,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 def _statistics(arguments: Sequence[str]) -> int:
     """store the statistics of a reference, for evaluate"""
-    parser = _new_parser("statistics", "Store what evaluate needs to know of a reference (chapter 12).")
-    parser.add_argument("data", type=Path, help="a folder of images, class folders, an LMDB, or a .npz file")
+    parser = _new_parser(
+        "statistics", "Store what evaluate needs to know of a reference (chapter 12)."
+    )
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="a folder of images, class folders, an LMDB, or a .npz file",
+    )
     parser.add_argument("out", type=Path, help="the .npz file to write")
     _add_scoring(parser)
     options, given = _parse(parser, arguments)
@@ -987,9 +1220,14 @@ def _statistics(arguments: Sequence[str]) -> int:
 
 def _add_scoring(parser: ArgumentParser) -> None:
     """The options that `evaluate` and `statistics` share."""
-    parser.add_argument("--weights", type=Path | None, default=None, help="Inception's weights, a file")
     parser.add_argument(
-        "--size", type=int | None, default=None, help="crop images to size x size, as ADM does"
+        "--weights", type=Path | None, default=None, help="Inception's weights, a file"
+    )
+    parser.add_argument(
+        "--size",
+        type=int | None,
+        default=None,
+        help="crop images to size x size, as ADM does",
     )
     parser.add_argument("--exif_rotate", action="store_true", help=EXIF_HELP)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -1050,13 +1288,22 @@ def saved_bytes(model: Any, precision: str) -> tuple[float, float]:
 
         with FakeTensorMode():
             block = HourglassBlock(model.d_model, model.d_state, model.downsample)
-            own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+            own = {
+                parameter.untyped_storage()._cdata for parameter in block.parameters()
+            }
             x = torch.zeros(images, places, model.d_model, requires_grad=True)
             c = torch.zeros(images, model.d_model)
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+            autocast = torch.autocast(
+                "cpu", torch.bfloat16, enabled=precision == "bf16"
+            )
+            with (
+                torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+                autocast,
+            ):
                 block(x, c)
-        return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+        return sum(
+            storage.nbytes() for key, storage in storages.items() if key not in own
+        )
 
     one, two = kept(1), kept(2)
     return float(max(2 * one - two, 0)), float(two - one)
@@ -1079,7 +1326,8 @@ def memory_needed(config: "TrainConfig", processes: int = 1) -> dict[str, float]
     stream = 4.0 * images * model.seq_len // model.downsample * model.d_model
     parts = {
         "weights, gradients, average, moments": 5 * 4.0 * parameter_count(model),
-        "kept for the backward pass": model.n_blocks * (stream if config.recompute else block),
+        "kept for the backward pass": model.n_blocks
+        * (stream if config.recompute else block),
         "one block at work": block + (block if config.recompute else 0.0),
         "reserve (assumed)": RESERVE,
     }
@@ -1103,7 +1351,9 @@ dist.destroy_process_group()
 """
 
 
-def probe_all_reduce(kind: str, processes: int, limit: float = 120.0, program: str = PROBE) -> str:
+def probe_all_reduce(
+    kind: str, processes: int, limit: float = 120.0, program: str = PROBE
+) -> str:
     """Let processes add up a tensor, with NCCL (``"cuda"``) or gloo (``"cpu"``), within `limit` seconds.
 
     Under torchrun it is its processes, on all machines, otherwise `processes` of this one. Returns what to
@@ -1135,16 +1385,24 @@ def probe_all_reduce(kind: str, processes: int, limit: float = 120.0, program: s
             environment = os.environ | {"OMP_NUM_THREADS": "1"} | world
             jobs.append(
                 subprocess.Popen(
-                    command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    command,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
             )
         for job in jobs:
-            _, said = job.communicate(timeout=max(limit - (time.monotonic() - begun), 0.01))
+            _, said = job.communicate(
+                timeout=max(limit - (time.monotonic() - begun), 0.01)
+            )
             if job.returncode != 0:
                 last = said.strip().splitlines()[-1:] or ["no message"]
                 raise OSError(f"a process failed: {last[0]:.200}; {advice}")
     except subprocess.TimeoutExpired:
-        raise OSError(f"not all of {processes} finished in {limit:g} s; they were ended. {advice}") from None
+        raise OSError(
+            f"not all of {processes} finished in {limit:g} s; they were ended. {advice}"
+        ) from None
     finally:
         for job in jobs:
             if job.poll() is None:
@@ -1172,7 +1430,9 @@ def examine(what: str, question: Callable[[], str]) -> Finding:
     except Skip as reason:
         return Finding(what, "skip", str(reason))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        return Finding(what, "FAIL", " ".join(str(error).split()) or type(error).__name__)
+        return Finding(
+            what, "FAIL", " ".join(str(error).split()) or type(error).__name__
+        )
 
 
 def _gigabytes(count: float) -> str:
@@ -1181,17 +1441,43 @@ def _gigabytes(count: float) -> str:
 
 def _doctor(arguments: Sequence[str]) -> int:
     """see whether this machine can carry out a run, before it starts"""
-    parser = _new_parser("doctor", "Look at all that a run needs. Exit code 1 if something fails.")
-    parser.add_argument("--out", type=Path, default=Path("."), help="where the run will be written")
-    parser.add_argument("--vae", type=str | None, default=None, help="autoencoder that decodes the samples")
-    parser.add_argument("--weights", type=Path | None, default=None, help="Inception weights, for evaluate")
-    parser.add_argument("--reference", type=Path | None, default=None, help="what evaluate compares with")
-    parser.add_argument("--processes", type=int, default=0, help="0: as many as there are GPUs, or 2")
+    parser = _new_parser(
+        "doctor", "Look at all that a run needs. Exit code 1 if something fails."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), help="where the run will be written"
+    )
+    parser.add_argument(
+        "--vae",
+        type=str | None,
+        default=None,
+        help="autoencoder that decodes the samples",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path | None,
+        default=None,
+        help="Inception weights, for evaluate",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path | None,
+        default=None,
+        help="what evaluate compares with",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=0, help="0: as many as there are GPUs, or 2"
+    )
     parser.add_argument("--device", type=str | None, default=None, help=DEVICE_HELP)
     parser.add_argument(
-        "--limit", type=float, default=120.0, help="seconds that the processes may take to talk"
+        "--limit",
+        type=float,
+        default=120.0,
+        help="seconds that the processes may take to talk",
     )
-    parser.add_argument("--quick", action="store_true", help="do not read all of the latents")
+    parser.add_argument(
+        "--quick", action="store_true", help="do not read all of the latents"
+    )
     _add_recipe(parser, arguments)
     options, given = _parse(parser, arguments)
     if options.processes < 0 or not options.limit > 0:
@@ -1221,14 +1507,18 @@ def _first_process_only() -> None:
         raise Skip("the first process looks")
 
 
-def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Callable[[], str]]]:
+def doctor_questions(
+    config: "TrainConfig", options: Any
+) -> list[tuple[str, Callable[[], str]]]:
     """What `diffussm doctor` asks, in order; each question returns what it saw, or raises.
 
     Under torchrun every process asks them, each of its own GPU.
     """
     import torch
 
-    asked = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = torch.device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     kind = asked.type
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     processes = int(os.environ.get("WORLD_SIZE", 0)) or options.processes or gpus or 2
@@ -1237,7 +1527,11 @@ def doctor_questions(config: "TrainConfig", options: Any) -> list[tuple[str, Cal
         raise ValueError(
             f"--device {asked} is one GPU for all processes; pass --device cuda, and each takes its own"
         )
-    device = torch.device(kind, asked.index or local) if kind == "cuda" else torch.device(kind)
+    device = (
+        torch.device(kind, asked.index or local)
+        if kind == "cuda"
+        else torch.device(kind)
+    )
     return [
         ("GPU", partial(_ask_gpu, device, gpus)),
         ("memory", partial(_ask_memory, config, processes, device)),
@@ -1257,12 +1551,18 @@ def _ask_gpu(device: Any, gpus: int) -> str:
     if device.type == "cpu":
         raise Skip("none is used; a CPU is enough for digits and openmoji")
     if not gpus:
-        raise OSError("torch sees no GPU; see what nvidia-smi says, and whether torch was built for CUDA")
+        raise OSError(
+            "torch sees no GPU; see what nvidia-smi says, and whether torch was built for CUDA"
+        )
     if device.index >= gpus:
-        raise OSError(f"process {device.index} of this machine has no GPU of its own: there are {gpus}")
+        raise OSError(
+            f"process {device.index} of this machine has no GPU of its own: there are {gpus}"
+        )
     mine = range(gpus) if "LOCAL_RANK" not in os.environ else [device.index]
     cards = (torch.cuda.get_device_properties(i) for i in mine)
-    return ", ".join(f"{card.name} with {_gigabytes(card.total_memory)}" for card in cards)
+    return ", ".join(
+        f"{card.name} with {_gigabytes(card.total_memory)}" for card in cards
+    )
 
 
 def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
@@ -1276,7 +1576,9 @@ def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
     )
     told = f"{_gigabytes(need)} needed for each of {processes} processes (computed), {_gigabytes(free)} free"
     if need > free:
-        raise OSError(f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp")
+        raise OSError(
+            f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp"
+        )
     return told
 
 
@@ -1300,14 +1602,18 @@ def checkpoints_kept(config: "TrainConfig") -> int:
     kept = {step for step in config.keep_steps if step <= config.steps}
     if config.keep_every:
         kept |= set(range(config.keep_every, config.steps + 1, config.keep_every))
-    return len(kept) + config.keep_last + 1  # one is written before an old one is removed
+    return (
+        len(kept) + config.keep_last + 1
+    )  # one is written before an old one is removed
 
 
 def _ask_disk(config: "TrainConfig", out: Path) -> str:
     _first_process_only()
     kept = checkpoints_kept(config)
     need = kept * 4 * 4.0 * parameter_count(config.model)
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    there = next(
+        path for path in (out.absolute(), *out.absolute().parents) if path.is_dir()
+    )
     if not os.access(there, os.W_OK):
         raise OSError(f"{there} cannot be written to; choose another --out")
     free = shutil.disk_usage(there).free
@@ -1345,7 +1651,9 @@ def _ask_vae(config: "TrainConfig", name: str | None, device: Any) -> str:
     image = decode(torch.zeros(shape, device=device))
     if not bool(image.isfinite().all()):
         raise ValueError(f"{name} decodes to numbers that are not finite")
-    told = f"decodes {shape[2]} x {shape[3]} to {image.shape[2]} x {image.shape[3]} pixels"
+    told = (
+        f"decodes {shape[2]} x {shape[3]} to {image.shape[2]} x {image.shape[3]} pixels"
+    )
     file = Path(name) / VAE_FILE
     known = published(file) if _rank() == 0 and file.is_file() else None
     return f"{told}; its weights are those of {known.url}" if known else told
@@ -1396,7 +1704,9 @@ COMMANDS = {
 }
 
 
-LOG = logging.getLogger("diffussm")  # what the package has to say while a bar is shown goes above the bar
+LOG = logging.getLogger(
+    "diffussm"
+)  # what the package has to say while a bar is shown goes above the bar
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1406,12 +1716,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted.
     """
     if not sys.stderr or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between the lines of a progress bar
+        os.environ.setdefault(
+            "TQDM_MININTERVAL", "30"
+        )  # seconds between the lines of a progress bar
         os.environ.setdefault("TQDM_MAXINTERVAL", "60")
-    from tqdm.contrib.logging import logging_redirect_tqdm  # it reads them when it is imported
+    from tqdm.contrib.logging import (
+        logging_redirect_tqdm,
+    )  # it reads them when it is imported
 
-    streams: list[Any] = [_Pipe(stream) if stream else None for stream in (sys.stdout, sys.stderr)]
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]), logging_redirect_tqdm([LOG]):
+    streams: list[Any] = [
+        _Pipe(stream) if stream else None for stream in (sys.stdout, sys.stderr)
+    ]
+    with (
+        redirect_stdout(streams[0]),
+        redirect_stderr(streams[1]),
+        logging_redirect_tqdm([LOG]),
+    ):
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         for stream in filter(None, streams):
             stream.flush()
@@ -1442,7 +1762,9 @@ class _Pipe:
 
     def _close(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # what Python still holds for it goes there too
+        os.dup2(
+            nowhere, self._stream.fileno()
+        )  # what Python still holds for it goes there too
         os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
@@ -1450,7 +1772,9 @@ class _Pipe:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = "\n".join(f"  {name:<12}{command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(
+        f"  {name:<12}{command.__doc__}" for name, command in COMMANDS.items()
+    )
     usage = f"usage: diffussm COMMAND [options]    (diffussm COMMAND --help lists the options)\n\n{commands}"
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
@@ -1476,9 +1800,14 @@ def _sentence(error: BaseException) -> str | None:
     """What to tell whoever typed the command; None for an error that is a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {error}" if error.args else "interrupted"
-    if isinstance(error, ValueError | OSError | ImportError | FloatingPointError | MemoryError):
+    if isinstance(
+        error, ValueError | OSError | ImportError | FloatingPointError | MemoryError
+    ):
         return str(error)
-    lost = ("out of memory", "can't allocate memory")  # torch has no class of its own for this on a CPU
+    lost = (
+        "out of memory",
+        "can't allocate memory",
+    )  # torch has no class of its own for this on a CPU
     if isinstance(error, RuntimeError) and any(words in str(error) for words in lost):
         return "out of memory; take a smaller batch (train: --micro_batch), see doctor"
     return None
@@ -1490,6 +1819,12 @@ def _report(command: str, error: BaseException) -> int:
     if told is None:
         traceback.print_exception(error)
     process = f" [process {_rank()}]" if _rank() else ""
-    begun = "\n" * isinstance(error, KeyboardInterrupt)  # the terminal shows ^C without a new line
-    print(f"{begun}diffussm {command}{process}: {told or repr(error)}", file=sys.stderr, flush=True)
+    begun = "\n" * isinstance(
+        error, KeyboardInterrupt
+    )  # the terminal shows ^C without a new line
+    print(
+        f"{begun}diffussm {command}{process}: {told or repr(error)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return 130 if isinstance(error, KeyboardInterrupt) else 1

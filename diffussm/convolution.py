@@ -1,6 +1,6 @@
 """The convolution.
 
-Generated from book/02_convolution.md by `make export`: edit there.
+Generated from book/12_convolution.md by `make export`: edit there.
 """
 
 import math
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffussm.state_space import discretize_bilinear, discretize_zoh, s4d_inv, s4d_legs, s4d_lin
+from diffussm.state_space import (
+    discretize_bilinear,
+    discretize_zoh,
+    s4d_inv,
+    s4d_legs,
+    s4d_lin,
+)
 
 __all__ = [
     "vandermonde",
@@ -53,12 +59,16 @@ def _check_kernel(log_dA: Tensor, weights: Tensor, length: int) -> None:
             "expected the same (D, N/2)"
         )
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r}: expected a positive integer, the number of positions")
+        raise ValueError(
+            f"length={length!r}: expected a positive integer, the number of positions"
+        )
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast switched off for one device; does nothing where there is no autocast, as on meta."""
-    if device.type == "meta":  # asking torch.amp which devices have it would break a compiled graph
+    if (
+        device.type == "meta"
+    ):  # asking torch.amp which devices have it would break a compiled graph
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -83,7 +93,9 @@ def fft_conv(u: Tensor, k: Tensor) -> Tensor:
     """
     for name, tensor in (("u", u), ("k", k)):
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor"
+            )
     if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
         raise ValueError(
             f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) and (D, L); "
@@ -93,9 +105,13 @@ def fft_conv(u: Tensor, k: Tensor) -> Tensor:
         return (u * k).to(u.dtype)
     length = u.shape[-1]
     with _without_autocast(u.device):
-        dtype = torch.promote_types(torch.promote_types(u.dtype, k.dtype), torch.float32)
+        dtype = torch.promote_types(
+            torch.promote_types(u.dtype, k.dtype), torch.float32
+        )
         spectrum = torch.fft.rfft(u.to(dtype), n=2 * length)  # (..., D, L + 1)
-        spectrum = spectrum * torch.fft.rfft(k.to(dtype), n=2 * length)  # (..., D, L + 1)
+        spectrum = spectrum * torch.fft.rfft(
+            k.to(dtype), n=2 * length
+        )  # (..., D, L + 1)
         return torch.fft.irfft(spectrum, n=2 * length)[..., :length].to(u.dtype)
 
 
@@ -121,28 +137,38 @@ class _TwoLevel(torch.autograd.Function):
     """2 Re(P Q) and its gradients (chapter 2, eq-convolution-two-level and eq-convolution-backward)."""
 
     @staticmethod
-    def forward(ctx: Any, log_dA: Tensor, weights: Tensor, block: int, n_blocks: int) -> Tensor:
+    def forward(
+        ctx: Any, log_dA: Tensor, weights: Tensor, block: int, n_blocks: int
+    ) -> Tensor:
         i = block * torch.arange(n_blocks, device=log_dA.device)
         j = torch.arange(block, device=log_dA.device)
         E = _exp(log_dA[:, None, :] * i[:, None])  # (D, I, N/2)
         Q_conj = _exp(log_dA.conj()[:, None, :] * j[:, None])  # (D, J, N/2)
         ctx.save_for_backward(weights, E, Q_conj)
         ctx.block = block
-        return (_pairs(weights[:, None, :] * E) @ _pairs(Q_conj).mT).mul_(2)  # (D, I, J)
+        return (_pairs(weights[:, None, :] * E) @ _pairs(Q_conj).mT).mul_(
+            2
+        )  # (D, I, J)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         weights, E, Q_conj = ctx.saved_tensors
-        with _without_autocast(grad.device):  # backward may be called where autocast is on
+        with _without_autocast(
+            grad.device
+        ):  # backward may be called where autocast is on
             G = 2 * grad  # (D, I, J)
             i = ctx.block * torch.arange(E.shape[1], device=E.device).to(E.dtype)
             j = torch.arange(Q_conj.shape[1], device=E.device).to(E.dtype)
             g = _complex(G @ _pairs(Q_conj)).mul_(E.conj())  # (D, I, N/2)
             grad_weights = g.sum(1)  # (D, N/2)
             grad_log_dA = weights.conj() * torch.einsum("din,i->dn", g, i)  # (D, N/2)
-            g = _complex(G.mT @ _pairs(weights[:, None, :] * E)).mul_(Q_conj.conj())  # (D, J, N/2)
-            grad_log_dA = grad_log_dA + torch.einsum("djn,j->dn", g, j).conj()  # (D, N/2)
+            g = _complex(G.mT @ _pairs(weights[:, None, :] * E)).mul_(
+                Q_conj.conj()
+            )  # (D, J, N/2)
+            grad_log_dA = (
+                grad_log_dA + torch.einsum("djn,j->dn", g, j).conj()
+            )  # (D, N/2)
         return grad_log_dA, grad_weights, None, None
 
 
@@ -197,9 +223,13 @@ class S4DKernel(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(d_model, bool) or not isinstance(d_model, int) or d_model < 1:
-            raise ValueError(f"d_model={d_model!r}: expected a positive integer, the number of channels")
+            raise ValueError(
+                f"d_model={d_model!r}: expected a positive integer, the number of channels"
+            )
         if init not in INITIALISATIONS:
-            raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITIALISATIONS))}")
+            raise ValueError(
+                f"init={init!r}: expected one of {', '.join(map(repr, INITIALISATIONS))}"
+            )
         if discretization not in DISCRETIZATIONS:
             raise ValueError(
                 f"discretization={discretization!r}: expected one of {', '.join(map(repr, DISCRETIZATIONS))}"
@@ -210,12 +240,16 @@ class S4DKernel(nn.Module):
             )
         A = INITIALISATIONS[init](d_state)  # (N/2,)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        log_dt = torch.empty(d_model, dtype=dtype).uniform_(math.log(dt_min), math.log(dt_max))
+        log_dt = torch.empty(d_model, dtype=dtype).uniform_(
+            math.log(dt_min), math.log(dt_max)
+        )
         self.discretization = discretization
         self.log_dt = nn.Parameter(log_dt)
         self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype).repeat(d_model, 1))
         self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2))
+        self.C = nn.Parameter(
+            torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What .to(), .half() and .cuda() do to every tensor, but never below float32."""

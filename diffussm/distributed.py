@@ -1,6 +1,6 @@
 """Scaling out.
 
-Generated from book/11_scaling_out.md by `make export`: edit there.
+Generated from book/42_distributed.md by `make export`: edit there.
 """
 
 import json
@@ -35,7 +35,15 @@ from diffussm.data import hash64
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.sampling import denoise
-from diffussm.training import E, Preempted, Snapshot, TrainConfig, World, stream, write_checkpoint
+from diffussm.training import (
+    E,
+    Preempted,
+    Snapshot,
+    TrainConfig,
+    World,
+    stream,
+    write_checkpoint,
+)
 
 __all__ = [
     "T",
@@ -65,7 +73,11 @@ DAY = 86_400.0  # seconds; a process that has done its share waits this long for
 REPEAT = 2.0  # seconds; torchrun hands on a Ctrl-C that the terminal has sent already
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again
 # SIGUSR1 is not known on Windows
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)
+)
 
 
 class PeerFailed(ConnectionError):
@@ -83,7 +95,9 @@ class FailureWatch:
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=10))
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(failed,), name="failures", daemon=True)
+        self._thread = threading.Thread(
+            target=self._look, args=(failed,), name="failures", daemon=True
+        )
         self._thread.start()
 
     def _look(self, failed: Callable[[], object]) -> None:
@@ -148,7 +162,9 @@ class Cluster(World):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._written: Future[Path] | None = None
         self._interrupted: float | None = None  # when Ctrl-C was pressed first
-        self._handlers = {number: signal.signal(number, self._stop) for number in SIGNALS if stoppable}
+        self._handlers = {
+            number: signal.signal(number, self._stop) for number in SIGNALS if stoppable
+        }
 
     def _join(self, timeout: float) -> None:
         """Meet the other processes."""
@@ -163,7 +179,9 @@ class Cluster(World):
             rank=self.rank,
             world_size=self.size,
             timeout=limit,
-            device_id=self.device if gpu else None,  # or NCCL has to guess it from the rank
+            device_id=self.device
+            if gpu
+            else None,  # or NCCL has to guess it from the rank
         )
         self._watch = FailureWatch(self._store, self._leave)
 
@@ -180,7 +198,9 @@ class Cluster(World):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
         if self.size > 1 and error is not None and error is not self._shared:
             self._leave(error)
         self._writer.shutdown(wait=True)
@@ -197,7 +217,11 @@ class Cluster(World):
         """
         with self._leaving:  # for ever: whoever comes second has nothing to add
             ours = (
-                "" if error is None else f"process {self.rank} failed: {type(error).__name__}: {error}"[:2000]
+                ""
+                if error is None
+                else f"process {self.rank} failed: {type(error).__name__}: {error}"[
+                    :2000
+                ]
             )
             first = self._watch.post(ours)
             if error is None or first != ours:
@@ -206,7 +230,9 @@ class Cluster(World):
             sys.stdout.flush()
             sys.stderr.flush()
             if self.rank == 0:
-                time.sleep(1.0)  # without torchrun the store is here, and the others have to read it
+                time.sleep(
+                    1.0
+                )  # without torchrun the store is here, and the others have to read it
             os._exit(code)
 
     def _exit_code(self, error: BaseException) -> int:
@@ -228,9 +254,15 @@ class Cluster(World):
         count(1)
         while count(0) < self.size:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"process {self.rank} has waited a day for {self.size - count(0)} others")
-            time.sleep(0.1)  # not in one call that blocks: signals are handled in between
-        self.sum(torch.zeros(1))  # all have seen it: now the process that holds the store may end
+                raise TimeoutError(
+                    f"process {self.rank} has waited a day for {self.size - count(0)} others"
+                )
+            time.sleep(
+                0.1
+            )  # not in one call that blocks: signals are handled in between
+        self.sum(
+            torch.zeros(1)
+        )  # all have seen it: now the process that holds the store may end
 
     def deal(self, numbers: Sequence[int]) -> Iterator[int]:
         """See World."""
@@ -255,7 +287,9 @@ class Cluster(World):
     def shard(self, module: nn.Module, config: TrainConfig) -> None:
         """See World. Blocks are compiled one by one: all are the same graph, which is compiled once."""
         if self.device.type == "cuda":  # TF32 only where bf16 is allowed
-            torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
+            torch.set_float32_matmul_precision(
+                "high" if config.precision == "bf16" else "highest"
+            )
         if config.compile:
             # DDP would have each block's graph cut into parts of its buckets' size, for an overlap that
             # blocks compiled one by one give already
@@ -265,7 +299,9 @@ class Cluster(World):
             for block in module.blocks:  # type: ignore[union-attr]
                 block.compile()
         if self.size > 1 and config.parallel == "fsdp":
-            from torch.distributed.fsdp import fully_shard  # imported where it is used: it costs seconds
+            from torch.distributed.fsdp import (
+                fully_shard,
+            )  # imported where it is used: it costs seconds
 
             mesh = dist.init_device_mesh(self.device.type, (self.size,))
             for block in module.blocks:  # type: ignore[union-attr]
@@ -300,7 +336,9 @@ class Cluster(World):
             try:
                 outcome[0] = function()
                 if self.size > 1:
-                    pickle.dumps(outcome[0])  # or the others would wait for what cannot be sent
+                    pickle.dumps(
+                        outcome[0]
+                    )  # or the others would wait for what cannot be sent
             except Exception as raised:
                 error = raised
                 outcome = [None, _portable(raised)]
@@ -329,12 +367,21 @@ class Cluster(World):
         self.finish()
         if self.rank == 0:
             self._written = self._writer.submit(
-                write_checkpoint, run, snapshot, config.keep_last, config.keep_every, config.keep_steps
+                write_checkpoint,
+                run,
+                snapshot,
+                config.keep_last,
+                config.keep_every,
+                config.keep_steps,
             )
 
     def save_error(self) -> Exception | None:
         """See World."""
-        error = self._written.exception() if self._written is not None and self._written.done() else None
+        error = (
+            self._written.exception()
+            if self._written is not None and self._written.done()
+            else None
+        )
         return error if isinstance(error, Exception) else None
 
     def finish(self) -> None:
@@ -363,7 +410,9 @@ def _own_gpu(device: torch.device) -> torch.device:
     """The GPU of this process, by its number on this machine; ValueError if there is none for it alone."""
     gpus = torch.cuda.device_count()
     local = int(os.environ.get("LOCAL_RANK", 0))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    neighbours = int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))
+    )
     if device.index is not None and neighbours > 1:
         raise ValueError(
             f"--device {device} is one GPU, and {neighbours} processes run on this machine; pass "
@@ -424,7 +473,11 @@ def peak_flops(device_name: str) -> float | None:
     `device_name` is what CUDA says, such as ``"NVIDIA A100-SXM4-80GB"``. None for a GPU that is not in the
     table, or a part of one (MIG): variants of one name differ in speed.
     """
-    words = [word for word in re.split(r"[\s-]+", device_name) if word and not _PLAIN.fullmatch(word)]
+    words = [
+        word
+        for word in re.split(r"[\s-]+", device_name)
+        if word and not _PLAIN.fullmatch(word)
+    ]
     known = {name.casefold(): flops for name, flops in PEAK_FLOPS.items()}
     return known.get(" ".join(words).casefold())
 
@@ -471,24 +524,40 @@ class SampleConfig:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}"
+                )
         if self.classes is not None and not (
-            self.classes and min(self.classes) >= 0 and len(set(self.classes)) == len(self.classes)
+            self.classes
+            and min(self.classes) >= 0
+            and len(set(self.classes)) == len(self.classes)
         ):
-            raise ValueError(f"classes={self.classes}: expected class numbers, each once, or None for all")
+            raise ValueError(
+                f"classes={self.classes}: expected class numbers, each once, or None for all"
+            )
 
     def label(self, indices: range, num_classes: int) -> Tensor:
         """The labels of these samples, int64 (n,): a pure function of the configuration."""
-        among = torch.arange(num_classes) if self.classes is None else torch.tensor(self.classes)
+        among = (
+            torch.arange(num_classes)
+            if self.classes is None
+            else torch.tensor(self.classes)
+        )
         numbers = np.arange(indices.start, indices.stop)
         if self.labels == "random":
-            numbers = (hash64(self.seed, LABELS, 0, numbers) >> np.uint64(1)).astype(np.int64)
+            numbers = (hash64(self.seed, LABELS, 0, numbers) >> np.uint64(1)).astype(
+                np.int64
+            )
         return among[torch.from_numpy(numbers % len(among))]
 
     def of(self, model: DiffuSSMConfig) -> "SampleConfig":
         """What of this applies to a model; ValueError for classes that it does not have."""
         if self.classes is not None and max(self.classes) >= model.num_classes:
-            has = f"classes 0 to {model.num_classes - 1}" if model.num_classes else "no classes"
+            has = (
+                f"classes 0 to {model.num_classes - 1}"
+                if model.num_classes
+                else "no classes"
+            )
             raise ValueError(f"classes={self.classes}: this model has {has}")
         channels = self.guidance_channels
         if channels is not None and channels >= model.in_channels:
@@ -496,7 +565,9 @@ class SampleConfig:
         if model.num_classes == 0 or self.cfg_scale == 1:
             channels = None  # nothing is guided
         return replace(
-            self, guidance_channels=channels, cfg_scale=self.cfg_scale if model.num_classes else 1.0
+            self,
+            guidance_channels=channels,
+            cfg_scale=self.cfg_scale if model.num_classes else 1.0,
         )
 
 
@@ -506,7 +577,12 @@ SAMPLE_PRESETS = {
     "paper-fid-all": SampleConfig(labels="balanced", guidance_channels=None),
     "paper-fid-unguided": SampleConfig(cfg_scale=1.0),
     "pretty": SampleConfig(
-        count=64, labels="balanced", cfg_scale=4.0, guidance_channels=None, precision="float32", batch_size=16
+        count=64,
+        labels="balanced",
+        cfg_scale=4.0,
+        guidance_channels=None,
+        precision="float32",
+        batch_size=16,
     ),
 }
 
@@ -525,11 +601,18 @@ def draw_batch(
     A pure function of the weights, `config` and `number`. See `draw_samples` for the arguments.
     """
     first = number * config.batch_size
-    shape = (config.batch_size, model.config.in_channels, model.config.height, model.config.width)
+    shape = (
+        config.batch_size,
+        model.config.in_channels,
+        model.config.height,
+        model.config.width,
+    )
     generator = stream(config.seed, "samples", number)
     y = None
     if model.null_label is not None:
-        y = config.label(range(first, first + config.batch_size), model.config.num_classes).to(world.device)
+        y = config.label(
+            range(first, first + config.batch_size), model.config.num_classes
+        ).to(world.device)
     chain = denoise(
         model,
         diffusion,
@@ -591,17 +674,30 @@ def draw_samples(
         Preempted: the world was told to stop; the batches that are done are kept.
     """
     config = config.of(model.config)
-    how = asdict(config) if model.config.num_classes else asdict(config) | {"labels": "none"}
-    files = SampleFiles(Path(out), json.loads(json.dumps({"format": SAMPLES_FORMAT} | how | facts)))
+    how = (
+        asdict(config)
+        if model.config.num_classes
+        else asdict(config) | {"labels": "none"}
+    )
+    files = SampleFiles(
+        Path(out), json.loads(json.dumps({"format": SAMPLES_FORMAT} | how | facts))
+    )
     if world.once(files.claim):
         return files.out
     batches = math.ceil(config.count / config.batch_size)
     missing = world.once(lambda: files.missing(batches))
     drawn = 0
-    with tqdm(total=batches, unit="batch", disable=not progress or world.rank > 0, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=batches,
+        unit="batch",
+        disable=not progress or world.rank > 0,
+        dynamic_ncols=True,
+    ) as bar:
         for number in world.deal(missing):
             bar.update(number - bar.n)
-            images = draw_batch(model, diffusion, config, number, world=world, decode=decode)
+            images = draw_batch(
+                model, diffusion, config, number, world=world, decode=decode
+            )
             if images is not None:
                 files.keep(number, number * config.batch_size, images)
                 drawn += 1
@@ -609,8 +705,14 @@ def draw_samples(
         done = batches - len(missing) + int(world.sum(torch.tensor([drawn])))
         bar.update(done - bar.n)
     if done < batches:
-        raise world.together(Preempted(f"asked to stop: {done} of {batches} batches are drawn and kept"))
-    labels = config.label(range(config.count), model.config.num_classes) if model.config.num_classes else None
+        raise world.together(
+            Preempted(f"asked to stop: {done} of {batches} batches are drawn and kept")
+        )
+    labels = (
+        config.label(range(config.count), model.config.num_classes)
+        if model.config.num_classes
+        else None
+    )
     world.once(lambda: files.complete(batches, config.count, labels))
     return files.out
 
@@ -629,7 +731,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
             "pass --vae"
         )
     if not bool(images.isfinite().all()):
-        raise ValueError("the model drew images that are not finite; its weights have probably diverged")
+        raise ValueError(
+            "the model drew images that are not finite; its weights have probably diverged"
+        )
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -648,7 +752,9 @@ class SampleFiles(NamedTuple):
     @property
     def record(self) -> Path:
         """Where `how` is written."""
-        return self.out.with_suffix(".json") if self.packed else self.out / "samples.json"
+        return (
+            self.out.with_suffix(".json") if self.packed else self.out / "samples.json"
+        )
 
     @property
     def parts(self) -> Path:
@@ -663,11 +769,20 @@ class SampleFiles(NamedTuple):
         """Begin the set, or go on with it; True if it is complete. ValueError if something else is there."""
         if self.record.exists():
             return self._go_on()
-        drafts = {self.parts, self.record.with_name(f".{self.record.name}.tmp")}  # of a start that was killed
-        if self.out.is_file() or (self.out.exists() and set(self.out.iterdir()) - drafts):
-            raise ValueError(f"{self.out} exists and is no set of samples; choose another name")
+        drafts = {
+            self.parts,
+            self.record.with_name(f".{self.record.name}.tmp"),
+        }  # of a start that was killed
+        if self.out.is_file() or (
+            self.out.exists() and set(self.out.iterdir()) - drafts
+        ):
+            raise ValueError(
+                f"{self.out} exists and is no set of samples; choose another name"
+            )
         if self.parts.exists() and any(self.parts.iterdir()):
-            raise ValueError(f"{self.parts} is left of a set of samples without a record; remove it")
+            raise ValueError(
+                f"{self.parts} is left of a set of samples without a record; remove it"
+            )
         self.parts.mkdir(parents=True, exist_ok=True)
         self._write_json(self.record, {**self.how, "complete": False})
         return False
@@ -676,7 +791,9 @@ class SampleFiles(NamedTuple):
         try:
             theirs = json.loads(self.record.read_text())
         except ValueError as error:
-            raise ValueError(f"{self.record} is damaged ({error}); choose another name") from error
+            raise ValueError(
+                f"{self.record} is damaged ({error}); choose another name"
+            ) from error
         there, asked = _deciding(theirs), _deciding(self.how)
         different = [
             f"{key} (there {there.get(key)!r}, asked {asked.get(key)!r})"
@@ -697,7 +814,9 @@ class SampleFiles(NamedTuple):
     def missing(self, batches: int) -> list[int]:
         """The batches that are not done."""
         done = {path.name for path in self.parts.iterdir()}
-        return [number for number in range(batches) if self.part(number).name not in done]
+        return [
+            number for number in range(batches) if self.part(number).name not in done
+        ]
 
     def keep(self, number: int, first: int, images: np.ndarray) -> None:
         """Write a batch, images uint8 (n, H, W, 3), the first of which is image `first` of the set."""
@@ -712,9 +831,16 @@ class SampleFiles(NamedTuple):
         """All batches are done: put them together, with the labels int64 (count,), and tidy up."""
         if self.packed:
             parts = [self.part(number) for number in range(batches)]
-            _write_npz(self.out, parts, count, torch.zeros(count).long() if labels is None else labels)
+            _write_npz(
+                self.out,
+                parts,
+                count,
+                torch.zeros(count).long() if labels is None else labels,
+            )
         elif labels is not None:
-            names = {f"{index:06d}.png": label for index, label in enumerate(labels.tolist())}
+            names = {
+                f"{index:06d}.png": label for index, label in enumerate(labels.tolist())
+            }
             self._write_json(self.out / "labels.json", names)
         if not self.packed:
             for stale in self.out.glob(".*.tmp"):  # of a process that was killed
@@ -749,7 +875,9 @@ def _write_pngs(folder: Path, first: int, images: np.ndarray) -> None:
 def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor) -> None:
     draft = out.with_name(f".{out.name}.tmp")
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # never whole in memory
+        with archive.open(
+            "arr_0.npy", "w", force_zip64=True
+        ) as file:  # never whole in memory
             shape = (count, *np.load(parts[0], allow_pickle=False).shape[1:])
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)

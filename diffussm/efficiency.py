@@ -1,6 +1,6 @@
 """Efficiency.
 
-Generated from book/15_efficiency.md by `make export`: edit there.
+Generated from book/71_efficiency.md by `make export`: edit there.
 """
 
 import math
@@ -40,7 +40,9 @@ def convolution_macs(length: int, d_model: int) -> float:
     return d_model * (3 * 1.25 * n * math.log2(n) + 8 * (length + 1))
 
 
-def diffussm_macs(config: DiffuSSMConfig, length: int | None = None) -> dict[str, float]:
+def diffussm_macs(
+    config: DiffuSSMConfig, length: int | None = None
+) -> dict[str, float]:
     """Multiply-adds of one forward pass of a :class:`~diffussm.model.DiffuSSM`, by what they are spent on.
 
     Args:
@@ -53,7 +55,12 @@ def diffussm_macs(config: DiffuSSMConfig, length: int | None = None) -> dict[str
 
     Source: chapter 15, equation eq-efficiency-block; section 3.2 of the paper.
     """
-    L, D, M, N = length or config.seq_len, config.d_model, config.downsample, config.d_state
+    L, D, M, N = (
+        length or config.seq_len,
+        config.d_model,
+        config.downsample,
+        config.d_state,
+    )
     numbers = config.in_channels * config.patch_size**2
     return {
         "linear maps": config.n_blocks * (13 * L / M + L) * D**2,
@@ -99,8 +106,12 @@ class DiTBlock(nn.Module):
         if n_heads < 1 or D % n_heads:
             raise ValueError(f"n_heads={n_heads}: expected a divisor of d_model={D}")
         self.n_heads = n_heads
-        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
-        self.norm1, self.norm2 = (nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = (
+            F.scaled_dot_product_attention
+        )
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(D, elementwise_affine=False, eps=1e-6) for _ in range(2)
+        )
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.modulation = nn.Linear(D, 6 * D)
@@ -115,7 +126,9 @@ class DiTBlock(nn.Module):
         modulation = self.modulation(F.silu(c)).unsqueeze(1)  # (B, 1, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=2)
         h = self.norm1(x) * (1 + scale1) + shift1  # (B, L, D)
-        q, k, v = rearrange(self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.n_heads)
+        q, k, v = rearrange(
+            self.qkv(h), "b l (three h d) -> three b h l d", three=3, h=self.n_heads
+        )
         h = rearrange(self.attention(q, k, v), "b h l d -> b l (h d)")
         x = x + gate1 * self.proj(h)
         h = self.norm2(x) * (1 + scale2) + shift2
@@ -144,8 +157,12 @@ class DiT(nn.Module):
         self.null_label = config.num_classes if config.num_classes else None
         self.embed_x = nn.Linear(numbers, D)
         self.embed_t = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.embed_y = nn.Embedding(config.num_classes + 1, D) if config.num_classes else None
-        self.blocks = nn.ModuleList(DiTBlock(D, n_heads) for _ in range(config.n_blocks))
+        self.embed_y = (
+            nn.Embedding(config.num_classes + 1, D) if config.num_classes else None
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(D, n_heads) for _ in range(config.n_blocks)
+        )
         self.final_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.final_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, 2 * numbers)
@@ -156,8 +173,12 @@ class DiT(nn.Module):
         """As :meth:`diffussm.model.DiffuSSM.forward`: (B, C, H, W) -> (B, 2C, H, W)."""
         P = self.config.patch_size
         h, w = x.shape[2] // P, x.shape[3] // P
-        x = self.embed_x(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P))  # (B, L, D)
-        x = x.to(self.embed_x.weight.dtype) + sincos_positions(h, w, self.config.d_model, x.device)
+        x = self.embed_x(
+            rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P)
+        )  # (B, L, D)
+        x = x.to(self.embed_x.weight.dtype) + sincos_positions(
+            h, w, self.config.d_model, x.device
+        )
         c = self.embed_t(timestep_features(t).to(x.dtype))  # (B, D)
         if self.embed_y is not None and y is not None:
             c = c + self.embed_y(y)
@@ -173,15 +194,31 @@ class DiT(nn.Module):
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as it is defined, with the L x L matrix in memory: (B, heads, L, d) thrice -> the same."""
-    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)  # (B, heads, L, L)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(
+        3
+    )  # (B, heads, L, L)
     return weights @ v
 
 
 # Which words in the name of an operation, or of a kernel on a GPU, say what it is. The first match counts.
 KINDS = {
     "attention": ("attention", "flash", "fmha"),
-    "FFT": ("fft", "_forward_kernel", "_grad_u_kernel", "_grad_h_kernel"),  # the latter: ch-on-chip
-    "matrix products": ("::mm", "addmm", "bmm", "gemm", "cutlass", "nvjet", "xmma", "wgmma"),
+    "FFT": (
+        "fft",
+        "_forward_kernel",
+        "_grad_u_kernel",
+        "_grad_h_kernel",
+    ),  # the latter: ch-gpu-kernels
+    "matrix products": (
+        "::mm",
+        "addmm",
+        "bmm",
+        "gemm",
+        "cutlass",
+        "nvjet",
+        "xmma",
+        "wgmma",
+    ),
 }
 
 
@@ -199,14 +236,27 @@ def time_by_kind(job: Callable[[], object]) -> dict[str, float]:
 
 
 def _profiled(job: Callable[[], object], on_gpu: bool) -> dict[str, float]:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes about itself to stderr
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or the profiler writes about itself to stderr
+    with profile(
+        activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    ) as recorded:
         job()
         if on_gpu:
             torch.cuda.synchronize()
     seconds = dict.fromkeys(("matrix products", "attention", "FFT", "other"), 0.0)
     for event in recorded.key_averages():
         name = event.key.lower()
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
-        seconds[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        kind = next(
+            (
+                kind
+                for kind, words in KINDS.items()
+                if any(word in name for word in words)
+            ),
+            "other",
+        )
+        seconds[kind] += (
+            event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        ) / 1e6
     return seconds

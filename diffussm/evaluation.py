@@ -1,6 +1,6 @@
 """Evaluation.
 
-Generated from book/12_evaluation.md by `make export`: edit there.
+Generated from book/57_evaluation.md by `make export`: edit there.
 """
 
 import hashlib
@@ -51,22 +51,35 @@ __all__ = [
 ]
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+def frechet_distance(
+    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+) -> float:
     """Squared Fréchet distance of two Gaussians, eq-evaluation-frechet: means (d,), covariances (d, d).
 
     Raises ValueError for shapes that do not fit and values that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (
+        np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)
+    )
     d = mu1.shape
     if len(d) != 1 or mu2.shape != d or sigma1.shape != d * 2 or sigma2.shape != d * 2:
         shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d")
+        raise ValueError(
+            f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d"
+        )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("a mean or covariance is not finite; look at the images and at the features")
+        raise ValueError(
+            "a mean or covariance is not finite; look at the images and at the features"
+        )
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     crossed = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
-    squared = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(crossed).sum()
+    squared = (
+        np.square(mu1 - mu2).sum()
+        + np.trace(sigma1)
+        + np.trace(sigma2)
+        - 2 * np.sqrt(crossed).sum()
+    )
     return max(float(squared), 0.0)  # round-off can leave -1e-10
 
 
@@ -74,7 +87,9 @@ NEAREST = 3  # the neighbour whose distance is a ball's radius
 DISTANCES = 2**27  # held at once at the most: half a gigabyte of float32
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 4096) -> tuple[float, float]:
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 4096
+) -> tuple[float, float]:
     """Improved precision and recall: features (n, d) and (m, d), balls to the k-th nearest neighbour.
 
     Distances are computed in the features' own precision and on their device, `block` rows at a time, or
@@ -83,17 +98,25 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 
     """
     for name, points in (("real", real), ("fake", fake)):
         if points.ndim != 2 or len(points) <= k:
-            raise ValueError(f"{name} features have shape {tuple(points.shape)}: expected (n, d), n over {k}")
+            raise ValueError(
+                f"{name} features have shape {tuple(points.shape)}: expected (n, d), n over {k}"
+            )
         if not bool(torch.isfinite(points).all()):
             raise ValueError(f"{name} features are not finite")
     block = max(1, min(block, DISTANCES // max(len(real), len(fake))))
 
     def radii(points: Tensor) -> Tensor:
-        near = [torch.cdist(part, points).kthvalue(k + 1, dim=1).values for part in points.split(block)]
+        near = [
+            torch.cdist(part, points).kthvalue(k + 1, dim=1).values
+            for part in points.split(block)
+        ]
         return torch.cat(near)  # (n,): k + 1, because each point is its own nearest
 
     def covered(points: Tensor, centres: Tensor, radius: Tensor) -> float:
-        inside = [(torch.cdist(part, centres) <= radius).any(dim=1) for part in points.split(block)]
+        inside = [
+            (torch.cdist(part, centres) <= radius).any(dim=1)
+            for part in points.split(block)
+        ]
         return float(torch.cat(inside).double().mean())
 
     return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
@@ -114,7 +137,9 @@ def inception_score(logits: Tensor, part: int = PART) -> float:
     scores = []
     for rows in log_p.split(part):
         log_marginal = rows.logsumexp(dim=0) - np.log(len(rows))
-        scores.append(float(((rows.exp() * (rows - log_marginal)).sum(dim=1)).mean().exp()))
+        scores.append(
+            float(((rows.exp() * (rows - log_marginal)).sum(dim=1)).mean().exp())
+        )
     return float(np.mean(scores))
 
 
@@ -164,18 +189,29 @@ class Inception:
     name = "inception-v3-compat"
 
     def __init__(
-        self, weights: str | Path, device: str | torch.device = "cpu", starts_with: str = "6726825d"
+        self,
+        weights: str | Path,
+        device: str | torch.device = "cpu",
+        starts_with: str = "6726825d",
     ) -> None:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.feature_extractor_inceptionv3 import (
+                FeatureExtractorInceptionV3,
+            )
         except ImportError as error:
-            raise ImportError("Inception comes with torch-fidelity: pip install torch-fidelity") from error
+            raise ImportError(
+                "Inception comes with torch-fidelity: pip install torch-fidelity"
+            ) from error
         self.checksum = check_weights(weights, starts_with)
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # of many kinds
-            raise ValueError(f"{weights} does not hold the weights of a network: {error}") from error
-        safe = io.BytesIO()  # torch-fidelity loads pickles; it gets one that we have just written
+            raise ValueError(
+                f"{weights} does not hold the weights of a network: {error}"
+            ) from error
+        safe = (
+            io.BytesIO()
+        )  # torch-fidelity loads pickles; it gets one that we have just written
         torch.save(state, safe)
         safe.seek(0)
         self.net: Any = FeatureExtractorInceptionV3(
@@ -199,7 +235,10 @@ class Inception:
 
 
 Source = str | Path | Iterable[Tensor]
-RECORDS = {"samples.json", "labels.json"}  # what `diffussm sample` writes beside its images
+RECORDS = {
+    "samples.json",
+    "labels.json",
+}  # what `diffussm sample` writes beside its images
 
 
 class ImageSet:
@@ -214,17 +253,27 @@ class ImageSet:
     Raises FileNotFoundError, ValueError, OSError for what is no set of images.
     """
 
-    def __init__(self, source: Source, size: int | None = None, exif_rotate: bool = False) -> None:
+    def __init__(
+        self, source: Source, size: int | None = None, exif_rotate: bool = False
+    ) -> None:
         self.source, self.size, self.exif_rotate = source, size, exif_rotate
         self.files: ImageFolder | LmdbImages | None = None
         self.by_name: list[Skipped] = []
         if isinstance(source, str | Path):
             path = Path(source)
             if path.is_dir() or path.suffix == ".mdb":
-                self.files = images_from(path, size, conditional=False, exif_rotate=exif_rotate)
-                self.by_name = [one for one in self.files.skipped if Path(one.path).name not in RECORDS]
+                self.files = images_from(
+                    path, size, conditional=False, exif_rotate=exif_rotate
+                )
+                self.by_name = [
+                    one
+                    for one in self.files.skipped
+                    if Path(one.path).name not in RECORDS
+                ]
             elif path.suffix != ".npz" or not path.is_file():
-                raise FileNotFoundError(f"{source} is neither a folder or LMDB of images nor an .npz file")
+                raise FileNotFoundError(
+                    f"{source} is neither a folder or LMDB of images nor an .npz file"
+                )
         self.left_out = list(self.by_name)
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
@@ -252,7 +301,9 @@ class ImageSet:
     def _from_files(self, batch_size: int) -> Iterator[Tensor]:
         batch: list[Tensor] = []
         for pixels in self._good_files():
-            self._check_size(batch[0].shape[1:] if batch else pixels.shape[1:], pixels.shape[1:])
+            self._check_size(
+                batch[0].shape[1:] if batch else pixels.shape[1:], pixels.shape[1:]
+            )
             batch.append(pixels)
             if len(batch) == batch_size:
                 yield torch.stack(batch)
@@ -280,15 +331,22 @@ class ImageSet:
 
 
 def read_images(
-    source: Source, batch_size: int = 64, size: int | None = None, exif_rotate: bool = False
+    source: Source,
+    batch_size: int = 64,
+    size: int | None = None,
+    exif_rotate: bool = False,
 ) -> Iterator[Tensor]:
     """uint8 (B, 3, H, W): the batches of an `ImageSet`, see there."""
     return ImageSet(source, size, exif_rotate).batches(batch_size)
 
 
 def _cropped(batch: Tensor, size: int) -> Tensor:
-    images = [center_crop(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in batch]
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    images = [
+        center_crop(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in batch
+    ]
+    return torch.stack(
+        [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    )
 
 
 def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
@@ -298,10 +356,16 @@ def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"its array has format {version}")
             form = np.lib.format
-            read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
+            read = (
+                form.read_array_header_1_0
+                if version == (1, 0)
+                else form.read_array_header_2_0
+            )
             shape, fortran, dtype = read(file)
             if dtype != np.uint8:
-                raise ValueError(f"arr_0 holds {dtype}, expected uint8: round to 0 ... 255 and convert")
+                raise ValueError(
+                    f"arr_0 holds {dtype}, expected uint8: round to 0 ... 255 and convert"
+                )
             if len(shape) != 4 or shape[3] != 3 or 0 in shape:
                 raise ValueError(f"arr_0 has shape {shape}, expected (n, H, W, 3)")
             if fortran:
@@ -315,10 +379,20 @@ def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
                 data = file.read(count * size)
                 if len(data) != count * size:
                     raise ValueError("the file ends early")
-                images = np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape[1:])
+                images = np.frombuffer(bytearray(data), np.uint8).reshape(
+                    count, *shape[1:]
+                )
                 yield torch.from_numpy(images).permute(0, 3, 1, 2)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is no set of images in ADM's form: {error}") from error
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as error:
+        raise ValueError(
+            f"{path} is no set of images in ADM's form: {error}"
+        ) from error
 
 
 SEED = 0  # of the keys
@@ -349,7 +423,10 @@ class _Kept:
         order = np.argsort(keys, kind="stable")[: self.most]
         chosen = torch.from_numpy(order)
         names = self.parts[0][1]
-        features = {name: torch.cat([part[name] for _, part in self.parts])[chosen] for name in names}
+        features = {
+            name: torch.cat([part[name] for _, part in self.parts])[chosen]
+            for name in names
+        }
         return keys[order], features
 
 
@@ -382,7 +459,10 @@ class _Moments:
         x = x.double()
         if not self.count:
             self.origin = x.mean(dim=0)
-            self.first, self.second = torch.zeros_like(self.origin), x.new_zeros(x.shape[1], x.shape[1])
+            self.first, self.second = (
+                torch.zeros_like(self.origin),
+                x.new_zeros(x.shape[1], x.shape[1]),
+            )
         x = x - self.origin
         self.count += len(x)
         self.first += x.sum(dim=0)
@@ -395,7 +475,10 @@ class _Moments:
 
 
 def statistics(
-    source: Source | ImageSet, extractor: Extractor, batch_size: int = 64, keep: int | None = None
+    source: Source | ImageSet,
+    extractor: Extractor,
+    batch_size: int = 64,
+    keep: int | None = None,
 ) -> Statistics:
     """Run every image through the extractor; keep the features of `keep` images only, chosen by their keys.
 
@@ -414,23 +497,36 @@ def statistics(
         features = extractor(batch)
         for name, x in features.items():
             if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"the {name} features of {extractor.name} are not finite for some images")
+                raise ValueError(
+                    f"the {name} features of {extractor.name} are not finite for some images"
+                )
             if name != "logits":
                 moments.setdefault(name, _Moments()).add(x)
         single = {name: x.float() for name, x in features.items() if name != "spatial"}
         kept.add(_keys(digests[-len(batch) :]), single)
     if len(digests) < 2:
-        raise ValueError(f"{images.source} holds fewer than two images; nothing can be said of it")
+        raise ValueError(
+            f"{images.source} holds fewer than two images; nothing can be said of it"
+        )
     mu, sigma = moments["pool"].read()
     mu_s, sigma_s = moments["spatial"].read() if "spatial" in moments else (None, None)
     _, features = kept.read()
     record = _record(images, digests, shape)
     return Statistics(
-        len(digests), mu, sigma, mu_s, sigma_s, features["pool"], features.get("logits"), record
+        len(digests),
+        mu,
+        sigma,
+        mu_s,
+        sigma_s,
+        features["pool"],
+        features.get("logits"),
+        record,
     )
 
 
-def _record(images: ImageSet, digests: list[bytes], shape: tuple[int, ...]) -> dict[str, Any]:
+def _record(
+    images: ImageSet, digests: list[bytes], shape: tuple[int, ...]
+) -> dict[str, Any]:
     of_all = hashlib.sha256(repr(shape).encode() + b"".join(sorted(digests)))
     first = [f"{one.path}: {one.reason}" for one in images.left_out[:10]]
     return {
@@ -463,7 +559,11 @@ def save_statistics(
     images = ImageSet(source, size, exif_rotate)
     extractor = extractor or _inception(weights, device)
     found = statistics(images, extractor, batch_size, keep=NEIGHBOURS)
-    arrays: dict[str, Any] = {"mu": found.mu, "sigma": found.sigma, "count": np.array(found.count)}
+    arrays: dict[str, Any] = {
+        "mu": found.mu,
+        "sigma": found.sigma,
+        "count": np.array(found.count),
+    }
     if found.mu_s is not None and found.sigma_s is not None:
         arrays |= {"mu_s": found.mu_s, "sigma_s": found.sigma_s}
     if found.pool is not None:
@@ -530,7 +630,9 @@ def load_reference(
             f"the reference {path} holds features of {len(pool)} images in the order of their files; "
             f"precision and recall take {NEIGHBOURS}: make it again with `diffussm statistics`"
         )
-    return Statistics(int(arrays.get("count", 0)), *moments, pool=pool, record=record), "statistics"
+    return Statistics(
+        int(arrays.get("count", 0)), *moments, pool=pool, record=record
+    ), "statistics"
 
 
 def _arrays(path: Path) -> dict[str, Any]:
@@ -538,8 +640,14 @@ def _arrays(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = set(archive.files)
-            wanted = names & {"mu", "sigma", "mu_s", "sigma_s", "pool", "count"} if "mu" in names else set()
-            arrays: dict[str, Any] = {name: np.asarray(archive[name]) for name in wanted}
+            wanted = (
+                names & {"mu", "sigma", "mu_s", "sigma_s", "pool", "count"}
+                if "mu" in names
+                else set()
+            )
+            arrays: dict[str, Any] = {
+                name: np.asarray(archive[name]) for name in wanted
+            }
             if any(array.dtype.kind not in "fiu" for array in arrays.values()):
                 raise ValueError("it holds other things than numbers")
             texts = names & {"extractor", "record"}
@@ -556,7 +664,9 @@ def _loaded(path: Path, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"the reference {path} has a record that is no JSON: {error}") from error
+        raise ValueError(
+            f"the reference {path} has a record that is no JSON: {error}"
+        ) from error
     if not isinstance(record, dict):
         raise ValueError(f"the reference {path} has a record that is no JSON object")
     return record
@@ -594,19 +704,36 @@ def _scored(
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """The scores, and how each was computed."""
     result: dict[str, float | None] = dict.fromkeys(SCORES)
-    how: dict[str, Any] = {"samples": samples.count, "moments": str(samples.sigma.dtype)}
-    result["fid"] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+    how: dict[str, Any] = {
+        "samples": samples.count,
+        "moments": str(samples.sigma.dtype),
+    }
+    result["fid"] = frechet_distance(
+        samples.mu, samples.sigma, reference.mu, reference.sigma
+    )
     ours, theirs = (samples.mu_s, samples.sigma_s), (reference.mu_s, reference.sigma_s)
-    if ours[0] is not None and ours[1] is not None and theirs[0] is not None and theirs[1] is not None:
+    if (
+        ours[0] is not None
+        and ours[1] is not None
+        and theirs[0] is not None
+        and theirs[1] is not None
+    ):
         result["sfid"] = frechet_distance(ours[0], ours[1], theirs[0], theirs[1])
     if samples.logits is not None and len(samples.logits) >= 10:
         result["inception_score"] = inception_score(samples.logits, PART)
         sizes = [len(rows) for rows in samples.logits.split(PART)]
-        how["inception_score"] = {"parts": len(sizes), "part": PART, "last_part": sizes[-1], "seed": SEED}
+        how["inception_score"] = {
+            "parts": len(sizes),
+            "part": PART,
+            "last_part": sizes[-1],
+            "seed": SEED,
+        }
     if samples.pool is not None and reference.pool is not None:
         real, fake = reference.pool.to(device), samples.pool.to(device)
         if min(len(real), len(fake)) > NEAREST:
-            result["precision"], result["recall"] = precision_recall(real, fake, NEAREST)
+            result["precision"], result["recall"] = precision_recall(
+                real, fake, NEAREST
+            )
             how["precision_recall"] = {
                 "k": NEAREST,
                 "reference": len(real),
@@ -617,11 +744,15 @@ def _scored(
     return result, how
 
 
-def _differs_from_adm(extractor: Extractor, how: dict[str, Any], kind: str) -> list[str]:
+def _differs_from_adm(
+    extractor: Extractor, how: dict[str, Any], kind: str
+) -> list[str]:
     """In what these scores were computed otherwise than by ADM's evaluator, as far as it applies to them."""
     differs = ["means in float64; ADM's in float32"]
     if isinstance(extractor, Inception):
-        differs.append("weights converted to PyTorch by torch-fidelity from those of ADM's graph")
+        differs.append(
+            "weights converted to PyTorch by torch-fidelity from those of ADM's graph"
+        )
     else:
         differs.append(f"the features are those of {extractor.name}, not Inception's")
     if how.get("inception_score", {}).get("parts", 1) > 1:
@@ -629,7 +760,9 @@ def _differs_from_adm(extractor: Extractor, how: dict[str, Any], kind: str) -> l
             "parts of the Inception score in the order of the images' keys; ADM's in that of the file"
         )
     if "precision_recall" in how:
-        differs.append("distances between features in float32; ADM's in float16 where these are finite")
+        differs.append(
+            "distances between features in float32; ADM's in float16 where these are finite"
+        )
         if kind != "adm":
             differs.append(
                 "the reference's images for precision and recall are others than those in ADM's file"
@@ -657,7 +790,9 @@ def evaluate(
 
     Raises ValueError, OSError as `ImageSet`, `load_reference` and `check_weights` do.
     """
-    several = isinstance(samples, list) and all(isinstance(one, str | Path) for one in samples)
+    several = isinstance(samples, list) and all(
+        isinstance(one, str | Path) for one in samples
+    )
     sources: list[Any] = list(samples) if several else [samples]  # type: ignore[arg-type]
     sets = [
         ImageSet(one, size, exif_rotate) for one in sources
@@ -673,7 +808,9 @@ def evaluate(
         row, protocol = _scored(found, known, place)
         rows.append(row | {"count": found.count})
         protocols.append(
-            setting | protocol | {"differs_from_adm": _differs_from_adm(extractor, protocol, kind)}
+            setting
+            | protocol
+            | {"differs_from_adm": _differs_from_adm(extractor, protocol, kind)}
         )
         fact |= found.record
         notes += _notes(found, known, protocol)
@@ -685,11 +822,18 @@ def evaluate(
     file = {"sha256": _sha256(path)} if path.is_file() else {}
     return _summary(rows) | {
         "samples": facts if several and len(facts) > 1 else facts[0],
-        "reference": {"name": path.name, "kind": kind, "count": known.count or None} | file | known.record,
+        "reference": {"name": path.name, "kind": kind, "count": known.count or None}
+        | file
+        | known.record,
         "extractor": {"name": extractor.name, "sha256": extractor.checksum},
-        "protocol": protocols[0] if all(one == protocols[0] for one in protocols) else protocols,
+        "protocol": protocols[0]
+        if all(one == protocols[0] for one in protocols)
+        else protocols,
         "notes": list(dict.fromkeys(notes)),
-        "versions": {name: _version(name) for name in ("diffussm", "torch", "torch-fidelity", "numpy")},
+        "versions": {
+            name: _version(name)
+            for name in ("diffussm", "torch", "torch-fidelity", "numpy")
+        },
     }
 
 
@@ -701,7 +845,11 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, value in rows[0].items():
         if value is not None and name != "count":
             values = np.array([row[name] for row in rows], dtype=np.float64)
-            result[name] = {"mean": values.mean(), "std": values.std(ddof=1), "values": values.tolist()}
+            result[name] = {
+                "mean": values.mean(),
+                "std": values.std(ddof=1),
+                "values": values.tolist(),
+            }
     return result
 
 
@@ -747,7 +895,9 @@ def _facts(source: Source) -> dict[str, Any]:
         return facts
     if isinstance(written, dict):
         if written.get("complete") is False:
-            raise ValueError(f"{path} is not complete; give the same `diffussm sample` command again first")
+            raise ValueError(
+                f"{path} is not complete; give the same `diffussm sample` command again first"
+            )
         facts |= written
     return facts
 
@@ -768,15 +918,25 @@ def self_test() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 8))
     mu, sigma = x.mean(0), np.cov(x, rowvar=False)
-    assert frechet_distance(mu, sigma, mu, sigma) < 1e-9, "a set is not at distance 0 from itself"
+    assert frechet_distance(mu, sigma, mu, sigma) < 1e-9, (
+        "a set is not at distance 0 from itself"
+    )
     shifted = frechet_distance(mu, sigma, mu + 1, sigma)
-    assert abs(shifted - 8) < 1e-9, f"a shift by 1 in 8 dimensions gives {shifted}, not 8"
+    assert abs(shifted - 8) < 1e-9, (
+        f"a shift by 1 in 8 dimensions gives {shifted}, not 8"
+    )
     scaled = frechet_distance(np.zeros(8), np.eye(8), np.zeros(8), 9 * np.eye(8))
-    assert abs(scaled - 32) < 1e-9, f"standard deviations 1 and 3 in 8 dimensions give {scaled}, not 32"
+    assert abs(scaled - 32) < 1e-9, (
+        f"standard deviations 1 and 3 in 8 dimensions give {scaled}, not 32"
+    )
     points = torch.from_numpy(x)
     assert precision_recall(points, points) == (1.0, 1.0), "a set does not cover itself"
-    assert precision_recall(points, points + 1e3) == (0.0, 0.0), "sets far apart cover each other"
+    assert precision_recall(points, points + 1e3) == (0.0, 0.0), (
+        "sets far apart cover each other"
+    )
     moments = _Moments()
     for part in points.split(37):
         moments.add(part)
-    assert np.allclose(moments.read()[1], sigma, rtol=1e-10), "moments of a stream are not those of the whole"
+    assert np.allclose(moments.read()[1], sigma, rtol=1e-10), (
+        "moments of a stream are not those of the whole"
+    )

@@ -1,6 +1,6 @@
 """The hourglass block.
 
-Generated from book/04_hourglass.md by `make export`: edit there.
+Generated from book/21_hourglass.md by `make export`: edit there.
 """
 
 import torch
@@ -107,7 +107,9 @@ class HourglassBlock(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)} and c {tuple(c.shape)}: expected (B, J, {D}) and (B, {D})"
             )
-        shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
+        shift, scale = (
+            self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)
+        )  # (B, 1, D) each
         I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
         U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
         U = rearrange(U, "b j (k d) -> b (j k) d", k=M)  # (B, L, D)

@@ -1,6 +1,6 @@
 """Latents.
 
-Generated from book/10_latents.md by `make export`: edit there.
+Generated from book/54_latents.md by `make export`: edit there.
 """
 
 import hashlib
@@ -89,8 +89,15 @@ def train_vae(
     """
     side, factor = min(source[0][0].shape[-2:]), 2 ** (len(channels) - 1)
     if not (lr > 0 and kl_weight >= 0):
-        raise ValueError(f"{lr=}, {kl_weight=}: expected a positive rate and a weight that is not negative")
-    if crop > side or crop % factor or steps < 1 or any(width % 4 for width in channels):
+        raise ValueError(
+            f"{lr=}, {kl_weight=}: expected a positive rate and a weight that is not negative"
+        )
+    if (
+        crop > side
+        or crop % factor
+        or steps < 1
+        or any(width % 4 for width in channels)
+    ):
         raise ValueError(
             f"{crop=}, {steps=}, channels={tuple(channels)}: expected crops of {side} pixels at most and a "
             f"multiple of {factor}, a step or more, and channels that are multiples of 4"
@@ -114,13 +121,24 @@ def train_vae(
     vae.to(memory_format=torch.channels_last)  # faster on a CPU
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
     for step in tqdm(range(steps), unit="step", disable=not progress):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 10, (steps - step) / (0.6 * steps), 1)
-        x, _ = load_batch(source, batch_indices(len(source), batch_size, step, seed))  # (B, 3, H, W)
-        top, left = (int(torch.randint(n - crop + 1, (), generator=generator)) for n in x.shape[-2:])
-        x = x[..., top : top + crop, left : left + crop].contiguous(memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = lr * min(
+            (step + 1) / 10, (steps - step) / (0.6 * steps), 1
+        )
+        x, _ = load_batch(
+            source, batch_indices(len(source), batch_size, step, seed)
+        )  # (B, 3, H, W)
+        top, left = (
+            int(torch.randint(n - crop + 1, (), generator=generator))
+            for n in x.shape[-2:]
+        )
+        x = x[..., top : top + crop, left : left + crop].contiguous(
+            memory_format=torch.channels_last
+        )
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - x
-        kl = posterior.kl().mean() / x[0].numel()  # per image; lambda weighs sums, the errors are means
+        kl = (
+            posterior.kl().mean() / x[0].numel()
+        )  # per image; lambda weighs sums, the errors are means
         loss = error.abs().mean() + 3 * error.square().mean() + kl_weight * kl
         optimizer.zero_grad()
         loss.backward()
@@ -138,7 +156,9 @@ def _start_as_identity(vae: Any) -> None:
         if name.endswith("conv2"):  # the end of a residual branch
             module.weight.zero_()
         elif isinstance(module, torch.nn.Conv2d) and not name.endswith("conv1"):
-            module.weight.mul_(0.5).add_(torch.nn.init.dirac_(torch.empty_like(module.weight)))
+            module.weight.mul_(0.5).add_(
+                torch.nn.init.dirac_(torch.empty_like(module.weight))
+            )
     # A posterior of standard deviation 0.05: with 1, the decoder would first learn to ignore the latents.
     vae.quant_conv.bias[vae.config.latent_channels :] -= 6
 
@@ -153,7 +173,9 @@ def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
         means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
     std = torch.cat(means).std().item()
     if not 0 < std < math.inf:
-        raise ValueError(f"the latents have a standard deviation of {std}; are the images all alike?")
+        raise ValueError(
+            f"the latents have a standard deviation of {std}; are the images all alike?"
+        )
     return round(1 / std, 5)
 
 
@@ -171,7 +193,9 @@ def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> An
         folder = folder / "vae"
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; expected the folder of an AutoencoderKL")
+        raise FileNotFoundError(
+            f"{folder} holds no config.json; expected the folder of an AutoencoderKL"
+        )
     if not local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name_or_path)):
         raise FileNotFoundError(
             f"there is no folder {name_or_path}; expected one with config.json and safetensors weights, or a "
@@ -189,7 +213,9 @@ def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> An
         )
     except Exception as error:  # the hub's client raises what it likes
         if local:
-            raise ValueError(f"{folder} is no usable AutoencoderKL in safetensors: {error}") from error
+            raise ValueError(
+                f"{folder} is no usable AutoencoderKL in safetensors: {error}"
+            ) from error
         raise OSError(
             f"there is no folder {name_or_path}, and the Hugging Face hub does not give it: {error}. "
             "Download it where there is a network, and pass the folder"
@@ -200,7 +226,9 @@ def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> An
             f"another shape, such as {wrong[0]}"
         )
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"{folder} shifts its latents (shift_factor); only a scaling_factor is supported")
+        raise ValueError(
+            f"{folder} shifts its latents (shift_factor); only a scaling_factor is supported"
+        )
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -211,7 +239,9 @@ def vae_identity(vae: Any, name: str | Path) -> dict[str, Any]:
     """
     halves = {"encoder": hashlib.sha256(), "decoder": hashlib.sha256()}
     for key, tensor in sorted(vae.state_dict().items()):
-        half = halves["encoder" if key.startswith(("encoder.", "quant_conv.")) else "decoder"]
+        half = halves[
+            "encoder" if key.startswith(("encoder.", "quant_conv.")) else "decoder"
+        ]
         half.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         half.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
@@ -248,7 +278,9 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32, which only newer GPUs have: the latents would depend on which GPU has made them."""
-    backends: Any = torch.backends  # made when torch is imported: no checker knows its members
+    backends: Any = (
+        torch.backends
+    )  # made when torch is imported: no checker knows its members
     convolutions, products = backends.cudnn.conv, backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision
     convolutions.fp32_precision = products.fp32_precision = "ieee"
@@ -279,7 +311,10 @@ def moments(vae: Any, images: Tensor) -> Tensor:
 def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Scaled latents (B, C, h, w), as the diffusion model makes them, to images (B, 3, H, W) in [-1, 1]."""
     parts = (latents / vae.config.scaling_factor).split(batch_size)
-    images = [vae.decode(part.to(vae.device, vae.dtype)).sample.clamp(-1, 1).float().cpu() for part in parts]
+    images = [
+        vae.decode(part.to(vae.device, vae.dtype)).sample.clamp(-1, 1).float().cpu()
+        for part in parts
+    ]
     return torch.cat(images)
 
 
@@ -336,7 +371,9 @@ class LmdbImages(StoredImages):
             with self._env.begin() as reading:
                 content = reading.get(self.key(index))
         except lmdb.Error as error:
-            raise OSError(f"record {self.name(index)!r} of {self.root} cannot be read: {error}") from error
+            raise OSError(
+                f"record {self.name(index)!r} of {self.root} cannot be read: {error}"
+            ) from error
         if content is None:
             raise BadImage("no longer there")
         return bytes(content)
@@ -361,7 +398,9 @@ def _open_lmdb(root: str) -> Any:
     try:
         environment = _OPEN.get(file)
         if environment is None:
-            environment = lmdb.open(str(data), subdir=False, readonly=True, lock=False, readahead=False)
+            environment = lmdb.open(
+                str(data), subdir=False, readonly=True, lock=False, readahead=False
+            )
             _OPEN[file] = environment
     except lmdb.Error as error:
         raise OSError(f"{data} cannot be read as an LMDB: {error}") from error
@@ -375,12 +414,17 @@ def _check_lmdb(file: Path) -> None:
     try:
         (page,) = struct.unpack_from("<I", head, 40)
         # The two headers take turns; the newer transaction is the valid one. (magic, last page, transaction)
-        metas = [struct.unpack_from("<I116xQQ", head, start + 16) for start in (0, page)]
+        metas = [
+            struct.unpack_from("<I116xQQ", head, start + 16) for start in (0, page)
+        ]
     except struct.error:
         metas = [(0, 0, 0)]
     if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
         raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
-    size, needed = file.stat().st_size, (max(metas, key=lambda meta: meta[2])[1] + 1) * page
+    size, needed = (
+        file.stat().st_size,
+        (max(metas, key=lambda meta: meta[2])[1] + 1) * page,
+    )
     if size < needed:
         raise OSError(f"{file} is truncated: {size} of {needed} bytes")
 
@@ -401,12 +445,20 @@ def images_from(
     path = Path(path)
     if path.suffix == ".mdb" or (path / "data.mdb").is_file():
         if conditional:
-            raise ValueError(f"{path} is an LMDB, which has no classes; omit conditional")
+            raise ValueError(
+                f"{path} is an LMDB, which has no classes; omit conditional"
+            )
         return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
     if conditional is None and path.is_dir():
-        loose = any(Path(e.name).suffix.lower() in EXTENSIONS for e in visible(path) if not is_folder(e))
+        loose = any(
+            Path(e.name).suffix.lower() in EXTENSIONS
+            for e in visible(path)
+            if not is_folder(e)
+        )
         conditional = not loose and any(is_folder(entry) for entry in visible(path))
-    return ImageFolder(path, size, flip=flip, conditional=bool(conditional), exif_rotate=exif_rotate)
+    return ImageFolder(
+        path, size, flip=flip, conditional=bool(conditional), exif_rotate=exif_rotate
+    )
 
 
 FORMAT = "diffussm-latents-2"
@@ -421,7 +473,11 @@ def npy_header(shape: Sequence[int]) -> bytes:
     """The first bytes of a ``.npy`` file that holds little-endian float16 of this shape."""
     text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
     length = -(-(10 + len(text) + 1) // 64) * 64  # data begin at a multiple of 64 bytes
-    return b"\x93NUMPY\x01\x00" + (length - 10).to_bytes(2, "little") + f"{text:<{length - 11}}\n".encode()
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (length - 10).to_bytes(2, "little")
+        + f"{text:<{length - 11}}\n".encode()
+    )
 
 
 def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
@@ -432,10 +488,14 @@ def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
     header = npy_header(shape)
     expected, size = len(header) + 2 * math.prod(shape), path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} has {size} bytes, expected {expected}: truncated, or of another store")
+        raise ValueError(
+            f"{path} has {size} bytes, expected {expected}: truncated, or of another store"
+        )
     content = np.memmap(path, np.uint8, "r").view(np.ndarray)
     if content[: len(header)].tobytes() != header:
-        raise ValueError(f"{path} does not begin as a float16 array of shape {tuple(shape)}")
+        raise ValueError(
+            f"{path} does not begin as a float16 array of shape {tuple(shape)}"
+        )
     return content[len(header) :].view("<f2").reshape(shape)
 
 
@@ -456,7 +516,9 @@ def _flush_folder(folder: Path) -> None:
         finally:
             os.close(opened)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:  # a disk that is full or broken is another matter
+        if (
+            error.errno not in UNSUPPORTED
+        ):  # a disk that is full or broken is another matter
             raise
         _warn_of_flushing(folder, str(error))
 
@@ -486,18 +548,29 @@ def _read_json(path: Path) -> Any:
 
 
 def make_plan(
-    source: Dataset, identity: dict[str, Any], *, batch_size: int, shard_size: int, flip: bool
+    source: Dataset,
+    identity: dict[str, Any],
+    *,
+    batch_size: int,
+    shard_size: int,
+    flip: bool,
 ) -> dict[str, Any]:
     """All that decides the content of a store; ValueError if the images do not fit the autoencoder."""
     size = getattr(source, "size", None)
     height, width = (size, size) if size else source[0][0].shape[-2:]
     factor = identity["downsampling"]
     if height % factor or width % factor:
-        raise ValueError(f"images of {height} x {width} pixels; this autoencoder needs multiples of {factor}")
+        raise ValueError(
+            f"images of {height} x {width} pixels; this autoencoder needs multiples of {factor}"
+        )
     return {
         "format": FORMAT,
         "vae": identity,
-        "data": {"kind": type(source).__name__, "images": len(source), "sha256": _fingerprint(source)},
+        "data": {
+            "kind": type(source).__name__,
+            "images": len(source),
+            "sha256": _fingerprint(source),
+        },
         "image_size": [height, width],
         "shape": [identity["latent_channels"], height // factor, width // factor],
         "flip": flip,
@@ -521,9 +594,15 @@ def _fingerprint(source: Dataset) -> str:
 
 def _settle(out: Path, plan: dict[str, Any], rank: int) -> dict[str, Any]:
     """The plan of folder `out`: this one if the folder is new, the one there if it means the same."""
-    present = {name for name in os.listdir(out) if not name.startswith(".")} if out.exists() else set()
+    present = (
+        {name for name in os.listdir(out) if not name.startswith(".")}
+        if out.exists()
+        else set()
+    )
     if present and "plan.json" not in present:
-        raise ValueError(f"{out} is not empty and holds no latents; choose a new folder")
+        raise ValueError(
+            f"{out} is not empty and holds no latents; choose a new folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "plan.json").exists():
         _write_json(out / "plan.json", plan, rank)
@@ -532,11 +611,16 @@ def _settle(out: Path, plan: dict[str, Any], rank: int) -> dict[str, Any]:
     if isinstance(theirs, dict) and theirs.get("format") == OLD_FORMAT:
         raise ValueError(f"{out}: {ENCODE_AGAIN}")
     there, here = _flat(theirs), _flat(json.loads(json.dumps(plan)))
-    if differing := sorted(key for key in {*there, *here} if there.get(key) != here.get(key)):
+    if differing := sorted(
+        key for key in {*there, *here} if there.get(key) != here.get(key)
+    ):
         facts = "; ".join(
-            f"{key}: there {there.get(key)!r:.70}, now {here.get(key)!r:.70}" for key in differing
+            f"{key}: there {there.get(key)!r:.70}, now {here.get(key)!r:.70}"
+            for key in differing
         )
-        raise ValueError(f"{out} holds other latents ({facts}). Nothing was written; choose a new folder")
+        raise ValueError(
+            f"{out} holds other latents ({facts}). Nothing was written; choose a new folder"
+        )
     return theirs
 
 
@@ -546,8 +630,16 @@ def _flat(plan: Any) -> dict[str, Any]:
         raise ValueError("plan.json is not the plan of a latent store")
     flat = {}
     for key, value in plan.items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return {key: value for key, value in flat.items() if key not in ("vae.name", "vae.decoder_sha256")}
+        flat.update(
+            {f"{key}.{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in ("vae.name", "vae.decoder_sha256")
+    }
 
 
 def encode(
@@ -575,13 +667,21 @@ def encode(
     something else: other data, another autoencoder or image size, other options.
     """
     if not 0 <= rank < world_size or min(batch_size, shard_size, workers) < 1:
-        raise ValueError(f"impossible: rank {rank} of {world_size}, {batch_size=}, {shard_size=}, {workers=}")
+        raise ValueError(
+            f"impossible: rank {rank} of {world_size}, {batch_size=}, {shard_size=}, {workers=}"
+        )
     out = Path(out)
     plan = make_plan(
-        source, vae_identity(vae, vae_name), batch_size=batch_size, shard_size=shard_size, flip=flip
+        source,
+        vae_identity(vae, vae_name),
+        batch_size=batch_size,
+        shard_size=shard_size,
+        flip=flip,
     )
     plan = _settle(out, plan, rank)
-    for stale in out.glob(".*.tmp"):  # of killed processes; each of ours sees to its own
+    for stale in out.glob(
+        ".*.tmp"
+    ):  # of killed processes; each of ours sees to its own
         writer = stale.name.split(".")[-2]
         if writer.isdecimal() and int(writer) % world_size == rank:
             stale.unlink()
@@ -615,7 +715,13 @@ def _finished(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | 
 
 
 def _encode_shard(
-    source: Dataset, vae: Any, out: Path, plan: dict[str, Any], number: int, rank: int, workers: int
+    source: Dataset,
+    vae: Any,
+    out: Path,
+    plan: dict[str, Any],
+    number: int,
+    rank: int,
+    workers: int,
 ) -> None:
     def read(index: int) -> tuple[Tensor, int] | Skipped:
         try:
@@ -624,7 +730,9 @@ def _encode_shard(
             # Its own [] would put another image in the place of a broken one.
             return source.read(index), int(source.labels[index])
         except BadImage as error:
-            name = source.name(index) if isinstance(source, StoredImages) else str(index)
+            name = (
+                source.name(index) if isinstance(source, StoredImages) else str(index)
+            )
             return Skipped(name, re.sub(r" at 0x[0-9a-f]+", "", str(error)))
 
     name = f"shard-{number:05d}"
@@ -641,11 +749,15 @@ def _encode_shard(
             if good:
                 x = torch.stack([image for image, _ in good])  # (B, 3, H, W)
                 versions = [x, x.flip(-1)] if plan["flip"] else [x]
-                block = torch.stack([moments(vae, version) for version in versions], 1)  # (B, F, 2, C, h, w)
+                block = torch.stack(
+                    [moments(vae, version) for version in versions], 1
+                )  # (B, F, 2, C, h, w)
                 file.write(block.numpy().tobytes())
                 labels += [label for _, label in good]
         file.seek(0)
-        file.write(npy_header(_shard_shape(plan, len(labels))))  # now that the number of good images is known
+        file.write(
+            npy_header(_shard_shape(plan, len(labels)))
+        )  # now that the number of good images is known
     digest = _sha256(draft)
     _publish(draft, out / f"{name}.npy")
     record = {
@@ -658,12 +770,17 @@ def _encode_shard(
     _write_json(out / f"{name}.json", record, rank)
 
 
-def _read_ahead(read: Callable[[int], Any], indices: range, size: int, workers: int) -> Iterator[list[Any]]:
+def _read_ahead(
+    read: Callable[[int], Any], indices: range, size: int, workers: int
+) -> Iterator[list[Any]]:
     """Batches of what `read` gives for each index; the next is being read while one is used."""
     with ThreadPoolExecutor(workers) as pool:
         ahead = [pool.submit(read, i) for i in indices[:size]]
         for first in range(size, len(indices) + size, size):
-            batch, ahead = ahead, [pool.submit(read, i) for i in indices[first : first + size]]
+            batch, ahead = (
+                ahead,
+                [pool.submit(read, i) for i in indices[first : first + size]],
+            )
             yield [item.result() for item in batch]
 
 
@@ -672,7 +789,11 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "manifest.json"
     if not file.is_file():
         unfinished = (Path(path) / "plan.json").is_file()
-        advice = "it is unfinished: run the same encode again" if unfinished else "is it a latent store?"
+        advice = (
+            "it is unfinished: run the same encode again"
+            if unfinished
+            else "is it a latent store?"
+        )
         raise FileNotFoundError(f"there is no {file}; {advice}")
     manifest = _read_json(file)
     if wrong := next(_flaws(manifest), None):
@@ -699,17 +820,25 @@ def _flaws(m: Any) -> Iterator[str]:
         yield f"is not the manifest of a latent store ({FORMAT})"
     if m.get("checksum") != sign_manifest(m)["checksum"]:
         yield "its checksum does not fit its content; it was changed or damaged"
-    vae, shape, classes, shards = (m.get(key) for key in ("vae", "shape", "classes", "shards"))
+    vae, shape, classes, shards = (
+        m.get(key) for key in ("vae", "shape", "classes", "shards")
+    )
     if not isinstance(vae, dict) or not isinstance(vae.get("encoder_sha256"), str):
         yield f"vae is {vae!r:.80}; expected an identity with its encoder_sha256"
     scale = vae.get("scaling_factor")
     if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
         yield f"scaling_factor is {scale!r:.80}; expected a positive number"
-    if not isinstance(shape, list) or len(shape) != 3 or not all(_natural(side, 1, 2**16) for side in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 3
+        or not all(_natural(side, 1, 2**16) for side in shape)
+    ):
         yield f"shape is {shape!r:.80}; expected three positive integers"
     if not isinstance(m.get("flip"), bool):
         yield f"flip is {m.get('flip')!r:.80}; expected true or false"
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(
+        isinstance(name, str) for name in classes
+    ):
         yield f"classes are {classes!r:.80}; expected names"
     if not isinstance(shards, list) or not shards:
         yield "has no shards"
@@ -726,9 +855,14 @@ def _shard_flaws(shard: Any, number: int, classes: int) -> Iterator[str]:
     if not _natural(shard.get("images")) or not isinstance(shard.get("sha256"), str):
         yield f"{name} has no count of images or no sha256"
     runs = shard.get("labels")
-    if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == 2 for run in runs):
+    if not isinstance(runs, list) or not all(
+        isinstance(run, list) and len(run) == 2 for run in runs
+    ):
         yield f"the labels of {name} are not pairs of label and count"
-    if not all(_natural(label, 0, max(classes - 1, 0)) and _natural(count, 1) for label, count in runs):
+    if not all(
+        _natural(label, 0, max(classes - 1, 0)) and _natural(count, 1)
+        for label, count in runs
+    ):
         yield f"{name} has labels outside the {classes} classes"
     if sum(count for _, count in runs) != shard["images"]:
         yield f"the labels of {name} are not as many as its images"
@@ -746,7 +880,9 @@ def verify_store(path: str | Path) -> list[str]:
         try:
             open_shard(file, _shard_shape(manifest, shard["images"]))
             if _sha256(file) != shard["sha256"]:
-                problems.append(f"{file} has changed since it was written; delete it and encode again")
+                problems.append(
+                    f"{file} has changed since it was written; delete it and encode again"
+                )
         except (OSError, ValueError) as error:
             problems.append(str(error))
     return problems
@@ -778,11 +914,15 @@ class LatentStore:
         self.fingerprint: str = self.manifest["checksum"]
         shards = self.manifest["shards"]
         self._shards = [
-            open_shard(self.path / shard["name"], _shard_shape(self.manifest, shard["images"]))
+            open_shard(
+                self.path / shard["name"], _shard_shape(self.manifest, shard["images"])
+            )
             for shard in shards
         ]
         self._ends = np.cumsum([shard["images"] for shard in shards])
-        runs = torch.tensor([run for shard in shards for run in shard["labels"]])  # (runs, 2)
+        runs = torch.tensor(
+            [run for shard in shards for run in shard["labels"]]
+        )  # (runs, 2)
         self.labels = torch.repeat_interleave(runs[:, 0], runs[:, 1])
 
     def __len__(self) -> int:
@@ -792,25 +932,43 @@ class LatentStore:
         """Stored means and log-variances: int64 (B,), bool (B,) -> float16 (B, 2, C, h, w)."""
         i = indices.numpy()
         if len(i) and not 0 <= i.min() <= i.max() < len(self):
-            raise IndexError(f"indices {i.min()} to {i.max()}; the store has {len(self)} images")
+            raise IndexError(
+                f"indices {i.min()} to {i.max()}; the store has {len(self)} images"
+            )
         shards = np.searchsorted(self._ends, i, side="right")
         rows = i - self._ends[shards] + [len(self._shards[shard]) for shard in shards]
-        mirrored = np.zeros(len(i), int) if flips is None or not self.flip else flips.numpy().astype(int)
+        mirrored = (
+            np.zeros(len(i), int)
+            if flips is None or not self.flip
+            else flips.numpy().astype(int)
+        )
         out = np.empty((len(i), 2, *self.shape), np.float16)
         where = zip(shards.tolist(), rows.tolist(), mirrored.tolist(), strict=True)
         for place, (shard, row, side) in zip(out, where, strict=True):
             place[...] = self._shards[shard][row, side]
         return torch.from_numpy(out)
 
-    def batch(self, indices: Tensor, flips: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, flips: Tensor | None, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """A fresh draw: int64 (B,), bool (B,), normal (B, C, h, w) -> x0 (B, C, h, w), labels (B,)."""
-        mean, log_variance = self.moments(indices, flips).float().unbind(1)  # (B, C, h, w) each
-        return (mean + torch.exp(log_variance / 2) * noise) * self.scale, self.labels[indices]
+        mean, log_variance = (
+            self.moments(indices, flips).float().unbind(1)
+        )  # (B, C, h, w) each
+        return (mean + torch.exp(log_variance / 2) * noise) * self.scale, self.labels[
+            indices
+        ]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]
-        return self.moments(torch.tensor([index]))[0, 0].float() * self.scale, int(self.labels[index])
+        return self.moments(torch.tensor([index]))[0, 0].float() * self.scale, int(
+            self.labels[index]
+        )
 
     def check_vae(self, vae: Any) -> None:
         """Raises ValueError unless `vae` has the encoder that made these latents: `check_encoder`."""
-        check_encoder(self.vae, vae_identity(vae, "this autoencoder"), f"the latents in {self.path}")
+        check_encoder(
+            self.vae,
+            vae_identity(vae, "this autoencoder"),
+            f"the latents in {self.path}",
+        )

@@ -1,6 +1,6 @@
 """The model.
 
-Generated from book/05_model.md by `make export`: edit there.
+Generated from book/22_model.md by `make export`: edit there.
 """
 
 import difflib
@@ -79,7 +79,9 @@ class DiffuSSMConfig:
             object.__setattr__(self, "input_size", size)
         sides = size if isinstance(size, tuple) else (size, size)
         if len(sides) != 2 or not all(_is_int(side) and side >= 1 for side in sides):
-            raise ValueError(f"input_size={size!r}: expected a positive integer or a pair (H, W) of them")
+            raise ValueError(
+                f"input_size={size!r}: expected a positive integer or a pair (H, W) of them"
+            )
         for name, least in (
             ("in_channels", 1),
             ("num_classes", 0),
@@ -91,14 +93,18 @@ class DiffuSSMConfig:
         ):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
-                raise ValueError(f"{name}={value!r}: expected an integer of at least {least}")
+                raise ValueError(
+                    f"{name}={value!r}: expected an integer of at least {least}"
+                )
         if self.d_state % 2:
             raise ValueError(
                 f"d_state={self.d_state} is odd: states come in conjugate pairs, take an even number"
             )
         p, M, D = self.patch_size, self.downsample, self.d_model
         if self.height % p or self.width % p:
-            raise ValueError(f"patch_size={p} does not divide input_size={self.height} x {self.width}")
+            raise ValueError(
+                f"patch_size={p} does not divide input_size={self.height} x {self.width}"
+            )
         if self.seq_len % M:
             raise ValueError(
                 f"downsample={M} does not divide the {self.seq_len} positions of a "
@@ -109,22 +115,40 @@ class DiffuSSMConfig:
                 f"downsample={M} does not divide 2 * d_model = {2 * D}: the pieces have width 2D/M"
             )
         p_drop = self.label_dropout
-        if isinstance(p_drop, bool) or not isinstance(p_drop, int | float) or not 0 <= p_drop <= 1:
-            raise ValueError(f"label_dropout={p_drop!r}: expected a probability from 0 to 1")
+        if (
+            isinstance(p_drop, bool)
+            or not isinstance(p_drop, int | float)
+            or not 0 <= p_drop <= 1
+        ):
+            raise ValueError(
+                f"label_dropout={p_drop!r}: expected a probability from 0 to 1"
+            )
         if self.pos_embed not in ("none", "sincos"):
-            raise ValueError(f'pos_embed={self.pos_embed!r}: expected "none" or "sincos"')
+            raise ValueError(
+                f'pos_embed={self.pos_embed!r}: expected "none" or "sincos"'
+            )
         if self.pos_embed == "sincos" and D % 4:
-            raise ValueError(f"d_model={D}: expected a multiple of 4 with pos_embed='sincos'")
+            raise ValueError(
+                f"d_model={D}: expected a multiple of 4 with pos_embed='sincos'"
+            )
 
     @property
     def height(self) -> int:
         """H."""
-        return self.input_size[0] if isinstance(self.input_size, tuple) else self.input_size
+        return (
+            self.input_size[0]
+            if isinstance(self.input_size, tuple)
+            else self.input_size
+        )
 
     @property
     def width(self) -> int:
         """W."""
-        return self.input_size[1] if isinstance(self.input_size, tuple) else self.input_size
+        return (
+            self.input_size[1]
+            if isinstance(self.input_size, tuple)
+            else self.input_size
+        )
 
     @property
     def seq_len(self) -> int:
@@ -139,11 +163,15 @@ class DiffuSSMConfig:
             ValueError: not a dictionary, a key that does not exist (with the nearest that does), a bad value.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"expected a mapping from names to values, got {type(values).__name__}")
+            raise ValueError(
+                f"expected a mapping from names to values, got {type(values).__name__}"
+            )
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"unknown key {key!r} in a model configuration; {_nearest(key, known)}")
+                raise ValueError(
+                    f"unknown key {key!r} in a model configuration; {_nearest(key, known)}"
+                )
         return cls(**values)
 
 
@@ -158,9 +186,18 @@ def _nearest(word: Any, known: list[str]) -> str:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    f"DiffuSSM-{size}{suffix}": {"d_model": d_model, "n_blocks": n_blocks, "patch_size": patch_size}
+    f"DiffuSSM-{size}{suffix}": {
+        "d_model": d_model,
+        "n_blocks": n_blocks,
+        "patch_size": patch_size,
+    }
     for suffix, patch_size in (("", 1), ("/2", 2))
-    for size, d_model, n_blocks in (("S", 384, 12), ("B", 768, 12), ("L", 1024, 24), ("XL", 1152, 29))
+    for size, d_model, n_blocks in (
+        ("S", 384, 12),
+        ("B", 768, 12),
+        ("L", 1024, 24),
+        ("XL", 1152, 29),
+    )
 } | {
     # for a CPU: 8 x 8 grey digits, and 32 x 32 colour emoji in the fourteen classes of chapter 8
     "digits": {
@@ -183,7 +220,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def timestep_features(t: Tensor, n_features: int = 256, max_period: float = 10_000.0) -> Tensor:
+def timestep_features(
+    t: Tensor, n_features: int = 256, max_period: float = 10_000.0
+) -> Tensor:
     """Cosines, then sines, of t at n/2 frequencies from 1 down to nearly 1/max_period: (B,) -> (B, n).
 
     Source: chapter 5, equation eq-model-timestep (section 4.1 of the paper: as in ADM).
@@ -207,13 +246,21 @@ def as_labels(y: Labels) -> Tensor:
     """
     if isinstance(y, Tensor):
         values, given = y, str(y.dtype)
-        whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) or y.numel() == 0
+        whole = (
+            not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+            or y.numel() == 0
+        )
     else:
         array = np.asarray(y)
-        whole, given = array.dtype.kind in "iu" or array.size == 0, f"{type(y).__name__} of {array.dtype}"
+        whole, given = (
+            array.dtype.kind in "iu" or array.size == 0,
+            f"{type(y).__name__} of {array.dtype}",
+        )
         values = torch.from_numpy(array.astype(np.int64)) if whole else torch.empty(0)
     if not whole:
-        raise TypeError(f"y is {given}: expected an integer tensor, array or list, one label per image")
+        raise TypeError(
+            f"y is {given}: expected an integer tensor, array or list, one label per image"
+        )
     return values.long()
 
 
@@ -239,12 +286,21 @@ class DiffuSSM(nn.Module):
         self._samplers = 0  # how many cached_kernels() are open
         self._cache: _Cache | None = None
         self.null_label = config.num_classes if config.num_classes else None
-        D, M, P, C = config.d_model, config.downsample, config.patch_size, config.in_channels
+        D, M, P, C = (
+            config.d_model,
+            config.downsample,
+            config.patch_size,
+            config.in_channels,
+        )
         self.embed_x = nn.Linear(M * P * P * C, D)
         t_in, t_out = nn.Linear(256, D), nn.Linear(D, D)
         self.embed_t = nn.Sequential(t_in, nn.SiLU(), t_out)
-        self.embed_y = nn.Embedding(config.num_classes + 1, D) if config.num_classes else None
-        self.blocks = nn.ModuleList(HourglassBlock(D, config.d_state, M) for _ in range(config.n_blocks))
+        self.embed_y = (
+            nn.Embedding(config.num_classes + 1, D) if config.num_classes else None
+        )
+        self.blocks = nn.ModuleList(
+            HourglassBlock(D, config.d_state, M) for _ in range(config.n_blocks)
+        )
         self.final_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.final_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, M * P * P * 2 * C)
@@ -267,7 +323,9 @@ class DiffuSSM(nn.Module):
             ValueError: no such preset, or an override that :meth:`DiffuSSMConfig.from_dict` refuses.
         """
         if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; {_nearest(name, list(PRESETS))}")
+            raise ValueError(
+                f"there is no preset {name!r}; {_nearest(name, list(PRESETS))}"
+            )
         return cls(DiffuSSMConfig.from_dict({**PRESETS[name], **overrides}))
 
     def forward(self, x: Tensor, t: Tensor, y: Labels | None = None) -> Tensor:
@@ -289,9 +347,15 @@ class DiffuSSM(nn.Module):
         if y is not None and not isinstance(y, Tensor):
             y = as_labels(y).to(x.device)
         _check_inputs(self.config, x, t, y)
-        M, P, dtype = self.config.downsample, self.config.patch_size, self.embed_x.weight.dtype
+        M, P, dtype = (
+            self.config.downsample,
+            self.config.patch_size,
+            self.embed_x.weight.dtype,
+        )
         h, w = x.shape[2] // P, x.shape[3] // P
-        x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P)  # (B, L, P P C)
+        x = rearrange(
+            x, "b c (h p) (w q) -> b (h w) (c p q)", p=P, q=P
+        )  # (B, L, P P C)
         x = rearrange(x, "b (j k) c -> b j (k c)", k=M)  # (B, J, M P P C)
         # back to float32 at once: autocast hands out bfloat16, in which the stream would lose what blocks add
         x = self.embed_x(x.to(dtype)).to(dtype)  # (B, J, D)
@@ -306,12 +370,16 @@ class DiffuSSM(nn.Module):
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
             else:
                 x = block(x, c, spectra)  # (B, J, D)
-        with _without_autocast(x.device):  # guidance would magnify the rounding of a bfloat16 answer
+        with _without_autocast(
+            x.device
+        ):  # guidance would magnify the rounding of a bfloat16 answer
             modulation = self.final_modulation(F.silu(c.to(dtype)))  # (B, 2D)
             shift, scale = modulation.unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
             x = self.head(self.final_norm(x) * (1 + scale) + shift)  # (B, J, M P P 2C)
         x = rearrange(x, "b j (k c) -> b (j k) c", k=M)  # (B, L, P P 2C)
-        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P).contiguous()
+        return rearrange(
+            x, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=P, q=P
+        ).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: not the kernels that somebody keeps while sampling."""
@@ -349,12 +417,18 @@ class DiffuSSM(nn.Module):
         ):
             return [None] * len(self.blocks)
         if self._cache is None or not self._cache.holds(parameters, length):
-            self._cache = None  # before the new one is made: they need not both have room
+            self._cache = (
+                None  # before the new one is made: they need not both have room
+            )
             spectra = [layer.spectra(length) for layer in layers]
-            self._cache = _Cache(length, [p.detach().clone() for p in parameters], spectra)
+            self._cache = _Cache(
+                length, [p.detach().clone() for p in parameters], spectra
+            )
         return self._cache.spectra
 
-    def drop_labels(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def drop_labels(
+        self, y: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Replace each label by "no class" with probability label_dropout: (B,) -> (B,), one draw per sample.
 
         Raises:
@@ -367,7 +441,10 @@ class DiffuSSM(nn.Module):
                 "drop_labels on an unconditional model (num_classes=0): it has no labels to drop"
             )
         device = y.device if generator is None else generator.device
-        dropped = torch.rand(y.shape, generator=generator, device=device) < self.config.label_dropout
+        dropped = (
+            torch.rand(y.shape, generator=generator, device=device)
+            < self.config.label_dropout
+        )
         return torch.where(dropped.to(y.device), self.null_label, y)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -382,7 +459,9 @@ class DiffuSSM(nn.Module):
         _save(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu"
+    ) -> Self:
         """The model that :meth:`save_pretrained` wrote, in float32 at least. Draws no random numbers.
 
         Raises:
@@ -392,11 +471,18 @@ class DiffuSSM(nn.Module):
         Source: chapter 5.
         """
         config, tensors = _load(Path(folder), torch.device(device))
-        with torch.device("meta"):  # shapes only: nothing is drawn or allocated that the file replaces
+        with torch.device(
+            "meta"
+        ):  # shapes only: nothing is drawn or allocated that the file replaces
             model = cls(config)
-        _check_tensors(Path(folder, WEIGHTS_FILE), expected=model.state_dict(), found=tensors)
+        _check_tensors(
+            Path(folder, WEIGHTS_FILE), expected=model.state_dict(), found=tensors
+        )
         # numbers of 16 bits are a way to store weights: parameters and what is computed with them take 32
-        tensors = {name: w.float() if w.element_size() < 4 else w for name, w in tensors.items()}
+        tensors = {
+            name: w.float() if w.element_size() < 4 else w
+            for name, w in tensors.items()
+        }
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -404,7 +490,9 @@ class DiffuSSM(nn.Module):
 def _check_inputs(cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:
     P, M = cfg.patch_size, cfg.downsample
     if x.ndim != 4 or x.shape[1] != cfg.in_channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, {cfg.in_channels}, H, W)")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: expected (B, {cfg.in_channels}, H, W)"
+        )
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: expected a floating-point tensor")
     batch, _, H, W = x.shape
@@ -414,10 +502,14 @@ def _check_inputs(cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Tensor | None) -
             f"that downsample={M} divides; crop or pad the input"
         )
     if t.shape != (batch,):
-        raise ValueError(f"t has shape {tuple(t.shape)}: expected ({batch},), one timestep per sample")
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}: expected ({batch},), one timestep per sample"
+        )
     if not cfg.num_classes:
         if y is not None:
-            raise ValueError("y was given, but this model is unconditional (num_classes=0); pass y=None")
+            raise ValueError(
+                "y was given, but this model is unconditional (num_classes=0); pass y=None"
+            )
         return
     if y is None:
         raise ValueError(
@@ -425,7 +517,9 @@ def _check_inputs(cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Tensor | None) -
             f"torch.full(({batch},), model.null_label)"
         )
     if y.shape != (batch,):
-        raise ValueError(f"y has shape {tuple(y.shape)}: expected ({batch},), one label per sample")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}: expected ({batch},), one label per sample"
+        )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y has dtype {y.dtype}: expected integer labels")
     # Reading values waits for a GPU and breaks a compiled graph; there the table lookup fails by itself.
@@ -454,21 +548,33 @@ class _Cache:
         ):
             return False
         changes = torch._foreach_sub(parameters, self.parameters)
-        return bool(torch.stack(torch._foreach_norm(changes, float("inf"))).max() == 0)  # never for a NaN
+        return bool(
+            torch.stack(torch._foreach_norm(changes, float("inf"))).max() == 0
+        )  # never for a NaN
 
 
-def sincos_positions(height: int, width: int, d_model: int, device: torch.device | None = None) -> Tensor:
+def sincos_positions(
+    height: int, width: int, d_model: int, device: torch.device | None = None
+) -> Tensor:
     """Sines and cosines of the column, then of the row, of every position in raster order: (H W, D) float32.
 
     Source: chapter 5, equation eq-model-sincos (DiT's table; the paper mentions none).
     """
     quarter = d_model // 4
-    omega = 10_000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-    row, column = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    omega = 10_000.0 ** (
+        -torch.arange(quarter, device=device, dtype=torch.float32) / quarter
     )
-    angles = [place.flatten()[:, None] * omega for place in (column, row)]  # (HW, D/4) each
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    row, column = torch.meshgrid(
+        torch.arange(height, device=device),
+        torch.arange(width, device=device),
+        indexing="ij",
+    )
+    angles = [
+        place.flatten()[:, None] * omega for place in (column, row)
+    ]  # (HW, D/4) each
+    return torch.cat(
+        [f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1
+    )
 
 
 CONFIG_FILE = "config.json"
@@ -478,12 +584,24 @@ WEIGHTS_FILE = "model.safetensors"
 def _save(model: DiffuSSM, folder: Path) -> None:
     text = json.dumps(asdict(model.config), indent=2) + "\n"
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    if (config.exists() and config.read_text() != text) or (weights.exists() and not config.exists()):
-        raise ValueError(f"{folder} holds another model; nothing was written, choose another folder")
+    if (config.exists() and config.read_text() != text) or (
+        weights.exists() and not config.exists()
+    ):
+        raise ValueError(
+            f"{folder} holds another model; nothing was written, choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     _write(config, lambda path: path.write_text(text))
-    _write(weights, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
+    _write(
+        weights,
+        lambda path: safetensors.torch.save_file(
+            tensors, path, metadata={"format": "pt"}
+        ),
+    )
 
 
 def apply_umask(path: Path) -> None:
@@ -507,7 +625,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load(folder: Path, device: torch.device) -> tuple[DiffuSSMConfig, dict[str, Tensor]]:
+def _load(
+    folder: Path, device: torch.device
+) -> tuple[DiffuSSMConfig, dict[str, Tensor]]:
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for path in (folder, config, weights):
         if not path.exists():
@@ -518,7 +638,9 @@ def _load(folder: Path, device: torch.device) -> tuple[DiffuSSMConfig, dict[str,
     try:
         values = DiffuSSMConfig.from_dict(json.loads(config.read_text()))
     except ValueError as error:  # so are broken JSON and broken UTF-8
-        raise ValueError(f"{config} is not the configuration of a DiffuSSM: {error}") from error
+        raise ValueError(
+            f"{config} is not the configuration of a DiffuSSM: {error}"
+        ) from error
     try:
         return values, safetensors.torch.load_file(weights, device=str(device))
     except safetensors.SafetensorError as error:
@@ -528,14 +650,19 @@ def _load(folder: Path, device: torch.device) -> tuple[DiffuSSMConfig, dict[str,
         ) from error
 
 
-def _check_tensors(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_tensors(
+    path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> None:
     faults = [f"{name} is missing" for name in expected if name not in found]
-    faults += [f"{name} is not part of this model" for name in found if name not in expected]
+    faults += [
+        f"{name} is not part of this model" for name in found if name not in expected
+    ]
     faults += [
         f"{name} is {str(found[name].dtype).removeprefix('torch.')} {tuple(found[name].shape)}, expected a "
         f"floating-point {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and (found[name].shape != tensor.shape or not found[name].is_floating_point())
+        if name in found
+        and (found[name].shape != tensor.shape or not found[name].is_floating_point())
     ]
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""

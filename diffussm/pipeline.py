@@ -1,6 +1,6 @@
 """The pipeline.
 
-Generated from book/13_pipeline.md by `make export`: edit there.
+Generated from book/61_pipeline.md by `make export`: edit there.
 """
 
 import ast
@@ -103,7 +103,9 @@ OWN_LEVELS = {
 def linear_alphas_cumprod(num_train_timesteps: int) -> Tensor:
     """The schedule of training, float64 (T,): that of `ancestral_scheduler`, without its rounding."""
     scale = 1000 / num_train_timesteps
-    betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_train_timesteps, dtype=torch.float64)
+    betas = torch.linspace(
+        1e-4 * scale, 0.02 * scale, num_train_timesteps, dtype=torch.float64
+    )
     return torch.cumprod(1 - betas, dim=0)
 
 
@@ -125,10 +127,15 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
         )
     variance = config.get("variance_type")
     if variance == "learned":
-        raise ValueError(f"{name} has variance_type='learned'; a DiffuSSM learns a 'learned_range'")
+        raise ValueError(
+            f"{name} has variance_type='learned'; a DiffuSSM learns a 'learned_range'"
+        )
     if isinstance(scheduler, TAKES_VARIANCE):
         return scheduler, variance == "learned_range"
-    if variance == "learned_range" and "variance_type" in inspect.signature(type(scheduler)).parameters:
+    if (
+        variance == "learned_range"
+        and "variance_type" in inspect.signature(type(scheduler)).parameters
+    ):
         # inherited through from_config: these solvers have no use for v, and cut the noise to 3 channels
         scheduler = type(scheduler).from_config(config, variance_type=None)
     return scheduler, False
@@ -179,38 +186,67 @@ def respaced_scheduler(
             f"Use {FEWEST_STEPS[name]} steps or more, or DDPMScheduler, whose learned variance needs few"
         )
     points = steps + 1 if name in ABOVE_ZERO and steps < num_train_timesteps else steps
-    chosen = torch.linspace(num_train_timesteps - 1, 0, points, dtype=torch.float64).round().long()
+    chosen = (
+        torch.linspace(num_train_timesteps - 1, 0, points, dtype=torch.float64)
+        .round()
+        .long()
+    )
     everywhere = linear_alphas_cumprod(num_train_timesteps)
     levels = everywhere[chosen[:steps].flip(0)]  # (n,), less and less signal
     betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
-    schedule = {"num_train_timesteps": steps, "trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
-    schedule |= {"steps_offset": 0, "skip_prk_steps": True}  # PNDM's first steps need timesteps in between
+    schedule = {
+        "num_train_timesteps": steps,
+        "trained_betas": betas.tolist(),
+        "timestep_spacing": "trailing",
+    }
+    schedule |= {
+        "steps_offset": 0,
+        "skip_prk_steps": True,
+    }  # PNDM's first steps need timesteps in between
     # the last step ends at the image
-    schedule |= {"set_alpha_to_one": True, "final_sigmas_type": "zero", "lower_order_final": True}
+    schedule |= {
+        "set_alpha_to_one": True,
+        "final_sigmas_type": "zero",
+        "lower_order_final": True,
+    }
     known = inspect.signature(kind).parameters
-    short = kind.from_config(scheduler.config, **{key: schedule[key] for key in schedule if key in known})
-    short.alphas_cumprod = levels.float()  # of its own products over float32 betas the last digits are wrong
+    short = kind.from_config(
+        scheduler.config, **{key: schedule[key] for key in schedule if key in known}
+    )
+    short.alphas_cumprod = (
+        levels.float()
+    )  # of its own products over float32 betas the last digits are wrong
     if "timesteps" in inspect.signature(short.set_timesteps).parameters:
         short.set_timesteps(timesteps=[*reversed(range(steps))], device=device)
     else:  # which "trailing" gives, too
         short.set_timesteps(steps, device=device)
-    if hasattr(short, "sigmas") and short.sigmas[-1] > 0:  # it knows no option for the end
+    if (
+        hasattr(short, "sigmas") and short.sigmas[-1] > 0
+    ):  # it knows no option for the end
         short.sigmas[-1] = 1e-6
 
     def log_sigma(alphas_cumprod: Tensor) -> Any:
         return ((1 - alphas_cumprod) / alphas_cumprod).log().div(2).numpy()
 
     # an integer t stands for itself; between two of them, log sigma is interpolated, as the schedulers do
-    asked = np.interp(short.timesteps.double().cpu().numpy(), np.arange(steps), log_sigma(levels))
-    times = torch.from_numpy(np.interp(asked, log_sigma(everywhere), np.arange(float(num_train_timesteps))))
-    if hasattr(short, "tau_func"):  # SASolver: where it adds noise, which depends on the timestep of training
+    asked = np.interp(
+        short.timesteps.double().cpu().numpy(), np.arange(steps), log_sigma(levels)
+    )
+    times = torch.from_numpy(
+        np.interp(asked, log_sigma(everywhere), np.arange(float(num_train_timesteps)))
+    )
+    if hasattr(
+        short, "tau_func"
+    ):  # SASolver: where it adds noise, which depends on the timestep of training
         short.tau_func = _in_training_time(scheduler.tau_func, times)
     whole = bool((times == times.round()).all())
     times = times.to(device, torch.int64 if whole else torch.float32)
     return short, times, (1 / (1 + np.exp(2 * asked))).tolist()
 
 
-def _in_training_time(function: Callable[[float], float], times: Tensor) -> Callable[[Any], float]:
+def _in_training_time(
+    function: Callable[[float], float], times: Tensor
+) -> Callable[[Any], float]:
     """A function of training's timestep as a function of the respaced one, n - 1 for the first of `times`."""
     return lambda t: function(float(times[len(times) - 1 - int(t)]))
 
@@ -292,11 +328,19 @@ class DiffuSSMPipeline(DiffusionPipeline):
         names = {str(number): name for number, name in (id2label or {}).items()}
         classes = self.denoiser.config.num_classes
         for number, name in names.items():
-            if not number.isdecimal() or int(number) >= classes or not isinstance(name, str):
-                raise ValueError(f"id2label has {number!r}: {name!r}, but the classes are 0 to {classes - 1}")
+            if (
+                not number.isdecimal()
+                or int(number) >= classes
+                or not isinstance(name, str)
+            ):
+                raise ValueError(
+                    f"id2label has {number!r}: {name!r}, but the classes are 0 to {classes - 1}"
+                )
         # a mapping, never a list: diffusers takes every list in model_index.json for a component
         self.register_to_config(
-            id2label=names, num_train_timesteps=num_train_timesteps, training=training or {}
+            id2label=names,
+            num_train_timesteps=num_train_timesteps,
+            training=training or {},
         )
         self._check_vae()
         scheduler_for(scheduler, num_train_timesteps)
@@ -319,7 +363,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Every name, and every synonym, with the numbers of the classes that bear it."""
         table: dict[str, list[int]] = {}
         for number, names in self.config.id2label.items():
-            for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
+            for name in dict.fromkeys(
+                [names, *(part.strip() for part in names.split(","))]
+            ):
                 table.setdefault(name, []).append(int(number))
         return table
 
@@ -341,37 +387,57 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise TypeError(f"class label {labels!r}: expected a name or an integer")
         number = int(labels)
         if not 0 <= number < count:
-            raise ValueError(f"class label {number}: this model has classes 0 to {count - 1}")
+            raise ValueError(
+                f"class label {number}: this model has classes 0 to {count - 1}"
+            )
         return [number]
 
     def _numbered(self, name: str) -> int:
         table = self.labels
         if name not in table:
             near = difflib.get_close_matches(name, table, n=3)
-            known = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join([*table][:12])}"
+            known = (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else f"known are {', '.join([*table][:12])}"
+            )
             raise ValueError(f"this model has no class {name!r}; {known}")
         if len(table[name]) > 1:
-            raise ValueError(f"{name!r} is the name of classes {table[name]}; give the number")
+            raise ValueError(
+                f"{name!r} is the name of classes {table[name]}; give the number"
+            )
         return table[name][0]
 
-    def _labels(self, class_labels: Any, images_per_label: int) -> tuple[Tensor | None, int]:
+    def _labels(
+        self, class_labels: Any, images_per_label: int
+    ) -> tuple[Tensor | None, int]:
         """y (B,) on the device, or None, and B."""
         if (
             isinstance(images_per_label, bool)
             or not isinstance(images_per_label, Integral)
             or images_per_label < 1
         ):
-            raise ValueError(f"images_per_label={images_per_label!r}: expected an integer of at least 1")
+            raise ValueError(
+                f"images_per_label={images_per_label!r}: expected an integer of at least 1"
+            )
         if not self.denoiser.config.num_classes:
             if class_labels is not None:
-                raise ValueError("class_labels were given, but this model is unconditional; leave them out")
+                raise ValueError(
+                    "class_labels were given, but this model is unconditional; leave them out"
+                )
             return None, int(images_per_label)
         if class_labels is None:
             raise ValueError(
                 f"class_labels are missing: this model has {self.denoiser.config.num_classes} classes"
             )
-        y = torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64, device=self._execution_device)
-        return y.repeat_interleave(int(images_per_label)), len(y) * int(images_per_label)
+        y = torch.tensor(
+            self.get_label_ids(class_labels),
+            dtype=torch.int64,
+            device=self._execution_device,
+        )
+        return y.repeat_interleave(int(images_per_label)), len(y) * int(
+            images_per_label
+        )
 
     def _check_clipping(self, scheduler: Any, clip_denoised: bool) -> None:
         """ValueError if predicted images were to be clipped to [-1, 1] and are latents, which go beyond."""
@@ -433,8 +499,14 @@ class DiffuSSMPipeline(DiffusionPipeline):
         self._check_vae()
         config, T = self.denoiser.config, self.config.num_train_timesteps
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        if output_type != "latent" and self.vae is None and config.in_channels not in (1, 3):
+            raise ValueError(
+                f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'"
+            )
+        if (
+            output_type != "latent"
+            and self.vae is None
+            and config.in_channels not in (1, 3)
+        ):
             raise ValueError(
                 f"the model makes latents of {config.in_channels} channels and there is no VAE to decode "
                 "them; pass vae= to the pipeline, or output_type='latent'"
@@ -442,38 +514,64 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler, takes_variance = scheduler_for(self.scheduler, T)
         self._check_clipping(scheduler, clip_denoised)
         steps = num_inference_steps
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= T:
-            raise ValueError(f"num_inference_steps={steps!r}: expected 1 to {T}, an integer")
+        if (
+            isinstance(steps, bool)
+            or not isinstance(steps, Integral)
+            or not 1 <= steps <= T
+        ):
+            raise ValueError(
+                f"num_inference_steps={steps!r}: expected 1 to {T}, an integer"
+            )
         y, count = self._labels(class_labels, images_per_label)
         model = guided(self.denoiser, guidance_scale, guidance_channels)
         if guidance_channels is not None and guidance_channels > config.in_channels:
-            raise ValueError(f"guidance_channels={guidance_channels}: the model has {config.in_channels}")
+            raise ValueError(
+                f"guidance_channels={guidance_channels}: the model has {config.in_channels}"
+            )
         shape = (count, config.in_channels, config.height, config.width)
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images: expected one for each")
+            raise ValueError(
+                f"{len(generator)} generators for {count} images: expected one for each"
+            )
         if latents is not None and latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}: expected {shape}")
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}: expected {shape}"
+            )
 
         device = self._execution_device
         # x stays in float32 also when the weights are not: a step changes it by less than bfloat16 resolves
         dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
-        scheduler, times, alphas_cumprod = respaced_scheduler(scheduler, T, int(steps), device)
+        scheduler, times, alphas_cumprod = respaced_scheduler(
+            scheduler, T, int(steps), device
+        )
         options = _step_options(scheduler, eta, generator)
-        x = randn_tensor(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
+        x = (
+            randn_tensor(shape, generator, device, dtype)
+            if latents is None
+            else latents.to(device, dtype)
+        )
         x = x * scheduler.init_noise_sigma
         with self.denoiser.cached_kernels():
-            for call, t in enumerate(self.progress_bar(scheduler.timesteps if count else [])):
+            for call, t in enumerate(
+                self.progress_bar(scheduler.timesteps if count else [])
+            ):
                 scaled = scheduler.scale_model_input(x, t)
-                output = model(scaled, times[call].expand(count), y).to(dtype)  # (B, 2C, H, W)
+                output = model(scaled, times[call].expand(count), y).to(
+                    dtype
+                )  # (B, 2C, H, W)
                 eps, v = output.split(config.in_channels, dim=1)  # (B, C, H, W) each
                 if clip_denoised:
                     eps = _clipped(eps, scaled, alphas_cumprod[call])
                 output = torch.cat([eps, v], dim=1) if takes_variance else eps
                 x = scheduler.step(output, t, x, **options, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    answer = callback_on_step_end(self, call, times[call], {"latents": x})
+                    answer = callback_on_step_end(
+                        self, call, times[call], {"latents": x}
+                    )
                     x = (answer or {}).get("latents", x)
-        _check_finite(x, "the chain ended with", f"{type(scheduler).__name__}, {steps} steps")
+        _check_finite(
+            x, "the chain ended with", f"{type(scheduler).__name__}, {steps} steps"
+        )
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -490,10 +588,18 @@ class DiffuSSMPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
-        x = latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])  # a VAE wants one at least
-        x = x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+        x = (
+            latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])
+        )  # a VAE wants one at least
+        x = x / self.vae.config.scaling_factor + (
+            self.vae.config.get("shift_factor") or 0.0
+        )
         images: Tensor = self.vae.decode(x.to(self.vae.dtype)).sample[: len(latents)]
-        _check_finite(images, "the VAE decoded to", f"latents up to {x.abs().max():.3g}, {self.vae.dtype}")
+        _check_finite(
+            images,
+            "the VAE decoded to",
+            f"latents up to {x.abs().max():.3g}, {self.vae.dtype}",
+        )
         return images
 
     def save_pretrained(  # type: ignore[override]
@@ -521,7 +627,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
         _save_pipeline(self, Path(save_directory), name, evaluation, license, options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> Self:
         """The pipeline that `save_pretrained` wrote. Runs no code out of the folder.
 
         Args:
@@ -537,7 +645,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_run(
-        cls, run: str | Path, weights: str = "ema", vae: Any = None, step: int | None = None
+        cls,
+        run: str | Path,
+        weights: str = "ema",
+        vae: Any = None,
+        step: int | None = None,
     ) -> Self:
         """The pipeline of a training run: "ema" weights, or "model", of the newest checkpoint or of `step`.
 
@@ -549,15 +661,25 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
 
 def _step_options(
-    scheduler: Any, eta: float, generator: torch.Generator | list[torch.Generator] | None
+    scheduler: Any,
+    eta: float,
+    generator: torch.Generator | list[torch.Generator] | None,
 ) -> dict[str, Any]:
     """Those of the two that the step of this scheduler takes; ValueError for an eta that would be ignored."""
     known = inspect.signature(scheduler.step).parameters
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}: expected 0 (no noise) to 1 (as much as ancestral sampling)")
+        raise ValueError(
+            f"eta={eta}: expected 0 (no noise) to 1 (as much as ancestral sampling)"
+        )
     if eta and "eta" not in known:
-        raise ValueError(f"eta={eta}: {type(scheduler).__name__} has no such noise, only DDIM; omit eta")
-    return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        raise ValueError(
+            f"eta={eta}: {type(scheduler).__name__} has no such noise, only DDIM; omit eta"
+        )
+    return {
+        name: value
+        for name, value in (("eta", eta), ("generator", generator))
+        if name in known
+    }
 
 
 def _clipped(eps: Tensor, x_t: Tensor, alpha_bar: float) -> Tensor:
@@ -577,14 +699,23 @@ def _check_finite(x: Tensor, what: str, how: str) -> None:
         )
 
 
-def _load_run(run: Path, weights: str, vae: Any, step: int | None = None) -> dict[str, Any]:
+def _load_run(
+    run: Path, weights: str, vae: Any, step: int | None = None
+) -> dict[str, Any]:
     """The arguments of DiffuSSMPipeline."""
     try:  # looked up here: a saved pipeline has no training in its one file
-        training, latents = import_module("diffussm.training"), import_module("diffussm.latents")
+        training, latents = (
+            import_module("diffussm.training"),
+            import_module("diffussm.latents"),
+        )
     except ModuleNotFoundError as error:
-        raise ImportError("a training run is read by the package diffussm; install it") from error
+        raise ImportError(
+            "a training run is read by the package diffussm; install it"
+        ) from error
     # found once: a run that is still training may write another checkpoint meanwhile
-    found = training.find_checkpoint(run, step) if (run / "config.json").is_file() else None
+    found = (
+        training.find_checkpoint(run, step) if (run / "config.json").is_file() else None
+    )
     step = int(found.name.removeprefix("step_")) if found else step
     model, config, classes = training.load_run(run, weights, step)
     facts = {"weights": weights, "step": step, "images_seen": step * config.batch_size}
@@ -594,19 +725,29 @@ def _load_run(run: Path, weights: str, vae: Any, step: int | None = None) -> dic
     if made_by is not None:
         facts["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
     if vae is not None:
-        name, vae = (str(vae), latents.load_vae(vae)) if isinstance(vae, str | Path) else ("a module", vae)
+        name, vae = (
+            (str(vae), latents.load_vae(vae))
+            if isinstance(vae, str | Path)
+            else ("a module", vae)
+        )
         identity = latents.vae_identity(vae, name)
         if made_by is not None:
             latents.check_encoder(made_by, identity, f"the latents of {run}")
         facts["vae"] = _without_place(identity, "encoder_sha256", "decoder_sha256")
-    names = {str(number): name for number, name in enumerate(classes)} if model.config.num_classes else {}
+    names = (
+        {str(number): name for number, name in enumerate(classes)}
+        if model.config.num_classes
+        else {}
+    )
     return {
         "denoiser": model,
         "scheduler": ancestral_scheduler(config.timesteps),
         "vae": vae,
         "id2label": names,
         "num_train_timesteps": config.timesteps,
-        "training": json.loads(json.dumps(facts)),  # as it comes back from a saved folder
+        "training": json.loads(
+            json.dumps(facts)
+        ),  # as it comes back from a saved folder
     }
 
 
@@ -632,37 +773,56 @@ class _Source:
     def __init__(self, module: str) -> None:
         spec = find_spec(f"diffussm.{module}")
         if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"the package diffussm has no module {module}; install it again")
+            raise FileNotFoundError(
+                f"the package diffussm has no module {module}; install it again"
+            )
         text = Path(spec.origin).read_text(encoding="utf-8")
         self.lines, tree = text.splitlines(), ast.parse(text)
         self.title = f"# {module}: {(ast.get_docstring(tree) or '').splitlines()[0]}"
         self.defined: dict[str, ast.stmt] = {}
-        self.imported: dict[str, list[tuple[str, str]]] = {}  # name -> (from where or "", what)
-        self.ours: dict[str, str] = {}  # name -> the module of this package that it comes from
+        self.imported: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # name -> (from where or "", what)
+        self.ours: dict[
+            str, str
+        ] = {}  # name -> the module of this package that it comes from
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 self.defined[node.name] = node
             elif isinstance(node, ast.Assign | ast.AnnAssign):
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for target in (
+                    node.targets if isinstance(node, ast.Assign) else [node.target]
+                ):
                     self.defined[ast.unparse(target)] = node
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffussm."):
-                self.ours |= {alias.name: str(node.module).removeprefix("diffussm.") for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "diffussm."
+            ):
+                self.ours |= {
+                    alias.name: str(node.module).removeprefix("diffussm.")
+                    for alias in node.names
+                }
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 origin = str(node.module) if isinstance(node, ast.ImportFrom) else ""
                 for alias in node.names:
                     name = alias.asname or alias.name.partition(".")[0]
-                    self.imported.setdefault(name, []).append((origin, ast.unparse(alias)))
+                    self.imported.setdefault(name, []).append(
+                        (origin, ast.unparse(alias))
+                    )
 
     def text(self, name: str) -> str:
         """A definition as it is written, with its decorators and the comment above it."""
         node = self.defined[name]
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        first = min(
+            [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]
+        )
         while self.lines[first - 2].startswith("#"):
             first -= 1
         return "\n".join(self.lines[first - 1 : node.end_lineno])
 
 
-def self_contained_code(module: str = "pipeline", name: str = "DiffuSSMPipeline") -> str:
+def self_contained_code(
+    module: str = "pipeline", name: str = "DiffuSSMPipeline"
+) -> str:
     """One file with a class of this package and all that it needs of it, and nothing that it does not need.
 
     Raises RuntimeError if two of the modules give different things the same name.
@@ -683,7 +843,9 @@ def self_contained_code(module: str = "pipeline", name: str = "DiffuSSMPipeline"
                 imports.setdefault(origin, set()).add(what)
         elif name in source.defined:
             if chosen.setdefault(name, module) != module:
-                raise RuntimeError(f"{module} and {chosen[name]} both define {name}; rename one of them")
+                raise RuntimeError(
+                    f"{module} and {chosen[name]} both define {name}; rename one of them"
+                )
             if (module, name) not in seen:
                 seen.add((module, name))
                 for node in ast.walk(source.defined[name]):
@@ -705,14 +867,24 @@ def self_contained_code(module: str = "pipeline", name: str = "DiffuSSMPipeline"
         f"Written by save_pretrained out of modules of the package diffussm:\n{', '.join(order)}.\n"
         'License: Apache-2.0.\n"""\n',
         "\n".join(f"import {what}" for what in sorted(imports.pop("", ()))),
-        "\n".join(f"from {origin} import {', '.join(sorted(imports[origin]))}" for origin in sorted(imports)),
+        "\n".join(
+            f"from {origin} import {', '.join(sorted(imports[origin]))}"
+            for origin in sorted(imports)
+        ),
         "",
     ]
     for module in order:
         source = sources[module]
         names = [name for name in source.defined if chosen.get(name) == module]
         if names:
-            parts.append("\n\n".join([f"\n{source.title}\n", *(f"{source.text(name)}\n" for name in names)]))
+            parts.append(
+                "\n\n".join(
+                    [
+                        f"\n{source.title}\n",
+                        *(f"{source.text(name)}\n" for name in names),
+                    ]
+                )
+            )
     return "\n".join(parts)
 
 
@@ -723,7 +895,9 @@ def _read_evaluation(evaluation: dict[str, Any] | str | Path | None) -> dict[str
         except ValueError as error:
             raise ValueError(f"the evaluation is no JSON: {error}") from error
     if not isinstance(evaluation, dict | None):
-        raise ValueError(f"the evaluation is a {type(evaluation).__name__}: expected a JSON object")
+        raise ValueError(
+            f"the evaluation is a {type(evaluation).__name__}: expected a JSON object"
+        )
     return evaluation or {}
 
 
@@ -740,7 +914,9 @@ def _rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    return "\n".join(f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows])
+    return "\n".join(
+        f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows]
+    )
 
 
 CITATION = """\
@@ -754,17 +930,36 @@ CLIP_ADVICE = (
     "With a scheduler that adds no noise (DDIM, Euler, DPM-Solver++ and others) pass `clip_denoised=True`: "
     "without it single pixels can end far out of range."
 )
-SCORES = {"fid", "sfid", "is", "inception_score", "precision", "recall", "frechet_distance"}
+SCORES = {
+    "fid",
+    "sfid",
+    "is",
+    "inception_score",
+    "precision",
+    "recall",
+    "frechet_distance",
+}
 
 
 def model_card(
-    pipe: "DiffuSSMPipeline", name: str, evaluation: dict[str, Any], license: str | None = None
+    pipe: "DiffuSSMPipeline",
+    name: str,
+    evaluation: dict[str, Any],
+    license: str | None = None,
 ) -> str:
     """The README.md of a saved pipeline: what it is, how to use it, how it was trained and measured."""
     model = pipe.denoiser.config
     parameters = sum(p.numel() for p in pipe.denoiser.parameters())
-    head = ["---", "library_name: diffusers", *([f"license: {license}"] if license else [])]
-    head += ["pipeline_tag: unconditional-image-generation", "tags: [diffussm, state-space-model]", "---"]
+    head = [
+        "---",
+        "library_name: diffusers",
+        *([f"license: {license}"] if license else []),
+    ]
+    head += [
+        "pipeline_tag: unconditional-image-generation",
+        "tags: [diffussm, state-space-model]",
+        "---",
+    ]
     labels = list(pipe.config.id2label.values())
     first = repr(labels[0]) if labels and pipe.labels[labels[0]] == [0] else "0"
     call = f"{first}, guidance_scale=1.5, " if model.num_classes else ""
@@ -772,7 +967,9 @@ def model_card(
         "parameters": f"{parameters:,}",
         "noise schedule": f"linear, T = {pipe.config.num_train_timesteps}",
     }
-    scores = [row for row in _rows(evaluation) if SCORES & set(row[0].lower().split("."))]
+    scores = [
+        row for row in _rows(evaluation) if SCORES & set(row[0].lower().split("."))
+    ]
     how = [row for row in _rows(evaluation) if row not in scores]
     sections = [
         "\n".join(head),
@@ -791,11 +988,17 @@ def model_card(
         "## Model",
         _table(("what", "value"), [*_rows(sizes), *_rows(asdict(model))]),
         "## Training",
-        _table(("what", "value"), _rows(pipe.config.training)) if pipe.config.training else "Not recorded.",
+        _table(("what", "value"), _rows(pipe.config.training))
+        if pipe.config.training
+        else "Not recorded.",
         "## Evaluation",
         *([] if evaluation else ["Not measured."]),
         *([_table(("score", "value"), scores)] if scores else []),
-        *(["What was measured, and how:", _table(("what", "value"), how)] if how else []),
+        *(
+            ["What was measured, and how:", _table(("what", "value"), how)]
+            if how
+            else []
+        ),
         "## License and citation",
         f"The code in `pipeline.py` is under Apache-2.0. License of the weights: {license or 'not stated'}.",
         f"The architecture is that of\n\n```bibtex\n{CITATION}\n```",
@@ -818,7 +1021,9 @@ def _save_pipeline(
     license: str | None,
     options: dict[str, Any],
 ) -> None:
-    refused = [key for key, value in options.items() if value and key != "safe_serialization"]
+    refused = [
+        key for key, value in options.items() if value and key != "safe_serialization"
+    ]
     if options.get("safe_serialization", True) is not True:
         refused.append("safe_serialization=False")
     if refused:
@@ -826,15 +1031,24 @@ def _save_pipeline(
             f"save_pretrained with {', '.join(refused)}: only whole files in safetensors are written"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; nothing was written")
-    card = model_card(pipe, name or folder.resolve().name, _read_evaluation(evaluation), license)
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; nothing was written"
+        )
+    card = model_card(
+        pipe, name or folder.resolve().name, _read_evaluation(evaluation), license
+    )
     index = {
         "_class_name": ["pipeline", "DiffuSSMPipeline"],
         "_diffusers_version": diffusers.__version__,
         "denoiser": [COMPONENT_FILE.removesuffix(".py"), "Denoiser"],
         "scheduler": ["diffusers", type(pipe.scheduler).__name__],
-        "vae": [None, None] if pipe.vae is None else ["diffusers", type(pipe.vae).__name__],
-        **{key: pipe.config[key] for key in ("id2label", "num_train_timesteps", "training")},
+        "vae": [None, None]
+        if pipe.vae is None
+        else ["diffusers", type(pipe.vae).__name__],
+        **{
+            key: pipe.config[key]
+            for key in ("id2label", "num_train_timesteps", "training")
+        },
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -843,14 +1057,20 @@ def _save_pipeline(
         pipe.scheduler.save_pretrained(draft / "scheduler")
         if pipe.vae is not None:
             pipe.vae.save_pretrained(draft / "vae", safe_serialization=True)
-        (draft / "denoiser" / COMPONENT_FILE).write_text(COMPONENT_CODE, encoding="utf-8")
+        (draft / "denoiser" / COMPONENT_FILE).write_text(
+            COMPONENT_CODE, encoding="utf-8"
+        )
         (draft / "pipeline.py").write_text(self_contained_code(), encoding="utf-8")
-        (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (draft / "model_index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
         (draft / "README.md").write_text(card, encoding="utf-8")
         for file in draft.rglob("*.safetensors"):
             apply_umask(file)
         draft.chmod(0o755)  # mkdtemp makes it private
-        draft.rename(folder)  # an empty folder is replaced, a full one refused by the system
+        draft.rename(
+            folder
+        )  # an empty folder is replaced, a full one refused by the system
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -860,7 +1080,9 @@ def _load_pipeline(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of DiffuSSMPipeline."""
     unknown = options.keys() - {"torch_dtype", "scheduler", "vae"}
     if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}: expected torch_dtype, scheduler or vae")
+        raise TypeError(
+            f"unknown options {sorted(unknown)}: expected torch_dtype, scheduler or vae"
+        )
     dtype = options.get("torch_dtype")
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
@@ -869,17 +1091,29 @@ def _load_pipeline(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         )
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        kind, scheduler_name, with_vae = index["_class_name"][1], index["scheduler"][1], bool(index["vae"][0])
-        settings = {key: index[key] for key in ("id2label", "num_train_timesteps", "training")}
+        kind, scheduler_name, with_vae = (
+            index["_class_name"][1],
+            index["scheduler"][1],
+            bool(index["vae"][0]),
+        )
+        settings = {
+            key: index[key] for key in ("id2label", "num_train_timesteps", "training")
+        }
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{folder / 'model_index.json'} is damaged: {error!r}") from error
+        raise ValueError(
+            f"{folder / 'model_index.json'} is damaged: {error!r}"
+        ) from error
     if kind != "DiffuSSMPipeline":
         raise ValueError(f"{folder} holds a {kind}: expected a DiffuSSMPipeline")
     scheduler, vae = options.get("scheduler"), options.get("vae")
     if scheduler is None:
-        scheduler = _component(folder / "scheduler", scheduler_name, diffusers.SchedulerMixin)
+        scheduler = _component(
+            folder / "scheduler", scheduler_name, diffusers.SchedulerMixin
+        )
     if vae is None and with_vae:
-        vae = _component(folder / "vae", "AutoencoderKL", AutoencoderKL, torch_dtype=dtype)
+        vae = _component(
+            folder / "vae", "AutoencoderKL", AutoencoderKL, torch_dtype=dtype
+        )
     denoiser = Denoiser.from_pretrained(folder / "denoiser", torch_dtype=dtype)
     return {"denoiser": denoiser, "scheduler": scheduler, "vae": vae, **settings}
 
@@ -888,7 +1122,9 @@ def _component(folder: Path, name: str, base: Any, **options: Any) -> Any:
     kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     fits = inspect.isclass(kind) and issubclass(kind, base)
     if not fits:
-        raise ValueError(f"model_index.json names {name!r}: expected a {base.__name__} of diffusers")
+        raise ValueError(
+            f"model_index.json names {name!r}: expected a {base.__name__} of diffusers"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} is missing; the pipeline was copied in part, copy or save it again"

@@ -1,6 +1,6 @@
 """Sampling: from noise to images.
 
-Generated from book/07_sampling.md by `make export`: edit there.
+Generated from book/32_sampling.md by `make export`: edit there.
 """
 
 import math
@@ -36,7 +36,9 @@ def ancestral_step(
     t = torch.full((len(x_t),), step, device=x_t.device)  # (B,)
     p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
     if step == 0:
-        return p["mean"], p["pred_xstart"]  # noise on the finished image would only be seen
+        return p["mean"], p[
+            "pred_xstart"
+        ]  # noise on the finished image would only be seen
     noise = standard_normal(x_t.shape, generator, x_t.device, p["mean"].dtype)
     return p["mean"] + torch.exp(0.5 * p["log_variance"]) * noise, p["pred_xstart"]
 
@@ -60,8 +62,13 @@ def ddim_step(
     p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
     alpha_bar = diffusion.alphas_cumprod[step].item()
     alpha_bar_prev = diffusion.alphas_cumprod_prev[step].item()
-    sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev))
-    x = math.sqrt(alpha_bar_prev) * p["pred_xstart"] + math.sqrt(1 - alpha_bar_prev - sigma**2) * p["eps"]
+    sigma = eta * math.sqrt(
+        (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    )
+    x = (
+        math.sqrt(alpha_bar_prev) * p["pred_xstart"]
+        + math.sqrt(1 - alpha_bar_prev - sigma**2) * p["eps"]
+    )
     if sigma > 0:
         x = x + sigma * standard_normal(x_t.shape, generator, x_t.device, x.dtype)
     return x, p["pred_xstart"]
@@ -91,7 +98,9 @@ def guided(
         )
     n = guidance_channels
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
-        raise ValueError(f"guidance_channels={guidance_channels!r}: expected None (all) or at least 1")
+        raise ValueError(
+            f"guidance_channels={guidance_channels!r}: expected None (all) or at least 1"
+        )
     if cfg_scale == 1:
         return model
     null_label = find_attribute(model, "null_label")
@@ -109,7 +118,9 @@ def guided(
         both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
         # A difference of nearby numbers, magnified: not in bf16.
-        conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+        conditional, unconditional = output.to(
+            torch.promote_types(output.dtype, torch.float32)
+        ).chunk(2)
         eps, eps_null = conditional[:, :guide], unconditional[:, :guide]
         eps = eps_null + cfg_scale * (eps - eps_null)
         return torch.cat([eps, conditional[:, guide:]], dim=1)  # (B, 2C, H, W)
@@ -158,11 +169,17 @@ def denoise(
     if method not in ("ddpm", "ddim"):
         raise ValueError(f"method={method!r}: expected 'ddpm' or 'ddim'")
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta}: expected 0 (deterministic) to 1 (as noisy as ddpm)")
+        raise ValueError(
+            f"eta={eta}: expected 0 (deterministic) to 1 (as noisy as ddpm)"
+        )
     if eta and method == "ddpm":
-        raise ValueError(f"eta={eta} with method='ddpm': eta belongs to 'ddim', ddpm learns its variance")
+        raise ValueError(
+            f"eta={eta} with method='ddpm': eta belongs to 'ddim', ddpm learns its variance"
+        )
     if y is None and cfg_scale != 1:
-        raise ValueError(f"cfg_scale={cfg_scale} without labels: guidance needs y, use cfg_scale=1")
+        raise ValueError(
+            f"cfg_scale={cfg_scale} without labels: guidance needs y, use cfg_scale=1"
+        )
     labels = None if y is None else as_labels(y)
     x = _start(model, labels, generator, noise, shape)
     labels = None if labels is None else labels.to(x.device)
@@ -194,7 +211,9 @@ def _start(
 ) -> Tensor:
     """Check labels, noise and shape against each other; return x_T (B, C, H, W)."""
     if y is not None and y.ndim != 1:
-        raise ValueError(f"y has shape {tuple(y.shape)}: expected (B,), one label per image to draw")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}: expected (B,), one label per image to draw"
+        )
     config = find_attribute(model, "config")
     if shape is None and noise is None and config is not None:
         shape = (config.in_channels, config.height, config.width)
@@ -208,9 +227,13 @@ def _start(
             raise TypeError(f"noise has dtype {noise.dtype}: expected floating point")
         return noise
     if y is None:
-        raise ValueError("y=None and no noise: pass noise (B, C, H, W) to say how many images to draw")
+        raise ValueError(
+            "y=None and no noise: pass noise (B, C, H, W) to say how many images to draw"
+        )
     if shape is None or len(shape) != 3:
-        raise ValueError(f"shape={shape}: expected (C, H, W) of one image; a model with a config knows it")
+        raise ValueError(
+            f"shape={shape}: expected (C, H, W) of one image; a model with a config knows it"
+        )
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     weight = next(parameters, None)
     device = y.device if weight is None else weight.device
@@ -242,8 +265,21 @@ def sample(
         ValueError, TypeError: as for `denoise`, before the first step.
     """
     chain = denoise(
-        model, diffusion, y, steps=steps, method=method, cfg_scale=cfg_scale, generator=generator, **options
+        model,
+        diffusion,
+        y,
+        steps=steps,
+        method=method,
+        cfg_scale=cfg_scale,
+        generator=generator,
+        **options,
     )
-    for _, x, _ in tqdm(chain, total=steps, desc=f"sampling ({method})", unit="step", disable=not progress):
+    for _, x, _ in tqdm(
+        chain,
+        total=steps,
+        desc=f"sampling ({method})",
+        unit="step",
+        disable=not progress,
+    ):
         images = x
     return images

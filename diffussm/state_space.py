@@ -1,6 +1,6 @@
 """State spaces.
 
-Generated from book/01_state_space.md by `make export`: edit there.
+Generated from book/11_state_space.md by `make export`: edit there.
 """
 
 import math
@@ -8,7 +8,15 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["discretize_zoh", "discretize_bilinear", "scan", "hippo_legs", "s4d_legs", "s4d_lin", "s4d_inv"]
+__all__ = [
+    "discretize_zoh",
+    "discretize_bilinear",
+    "scan",
+    "hippo_legs",
+    "s4d_legs",
+    "s4d_lin",
+    "s4d_inv",
+]
 
 
 def _expm1(z: Tensor) -> Tensor:
@@ -17,7 +25,9 @@ def _expm1(z: Tensor) -> Tensor:
     return torch.complex(real, torch.exp(z.real) * torch.sin(z.imag))
 
 
-def discretize_zoh(A: Tensor, B: Tensor | float, dt: Tensor | float) -> tuple[Tensor, Tensor]:
+def discretize_zoh(
+    A: Tensor, B: Tensor | float, dt: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Zero-order hold: the exact step of x' = A x + B u while the input holds one value.
 
     Args:
@@ -51,7 +61,9 @@ def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
         raise ValueError(f"dt={dt}: expected a positive step, e.g. dt=0.01")
 
 
-def discretize_bilinear(A: Tensor, B: Tensor | float, dt: Tensor | float) -> tuple[Tensor, Tensor]:
+def discretize_bilinear(
+    A: Tensor, B: Tensor | float, dt: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Bilinear (trapezoid, Tustin) rule: a step of x' = A x + B u that maps stable to stable.
 
     Args:
@@ -96,7 +108,9 @@ def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
             f"dA, dB, C have shapes {sizes[0]}, {sizes[1]}, {sizes[2]}: expected (..., N/2) with the same N/2"
         )
     if torch.is_complex(u):
-        raise ValueError(f"u has dtype {u.dtype}: expected a real input of shape (..., L)")
+        raise ValueError(
+            f"u has dtype {u.dtype}: expected a real input of shape (..., L)"
+        )
     x = torch.zeros_like(dA * dB * u[..., :1])  # (..., N/2)
     y = []
     for k in range(u.shape[-1]):
@@ -113,14 +127,21 @@ def hippo_legs(n_state: int) -> Tensor:
     Source: chapter 1, equation eq-state-space-legs (Gu et al., "HiPPO", 2020).
     """
     if isinstance(n_state, bool) or not isinstance(n_state, int) or n_state < 1:
-        raise ValueError(f"n_state={n_state!r}: expected a positive integer, e.g. n_state=64")
+        raise ValueError(
+            f"n_state={n_state!r}: expected a positive integer, e.g. n_state=64"
+        )
     n = torch.arange(n_state, dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
     return -torch.tril(root[:, None] * root[None, :], diagonal=-1) - torch.diag(n + 1)
 
 
 def _check_state_size(n_state: int) -> None:
-    if isinstance(n_state, bool) or not isinstance(n_state, int) or n_state < 2 or n_state % 2:
+    if (
+        isinstance(n_state, bool)
+        or not isinstance(n_state, int)
+        or n_state < 2
+        or n_state % 2
+    ):
         raise ValueError(
             f"n_state={n_state!r}: the states of S4D come in conjugate pairs, so expected a positive even "
             "integer, e.g. n_state=64"
@@ -137,7 +158,11 @@ def s4d_legs(n_state: int) -> Tensor:
     """
     _check_state_size(n_state)
     p = torch.sqrt(torch.arange(n_state, dtype=torch.float64) + 0.5)
-    skew = hippo_legs(n_state) + p[:, None] * p[None, :] + 0.5 * torch.eye(n_state, dtype=torch.float64)
+    skew = (
+        hippo_legs(n_state)
+        + p[:, None] * p[None, :]
+        + 0.5 * torch.eye(n_state, dtype=torch.float64)
+    )
     # i * skew is Hermitian: its eigenvalues are real, ascending, and accurate to round-off
     frequencies = -torch.linalg.eigvalsh(1j * skew)[: n_state // 2].flip(0)
     return torch.complex(torch.full_like(frequencies, -0.5), frequencies)
@@ -164,4 +189,6 @@ def s4d_inv(n_state: int) -> Tensor:
     """
     _check_state_size(n_state)
     n = torch.arange(n_state // 2, dtype=torch.float64)
-    return torch.complex(torch.full_like(n, -0.5), n_state / math.pi * (n_state / (2 * n + 1) - 1))
+    return torch.complex(
+        torch.full_like(n, -0.5), n_state / math.pi * (n_state / (2 * n + 1) - 1)
+    )

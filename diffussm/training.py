@@ -1,6 +1,6 @@
 """Training.
 
-Generated from book/09_training.md by `make export`: edit there.
+Generated from book/34_training.md by `make export`: edit there.
 """
 
 import copy
@@ -151,11 +151,21 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "timesteps", "log_every", "save_every", "keep_last", "workers"):
+        for name in (
+            "steps",
+            "batch_size",
+            "timesteps",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "workers",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.timesteps <= 20:
-            raise ValueError(f"timesteps={self.timesteps}: must be over 20, the last beta is 20 / timesteps")
+            raise ValueError(
+                f"timesteps={self.timesteps}: must be over 20, the last beta is 20 / timesteps"
+            )
         for name in "weight_decay clip sample_every keep_every skip_nonfinite micro_batch seed".split():
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
@@ -164,14 +174,21 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: a learning rate is between 0 and 1, e.g. 1.0e-4"
                 )
-        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > self.steps:
+        if (
+            min(self.warmup, self.cooldown) < 0
+            or self.warmup + self.cooldown > self.steps
+        ):
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} must fit into steps={self.steps} together"
             )
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: must be in [0, 1), e.g. 0.9999")
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: must be in [0, 1), e.g. 0.9999"
+            )
         if self.precision not in ("float32", "bf16"):
-            raise ValueError(f"precision={self.precision!r}: choose 'float32' or 'bf16'")
+            raise ValueError(
+                f"precision={self.precision!r}: choose 'float32' or 'bf16'"
+            )
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel={self.parallel!r}: choose 'ddp' or 'fsdp'")
         if not isinstance(self.keep, str | int | list | tuple):
@@ -179,7 +196,9 @@ class TrainConfig:
                 f"keep={self.keep!r}: expected steps or numbers of images, as in ['338M images']"
             )
         # a YAML file may say `keep: 338M images` where a list of one would be meant
-        entries = str(self.keep).split(",") if isinstance(self.keep, str | int) else self.keep
+        entries = (
+            str(self.keep).split(",") if isinstance(self.keep, str | int) else self.keep
+        )
         object.__setattr__(self, "keep", tuple(str(entry).strip() for entry in entries))
         _ = self.keep_steps  # refuses what cannot be read
 
@@ -203,7 +222,11 @@ class TrainConfig:
 
 def _kept_step(entry: str, batch_size: int) -> int:
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?) ?([kM]?)( images)?", entry)
-    number = Fraction(match[1].replace("_", "")) * {"": 1, "k": 10**3, "M": 10**6}[match[2]] if match else 0
+    number = (
+        Fraction(match[1].replace("_", "")) * {"": 1, "k": 10**3, "M": 10**6}[match[2]]
+        if match
+        else 0
+    )
     step = math.ceil(number / batch_size) if match and match[3] else number
     if step < 1 or step != int(step):
         raise ValueError(
@@ -224,7 +247,7 @@ RECIPES = {
         cooldown=600,
         ema_decay=0.98,
         save_every=500,
-    ),
+    )
 }
 
 
@@ -313,8 +336,16 @@ class Batch(NamedTuple):
 
     def part(self, first: int, count: int, device: torch.device) -> "Batch":
         """`count` of its images from `first` on, on a device."""
-        x0, t, noise = (whole[first : first + count].to(device) for whole in (self.x0, self.t, self.noise))
-        return Batch(x0, t, None if self.y is None else self.y[first : first + count].to(device), noise)
+        x0, t, noise = (
+            whole[first : first + count].to(device)
+            for whole in (self.x0, self.t, self.noise)
+        )
+        return Batch(
+            x0,
+            t,
+            None if self.y is None else self.y[first : first + count].to(device),
+            noise,
+        )
 
 
 @runtime_checkable
@@ -325,7 +356,9 @@ class Drawn(Protocol):
     randomness out of `noise`, standard normal.
     """
 
-    def batch(self, indices: Tensor, flips: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, flips: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See above."""
         ...
 
@@ -357,11 +390,21 @@ def training_batch(
     mine = slice(rank * share, (rank + 1) * share)
     generator = stream(config.seed, "training", step)
     t = torch.randint(config.timesteps, (config.batch_size,), generator=generator)
-    shape = (config.batch_size, config.model.in_channels, config.model.height, config.model.width)
+    shape = (
+        config.batch_size,
+        config.model.in_channels,
+        config.model.height,
+        config.model.width,
+    )
     noise = torch.randn(shape, generator=generator)
-    indices, flips = batch_indices(*position)[mine], batch_flips(*position)[mine] & config.flip
+    indices, flips = (
+        batch_indices(*position)[mine],
+        batch_flips(*position)[mine] & config.flip,
+    )
     if isinstance(dataset, Drawn):
-        x0, labels = dataset.batch(indices, flips, torch.randn(shape, generator=generator)[mine])
+        x0, labels = dataset.batch(
+            indices, flips, torch.randn(shape, generator=generator)[mine]
+        )
     else:
         x0, labels = load_batch(dataset, indices, flips, fetch)
     if model.null_label is None:
@@ -372,7 +415,12 @@ def training_batch(
 
 
 def training_batches(
-    dataset: Dataset, model: DiffuSSM, config: TrainConfig, step: int, rank: int = 0, size: int = 1
+    dataset: Dataset,
+    model: DiffuSSM,
+    config: TrainConfig,
+    step: int,
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[Batch]:
     """The batches from `step` to the end of the run, each made while the one before is being used.
 
@@ -384,11 +432,15 @@ def training_batches(
         ThreadPoolExecutor(threads, thread_name_prefix="images") as readers,
     ):
         fetch = readers.map if threads > 1 else map
-        ahead = pool.submit(training_batch, dataset, model, config, step, rank, size, fetch)
+        ahead = pool.submit(
+            training_batch, dataset, model, config, step, rank, size, fetch
+        )
         for following in range(step + 1, config.steps + 1):
             batch = ahead.result()
             if following < config.steps:
-                ahead = pool.submit(training_batch, dataset, model, config, following, rank, size, fetch)
+                ahead = pool.submit(
+                    training_batch, dataset, model, config, following, rank, size, fetch
+                )
             yield batch
 
 
@@ -407,10 +459,17 @@ class Meter:
         It stays on the device of the losses: to copy it would make the host wait for each micro-batch.
         """
         sums = torch.zeros(2, len(cls.names), dtype=torch.float64, device=t.device)
-        terms = torch.stack([losses[name].detach().double() for name in cls.names[:3]])  # (3, B)
+        terms = torch.stack(
+            [losses[name].detach().double() for name in cls.names[:3]]
+        )  # (3, B)
         sums[0, :3], sums[1, :3] = terms.sum(1), len(t)
-        inside = 4 * t // timesteps == torch.arange(4, device=t.device)[:, None]  # (4, B): in which quartile
-        sums[0, 3:7], sums[1, 3:7] = torch.where(inside, terms[1], 0.0).sum(1), inside.sum(1)
+        inside = (
+            4 * t // timesteps == torch.arange(4, device=t.device)[:, None]
+        )  # (4, B): in which quartile
+        sums[0, 3:7], sums[1, 3:7] = (
+            torch.where(inside, terms[1], 0.0).sum(1),
+            inside.sum(1),
+        )
         return sums
 
     def add(self, tally: Tensor, grad_norm: float) -> None:
@@ -420,7 +479,9 @@ class Meter:
 
     def read_and_reset(self) -> dict[str, float | None]:
         """The means since the last call; None for a quartile that no image fell in."""
-        means = [total / count if count else None for total, count in self.sums.T.tolist()]
+        means = [
+            total / count if count else None for total, count in self.sums.T.tolist()
+        ]
         self.sums.zero_()
         return dict(zip(self.names, means, strict=True))
 
@@ -440,7 +501,9 @@ class World:
     stopping = False  # set when somebody asked the run to save and stop
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(
+            device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
 
     def shard(self, module: nn.Module, config: "TrainConfig") -> None:
         """Share out the parameters of a module among the processes, in place."""
@@ -485,7 +548,9 @@ class World:
 
     def save(self, run: Path, snapshot: "Snapshot", config: "TrainConfig") -> None:
         """Write a checkpoint, now or soon."""
-        write_checkpoint(run, snapshot, config.keep_last, config.keep_every, config.keep_steps)
+        write_checkpoint(
+            run, snapshot, config.keep_last, config.keep_every, config.keep_steps
+        )
 
     def save_error(self) -> Exception | None:
         """Why the last checkpoint could not be written, if it could not and nobody was told yet."""
@@ -494,7 +559,9 @@ class World:
     def finish(self) -> None:
         """Wait until all that was saved is written; raises what went wrong."""
 
-    def vitals(self, config: "TrainConfig", images_per_second: float) -> dict[str, float]:
+    def vitals(
+        self, config: "TrainConfig", images_per_second: float
+    ) -> dict[str, float]:
         """More figures for a line of the log."""
         return {}
 
@@ -525,7 +592,10 @@ class TrainState:
         for module in (model, ema):
             world.shard(module, config)
         groups = parameter_groups(model, config.lr, config.ssm_lr, config.weight_decay)
-        fused = world.device.type in ("cpu", "cuda")  # one walk through memory instead of one per operation
+        fused = world.device.type in (
+            "cpu",
+            "cuda",
+        )  # one walk through memory instead of one per operation
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
         return cls(model, ema, optimizer, Meter())
 
@@ -542,7 +612,12 @@ class Snapshot(NamedTuple):
 
 WEIGHTS = {name: f"{name}/model.safetensors" for name in ("model", "ema")}
 OPTIMIZER = "optimizer.safetensors"
-CHECKPOINT_FILES = {*WEIGHTS.values(), "model/config.json", "ema/config.json", OPTIMIZER}
+CHECKPOINT_FILES = {
+    *WEIGHTS.values(),
+    "model/config.json",
+    "ema/config.json",
+    OPTIMIZER,
+}
 
 
 def snapshot(state: TrainState, world: World) -> Snapshot:
@@ -561,9 +636,18 @@ def snapshot(state: TrainState, world: World) -> Snapshot:
         for name, parameter in state.model.named_parameters()
         for key, value in state.optimizer.state[parameter].items()
     )
-    tensors = {file: copied(getattr(state, name).state_dict().items()) for name, file in WEIGHTS.items()}
+    tensors = {
+        file: copied(getattr(state, name).state_dict().items())
+        for name, file in WEIGHTS.items()
+    }
     tensors[OPTIMIZER] = copied(moments)
-    return Snapshot(state.step, state.model.config, tensors, state.meter.sums.tolist(), list(state.skipped))
+    return Snapshot(
+        state.step,
+        state.model.config,
+        tensors,
+        state.meter.sums.tolist(),
+        list(state.skipped),
+    )
 
 
 def _sha256(path: Path) -> str:
@@ -588,7 +672,9 @@ UNSUPPORTED = {
 }
 
 
-THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in the next container
+THIS_PROCESS = (
+    uuid.uuid4().hex
+)  # a number such as 7 may come again in the next container
 
 
 @cache  # each text once
@@ -614,7 +700,11 @@ def _flush(path: Path) -> None:
 
 
 def write_checkpoint(
-    run: Path, taken: Snapshot, keep_last: int = 2, keep_every: int = 0, keep: Iterable[int] = ()
+    run: Path,
+    taken: Snapshot,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    keep: Iterable[int] = (),
 ) -> Path:
     """Write RUN/checkpoints/step_XXXXXXXX, all of it or nothing, then remove those not to be kept; return it.
 
@@ -632,19 +722,29 @@ def write_checkpoint(
             path.parent.mkdir(parents=True, exist_ok=True)
             _save_tensors(tensors, path)
             if path.name != OPTIMIZER:
-                (path.parent / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
+                (path.parent / "config.json").write_text(
+                    json.dumps(asdict(taken.model), indent=2) + "\n"
+                )
             _flush(path)
             back = safetensors.torch.load_file(path)
             if back.keys() != tensors.keys() or not all(
-                torch.equal(_bits(back[name]), _bits(value)) for name, value in tensors.items()
+                torch.equal(_bits(back[name]), _bits(value))
+                for name, value in tensors.items()
             ):
                 raise OSError(f"{path} reads back other than it was written")
         sums = {name: _sha256(temporary / name) for name in sorted(CHECKPOINT_FILES)}
-        record = {"step": taken.step, "meter": taken.meter, "skipped": taken.skipped, "sha256": sums}
+        record = {
+            "step": taken.step,
+            "meter": taken.meter,
+            "skipped": taken.skipped,
+            "sha256": sums,
+        }
         (temporary / "state.json").write_text(json.dumps(record, indent=2))
         for path in (*temporary.rglob("*.json"), *temporary.rglob("*"), temporary):
             _flush(path)
-        if folder.exists():  # only a broken one can be here: a valid one would have been resumed from
+        if (
+            folder.exists()
+        ):  # only a broken one can be here: a valid one would have been resumed from
             shutil.rmtree(folder)
         temporary.replace(folder)
         _flush(folder.parent)
@@ -680,11 +780,16 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
     """
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     if step is not None:
-        return _checkpoint_of(run, step, [_step_of(folder) for folder in reversed(folders)])
+        return _checkpoint_of(
+            run, step, [_step_of(folder) for folder in reversed(folders)]
+        )
     for folder in folders:
         if (fault := _fault(folder)) is None:
             return folder
-        print(f"{folder} is damaged ({fault}); falling back to the one before", file=sys.stderr)
+        print(
+            f"{folder} is damaged ({fault}); falling back to the one before",
+            file=sys.stderr,
+        )
     if folders:
         raise ValueError(
             f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; restore one from a "
@@ -710,11 +815,17 @@ def _fault(folder: Path) -> str | None:
         sums = record["sha256"]
         if set(sums) != CHECKPOINT_FILES or record["step"] != _step_of(folder):
             return "state.json is not that of this checkpoint"
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        found = {
+            path.relative_to(folder).as_posix()
+            for path in folder.rglob("*")
+            if not path.is_dir()
+        }
         if found != CHECKPOINT_FILES | {"state.json"}:
             return f"files missing or foreign: {', '.join(sorted(found ^ CHECKPOINT_FILES ^ {'state.json'}))}"
         wrong = [name for name in sorted(sums) if _sha256(folder / name) != sums[name]]
-        return f"{', '.join(wrong)}: other content than state.json says" if wrong else None
+        return (
+            f"{', '.join(wrong)}: other content than state.json says" if wrong else None
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"state.json cannot be read: {error or type(error).__name__}"
 
@@ -730,7 +841,9 @@ def load_checkpoint(folder: Path, state: TrainState, world: World) -> None:
             module: DiffuSSM = getattr(state, name)
             tensors = safetensors.torch.load_file(folder / file)
             targets = module.state_dict()
-            if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in targets.items()}:
+            if {k: v.shape for k, v in tensors.items()} != {
+                k: v.shape for k, v in targets.items()
+            }:
                 raise ValueError(f"{file} holds the weights of another model")
             for key, target in targets.items():
                 target.copy_(world.place(tensors[key], target))
@@ -740,12 +853,24 @@ def load_checkpoint(folder: Path, state: TrainState, world: World) -> None:
             name, _, slot = key.rpartition("/")
             parameter = parameters[name]
             # the step is a single number: it is where the parameter is, but never shared out
-            value = value.to(parameter.device) if slot == "step" else world.place(value, parameter)
+            value = (
+                value.to(parameter.device)
+                if slot == "step"
+                else world.place(value, parameter)
+            )
             state.optimizer.state[parameter][slot] = value
-        state.meter.sums = torch.tensor(record["meter"], dtype=torch.float64).view_as(state.meter.sums)
+        state.meter.sums = torch.tensor(record["meter"], dtype=torch.float64).view_as(
+            state.meter.sums
+        )
         state.step = int(record["step"])
         state.skipped = [int(step) for step in record.get("skipped", [])]
-    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
 
 
@@ -760,7 +885,7 @@ def _chooser(convolution: str) -> Callable[..., Any] | None:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"convolution={convolution!r} cannot be had ({error}); expected 'fft', or "
-            "'package.module:function' such as 'diffussm.on_chip:choose_convolution', which needs Triton"
+            "'package.module:function' such as 'diffussm.gpu_kernels:choose_convolution', which needs Triton"
         ) from error
 
 
@@ -773,7 +898,9 @@ def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> N
     batch = micro_batch_of(config, world.size)
     # one process measures and all do as it says: they must not choose differently
     choice = world.once(
-        lambda: choose(config.model.seq_len, config.model.d_model, batch, world.device, dtype)
+        lambda: choose(
+            config.model.seq_len, config.model.d_model, batch, world.device, dtype
+        )
     )
     if world.rank == 0:
         print(f"convolution: {choice.reason}", file=sys.stderr)
@@ -782,7 +909,9 @@ def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> N
         block.ssm.convolution = choice.convolution
 
 
-def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool = False) -> None:
+def open_run(
+    run: Path, config: TrainConfig, dataset: Dataset, other_data: bool = False
+) -> None:
     """Claim the folder `run` for `config` and data, or check that it is this run already.
 
     Raises ValueError if it holds another run (naming the differing options), a run of other data, or files
@@ -790,7 +919,9 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
     may differ, and so may `steps`: a run can be prolonged, unless its learning rate has been told to fall
     towards the end. `other_data` lets a run go on with other data, which its configuration then records.
     """
-    _chooser(config.convolution)  # a name that does not exist is refused before there is a folder
+    _chooser(
+        config.convolution
+    )  # a name that does not exist is refused before there is a folder
     ours = json.loads(json.dumps({**asdict(config), "dataset": facts_of(dataset)}))
     encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
@@ -800,7 +931,9 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
             _write_json(run / "vae.json", encoder)
         return
     if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is not empty and holds no training run; choose a new folder")
+        raise ValueError(
+            f"{run} is not empty and holds no training run; choose a new folder"
+        )
     theirs = _read_config(run)
     if differing := _differing(ours, theirs, config):
         raise ValueError(
@@ -810,20 +943,35 @@ def open_run(run: Path, config: TrainConfig, dataset: Dataset, other_data: bool 
     if encoder is not None:
         _compare_encoder(run, encoder)
     _compare_data(run, ours["dataset"], theirs, other_data)
-    if theirs["dataset"].get("fingerprint") is None and ours["dataset"]["fingerprint"] is not None:
-        _warn(f"{run} holds no fingerprint of its data: only their number and their classes were compared")
+    if (
+        theirs["dataset"].get("fingerprint") is None
+        and ours["dataset"]["fingerprint"] is not None
+    ):
+        _warn(
+            f"{run} holds no fingerprint of its data: only their number and their classes were compared"
+        )
 
 
 def facts_of(dataset: Dataset) -> dict[str, Any]:
     """What a run remembers of its data: how many images, the classes, a checksum if the data set has one."""
     fingerprint = getattr(dataset, "fingerprint", None)
-    return {"images": len(dataset), "classes": dataset.classes, "fingerprint": fingerprint}
+    return {
+        "images": len(dataset),
+        "classes": dataset.classes,
+        "fingerprint": fingerprint,
+    }
 
 
-def _differing(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig) -> list[str]:
-    free = TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set()) | {"dataset"}
+def _differing(
+    ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig
+) -> list[str]:
+    free = (
+        TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set()) | {"dataset"}
+    )
     # an option that a run's folder does not know is younger than the run, which did as the default does
-    younger = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    younger = {
+        f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING
+    }
     theirs = younger | theirs
     return [
         f"{name} (there {theirs.get(name)!r}, asked {ours.get(name)!r})"
@@ -832,13 +980,16 @@ def _differing(ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig
     ]
 
 
-def _compare_data(run: Path, ours: dict[str, Any], theirs: dict[str, Any], other_data: bool) -> None:
+def _compare_data(
+    run: Path, ours: dict[str, Any], theirs: dict[str, Any], other_data: bool
+) -> None:
     known = theirs["dataset"]
     differing = [
         f"dataset.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
         for name, value in ours.items()
         # a fingerprint that is not known on both sides says nothing
-        if known.get(name) != value and not (name == "fingerprint" and None in (known.get(name), value))
+        if known.get(name) != value
+        and not (name == "fingerprint" and None in (known.get(name), value))
     ]
     if differing and not other_data:
         raise ValueError(
@@ -848,7 +999,9 @@ def _compare_data(run: Path, ours: dict[str, Any], theirs: dict[str, Any], other
         )
     if differing:
         earlier = [*known.pop("earlier", []), known]
-        _write_json(run / "config.json", {**theirs, "dataset": {**ours, "earlier": earlier}})
+        _write_json(
+            run / "config.json", {**theirs, "dataset": {**ours, "earlier": earlier}}
+        )
 
 
 def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
@@ -888,7 +1041,9 @@ def _read_config(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("dataset"), dict):
-        raise ValueError(f"{run / 'config.json'} is not the configuration of a training run")
+        raise ValueError(
+            f"{run / 'config.json'} is not the configuration of a training run"
+        )
     return values
 
 
@@ -930,31 +1085,49 @@ def _lock(run: Path) -> Callable[[], None]:
 def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
     """The same with a file that only one process can create, which outlives a process that is killed."""
     path, host = run / ".lock.json", socket.gethostname()
-    _warn(f"{reason}; {path.name} in the run's folder takes its place, which a killed process leaves behind")
+    _warn(
+        f"{reason}; {path.name} in the run's folder takes its place, which a killed process leaves behind"
+    )
     for _ in range(2):
         try:
             with path.open("x") as file:
-                json.dump({"host": host, "process": os.getpid(), "token": THIS_PROCESS}, file)
+                json.dump(
+                    {"host": host, "process": os.getpid(), "token": THIS_PROCESS}, file
+                )
             return lambda: path.unlink(missing_ok=True)
         except FileExistsError:
             _remove_if_stale(path, host)
-    raise ValueError(f"{run} is being trained by another process, which took {path} just now; wait for it")
+    raise ValueError(
+        f"{run} is being trained by another process, which took {path} just now; wait for it"
+    )
 
 
 def _remove_if_stale(path: Path, host: str) -> None:
     try:
         holder = json.loads(path.read_text())
-        owner, process, token = str(holder["host"]), int(holder["process"]), holder["token"]
+        owner, process, token = (
+            str(holder["host"]),
+            int(holder["process"]),
+            holder["token"],
+        )
     except FileNotFoundError:  # let go of in this moment
         return
     except (OSError, ValueError, KeyError, TypeError):
         owner, process, token = "unknown", 0, ""
-    if owner == host and not _alive(process, token):  # of another machine's processes we know nothing
-        _warn(f"{path} was left by process {process} of this machine, which is no more; it is removed")
-        aside = path.with_name(f"{path.name}.{THIS_PROCESS}")  # another process may judge the same at once
+    if owner == host and not _alive(
+        process, token
+    ):  # of another machine's processes we know nothing
+        _warn(
+            f"{path} was left by process {process} of this machine, which is no more; it is removed"
+        )
+        aside = path.with_name(
+            f"{path.name}.{THIS_PROCESS}"
+        )  # another process may judge the same at once
         with suppress(FileNotFoundError):
             path.rename(aside)
-            if json.loads(aside.read_text()).get("token") != token:  # it is new already: not ours to remove
+            if (
+                json.loads(aside.read_text()).get("token") != token
+            ):  # it is new already: not ours to remove
                 with suppress(FileExistsError):
                     os.link(aside, path)
             aside.unlink()
@@ -996,8 +1169,14 @@ def load_run(
     classes = values.pop("dataset").get("classes", [])
     checkpoint = find_checkpoint(run, step)
     if checkpoint is None:
-        raise FileNotFoundError(f"{run} has no valid checkpoint yet; train longer, or lower save_every")
-    return DiffuSSM.from_pretrained(checkpoint / weights), TrainConfig.from_dict(values), classes
+        raise FileNotFoundError(
+            f"{run} has no valid checkpoint yet; train longer, or lower save_every"
+        )
+    return (
+        DiffuSSM.from_pretrained(checkpoint / weights),
+        TrainConfig.from_dict(values),
+        classes,
+    )
 
 
 def load_dataset(config: TrainConfig) -> Dataset:
@@ -1043,7 +1222,9 @@ def check_data(dataset: Dataset, config: TrainConfig) -> None:
 
 def diffusion_of(config: TrainConfig) -> GaussianDiffusion:
     """The noise schedule of a run: linear (paper, section 4.1); digits have 17 grey levels, others 256."""
-    return GaussianDiffusion.linear(config.timesteps, levels=17 if config.data == "digits" else 256)
+    return GaussianDiffusion.linear(
+        config.timesteps, levels=17 if config.data == "digits" else 256
+    )
 
 
 def micro_batch_of(config: TrainConfig, size: int) -> int:
@@ -1112,8 +1293,12 @@ def train(
 
 def _tell_missed(run: Path, step: int, config: TrainConfig) -> None:
     kept = {_step_of(folder) for folder in (run / "checkpoints").glob("step_*")}
-    if missed := sorted(wanted for wanted in config.keep_steps - kept if wanted <= step):
-        _warn(f"the run is at step {step}, too late to keep what keep names: {', '.join(map(str, missed))}")
+    if missed := sorted(
+        wanted for wanted in config.keep_steps - kept if wanted <= step
+    ):
+        _warn(
+            f"the run is at step {step}, too late to keep what keep names: {', '.join(map(str, missed))}"
+        )
 
 
 def _loop(
@@ -1129,16 +1314,28 @@ def _loop(
     diffusion = diffusion_of(config)
     network = world.wrap(state.model, config)
     clock = Clock(state.step, config)
-    in_file = on_log is not None and not sys.stderr.isatty()  # there, the lines of the log are enough
+    in_file = (
+        on_log is not None and not sys.stderr.isatty()
+    )  # there, the lines of the log are enough
     silent = not progress or in_file
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=silent, dynamic_ncols=True)
-    for batch in training_batches(data, state.model, config, state.step, world.rank, world.size):
+    bar = tqdm(
+        total=config.steps,
+        initial=state.step,
+        unit="step",
+        disable=silent,
+        dynamic_ncols=True,
+    )
+    for batch in training_batches(
+        data, state.model, config, state.step, world.rank, world.size
+    ):
         tally = accumulate_gradients(network, diffusion, batch, config, world)
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         norm = world.whole(nn.utils.get_total_norm(gradients))
         told = _all_reduce(tally, norm, world)
         if told.unsaved:
-            lost = OSError("another process could not write a checkpoint; see its message")
+            lost = OSError(
+                "another process could not write a checkpoint; see its message"
+            )
             raise world.together(world.save_error() or lost)
         if told.broken:
             _skip(run, state, data, config, world, told.grad_norm)
@@ -1156,22 +1353,34 @@ def _loop(
                     log.write(json.dumps(row) + "\n")
                 if on_log is not None:
                     on_log(row)
-            bar.set_postfix(loss="none" if row["loss"] is None else f"{row['loss']:.4f}")
+            bar.set_postfix(
+                loss="none" if row["loss"] is None else f"{row['loss']:.4f}"
+            )
         with clock.paused():
             if told.stopping or _saves_at(state.step, config):
                 world.save(run, snapshot(state, world), config)
-            if config.sample_every and state.step % config.sample_every == 0 and on_samples is not None:
+            if (
+                config.sample_every
+                and state.step % config.sample_every == 0
+                and on_samples is not None
+            ):
                 world.once(partial(on_samples, whole_ema(state, world), state.step))
         if told.stopping and state.step < config.steps:
             world.finish()
             saved = f"asked to stop: saved step {state.step} of {config.steps}"
-            raise world.together(Preempted(f"{saved}; the same command goes on from there"))
+            raise world.together(
+                Preempted(f"{saved}; the same command goes on from there")
+            )
     world.finish()
     bar.close()
 
 
 def accumulate_gradients(
-    network: nn.Module, diffusion: GaussianDiffusion, batch: Batch, config: TrainConfig, world: World
+    network: nn.Module,
+    diffusion: GaussianDiffusion,
+    batch: Batch,
+    config: TrainConfig,
+    world: World,
 ) -> Tensor:
     """Forward and backward pass of a process's share, one micro-batch after another; returns its tally."""
     micro = micro_batch_of(config, world.size)
@@ -1180,7 +1389,9 @@ def accumulate_gradients(
     for part in range(parts):
         x0, t, y, noise = batch.part(part * micro, micro, world.device)
         with world.exchange(network, now=part == parts - 1):
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            with torch.autocast(
+                world.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+            ):
                 losses = diffusion.losses(network, x0, t, y, noise)
             # gradients are averaged over processes, so each scales its sum by their number
             (losses["loss"].sum() * (world.size / config.batch_size)).backward()
@@ -1200,28 +1411,46 @@ class _Told(NamedTuple):
 
 def _all_reduce(tally: Tensor, norm: Tensor, world: World) -> _Told:
     """The one all-reduce of a step beside that of the gradients, so that all processes decide alike."""
-    ours = torch.cat([tally.flatten(), norm.double().reshape(1)]).cpu()  # the only copy off the device
-    reasons = [not ours.isfinite().all(), world.stopping, world.save_error() is not None]
+    ours = torch.cat(
+        [tally.flatten(), norm.double().reshape(1)]
+    ).cpu()  # the only copy off the device
+    reasons = [
+        not ours.isfinite().all(),
+        world.stopping,
+        world.save_error() is not None,
+    ]
     sums = world.sum(torch.cat([ours[:-1], torch.tensor(reasons, dtype=torch.float64)]))
     broken, stopping, unsaved = (bool(reason) for reason in sums[-3:])
     return _Told(sums[:-3].view_as(tally), ours[-1].item(), broken, stopping, unsaved)
 
 
-def _update(state: TrainState, gradients: list[Tensor], grad_norm: float, config: TrainConfig) -> None:
+def _update(
+    state: TrainState, gradients: list[Tensor], grad_norm: float, config: TrainConfig
+) -> None:
     """One step of the optimiser and of the average."""
     if config.clip and grad_norm > config.clip:
         torch._foreach_mul_(gradients, config.clip / grad_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate_factor(state.step, config)
     state.optimizer.step()
-    update_ema(state.ema, state.model, ema_decay_at(state.step, config.ema_decay, config.ema_warmup))
+    update_ema(
+        state.ema,
+        state.model,
+        ema_decay_at(state.step, config.ema_decay, config.ema_warmup),
+    )
 
 
 def _saves_at(step: int, config: TrainConfig) -> bool:
-    return step % config.save_every == 0 or step == config.steps or step in config.keep_steps
+    return (
+        step % config.save_every == 0
+        or step == config.steps
+        or step in config.keep_steps
+    )
 
 
-def _log_row(state: TrainState, clock: "Clock", config: TrainConfig, world: World) -> dict[str, Any]:
+def _log_row(
+    state: TrainState, clock: "Clock", config: TrainConfig, world: World
+) -> dict[str, Any]:
     row: dict[str, Any] = {"step": state.step, "images": state.step * config.batch_size}
     row |= state.meter.read_and_reset() | clock.read(state.step)
     row |= world.vitals(config, row["images_per_second"])
@@ -1261,7 +1490,9 @@ def whole_ema(state: TrainState, world: World) -> DiffuSSM:
         return state.ema
     with torch.device("meta"):
         ema = DiffuSSM(state.model.config)
-    weights = {name: world.whole(tensor) for name, tensor in state.ema.state_dict().items()}
+    weights = {
+        name: world.whole(tensor) for name, tensor in state.ema.state_dict().items()
+    }
     ema.load_state_dict(weights, assign=True)
     return ema.requires_grad_(False).eval()
 
@@ -1269,14 +1500,25 @@ def whole_ema(state: TrainState, world: World) -> DiffuSSM:
 def _rewind_log(path: Path, step: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint: the resumed run writes them again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [
+            line
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         draft = path.with_name(f".{path.name}.tmp")
-        draft.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        draft.write_text(
+            "".join(line for line in lines if json.loads(line)["step"] <= step)
+        )
         draft.replace(path)
 
 
 def _skip(
-    run: Path, state: TrainState, data: Dataset, config: TrainConfig, world: World, grad_norm: float
+    run: Path,
+    state: TrainState,
+    data: Dataset,
+    config: TrainConfig,
+    world: World,
+    grad_norm: float,
 ) -> None:
     """Count a step that is left out; FloatingPointError, alike in all processes, if it is one too many."""
     if not state.skipped:
@@ -1297,11 +1539,18 @@ def _skip(
         )
         raise world.together(error)
     if world.rank == 0:
-        tqdm.write(f"{what}; left out, as {left} more may be. See {first}", file=sys.stderr)
+        tqdm.write(
+            f"{what}; left out, as {left} more may be. See {first}", file=sys.stderr
+        )
 
 
 def _dump(
-    run: Path, state: TrainState, data: Dataset, config: TrainConfig, world: World, grad_norm: float
+    run: Path,
+    state: TrainState,
+    data: Dataset,
+    config: TrainConfig,
+    world: World,
+    grad_norm: float,
 ) -> None:
     """Write what leads to this step, for `replay`: the weights as they are, and the batch."""
     taken = snapshot(state, world)
@@ -1309,12 +1558,22 @@ def _dump(
 
     def write() -> None:
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        (folder / "model" / "config.json").write_text(json.dumps(asdict(taken.model), indent=2) + "\n")
-        _save_tensors(taken.tensors[WEIGHTS["model"]], folder / "model" / "model.safetensors")
+        (folder / "model" / "config.json").write_text(
+            json.dumps(asdict(taken.model), indent=2) + "\n"
+        )
+        _save_tensors(
+            taken.tensors[WEIGHTS["model"]], folder / "model" / "model.safetensors"
+        )
         batch = training_batch(data, state.model, config, state.step)
-        kept = {name: value for name, value in batch._asdict().items() if value is not None}
+        kept = {
+            name: value for name, value in batch._asdict().items() if value is not None
+        }
         _save_tensors(kept, folder / "batch.safetensors")
-        facts = {"step": state.step, "grad_norm": str(grad_norm), "config": asdict(config)}
+        facts = {
+            "step": state.step,
+            "grad_norm": str(grad_norm),
+            "config": asdict(config),
+        }
         (folder / "dump.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     world.finish()
@@ -1327,17 +1586,25 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, 
     Returns {"loss", "mse", "vb", "t"}, (B,) each, in the order of the batch.
     """
     folder = Path(folder)
-    config = TrainConfig.from_dict(json.loads((folder / "dump.json").read_text())["config"])
+    config = TrainConfig.from_dict(
+        json.loads((folder / "dump.json").read_text())["config"]
+    )
     model = DiffuSSM.from_pretrained(folder / "model", device)
     batch = {
         name: value.to(device)
-        for name, value in safetensors.torch.load_file(folder / "batch.safetensors").items()
+        for name, value in safetensors.torch.load_file(
+            folder / "batch.safetensors"
+        ).items()
     }
     rows: dict[str, list[Tensor]] = {"loss": [], "mse": [], "vb": []}
     with torch.no_grad():
         for i in range(len(batch["t"])):
             x0, t, noise = (batch[name][i : i + 1] for name in ("x0", "t", "noise"))
             y = batch["y"][i : i + 1] if "y" in batch else None
-            for name, value in diffusion_of(config).losses(model, x0, t, y, noise).items():
+            for name, value in (
+                diffusion_of(config).losses(model, x0, t, y, noise).items()
+            ):
                 rows[name].append(value)
-    return {name: torch.cat(values) for name, values in rows.items()} | {"t": batch["t"]}
+    return {name: torch.cat(values) for name, values in rows.items()} | {
+        "t": batch["t"]
+    }

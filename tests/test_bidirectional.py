@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from diffussm import bidirectional
-from diffussm.bidirectional import BidirectionalSSM, bidirectional_conv, convolve, kernel_spectra
+from diffussm.bidirectional import (
+    BidirectionalSSM,
+    bidirectional_conv,
+    convolve,
+    kernel_spectra,
+)
 from diffussm.convolution import fft_conv
 
 
@@ -18,11 +23,16 @@ def two_sums(u, k_forward, k_backward):
     i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
     past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)
     future = torch.where(j >= i, k_backward[:, (j - i).clamp(min=0)], 0)
-    return torch.cat([torch.einsum("dij,bjd->bid", matrix, u) for matrix in (past, future)], dim=2)
+    return torch.cat(
+        [torch.einsum("dij,bjd->bid", matrix, u) for matrix in (past, future)], dim=2
+    )
 
 
 def random_inputs(B, D, L, dtype=torch.float64):
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, L, D), (D, L), (D, L))]
+    return [
+        torch.randn(shape, dtype=dtype, requires_grad=True)
+        for shape in ((B, L, D), (D, L), (D, L))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +47,9 @@ def test_equals_the_two_sums_and_their_gradients(length):
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-11)
     probe = torch.randn_like(slow)
     for a, b in zip(
-        torch.autograd.grad(fast, inputs, probe), torch.autograd.grad(slow, inputs, probe), strict=True
+        torch.autograd.grad(fast, inputs, probe),
+        torch.autograd.grad(slow, inputs, probe),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -47,7 +59,9 @@ def test_equals_two_causal_convolutions_with_a_flip():
     x = u.transpose(1, 2)
     flipped = fft_conv(x.flip(-1), k_backward).flip(-1)
     expected = torch.cat([fft_conv(x, k_forward), flipped], dim=1).transpose(1, 2)
-    torch.testing.assert_close(bidirectional_conv(u, k_forward, k_backward), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        bidirectional_conv(u, k_forward, k_backward), expected, rtol=0, atol=1e-12
+    )
 
 
 def test_pieces_of_channels_give_what_one_piece_gives(monkeypatch):
@@ -56,18 +70,27 @@ def test_pieces_of_channels_give_what_one_piece_gives(monkeypatch):
     probe = torch.randn_like(whole)
     expected = [whole, *torch.autograd.grad(whole, inputs, probe)]
     monkeypatch.setattr(bidirectional, "PIECE", 1)
-    assert [(c.start, c.stop) for c in bidirectional._pieces(inputs[0])] == [(0, 16), (16, 32), (32, 48)]
+    assert [(c.start, c.stop) for c in bidirectional._pieces(inputs[0])] == [
+        (0, 16),
+        (16, 32),
+        (32, 48),
+    ]
     parts = bidirectional_conv(*inputs)
-    for a, b in zip([parts, *torch.autograd.grad(parts, inputs, probe)], expected, strict=True):
+    for a, b in zip(
+        [parts, *torch.autograd.grad(parts, inputs, probe)], expected, strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def test_input_in_any_memory_order():
     u, k_forward, k_backward = random_inputs(2, 3, 20)
-    turned = u.detach().transpose(1, 2).contiguous().transpose(1, 2)  # (B, L, D), positions last in memory
+    turned = (
+        u.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    )  # (B, L, D), positions last in memory
     assert not turned.is_contiguous()
     assert torch.equal(
-        bidirectional_conv(turned, k_forward, k_backward), bidirectional_conv(u, k_forward, k_backward)
+        bidirectional_conv(turned, k_forward, k_backward),
+        bidirectional_conv(u, k_forward, k_backward),
     )
 
 
@@ -79,8 +102,12 @@ def test_gradient_agrees_with_finite_differences():
 def test_gradients_of_some_arguments_do_not_need_the_others(needed):
     inputs = random_inputs(2, 2, 8)
     everything = torch.autograd.grad(bidirectional_conv(*inputs).square().sum(), inputs)
-    some = [tensor.detach().requires_grad_(i in needed) for i, tensor in enumerate(inputs)]
-    grads = torch.autograd.grad(bidirectional_conv(*some).square().sum(), [some[i] for i in needed])
+    some = [
+        tensor.detach().requires_grad_(i in needed) for i, tensor in enumerate(inputs)
+    ]
+    grads = torch.autograd.grad(
+        bidirectional_conv(*some).square().sum(), [some[i] for i in needed]
+    )
     for i, gradient in zip(needed, grads, strict=True):
         torch.testing.assert_close(gradient, everything[i])
 
@@ -105,7 +132,9 @@ def test_future_reaches_the_past_and_past_the_future():
             reach = gradient[0].abs().amax(1)
             mask = torch.zeros(L, dtype=torch.bool)
             mask[seen] = True
-            assert reach[mask].min() > 1e-8  # position i itself is among them: lag 0 is in both directions
+            assert (
+                reach[mask].min() > 1e-8
+            )  # position i itself is among them: lag 0 is in both directions
             assert mask.all() or reach[~mask].max() < 1e-12
 
 
@@ -116,7 +145,9 @@ def test_flipping_the_input_and_swapping_the_models_flips_the_output():
     swapped.backward_kernel.load_state_dict(layer.forward_kernel.state_dict())
     swapped.skip.data = layer.skip.data.roll(D)
     u = torch.randn(2, 33, D, dtype=torch.float64)
-    torch.testing.assert_close(swapped(u.flip(1)).flip(1).roll(D, dims=2), layer(u), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        swapped(u.flip(1)).flip(1).roll(D, dims=2), layer(u), rtol=0, atol=1e-12
+    )
 
 
 def test_skip_adds_the_input_times_a_number_per_channel():
@@ -126,7 +157,9 @@ def test_skip_adds_the_input_times_a_number_per_channel():
     skip = layer.skip.detach().clone()
     with torch.no_grad():
         layer.skip.zero_()
-    torch.testing.assert_close(with_skip, layer(u) + skip * torch.cat([u, u], dim=2), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        with_skip, layer(u) + skip * torch.cat([u, u], dim=2), rtol=0, atol=1e-11
+    )
 
 
 def test_known_spectra_give_the_same_output_and_the_convolution_can_be_replaced():
@@ -143,7 +176,9 @@ def test_directions_have_parameters_of_their_own():
     layer = BidirectionalSSM(3, 4)
     names = {name for name, _ in layer.named_parameters()}
     kernels = {"log_dt", "log_A_real", "A_imag", "C"}
-    assert names == {"skip"} | {f"{d}_kernel.{k}" for d in ("forward", "backward") for k in kernels}
+    assert names == {"skip"} | {
+        f"{d}_kernel.{k}" for d in ("forward", "backward") for k in kernels
+    }
     assert not torch.equal(layer.forward_kernel.C, layer.backward_kernel.C)
     assert layer.skip.shape == (6,)
 
@@ -164,7 +199,10 @@ def test_autocast_changes_nothing_inside():
         under.float().sum().backward()
     assert under.dtype == torch.bfloat16
     torch.testing.assert_close(under, layer(u.float()).bfloat16(), rtol=0, atol=0)
-    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert all(
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32
+        for p in layer.parameters()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,11 +230,11 @@ from pathlib import Path
 warnings.simplefilter("ignore")  # those of other libraries, which -X dev would show
 import torch
 from diffusers import DiffusionPipeline
-from diffussm import DiffuSSM, bidirectional, on_chip
+from diffussm import DiffuSSM, bidirectional, gpu_kernels
 from diffussm.pipeline import DiffuSSMPipeline, ancestral_scheduler, self_contained_code
 
 names = ["convolve", "convolve_backward", "on_chip", "on_chip_backward"]
-ours = [getattr(on_chip if "chip" in name else bidirectional, f"_{name}") for name in names]
+ours = [getattr(gpu_kernels if "chip" in name else bidirectional, f"_{name}") for name in names]
 handles = [operator._opoverload for operator in ours]
 
 def same(module, u, spectra):
@@ -223,7 +261,7 @@ for version in (pipe.denoiser, torch.compile(pipe.denoiser, fullgraph=True, back
     torch.testing.assert_close(version(x, t, y), model(x, t, y))
 
 file = Path(sys.argv[1], "copied.py")
-for module, name in (("bidirectional", "convolve"), ("on_chip", "on_chip_convolve")):
+for module, name in (("bidirectional", "convolve"), ("gpu_kernels", "on_chip_convolve")):
     file.write_text(self_contained_code(module, name))
     for number in range(10):
         spec = importlib.util.spec_from_file_location(f"{module}_{number}", file)
@@ -231,7 +269,7 @@ for module, name in (("bidirectional", "convolve"), ("on_chip", "on_chip_convolv
         spec.loader.exec_module(copied)
         same(copied if module == "bidirectional" else bidirectional, u, spectra)
 
-for module in (bidirectional, on_chip):
+for module in (bidirectional, gpu_kernels):
     importlib.reload(module)
     same(bidirectional, u, spectra)
 print("alive")
@@ -242,12 +280,16 @@ def test_copies_of_the_code_leave_the_operators_of_the_others_alone(tmp_path):
     """A saved pipeline with trust_remote_code, ten copies, a reload: no registered operator is replaced."""
     command = [sys.executable, "-X", "dev", "-c", COPIES, tmp_path]
     environment = os.environ | {"HF_HOME": str(tmp_path), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0 and done.stdout == "alive\n", done.stderr
 
 
 def test_state_dict_has_only_real_tensors():
-    assert not any(tensor.is_complex() for tensor in BidirectionalSSM(3, 4).state_dict().values())
+    assert not any(
+        tensor.is_complex() for tensor in BidirectionalSSM(3, 4).state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 8, 3), (2, 0, 4), (1, 2, 8, 4)])
@@ -261,10 +303,16 @@ def test_kernels_of_another_length_and_integers_are_refused():
         with pytest.raises(ValueError, match=r"expected \(D, L\) for both"):
             kernel_spectra(*map(torch.zeros, kernels))
     with pytest.raises(TypeError, match="k_backward has dtype torch.int64"):
-        bidirectional_conv(torch.zeros(1, 8, 2), torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.int64))
+        bidirectional_conv(
+            torch.zeros(1, 8, 2),
+            torch.zeros(2, 8),
+            torch.zeros(2, 8, dtype=torch.int64),
+        )
     spectra = kernel_spectra(torch.zeros(2, 8), torch.zeros(2, 8))
     for shape in (1, 9, 2), (1, 8, 3), (8, 2):
-        with pytest.raises(ValueError, match=r"expected \(B, L, D\) and \(2, D, L \+ 1\)"):
+        with pytest.raises(
+            ValueError, match=r"expected \(B, L, D\) and \(2, D, L \+ 1\)"
+        ):
             convolve(torch.zeros(shape), spectra)
     with pytest.raises(TypeError, match="u has dtype torch.int64"):
         convolve(torch.zeros(1, 8, 2, dtype=torch.int64), spectra)
@@ -278,4 +326,6 @@ def test_half_precision_arguments_are_transformed_in_float32():
     u, *kernels = (tensor.detach().bfloat16() for tensor in random_inputs(2, 3, 30))
     y = bidirectional_conv(u, *kernels)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, bidirectional_conv(u.float(), *(k.float() for k in kernels)).bfloat16())
+    assert torch.equal(
+        y, bidirectional_conv(u.float(), *(k.float() for k in kernels)).bfloat16()
+    )

@@ -23,7 +23,13 @@ from PIL import Image
 
 from diffussm import cli
 from diffussm.data import BadImage, ImageFolder, TensorData, batch_indices, digits
-from diffussm.latents import LatentStore, load_vae, read_manifest, sign_manifest, verify_store
+from diffussm.latents import (
+    LatentStore,
+    load_vae,
+    read_manifest,
+    sign_manifest,
+    verify_store,
+)
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import RECIPES, TrainConfig, World, diffusion_of
 
@@ -48,7 +54,12 @@ def diffussm(command, code=0, **names):
 def shell(*arguments, cwd=None, **environment):
     command = [sys.executable, "-m", "diffussm", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | environment
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env=os.environ | environment,
     )
 
 
@@ -72,9 +83,12 @@ def work(tmp_path_factory):
             pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(work / "images" / name / f"{i}.png")
     diffussm("vae {w}/images {w}/vae --size 16 --steps 2 --batch_size 2", w=work)
-    diffussm("vae {w}/images {w}/other --size 16 --steps 2 --batch_size 2 --seed 1", w=work)
     diffussm(
-        "encode {w}/images {w}/latents --vae {w}/vae --size 16 --shard_size 8 --device cpu --verify", w=work
+        "vae {w}/images {w}/other --size 16 --steps 2 --batch_size 2 --seed 1", w=work
+    )
+    diffussm(
+        "encode {w}/images {w}/latents --vae {w}/vae --size 16 --shard_size 8 --device cpu --verify",
+        w=work,
     )
     (work / "tiny.yaml").write_text(
         "model: {input_size: 4, num_classes: 2, d_model: 16, n_blocks: 1, d_state: 4}\n"
@@ -111,22 +125,43 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
         preset, size, classes = presets[name]
         dropout = 0.1 if classes else 0.0
         assert config.model == DiffuSSMConfig(
-            **PRESETS[preset], input_size=size, num_classes=classes, label_dropout=dropout
+            **PRESETS[preset],
+            input_size=size,
+            num_classes=classes,
+            label_dropout=dropout,
         )
     elif name.endswith("-m1"):
         assert config.model == replace(cli.read_recipe(name[:-3]).model, downsample=1)
     elif name != "openmoji":
-        assert config.model == DiffuSSMConfig(**PRESETS["digits" if name == "digits" else "emoji"])
+        assert config.model == DiffuSSMConfig(
+            **PRESETS["digits" if name == "digits" else "emoji"]
+        )
     if config.model.d_model == 1152:  # the paper's appendix
-        paper = {"batch_size": 256, "lr": 1e-4, "weight_decay": 0.0, "ema_decay": 0.9999, "timesteps": 1000}
+        paper = {
+            "batch_size": 256,
+            "lr": 1e-4,
+            "weight_decay": 0.0,
+            "ema_decay": 0.9999,
+            "timesteps": 1000,
+        }
         assert {key: getattr(config, key) for key in paper} == paper
-        assert config.warmup == config.cooldown == 0 and config.flip and config.precision == "bf16"
+        assert (
+            config.warmup == config.cooldown == 0
+            and config.flip
+            and config.precision == "bf16"
+        )
         assert "paper" in cli.recipe_files()[name].read_text()
 
 
 def test_the_lengths_are_those_of_table_1():
-    images = {name: (r := cli.read_recipe(name)).steps * r.batch_size for name in cli.recipe_files()}
-    assert round(images["imagenet256"] / 1e6) == 550 and round(images["imagenet512"] / 1e6) == 192
+    images = {
+        name: (r := cli.read_recipe(name)).steps * r.batch_size
+        for name in cli.recipe_files()
+    }
+    assert (
+        round(images["imagenet256"] / 1e6) == 550
+        and round(images["imagenet512"] / 1e6) == 192
+    )
 
 
 @pytest.mark.parametrize("name", cli.recipe_files())
@@ -171,34 +206,58 @@ def test_a_wrong_recipe_is_refused_by_name(tmp_path, text, said):
 
 def test_train_leaves_a_log_checkpoints_and_a_picture(work):
     run = work / "digits"
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [4]
-    assert (run / "checkpoints" / "step_00000004" / "ema" / "model.safetensors").is_file()
+    assert [
+        json.loads(line)["step"]
+        for line in (run / "log.jsonl").read_text().splitlines()
+    ] == [4]
+    assert (
+        run / "checkpoints" / "step_00000004" / "ema" / "model.safetensors"
+    ).is_file()
     assert np.asarray(Image.open(run / "samples.png")).shape == (10 * 52, 8 * 52)
 
 
 def test_training_on_latents_draws_decoded_pictures_and_remembers_the_autoencoder(work):
     run = work / "latent-run"
     for picture in (run / "samples.png", run / "samples" / "step_00000004.png"):
-        assert np.asarray(Image.open(picture)).shape == (2 * 52, 8 * 52, 3)  # 16 pixels, three times as large
-    assert json.loads((run / "vae.json").read_text()) == LatentStore(work / "latents").vae
+        assert np.asarray(Image.open(picture)).shape == (
+            2 * 52,
+            8 * 52,
+            3,
+        )  # 16 pixels, three times as large
+    assert (
+        json.loads((run / "vae.json").read_text()) == LatentStore(work / "latents").vae
+    )
     assert list((run / "tensorboard").glob("events.*"))
 
 
 def test_training_says_how_large_how_fast_and_how_long(tmp_path):
     said = diffussm(f"train digits --out {tmp_path}/run --steps 4 --no_grid {SMALL}")
-    for words in ("million parameters", "dynamics", "images/s", " s left", "4 steps done"):
+    for words in (
+        "million parameters",
+        "dynamics",
+        "images/s",
+        " s left",
+        "4 steps done",
+    ):
         assert words in said
 
 
-def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(tmp_path, monkeypatch):
+def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
+    tmp_path, monkeypatch
+):
     class TooLarge(TensorData):
         def __getitem__(self, index):
             image, label = super().__getitem__(index)
-            return (image + 1e30 if index == int(batch_indices(len(self), 8, 1, 0)[0]) else image), label
+            return (
+                image + 1e30
+                if index == int(batch_indices(len(self), 8, 1, 0)[0])
+                else image
+            ), label
 
     seen = []
     board = SimpleNamespace(
-        add_scalar=lambda name, value, step: seen.append(float(value)), close=lambda: None
+        add_scalar=lambda name, value, step: seen.append(float(value)),
+        close=lambda: None,
     )
     monkeypatch.setattr(cli, "_tensorboard", lambda: lambda folder: board)
     monkeypatch.setattr(cli, "open_data", lambda config: TooLarge(*digits("train")))
@@ -212,18 +271,31 @@ def test_the_same_command_resumes(work, tmp_path):
     out = tmp_path / "run"
     diffussm(f"train digits --out {out} --steps 4 --no_grid {SMALL}")
     diffussm(f"train digits --out {out} --steps 8 --no_grid {SMALL}")
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [4, 8]
+    assert [
+        json.loads(line)["step"]
+        for line in (out / "log.jsonl").read_text().splitlines()
+    ] == [4, 8]
 
 
 def test_options_come_from_a_yaml_file_and_are_overruled_by_words(work, tmp_path):
     words = "train {w}/tiny.yaml --data {w}/latents --out {t}/run --batch_size 2 --device cpu --no_grid"
     diffussm(words, w=work, t=tmp_path)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (stored["steps"], stored["model"]["d_model"], stored["batch_size"]) == (4, 16, 2)
+    assert (stored["steps"], stored["model"]["d_model"], stored["batch_size"]) == (
+        4,
+        16,
+        2,
+    )
     (tmp_path / "part.yaml").write_text("steps: 2\nmodel:\n  d_model: 8\n")
-    diffussm(words.replace("run", "run2") + " --config {t}/part.yaml", w=work, t=tmp_path)
+    diffussm(
+        words.replace("run", "run2") + " --config {t}/part.yaml", w=work, t=tmp_path
+    )
     stored = json.loads((tmp_path / "run2" / "config.json").read_text())
-    assert (stored["steps"], stored["model"]["d_model"], stored["model"]["num_classes"]) == (2, 8, 2)
+    assert (
+        stored["steps"],
+        stored["model"]["d_model"],
+        stored["model"]["num_classes"],
+    ) == (2, 8, 2)
 
 
 def test_training_takes_an_image_folder_without_classes(work, tmp_path):
@@ -233,14 +305,21 @@ def test_training_takes_an_image_folder_without_classes(work, tmp_path):
     )
     words = "train {t}/pixels.yaml --data {w}/images --out {t}/run --device cpu"
     diffussm(words, w=work, t=tmp_path)
-    assert np.asarray(Image.open(tmp_path / "run" / "samples.png")).shape == (52, 8 * 52, 3)
+    assert np.asarray(Image.open(tmp_path / "run" / "samples.png")).shape == (
+        52,
+        8 * 52,
+        3,
+    )
 
 
 def test_encode_is_resumed_and_its_store_is_read(work, tmp_path):
     words = "encode {w}/images {t}/store --vae {w}/vae --size 16 --shard_size 8 --device cpu"
     diffussm(words, w=work, t=tmp_path)
     first = tmp_path / "store" / "shard-00000.npy"
-    before, content = first.stat().st_mtime_ns, (tmp_path / "store" / "shard-00001.npy").read_bytes()
+    before, content = (
+        first.stat().st_mtime_ns,
+        (tmp_path / "store" / "shard-00001.npy").read_bytes(),
+    )
     (tmp_path / "store" / "shard-00001.npy").unlink()
     said = diffussm(words + " --verify", w=work, t=tmp_path)
     assert "12 images in 2 classes" in said and "as it was written" in said
@@ -249,9 +328,13 @@ def test_encode_is_resumed_and_its_store_is_read(work, tmp_path):
 
 
 def test_encode_under_torchrun_gives_the_same_bytes(work, tmp_path):
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m diffussm".split()
+    torchrun = (
+        "-m torch.distributed.run --standalone --nproc_per_node 2 -m diffussm".split()
+    )
     words = f"encode {work}/images {tmp_path}/store --vae {work}/vae --size 16 --shard_size 8 --device cpu"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # it decides the last bits
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # it decides the last bits
     command = [sys.executable, *torchrun, *words.split()]
     done = subprocess.run(command, capture_output=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr.decode()
@@ -273,7 +356,9 @@ def test_sample_draws_a_row_per_class(work, tmp_path):
     words = "sample --from {w}/digits --classes 3,7 --per_class 3 --steps 4 --device cpu --grid {t}/"
     for name in ("first.png", "again.png", "other.png --seed 1"):
         diffussm(words + name, w=work, t=tmp_path)
-    first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("first", "again", "other"))
+    first, again, other = (
+        (tmp_path / f"{name}.png").read_bytes() for name in ("first", "again", "other")
+    )
     assert np.asarray(Image.open(tmp_path / "first.png")).shape == (2 * 52, 3 * 52)
     assert first == again != other
     assert "exists" in diffussm(words + "first.png", 1, w=work, t=tmp_path)
@@ -300,8 +385,13 @@ def test_sample_writes_a_set_of_decoded_images(work, tmp_path):
         "decoder_sha256": made_by["decoder_sha256"],
     }
     diffussm(words + "folder", w=work, t=tmp_path)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "folder" / "000003.png")), images[3])
-    assert list(json.loads((tmp_path / "folder" / "labels.json").read_text()).values()) == labels
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "folder" / "000003.png")), images[3]
+    )
+    assert (
+        list(json.loads((tmp_path / "folder" / "labels.json").read_text()).values())
+        == labels
+    )
 
 
 def test_the_vae_command_writes_what_load_vae_reads(work):
@@ -329,27 +419,37 @@ def averages(monkeypatch):
     monkeypatch.setattr(evaluation, "_inception", lambda weights, device: Averages())
 
 
-def test_statistics_and_evaluate_give_scores_that_say_how_they_came_about(work, tmp_path, averages):
+def test_statistics_and_evaluate_give_scores_that_say_how_they_came_about(
+    work, tmp_path, averages
+):
     words = "sample --from {w}/digits --count 12 --steps 2 --batch_size 12 --device cpu --out {t}/"
     diffussm(words + "a.npz", w=work, t=tmp_path)
     diffussm(words + "b.npz --seed 1", w=work, t=tmp_path)
     diffussm("statistics {t}/a.npz {t}/stats.npz --device cpu", t=tmp_path)
-    same = "evaluate {t}/a.npz --reference {t}/stats.npz --out {t}/same.json --device cpu"
+    same = (
+        "evaluate {t}/a.npz --reference {t}/stats.npz --out {t}/same.json --device cpu"
+    )
     assert '"fid"' in diffussm(same, t=tmp_path)
     result = json.loads((tmp_path / "same.json").read_text())
     assert abs(result["fid"]) < 1e-3 and result["precision"] == result["recall"] == 1
     assert result["samples"]["steps"] == 2 and result["samples"]["weights"] == "ema"
     before = (tmp_path / "same.json").read_bytes()
-    assert "exists" in diffussm(same, 1, t=tmp_path) and (tmp_path / "same.json").read_bytes() == before
+    assert (
+        "exists" in diffussm(same, 1, t=tmp_path)
+        and (tmp_path / "same.json").read_bytes() == before
+    )
     assert "exists" in diffussm("statistics {t}/b.npz {t}/stats.npz", 1, t=tmp_path)
     diffussm(
-        "evaluate {t}/a.npz {t}/b.npz --reference {t}/stats.npz --out {t}/both.json --device cpu", t=tmp_path
+        "evaluate {t}/a.npz {t}/b.npz --reference {t}/stats.npz --out {t}/both.json --device cpu",
+        t=tmp_path,
     )
     both = json.loads((tmp_path / "both.json").read_text())
     assert both["fid"]["values"][0] == result["fid"] < both["fid"]["values"][1]
 
 
-def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(work, tmp_path, averages):
+def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(
+    work, tmp_path, averages
+):
     import lmdb
 
     files = sorted((work / "images").rglob("*.png"))
@@ -360,12 +460,15 @@ def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(work, tmp_path, 
         for i, file in enumerate(files):
             put.put(b"%04d" % i, file.read_bytes())
     for name, source in (("tree", work / "images"), ("lmdb", tmp_path / "lmdb")):
-        diffussm("statistics {s} {t}/{n}.npz --size 16 --device cpu", s=source, n=name, t=tmp_path)
+        diffussm(
+            "statistics {s} {t}/{n}.npz --size 16 --device cpu",
+            s=source,
+            n=name,
+            t=tmp_path,
+        )
     tree, lmdb_ = (np.load(tmp_path / f"{name}.npz") for name in ("tree", "lmdb"))
     assert tree["count"] == 12 and np.allclose(tree["mu"], lmdb_["mu"])
-    words = (
-        "evaluate {w}/images --reference {t}/tree.npz --size 16 --exif_rotate --device cpu --out {t}/x.json"
-    )
+    words = "evaluate {w}/images --reference {t}/tree.npz --size 16 --exif_rotate --device cpu --out {t}/x.json"
     diffussm(words, w=work, t=tmp_path)
     result = json.loads((tmp_path / "x.json").read_text())
     assert abs(result["fid"]) < 1e-3 and "exif_rotate" in json.dumps(result)
@@ -383,7 +486,10 @@ def test_the_self_test_passes_and_says_when_it_does_not(monkeypatch):
 
 MISTAKES = [
     ("dream", "no command 'dream'"),
-    ("sample --from {w}/digits --classes eleven --grid {t}/x.png", "'eleven' is no class"),
+    (
+        "sample --from {w}/digits --classes eleven --grid {t}/x.png",
+        "'eleven' is no class",
+    ),
     ("sample --from {w}/digits --classes 10 --grid {t}/x.png", "'10' is no class"),
     ("sample --from {t}/nowhere --grid {t}/x.png", "not a training run"),
     ("sample --from {w}/digits --grid {t}/x.jpg", "ends in .png"),
@@ -398,7 +504,10 @@ MISTAKES = [
     ("sample --from {w}/digits --grid {t}/x.png --device quantum", "quantum"),
     ("sample --from {w}/digits", "either"),
     ("sample --from {w}/latent-run --grid {t}/x.png", "--vae"),
-    ("sample --from {w}/latent-run --out {t}/y --vae {w}/other", "made by the encoder of"),
+    (
+        "sample --from {w}/latent-run --out {t}/y --vae {w}/other",
+        "made by the encoder of",
+    ),
     ("sample --from {w}/latent-run --out {t}/y --vae {t}/nowhere", "nowhere"),
     ("sample --from {w}/digits --out {w}/images --count 3", "no set of samples"),
     ("sample --grid {t}/x.png", "from"),
@@ -429,10 +538,19 @@ MISTAKES = [
     ("train imagenet256 --out {t}/new --data {w}/images", "diffussm encode"),
     ("train imagenet256 --out {t}/new --data {w}/latents", "the model takes"),
     ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --sample_every 2", "--vae"),
-    ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --vae {w}/other", "made by the encoder of"),
-    ("train {w}/tiny.yaml --out {t}/new --data {w}/latents --model.num_classes 3", "classes"),
+    (
+        "train {w}/tiny.yaml --out {t}/new --data {w}/latents --vae {w}/other",
+        "made by the encoder of",
+    ),
+    (
+        "train {w}/tiny.yaml --out {t}/new --data {w}/latents --model.num_classes 3",
+        "classes",
+    ),
     ("encode {w}/images {w}/latents --vae {w}/vae --size 8", "other latents"),
-    ("encode {w}/images {w}/latents --vae {w}/other --size 16 --shard_size 8", "other latents"),
+    (
+        "encode {w}/images {w}/latents --vae {w}/other --size 16 --shard_size 8",
+        "other latents",
+    ),
     ("encode {w}/images {w}/vae --vae {w}/vae --size 16", "holds no latents"),
     ("encode {w}/images {t}/new --vae {w}/vae --size 15", "multiples of 4"),
     ("encode {w}/images {t}/new --vae {w}/vae --size 0", "at least 1"),
@@ -447,13 +565,25 @@ MISTAKES = [
     ("vae {t}/nowhere {t}/new", "nowhere"),
     ("evaluate {w}/images", "--reference"),
     ("evaluate {w}/images --reference {w}/images --out {w}/tiny.yaml", ".json"),
-    ("evaluate {w}/images --reference {w}/images --out {w}/digits/config.json", "exists"),
-    ("evaluate {w}/images --reference {w}/images --out {t}/no/x.json", "does not exist"),
+    (
+        "evaluate {w}/images --reference {w}/images --out {w}/digits/config.json",
+        "exists",
+    ),
+    (
+        "evaluate {w}/images --reference {w}/images --out {t}/no/x.json",
+        "does not exist",
+    ),
     ("statistics {w}/images {t}/x.csv", ".npz"),
     ("statistics {w}/images {t}/no/x.npz", "does not exist"),
     ("evaluate {w}/images --reference {w}/images", "--weights"),
-    ("evaluate {w}/images --reference {w}/images --weights {t}/none --out {t}/x.json", "does not exist"),
-    ("evaluate {w}/images --reference {w}/images --weights {w}/tiny.yaml --out {t}/x.json", "tiny.yaml"),
+    (
+        "evaluate {w}/images --reference {w}/images --weights {t}/none --out {t}/x.json",
+        "does not exist",
+    ),
+    (
+        "evaluate {w}/images --reference {w}/images --weights {w}/tiny.yaml --out {t}/x.json",
+        "tiny.yaml",
+    ),
     ("statistics {w}/images {t}/x.npz", "--weights"),
     ("doctor cats", "no recipe"),
     ("doctor digits --limit 0", "--limit"),
@@ -462,7 +592,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "said"), MISTAKES, ids=range(len(MISTAKES)))
-def test_a_mistake_gets_a_sentence_and_writes_nothing(work, tmp_path, monkeypatch, command, said):
+def test_a_mistake_gets_a_sentence_and_writes_nothing(
+    work, tmp_path, monkeypatch, command, said
+):
     before = listing(work)
     monkeypatch.chdir(tmp_path)
     assert said in diffussm(command, (1, 2), w=work, t=tmp_path)
@@ -510,14 +642,30 @@ def test_a_later_process_says_which_it_is(monkeypatch):
 
 def test_help_lists_the_commands_and_does_not_wait_for_torch():
     said = diffussm("--help")
-    for name in ("vae", "encode", "doctor", "train", "sample", "evaluate", "statistics"):
+    for name in (
+        "vae",
+        "encode",
+        "doctor",
+        "train",
+        "sample",
+        "evaluate",
+        "statistics",
+    ):
         assert name in said
     code = "import sys; from diffussm.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 def test_import_pulls_in_no_heavy_library():
-    heavy = ("diffusers", "sklearn", "matplotlib", "torchvision", "torch_fidelity", "tensorboard", "lmdb")
+    heavy = (
+        "diffusers",
+        "sklearn",
+        "matplotlib",
+        "torchvision",
+        "torch_fidelity",
+        "tensorboard",
+        "lmdb",
+    )
     code = (
         "import sys, torch, diffussm, diffussm.cli; from diffussm import DiffuSSM, sample, train; "
         f"assert not [m for m in {heavy} if m in sys.modules]"
@@ -550,25 +698,41 @@ def plain(tmp_path_factory):
 def grid(run, path, options, code=0):
     """A grid of two images for each class: its bytes, or what was said when it was refused."""
     said = diffussm(
-        f"sample --from {run} --per_class 2 --device cpu --grid {path} --overwrite {options}", code
+        f"sample --from {run} --per_class 2 --device cpu --grid {path} --overwrite {options}",
+        code,
     )
     return path.read_bytes() if code == 0 else said
 
 
 IDLE = [
     ("sample --from {w}/digits --grid {t}/x.png --count 3", "--count"),
-    ("sample --from {w}/digits --grid {t}/x.png --labels random --batch_size=3", "--labels and --batch_size"),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --labels random --batch_size=3",
+        "--labels and --batch_size",
+    ),
     ("sample --from {w}/digits --out {t}/x --per_class 3", "--per_class"),
     ("sample --from {w}/digits --out {t}/x --overwrite", "--overwrite"),
-    ("sample --from {w}/digits --out {t}/x --cfg_scale 1 --guidance_channels 1", "--guidance_channels"),
-    ("sample --from {w}/digits --grid {t}/x.png --guidance_channels 3", "--guidance_channels 3"),
+    (
+        "sample --from {w}/digits --out {t}/x --cfg_scale 1 --guidance_channels 1",
+        "--guidance_channels",
+    ),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --guidance_channels 3",
+        "--guidance_channels 3",
+    ),
     ("sample --from {p}/run --grid {t}/x.png --classes 1", "--classes"),
-    ("sample --from {p}/run --out {t}/x --cfg_scale 2 --labels random", "--labels and --cfg_scale"),
+    (
+        "sample --from {p}/run --out {t}/x --cfg_scale 2 --labels random",
+        "--labels and --cfg_scale",
+    ),
     ("train digits --out {t}/x --exif_rotate true", "--exif_rotate"),
     ("train digits --out {t}/x --workers 2", "--workers"),
     ("train digits --out {t}/x --vae {w}/vae", "--vae"),
     ("train {w}/tiny.yaml --data {w}/latents --out {t}/x --workers 2", "--workers"),
-    ("train {w}/tiny.yaml --data {w}/latents --out {t}/x --vae {w}/vae --no_grid", "--vae"),
+    (
+        "train {w}/tiny.yaml --data {w}/latents --out {t}/x --vae {w}/vae --no_grid",
+        "--vae",
+    ),
     ("train {p}/plain.yaml --data {p}/images --out {t}/x --vae {w}/vae", "--vae"),
     ("doctor digits --vae {w}/vae", "--vae"),
     ("evaluate --self_test --size 8 --exif_rotate", "--size and --exif_rotate"),
@@ -577,18 +741,28 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("command", "names"), IDLE, ids=range(len(IDLE)))
-def test_an_option_that_would_change_nothing_is_refused_by_name(work, plain, tmp_path, command, names):
+def test_an_option_that_would_change_nothing_is_refused_by_name(
+    work, plain, tmp_path, command, names
+):
     said = diffussm(command, 1, w=work, p=plain.folder, t=tmp_path)
     assert names in said.splitlines()[-1] and not list(tmp_path.iterdir())
 
 
-def test_defaults_recipes_and_presets_are_not_taken_for_options_that_were_given(work, tmp_path):
+def test_defaults_recipes_and_presets_are_not_taken_for_options_that_were_given(
+    work, tmp_path
+):
     """paper-fid guides three channels, of which digits have one; the recipe may name workers."""
-    (tmp_path / "recipe.yaml").write_text((work / "tiny.yaml").read_text() + "workers: 2\n")
-    diffussm(
-        "train {t}/recipe.yaml --data {w}/latents --out {t}/run --no_grid --device cpu", w=work, t=tmp_path
+    (tmp_path / "recipe.yaml").write_text(
+        (work / "tiny.yaml").read_text() + "workers: 2\n"
     )
-    grid(work / "digits", tmp_path / "x.png", "--preset paper-fid --steps 2 --classes 1")
+    diffussm(
+        "train {t}/recipe.yaml --data {w}/latents --out {t}/run --no_grid --device cpu",
+        w=work,
+        t=tmp_path,
+    )
+    grid(
+        work / "digits", tmp_path / "x.png", "--preset paper-fid --steps 2 --classes 1"
+    )
 
 
 def test_an_lmdb_has_no_classes_to_leave_out(work, tmp_path):
@@ -602,36 +776,55 @@ def test_an_lmdb_has_no_classes_to_leave_out(work, tmp_path):
             put.put(b"%d" % i, (work / "images" / "cats" / f"{i}.png").read_bytes())
     words = "encode {t}/lmdb {t}/store --vae {w}/vae --size 16 --device cpu"
     assert "--no_classes" in diffussm(words + " --no_classes", 1, w=work, t=tmp_path)
-    assert "3 images in 0 classes" in diffussm(words + " --workers 1", w=work, t=tmp_path)
+    assert "3 images in 0 classes" in diffussm(
+        words + " --workers 1", w=work, t=tmp_path
+    )
 
 
 def test_a_set_of_one_class_holds_that_class_and_says_so(work, tmp_path):
-    words = (
-        f"sample --from {work}/digits --count 5 --steps 2 --device cpu --classes 3 --out {tmp_path}/threes"
-    )
+    words = f"sample --from {work}/digits --count 5 --steps 2 --device cpu --classes 3 --out {tmp_path}/threes"
     diffussm(words)
     labels = json.loads((tmp_path / "threes" / "labels.json").read_text())
     assert labels == {f"{i:06d}.png": 3 for i in range(5)}
-    assert json.loads((tmp_path / "threes" / "samples.json").read_text())["classes"] == [3]
+    assert json.loads((tmp_path / "threes" / "samples.json").read_text())[
+        "classes"
+    ] == [3]
 
 
 def test_a_grid_honours_precision_and_clipping(work, tmp_path):
     drawn = {
-        options: grid(work / "digits", tmp_path / "x.png", f"--steps 3 --classes 1 {options}")
-        for options in ("", "--precision bf16", "--clip_denoised false", "--clip_denoised true")
+        options: grid(
+            work / "digits", tmp_path / "x.png", f"--steps 3 --classes 1 {options}"
+        )
+        for options in (
+            "",
+            "--precision bf16",
+            "--clip_denoised false",
+            "--clip_denoised true",
+        )
     }
     assert drawn[""] == drawn["--clip_denoised true"]  # pixels are clipped
     assert len(set(drawn.values())) == 3
 
 
-def test_nobody_draws_more_images_than_were_learnt_from_unless_they_say_so(work, tmp_path):
+def test_nobody_draws_more_images_than_were_learnt_from_unless_they_say_so(
+    work, tmp_path
+):
     said = diffussm(f"sample --from {work}/digits --device cpu --out {tmp_path}/x", 1)
-    assert "50,000" in said and "1,438" in said and "--count" in said and not list(tmp_path.iterdir())
+    assert (
+        "50,000" in said
+        and "1,438" in said
+        and "--count" in said
+        and not list(tmp_path.iterdir())
+    )
     # 3 batches of 4, 2 steps, with and without the class; more images than the 12 that the run has seen
     said = diffussm(
         f"sample --from {work}/digits --device cpu --out {tmp_path}/x --count 9 --batch_size 4 --steps 2"
     )
-    assert "9 images in 3 batches of 4, 2 steps" in said and f" {12 * 2 * 2} passes" in said
+    assert (
+        "9 images in 3 batches of 4, 2 steps" in said
+        and f" {12 * 2 * 2} passes" in said
+    )
 
 
 def test_samples_come_from_the_step_that_is_asked_for(plain, tmp_path):
@@ -645,16 +838,29 @@ def test_samples_come_from_the_step_that_is_asked_for(plain, tmp_path):
     )
     words = f"sample --from {plain.run} --count 2 --steps 2 --device cpu --out {tmp_path}/set --step 2"
     diffussm(words)
-    assert json.loads((tmp_path / "set" / "samples.json").read_text())["checkpoint"] == "step_00000002"
-    assert "there are 1, 2, 3" in grid(plain.run, tmp_path / "y.png", "--step 7", code=1)
+    assert (
+        json.loads((tmp_path / "set" / "samples.json").read_text())["checkpoint"]
+        == "step_00000002"
+    )
+    assert "there are 1, 2, 3" in grid(
+        plain.run, tmp_path / "y.png", "--step 7", code=1
+    )
 
 
-def test_a_schedule_of_30_timesteps_is_drawn_from_in_training_and_after(plain, tmp_path):
-    assert (plain.run / "samples.png").is_file() and len(list((plain.run / "samples").iterdir())) == 3
-    assert grid(plain.run, tmp_path / "x.png", "") == grid(plain.run, tmp_path / "x.png", "--steps 30")
+def test_a_schedule_of_30_timesteps_is_drawn_from_in_training_and_after(
+    plain, tmp_path
+):
+    assert (plain.run / "samples.png").is_file() and len(
+        list((plain.run / "samples").iterdir())
+    ) == 3
+    assert grid(plain.run, tmp_path / "x.png", "") == grid(
+        plain.run, tmp_path / "x.png", "--steps 30"
+    )
     assert "30 timesteps" in grid(plain.run, tmp_path / "y.png", "--steps 31", code=1)
     # a set is of a protocol, so its steps are not lowered without a word
-    said = diffussm(f"sample --from {plain.run} --count 2 --device cpu --out {tmp_path}/set", 1)
+    said = diffussm(
+        f"sample --from {plain.run} --count 2 --device cpu --out {tmp_path}/set", 1
+    )
     assert "--steps 250" in said and not (tmp_path / "set").exists()
 
 
@@ -671,10 +877,16 @@ def test_another_decoder_of_the_same_encoder_may_decode_and_is_recorded(work, tm
     words = "sample --from {w}/latent-run --count 2 --steps 2 --device cpu --vae {v} --out {t}/"
     diffussm(words + "mine.npz", w=work, v=work / "vae", t=tmp_path)
     diffussm(words + "other.npz", w=work, v=tmp_path / "vae", t=tmp_path)
-    mine, other = (json.loads((tmp_path / f"{name}.json").read_text())["vae"] for name in ("mine", "other"))
+    mine, other = (
+        json.loads((tmp_path / f"{name}.json").read_text())["vae"]
+        for name in ("mine", "other")
+    )
     assert mine["encoder_sha256"] == other["encoder_sha256"]
     assert mine["decoder_sha256"] != other["decoder_sha256"]
-    images = [np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("mine", "other")]
+    images = [
+        np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
+        for name in ("mine", "other")
+    ]
     assert (images[1] - images[0]).mean() > 20
 
 
@@ -682,8 +894,14 @@ def test_encode_names_what_it_skipped(work, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     for i in range(2):
-        (tmp_path / "images" / f"{i}.png").write_bytes((work / "images" / "cats" / f"{i}.png").read_bytes())
-    said = diffussm("encode {t}/images {t}/s --vae {w}/vae --size 16 --device cpu", w=work, t=tmp_path)
+        (tmp_path / "images" / f"{i}.png").write_bytes(
+            (work / "images" / "cats" / f"{i}.png").read_bytes()
+        )
+    said = diffussm(
+        "encode {t}/images {t}/s --vae {w}/vae --size 16 --device cpu",
+        w=work,
+        t=tmp_path,
+    )
     assert "1 skipped" in said and "broken.png" in said
 
 
@@ -698,17 +916,37 @@ def interrupting(*_, **__):
 
 
 INTERRUPTED = [
-    ("diffussm.latents.train_vae", "vae {w}/images {t}/new --size 16", "nothing is kept"),
+    (
+        "diffussm.latents.train_vae",
+        "vae {w}/images {t}/new --size 16",
+        "nothing is kept",
+    ),
     (
         "diffussm.latents.load_vae",
         "encode {w}/images {w}/latents --vae {w}/vae --size 16",
         "2 finished shards",
     ),
-    ("diffussm.cli.draw_grid", "sample --from {w}/digits --grid {t}/x.png --device cpu", "nothing is kept"),
-    ("diffussm.training.train", "train digits --out {w}/digits --steps 4 " + SMALL, "goes on from step 4"),
+    (
+        "diffussm.cli.draw_grid",
+        "sample --from {w}/digits --grid {t}/x.png --device cpu",
+        "nothing is kept",
+    ),
+    (
+        "diffussm.training.train",
+        "train digits --out {w}/digits --steps 4 " + SMALL,
+        "goes on from step 4",
+    ),
     ("diffussm.training.train", "train digits --out {t}/new " + SMALL, "begins again"),
-    ("diffussm.evaluation.evaluate", "evaluate {w}/images --reference {w}/images", "nothing is kept"),
-    ("diffussm.evaluation.save_statistics", "statistics {w}/images {t}/x.npz", "nothing is kept"),
+    (
+        "diffussm.evaluation.evaluate",
+        "evaluate {w}/images --reference {w}/images",
+        "nothing is kept",
+    ),
+    (
+        "diffussm.evaluation.save_statistics",
+        "statistics {w}/images {t}/x.npz",
+        "nothing is kept",
+    ),
     (
         "diffussm.distributed.draw_samples",
         "sample --from {w}/digits --out {t}/new --count 2 --device cpu",
@@ -717,8 +955,12 @@ INTERRUPTED = [
 ]
 
 
-@pytest.mark.parametrize(("where", "command", "said"), INTERRUPTED, ids=range(len(INTERRUPTED)))
-def test_an_interrupted_command_says_what_is_kept(work, tmp_path, monkeypatch, where, command, said):
+@pytest.mark.parametrize(
+    ("where", "command", "said"), INTERRUPTED, ids=range(len(INTERRUPTED))
+)
+def test_an_interrupted_command_says_what_is_kept(
+    work, tmp_path, monkeypatch, where, command, said
+):
     monkeypatch.setattr(where, interrupting)
     assert said in diffussm(command, 130, w=work, t=tmp_path)
 
@@ -728,11 +970,15 @@ def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch
         if line.startswith("step 2 "):
             os.kill(os.getpid(), signal.SIGINT)
 
-    words = f"train digits --out {tmp_path}/run --steps 6 --no_grid {SMALL} --log_every 1"
+    words = (
+        f"train digits --out {tmp_path}/run --steps 6 --no_grid {SMALL} --log_every 1"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(cli, "_say", once_shown)
         said = diffussm(words, 75)
-    step = json.loads((tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json").read_text())["step"]
+    step = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json").read_text()
+    )["step"]
     assert step == 3 and "goes on from there" in said and "step 3 of 6" in said
     assert (tmp_path / "run" / "preempted").read_text().strip() in said
     assert "6 steps done" in diffussm(words)
@@ -741,9 +987,7 @@ def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch
 def test_ctrl_c_keeps_the_batches_of_a_set(work, tmp_path, monkeypatch):
     from diffussm import distributed
 
-    words = (
-        f"sample --from {work}/digits --out {tmp_path}/set --count 6 --batch_size 2 --steps 2 --device cpu"
-    )
+    words = f"sample --from {work}/digits --out {tmp_path}/set --count 6 --batch_size 2 --steps 2 --device cpu"
     drawn, draw = [], distributed.draw_batch
 
     def first_one(*arguments, **options):
@@ -774,7 +1018,10 @@ class Gone(io.StringIO):
 
 
 def test_a_reader_that_leaves_ends_the_output_and_not_the_command(tmp_path):
-    with (tmp_path / "stream").open("w") as file, contextlib.redirect_stdout(Gone(file)):
+    with (
+        (tmp_path / "stream").open("w") as file,
+        contextlib.redirect_stdout(Gone(file)),
+    ):
         assert cli.main(["evaluate", "--self_test"]) == 0
         assert os.readlink(f"/proc/self/fd/{file.fileno()}") == os.devnull
 
@@ -786,7 +1033,9 @@ def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
         "diffussm",
         *f"train digits --out {tmp_path}/run --steps 30 {SMALL}".split(),
     ]
-    job = subprocess.Popen([*command, "--no_grid"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job = subprocess.Popen(
+        [*command, "--no_grid"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     job.stdout.close()
     with job.stderr as stream:
         said = stream.read().decode()
@@ -796,14 +1045,20 @@ def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
     assert "step/s" not in said  # nobody watches a bar
 
 
-ALONE = re.compile(r"(?:[\r\n]|\x1b\[A)(a line)\n")  # tqdm has gone to the beginning of a line
+ALONE = re.compile(
+    r"(?:[\r\n]|\x1b\[A)(a line)\n"
+)  # tqdm has gone to the beginning of a line
 
 
 def test_a_line_of_output_does_not_stick_to_the_bar():
     from tqdm import tqdm
 
     stream = io.StringIO()
-    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), tqdm(total=3) as bar:
+    with (
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+        tqdm(total=3) as bar,
+    ):
         bar.update()
         cli._say("a line")
     assert ALONE.search(stream.getvalue())[1] == "a line"
@@ -829,16 +1084,18 @@ def test_a_run_goes_on_with_other_pictures_only_when_told(plain, tmp_path):
     shutil.copytree(plain.run, tmp_path / "run")
     shutil.copytree(plain.folder / "images", tmp_path / "images")
     (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "7.png")
-    words = (
-        "train {f}/plain.yaml --data {t}/images --out {t}/run --device cpu --steps 4 --no_grid --keep_last 1"
-    )
+    words = "train {f}/plain.yaml --data {t}/images --out {t}/run --device cpu --steps 4 --no_grid --keep_last 1"
     assert "--other_data" in diffussm(words, 1, f=plain.folder, t=tmp_path)
-    assert "4 steps done" in diffussm(words + " --other_data", f=plain.folder, t=tmp_path)
+    assert "4 steps done" in diffussm(
+        words + " --other_data", f=plain.folder, t=tmp_path
+    )
 
 
 def test_the_weights_are_where_the_last_line_says(plain):
     assert f"{plain.run}/checkpoints/step_00000003/ema" in plain.said
-    assert (plain.run / "checkpoints" / "step_00000003" / "ema" / "model.safetensors").is_file()
+    assert (
+        plain.run / "checkpoints" / "step_00000003" / "ema" / "model.safetensors"
+    ).is_file()
 
 
 def test_kept_checkpoints_are_named_without_brackets(plain):
@@ -850,8 +1107,16 @@ def test_kept_checkpoints_are_named_without_brackets(plain):
 
 def asked(**options):
     """What the parser of `doctor` would have made of a command line."""
-    defaults = {"device": "cpu", "processes": 1, "limit": 60.0, "quick": False, "out": Path(".")}
-    return SimpleNamespace(**{"vae": None, "weights": None, "reference": None} | defaults | options)
+    defaults = {
+        "device": "cpu",
+        "processes": 1,
+        "limit": 60.0,
+        "quick": False,
+        "out": Path("."),
+    }
+    return SimpleNamespace(
+        **{"vae": None, "weights": None, "reference": None} | defaults | options
+    )
 
 
 def test_doctor_passes_what_is_fine_and_skips_what_was_not_asked(work):
@@ -864,7 +1129,10 @@ def test_doctor_passes_what_is_fine_and_skips_what_was_not_asked(work):
         assert f"pass  {what}" in lines, said
     for what in ("GPU", "bf16", "Inception", "reference"):
         assert f"skip  {what}" in lines, said
-    assert "16 x 16 pixels" in lines["pass  autoencoder"] and "checksum" in lines["pass  data"]
+    assert (
+        "16 x 16 pixels" in lines["pass  autoencoder"]
+        and "checksum" in lines["pass  data"]
+    )
     assert not (work / "new").exists()
 
 
@@ -876,13 +1144,28 @@ def test_doctor_fails_with_everything_that_is_wrong_at_once(work, tmp_path):
         w=work,
         t=tmp_path,
     )
-    for what in ("memory", "processes", "data", "autoencoder", "Inception", "reference"):
+    for what in (
+        "memory",
+        "processes",
+        "data",
+        "autoencoder",
+        "Inception",
+        "reference",
+    ):
         assert f"FAIL  {what}" in said, said
-    assert "--micro_batch" in said and "made by the encoder of" in said and not list(tmp_path.iterdir())
+    assert (
+        "--micro_batch" in said
+        and "made by the encoder of" in said
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
-    diffussm("encode {w}/images {t}/s --vae {w}/vae --size 16 --device cpu", w=work, t=tmp_path)
+    diffussm(
+        "encode {w}/images {t}/s --vae {w}/vae --size 16 --device cpu",
+        w=work,
+        t=tmp_path,
+    )
     shard = tmp_path / "s" / "shard-00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -901,12 +1184,16 @@ def test_a_hang_between_processes_is_cut_off_and_ends_them(tmp_path):
     with pytest.raises(OSError, match="GLOO_SOCKET_IFNAME"):
         cli.probe_all_reduce("cpu", 2, limit=2.0, program=program)
     assert time.monotonic() - begun < 30
-    assert not [pid for pid in mark.read_text().split() if Path(f"/proc/{pid}").exists()]
+    assert not [
+        pid for pid in mark.read_text().split() if Path(f"/proc/{pid}").exists()
+    ]
 
 
 def test_a_process_that_fails_is_reported_with_its_last_words():
     with pytest.raises(OSError, match="no cable.*NCCL_DEBUG"):
-        cli.probe_all_reduce("cuda", 1, limit=60, program="raise SystemExit('no cable')")
+        cli.probe_all_reduce(
+            "cuda", 1, limit=60, program="raise SystemExit('no cable')"
+        )
 
 
 def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
@@ -924,20 +1211,35 @@ def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
 def test_the_memory_estimate_is_what_autograd_really_keeps():
     """The fake run of one block against a real one: a whole model, batch of 1 and of 3, float32."""
     model = DiffuSSM(
-        DiffuSSMConfig(input_size=8, in_channels=1, num_classes=2, d_model=32, n_blocks=3, d_state=8)
+        DiffuSSMConfig(
+            input_size=8,
+            in_channels=1,
+            num_classes=2,
+            d_model=32,
+            n_blocks=3,
+            d_state=8,
+        )
     )
 
     def kept(images):
         storages = {}
 
         def note(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storages[tensor.untyped_storage().data_ptr()] = (
+                tensor.untyped_storage().nbytes()
+            )
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            out = model(torch.randn(images, 1, 8, 8), torch.zeros(images).long(), torch.zeros(images).long())
+            out = model(
+                torch.randn(images, 1, 8, 8),
+                torch.zeros(images).long(),
+                torch.zeros(images).long(),
+            )
         del out
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        own = {
+            parameter.untyped_storage().data_ptr() for parameter in model.parameters()
+        }
         return sum(count for key, count in storages.items() if key not in own)
 
     _, each = cli.saved_bytes(model.config, "float32")
@@ -952,7 +1254,9 @@ def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
         assert cli.memory_needed(replace(config, **option), 8)["total"] < total
     states = cli.memory_needed(config, 8)["weights, gradients, average, moments"]
     with torch.device("meta"):
-        assert states == 20 * sum(p.numel() for p in DiffuSSM(config.model).parameters())
+        assert states == 20 * sum(
+            p.numel() for p in DiffuSSM(config.model).parameters()
+        )
 
 
 def as_process(monkeypatch, rank, gpus):
@@ -983,7 +1287,11 @@ def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", card)
     monkeypatch.setattr(cli, "_decoder", decoder)
-    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents"), batch_size=8)
+    config = replace(
+        cli.read_recipe(str(work / "tiny.yaml")),
+        data=str(work / "latents"),
+        batch_size=8,
+    )
     questions = dict(cli.doctor_questions(config, asked(device=None, vae="x")))
     for what in ("GPU", "memory", "autoencoder"):
         cli.examine(what, questions[what])
@@ -992,7 +1300,9 @@ def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
 
 def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypatch):
     as_process(monkeypatch, rank=2, gpus=2)
-    questions = dict(cli.doctor_questions(cli.read_recipe("imagenet256"), asked(device=None)))
+    questions = dict(
+        cli.doctor_questions(cli.read_recipe("imagenet256"), asked(device=None))
+    )
     finding = cli.examine("GPU", questions["GPU"])
     assert finding.verdict == "FAIL" and "there are 2" in finding.told
 
@@ -1005,10 +1315,18 @@ def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
     monkeypatch.setattr(evaluation, "check_weights", read.append)
     monkeypatch.setattr(cli, "published", read.append)
     monkeypatch.setattr(
-        cli.shutil, "disk_usage", lambda path: read.append(path) or SimpleNamespace(free=1e15)
+        cli.shutil,
+        "disk_usage",
+        lambda path: read.append(path) or SimpleNamespace(free=1e15),
     )
-    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents"))
-    paths = {"weights": work / "tiny.yaml", "reference": work / "tiny.yaml", "vae": str(work / "vae")}
+    config = replace(
+        cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents")
+    )
+    paths = {
+        "weights": work / "tiny.yaml",
+        "reference": work / "tiny.yaml",
+        "vae": str(work / "vae"),
+    }
     for rank, verdict in ((1, "skip"), (0, "pass")):
         read.clear()
         monkeypatch.setenv("RANK", str(rank))
@@ -1017,7 +1335,9 @@ def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
             assert cli.examine(what, questions[what]).verdict == verdict
         cli.examine("autoencoder", questions["autoencoder"])
         assert len(read) == (5 if rank == 0 else 0)
-    assert "--processes" in diffussm_under_torchrun(monkeypatch, "doctor digits --processes 2")
+    assert "--processes" in diffussm_under_torchrun(
+        monkeypatch, "doctor digits --processes 2"
+    )
 
 
 def diffussm_under_torchrun(monkeypatch, command):
@@ -1026,9 +1346,14 @@ def diffussm_under_torchrun(monkeypatch, command):
 
 
 def test_the_disk_must_hold_the_checkpoints_that_are_kept():
-    config = replace(cli.read_recipe("digits"), steps=800, keep_every=200, keep_last=2, keep=())
+    config = replace(
+        cli.read_recipe("digits"), steps=800, keep_every=200, keep_last=2, keep=()
+    )
     assert cli.checkpoints_kept(config) == 4 + 2 + 1
-    assert cli.checkpoints_kept(replace(config, keep=("30", "400", "900"))) == 4 + 2 + 1 + 1
+    assert (
+        cli.checkpoints_kept(replace(config, keep=("30", "400", "900")))
+        == 4 + 2 + 1 + 1
+    )
 
 
 def test_doctor_passes_over_the_memory_where_the_system_does_not_tell(monkeypatch):
@@ -1047,17 +1372,25 @@ def test_doctor_passes_over_the_memory_where_the_system_does_not_tell(monkeypatc
 def test_doctor_takes_the_options_of_the_recipe(plain):
     words = f"doctor digits --data {plain.folder}/images --device cpu --processes 1 --quick "
     assert "FAIL  data" in diffussm(words, 1)
-    said = diffussm(words + "--model.in_channels 3 --model.num_classes 0 --batch_size 4")
+    said = diffussm(
+        words + "--model.in_channels 3 --model.num_classes 0 --batch_size 4"
+    )
     assert "pass  data: 6 images" in said
 
 
-def test_a_file_with_the_name_of_a_published_one_must_be_that_one(tmp_path, monkeypatch):
+def test_a_file_with_the_name_of_a_published_one_must_be_that_one(
+    tmp_path, monkeypatch
+):
     file = tmp_path / "VIRTUAL_imagenet256_labeled.npz"
     file.write_bytes(b"abc")
     with pytest.raises(ValueError, match="is not the published"):
         cli.published(file)
     known = cli.Download(
-        file.name, "", "", 3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        file.name,
+        "",
+        "",
+        3,
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
     )
     monkeypatch.setattr(cli, "DOWNLOADS", (known,))
     assert cli.published(file) == known
@@ -1087,7 +1420,9 @@ def test_without_signals_and_locks_of_unix_the_commands_work(tmp_path):
         "from diffussm.cli import main\n"
         f"sys.exit(max(main(words.split()) for words in {commands!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "x.png").is_file() and "Traceback" not in done.stderr
 
@@ -1103,7 +1438,10 @@ def nonsense(rng):
     if depth < 0.08:
         return [nonsense(rng) for _ in range(rng.randrange(3))]
     if depth < 0.16:
-        return {rng.choice(["a", "model", 3, "steps"]): nonsense(rng) for _ in range(rng.randrange(3))}
+        return {
+            rng.choice(["a", "model", 3, "steps"]): nonsense(rng)
+            for _ in range(rng.randrange(3))
+        }
     plain = [
         None,
         True,
@@ -1145,14 +1483,20 @@ def test_500_fuzzed_configs_are_read_or_refused(tmp_path):
         text = yaml.safe_dump(values, allow_unicode=True).encode()
         if turn % 3 == 0:  # and a slip of the keyboard
             where = rng.randrange(len(text))
-            text = text[:where] + bytes([rng.randrange(256)]) + text[where + rng.randrange(3) :]
+            text = (
+                text[:where]
+                + bytes([rng.randrange(256)])
+                + text[where + rng.randrange(3) :]
+            )
         file.write_bytes(text)
         try:
             config = cli.read_recipe(str(file))
         except REFUSED as error:
             assert len(str(error)) < 2000
         else:
-            assert TrainConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+            assert (
+                TrainConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+            )
             diffusion_of(replace(config, timesteps=min(config.timesteps, 1000)))
             read += 1
         assert file.read_bytes() == text and [file] == list(tmp_path.iterdir())
@@ -1170,13 +1514,19 @@ def test_250_fuzzed_manifests_are_read_or_refused(work, tmp_path):
     config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(store))
     for turn in range(250):
         values = json.loads(json.dumps(good))
-        place = rng.choice([values, values, values["vae"], values["shards"][0], values["data"]])
+        place = rng.choice(
+            [values, values, values["vae"], values["shards"][0], values["data"]]
+        )
         place[rng.choice(list(place))] = nonsense(rng)
         values = json.loads(json.dumps(values))  # keys become strings
         text = json.dumps(sign_manifest(values) if turn % 2 else values).encode()
         if turn % 5 == 0:
             where = rng.randrange(len(text))
-            text = text[:where] + bytes([rng.randrange(256)]) * rng.randrange(2) + text[where + 1 :]
+            text = (
+                text[:where]
+                + bytes([rng.randrange(256)]) * rng.randrange(2)
+                + text[where + 1 :]
+            )
         (store / "manifest.json").write_bytes(text)
         with contextlib.suppress(*REFUSED):
             found = cli.open_data(config)
@@ -1220,22 +1570,39 @@ def test_250_fuzzed_images_are_read_or_refused(tmp_path):
         except BadImage:
             refused += 1
         else:
-            assert image.shape == (3, 8, 8) and bool(image.isfinite().all()) and label == 0
+            assert (
+                image.shape == (3, 8, 8) and bool(image.isfinite().all()) and label == 0
+            )
         assert listing(folder) == before
         file.unlink()
     assert 25 < refused < 250
 
 
-def test_100_fuzzed_command_lines_are_refused_without_a_file(work, tmp_path, monkeypatch):
+def test_100_fuzzed_command_lines_are_refused_without_a_file(
+    work, tmp_path, monkeypatch
+):
     rng = random.Random(3)
     monkeypatch.chdir(tmp_path)
     before = listing(work)
-    options = (
-        "--out --from --grid --vae --size --steps --count --device --weights --limit --lr --config".split()
-    )
-    values = ["", "-1", "0", "x", "nan", "../nowhere", "1e999", "[]", "{", "null", "--", "\u2028"]
+    options = "--out --from --grid --vae --size --steps --count --device --weights --limit --lr --config".split()
+    values = [
+        "",
+        "-1",
+        "0",
+        "x",
+        "nan",
+        "../nowhere",
+        "1e999",
+        "[]",
+        "{",
+        "null",
+        "--",
+        "\u2028",
+    ]
     for _ in range(100):
-        name = rng.choice(["vae", "encode", "doctor", "train", "sample", "statistics", "dream"])
+        name = rng.choice(
+            ["vae", "encode", "doctor", "train", "sample", "statistics", "dream"]
+        )
         words = [name, *rng.choices(values, k=rng.randrange(3))]
         for _ in range(rng.randrange(4)):
             words += [rng.choice(options), rng.choice(values)]
@@ -1261,9 +1628,17 @@ def test_a_whole_configuration_may_say_what_does_not_matter_here(tmp_path):
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1)
     (tmp_path / "all.yaml").write_text("workers: 2\nsteps: 3\n")
-    for words in (["--config", str(tmp_path / "all.yaml")], [f"--config={tmp_path / 'all.yaml'}"]):
+    for words in (
+        ["--config", str(tmp_path / "all.yaml")],
+        [f"--config={tmp_path / 'all.yaml'}"],
+    ):
         options, typed = cli._parse(parser, [*words, "--steps", "5"])
-        assert (options.workers, options.steps, "workers" in typed, "steps" in typed) == (2, 5, False, True)
+        assert (
+            options.workers,
+            options.steps,
+            "workers" in typed,
+            "steps" in typed,
+        ) == (2, 5, False, True)
     assert "workers" in cli._parse(parser, ["--workers", "2"])[1]
 
 
@@ -1278,7 +1653,8 @@ def test_latents_are_not_clamped_to_the_range_of_pixels(work, tmp_path):
 def test_a_result_never_takes_the_place_of_the_record_of_a_set(work, tmp_path):
     (tmp_path / "set.npz").write_bytes(b"")
     said = diffussm(
-        f"evaluate {tmp_path}/set.npz --reference {tmp_path}/set.npz --out {tmp_path}/set.json", code=1
+        f"evaluate {tmp_path}/set.npz --reference {tmp_path}/set.npz --out {tmp_path}/set.json",
+        code=1,
     )
     assert "set.scores.json" in said
 

@@ -11,7 +11,9 @@ from diffussm.convolution import S4DKernel, fft_conv, vandermonde, vandermonde_t
 from diffussm.state_space import discretize_bilinear, discretize_zoh, scan
 
 LENGTHS = [1, 2, 3, 5, 16, 31, 64, 100, 257]
-CHOICES = [(init, rule) for init in ("lin", "inv", "legs") for rule in ("zoh", "bilinear")]
+CHOICES = [
+    (init, rule) for init in ("lin", "inv", "legs") for rule in ("zoh", "bilinear")
+]
 
 
 def random_system(d_model=3, half_state=4):
@@ -22,7 +24,11 @@ def random_system(d_model=3, half_state=4):
 
 def loop_kernel(log_dA, weights, length):
     """Powers by repeated multiplication, in numpy."""
-    dA, power, rows = np.exp(log_dA.detach().numpy()), weights.detach().numpy().copy(), []
+    dA, power, rows = (
+        np.exp(log_dA.detach().numpy()),
+        weights.detach().numpy().copy(),
+        [],
+    )
     for _ in range(length):
         rows.append(2 * power.real.sum(1))
         power = power * dA
@@ -31,7 +37,9 @@ def loop_kernel(log_dA, weights, length):
 
 def by_recurrence(kernel, u):
     A = torch.complex(-torch.exp(kernel.log_A_real), kernel.A_imag)
-    rule = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}[kernel.discretization]
+    rule = {"zoh": discretize_zoh, "bilinear": discretize_bilinear}[
+        kernel.discretization
+    ]
     dA, dB = rule(A, 1.0, torch.exp(kernel.log_dt)[:, None])
     return scan(dA, dB, torch.view_as_complex(kernel.C), u)
 
@@ -44,7 +52,8 @@ def test_convolution_equals_recurrence(init, rule):
     torch.testing.assert_close(convolution, recurrence, rtol=0, atol=1e-10)
     probe = torch.randn_like(u)
     gradients = [
-        torch.autograd.grad((y * probe).sum(), list(kernel.parameters())) for y in (convolution, recurrence)
+        torch.autograd.grad((y * probe).sum(), list(kernel.parameters()))
+        for y in (convolution, recurrence)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
 
@@ -54,7 +63,10 @@ def test_convolution_equals_recurrence(init, rule):
 def test_kernels_equal_powers_by_repeated_multiplication(function, length):
     log_dA, weights = random_system()
     torch.testing.assert_close(
-        function(log_dA, weights, length), loop_kernel(log_dA, weights, length), rtol=1e-11, atol=1e-11
+        function(log_dA, weights, length),
+        loop_kernel(log_dA, weights, length),
+        rtol=1e-11,
+        atol=1e-11,
     )
 
 
@@ -63,7 +75,9 @@ def test_gradients_of_the_two_levels_are_those_of_the_direct_kernel(length):
     log_dA, weights = (t.requires_grad_() for t in random_system())
     probe = torch.randn(3, length, dtype=torch.float64)
     direct, two_level = (
-        torch.autograd.grad((f(log_dA, weights, length) * probe).sum(), (log_dA, weights))
+        torch.autograd.grad(
+            (f(log_dA, weights, length) * probe).sum(), (log_dA, weights)
+        )
         for f in (vandermonde, vandermonde_two_level)
     )
     torch.testing.assert_close(two_level, direct, rtol=1e-9, atol=1e-9)
@@ -71,19 +85,28 @@ def test_gradients_of_the_two_levels_are_those_of_the_direct_kernel(length):
 
 def test_two_level_gradients_match_finite_differences():
     system = [t.requires_grad_() for t in random_system(2, 2)]
-    assert torch.autograd.gradcheck(lambda z, w: vandermonde_two_level(z, w, 11), system)
+    assert torch.autograd.gradcheck(
+        lambda z, w: vandermonde_two_level(z, w, 11), system
+    )
 
 
 def test_zero_weights_have_finite_gradients():
     log_dA, weights = random_system()
     weights = torch.zeros_like(weights).requires_grad_()
-    (gradient,) = torch.autograd.grad(vandermonde_two_level(log_dA, weights, 50).sum(), weights)
-    assert torch.isfinite(torch.view_as_real(gradient)).all() and gradient.abs().max() > 0
+    (gradient,) = torch.autograd.grad(
+        vandermonde_two_level(log_dA, weights, 50).sum(), weights
+    )
+    assert (
+        torch.isfinite(torch.view_as_real(gradient)).all() and gradient.abs().max() > 0
+    )
 
 
 def test_fft_convolution_equals_the_direct_sum():
     for length in (1, 2, 7, 64, 101):
-        u, k = torch.randn(2, 3, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
+        u, k = (
+            torch.randn(2, 3, length, dtype=torch.float64),
+            torch.randn(3, length, dtype=torch.float64),
+        )
         expected = torch.zeros_like(u)
         for i in range(length):
             for lag in range(i + 1):
@@ -92,7 +115,10 @@ def test_fft_convolution_equals_the_direct_sum():
 
 
 def test_nothing_wraps_around():
-    u, k = torch.zeros(1, 32, dtype=torch.float64), torch.ones(1, 32, dtype=torch.float64)
+    u, k = (
+        torch.zeros(1, 32, dtype=torch.float64),
+        torch.ones(1, 32, dtype=torch.float64),
+    )
     u[0, -1] = 1
     y = fft_conv(u, k)
     assert y[0, :-1].abs().max() < 1e-14 and float(y[0, -1]) == pytest.approx(1)
@@ -120,7 +146,9 @@ def test_bilinear_logarithm_keeps_its_digits_in_float32():
         wide.log_dt.fill_(math.log(0.1))
         wide.log_A_real.copy_(torch.tensor([[0.5, 40.0, 40.0]]).double().log())
         wide.A_imag.copy_(torch.tensor([[3.0, 1.0, 0.0]]))
-    torch.testing.assert_close(torch.exp(wide.discrete()[0][0]), dA, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.exp(wide.discrete()[0][0]), dA, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_state_that_the_bilinear_rule_forgets_at_once_gives_no_nan():
@@ -131,7 +159,9 @@ def test_a_state_that_the_bilinear_rule_forgets_at_once_gives_no_nan():
         kernel.A_imag.zero_()
     k = kernel(8)
     k.sum().backward()
-    assert torch.isfinite(k).all() and all(torch.isfinite(p.grad).all() for p in kernel.parameters())
+    assert torch.isfinite(k).all() and all(
+        torch.isfinite(p.grad).all() for p in kernel.parameters()
+    )
     assert k[0, 1:].abs().max() < 1e-3 * k[0, 0].abs()
 
 
@@ -154,14 +184,18 @@ def test_autocast_changes_neither_kernel_nor_gradients():
     torch.testing.assert_close(cast, plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
 def test_output_has_the_dtype_of_the_input_and_float32_inside(dtype):
     u = torch.randn(2, 3, 300).to(dtype)
     k = torch.randn(3, 300)
     y = fft_conv(u, k)
     assert y.dtype == dtype
     exact = fft_conv(u.double(), k.double())
-    torch.testing.assert_close(y, exact.to(dtype), rtol=torch.finfo(dtype).eps * 2, atol=5e-5)
+    torch.testing.assert_close(
+        y, exact.to(dtype), rtol=torch.finfo(dtype).eps * 2, atol=5e-5
+    )
 
 
 def test_half_precision_module_still_computes_in_float32():
@@ -183,7 +217,9 @@ CONVERSIONS = {
     "bfloat16": lambda kernel: kernel.bfloat16(),
     "to dtype": lambda kernel: kernel.to(torch.bfloat16),
     "to device and dtype": lambda kernel: kernel.to("cpu", torch.float16),
-    "within a model": lambda kernel: torch.nn.Sequential(torch.nn.ModuleList([kernel])).half()[0][0],
+    "within a model": lambda kernel: torch.nn.Sequential(
+        torch.nn.ModuleList([kernel])
+    ).half()[0][0],
     "parameters exchanged": swapped,
     "to float8 and back": lambda kernel: kernel.to(torch.float8_e4m3fn).float(),
 }
@@ -195,19 +231,31 @@ def test_half_precision_leaves_the_parameters_in_float32(conversion):
     kernel(10).sum().backward()
     before = {name: p.detach().clone() for name, p in kernel.named_parameters()}
     converted = conversion(kernel)
-    assert converted is kernel and all(isinstance(p, torch.nn.Parameter) for p in kernel.parameters())
+    assert converted is kernel and all(
+        isinstance(p, torch.nn.Parameter) for p in kernel.parameters()
+    )
     for name, parameter in kernel.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name]), name
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter, before[name]
+        ), name
         assert parameter.grad is None or parameter.grad.dtype == torch.float32
 
 
 def test_conversions_that_lose_nothing_are_done():
     kernel = S4DKernel(4, 8)
     assert {p.dtype for p in kernel.double().parameters()} == {torch.float64}
-    assert {p.dtype for p in copy.deepcopy(kernel).float().parameters()} == {torch.float32}
-    assert {p.dtype for p in copy.deepcopy(kernel).half().parameters()} == {torch.float32}
-    assert {p.device.type for p in kernel.to("meta", torch.bfloat16).parameters()} == {"meta"}
-    assert {p.dtype for p in kernel.to_empty(device="cpu").parameters()} == {torch.float32}
+    assert {p.dtype for p in copy.deepcopy(kernel).float().parameters()} == {
+        torch.float32
+    }
+    assert {p.dtype for p in copy.deepcopy(kernel).half().parameters()} == {
+        torch.float32
+    }
+    assert {p.device.type for p in kernel.to("meta", torch.bfloat16).parameters()} == {
+        "meta"
+    }
+    assert {p.dtype for p in kernel.to_empty(device="cpu").parameters()} == {
+        torch.float32
+    }
 
 
 def test_a_kernel_made_where_half_precision_is_the_default_is_kept_in_float32():
@@ -220,7 +268,10 @@ def test_a_kernel_made_where_half_precision_is_the_default_is_kept_in_float32():
 
 
 def test_an_empty_batch_gives_an_empty_result():
-    u, k = torch.zeros(0, 3, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
+    u, k = (
+        torch.zeros(0, 3, 8, requires_grad=True),
+        torch.ones(3, 8, requires_grad=True),
+    )
     y = fft_conv(u, k)
     y.sum().backward()
     assert y.shape == u.grad.shape == (0, 3, 8) and y.dtype == torch.float32
@@ -231,7 +282,12 @@ def test_an_empty_batch_gives_an_empty_result():
 def test_state_dict_holds_four_real_tensors_of_the_stated_shapes():
     kernel = S4DKernel(6, 8)
     shapes = {name: tuple(tensor.shape) for name, tensor in kernel.state_dict().items()}
-    assert shapes == {"log_dt": (6,), "log_A_real": (6, 4), "A_imag": (6, 4), "C": (6, 4, 2)}
+    assert shapes == {
+        "log_dt": (6,),
+        "log_A_real": (6, 4),
+        "A_imag": (6, 4),
+        "C": (6, 4, 2),
+    }
     assert all(tensor.dtype == torch.float32 for tensor in kernel.state_dict().values())
     other = S4DKernel(6, 8)
     other.load_state_dict(kernel.state_dict())
@@ -245,7 +301,9 @@ def test_steps_start_log_uniform_and_every_channel_is_stable_whatever_is_learned
     assert exponent.min() >= 0 and exponent.max() <= 1
     for q in (0.25, 0.5, 0.75):
         assert exponent.quantile(q) == pytest.approx(q, abs=0.03)
-    assert float(kernel.C.detach().var()) == pytest.approx(0.5, abs=0.03)  # complex variance 1
+    assert float(kernel.C.detach().var()) == pytest.approx(
+        0.5, abs=0.03
+    )  # complex variance 1
     with torch.no_grad():
         kernel.log_A_real.normal_(std=5)
     assert (kernel.discrete()[0].real < 0).all()
@@ -255,7 +313,9 @@ def test_every_parameter_is_reached():
     kernel = S4DKernel(3, 8)
     kernel(100).square().sum().backward()
     for name, parameter in kernel.named_parameters():
-        assert (parameter.grad != 0).flatten(1 if parameter.ndim > 1 else 0).any(-1).all(), name
+        assert (
+            (parameter.grad != 0).flatten(1 if parameter.ndim > 1 else 0).any(-1).all()
+        ), name
 
 
 def test_kernel_on_the_meta_device_has_the_right_shape():
@@ -270,7 +330,10 @@ def test_kernel_on_the_meta_device_has_the_right_shape():
         ({"d_model": 0}, "d_model=0.*positive integer"),
         ({"d_model": 4, "d_state": 7}, "n_state=7.*even"),
         ({"d_model": 4, "init": "hippo"}, "init='hippo'.*'lin', 'inv', 'legs'"),
-        ({"d_model": 4, "discretization": "euler"}, "discretization='euler'.*'zoh', 'bilinear'"),
+        (
+            {"d_model": 4, "discretization": "euler"},
+            "discretization='euler'.*'zoh', 'bilinear'",
+        ),
         ({"d_model": 4, "dt_min": 0.0}, "dt_min=0.0.*0 < dt_min"),
         ({"d_model": 4, "dt_min": 0.2, "dt_max": 0.1}, "dt_min=0.2, dt_max=0.1"),
         ({"d_model": 4, "dt_max": float("nan")}, "dt_max=nan"),
@@ -286,13 +349,21 @@ def test_impossible_shapes_are_refused():
     for length in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match=f"length={length!r}.*positive integer"):
             kernel(length)
-    with pytest.raises(ValueError, match=r"\(4, 10\).*\(4, 12\).*kernel\(u.shape\[-1\]\)"):
+    with pytest.raises(
+        ValueError, match=r"\(4, 10\).*\(4, 12\).*kernel\(u.shape\[-1\]\)"
+    ):
         fft_conv(torch.ones(4, 10), torch.ones(4, 12))
-    with pytest.raises(ValueError, match=r"\(2, 10, 4\)"):  # (B, L, D) instead of (B, D, L)
+    with pytest.raises(
+        ValueError, match=r"\(2, 10, 4\)"
+    ):  # (B, L, D) instead of (B, D, L)
         fft_conv(torch.ones(2, 10, 4), torch.ones(4, 10))
     with pytest.raises(TypeError, match="u has dtype torch.int64"):
         fft_conv(torch.ones(4, 10, dtype=torch.int64), torch.ones(4, 10))
     with pytest.raises(TypeError, match="k has dtype torch.complex64"):
         fft_conv(torch.ones(4, 10), torch.ones(4, 10, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
-        vandermonde(torch.ones(3, 4, dtype=torch.cfloat), torch.ones(3, 5, dtype=torch.cfloat), 8)
+        vandermonde(
+            torch.ones(3, 4, dtype=torch.cfloat),
+            torch.ones(3, 5, dtype=torch.cfloat),
+            8,
+        )

@@ -81,7 +81,11 @@ def test_batches_are_windows_on_the_row_of_epochs(n, batch_size):
 
 def test_every_image_is_seen_equally_often_across_epoch_ends():
     n, batch_size = 10, 4
-    seen = Counter(i for step in range(5 * n) for i in batch_indices(n, batch_size, step, 0).tolist())
+    seen = Counter(
+        i
+        for step in range(5 * n)
+        for i in batch_indices(n, batch_size, step, 0).tolist()
+    )
     assert set(seen.values()) == {5 * batch_size}
 
 
@@ -97,12 +101,17 @@ def test_order_is_the_same_in_another_process_and_touches_no_global_generator():
         "from diffussm.data import batch_flips, batch_indices;"
         "print(batch_indices(50, 20, 7, 3).tolist(), batch_flips(50, 20, 7, 3).int().tolist())"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     torch.manual_seed(0)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     here = f"{batch_indices(50, 20, 7, 3).tolist()} {batch_flips(50, 20, 7, 3).int().tolist()}"
     assert other.strip() == here
-    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == before_numpy).all()
+    assert (
+        torch.equal(torch.get_rng_state(), before)
+        and (np.random.get_state()[1] == before_numpy).all()
+    )
 
 
 def test_hash_is_splitmix64():
@@ -115,7 +124,10 @@ def test_hash_is_splitmix64():
         return z ^ (z >> 31)
 
     golden = 0x9E3779B97F4A7C15
-    assert [mix(golden * k & mask) for k in (1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    assert [mix(golden * k & mask) for k in (1, 2)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+    ]
     key = 0
     for part in (5, data.FLIP, 2):
         key = mix((key + golden * (part + 1)) & mask)
@@ -129,7 +141,11 @@ def test_changing_the_returned_order_changes_nothing():
 
 
 def test_seed_and_epoch_matter_and_epochs_are_uncorrelated():
-    orders = [sample_order(500, seed, epoch).double() for seed in range(4) for epoch in range(4)]
+    orders = [
+        sample_order(500, seed, epoch).double()
+        for seed in range(4)
+        for epoch in range(4)
+    ]
     correlation = torch.corrcoef(torch.stack(orders)) - torch.eye(16)
     assert correlation.abs().max() < 5 / 500**0.5
 
@@ -158,11 +174,17 @@ def test_a_step_that_is_no_integer_is_refused():
 
 
 def asymmetric(n, flip):
-    return TensorData(torch.linspace(-1, 1, n * 12).reshape(n, 1, 3, 4), torch.arange(n), flip=flip)
+    return TensorData(
+        torch.linspace(-1, 1, n * 12).reshape(n, 1, 3, 4), torch.arange(n), flip=flip
+    )
 
 
 def test_flips_mirror_left_to_right_and_flipping_twice_is_nothing():
-    dataset, indices, flips = asymmetric(30, True), batch_indices(30, 20, 1, 0), batch_flips(30, 20, 1, 0)
+    dataset, indices, flips = (
+        asymmetric(30, True),
+        batch_indices(30, 20, 1, 0),
+        batch_flips(30, 20, 1, 0),
+    )
     assert 0 < flips.sum() < 20
     x, y = load_batch(dataset, indices, flips)
     assert torch.equal(y, indices)
@@ -175,7 +197,10 @@ def test_flips_mirror_left_to_right_and_flipping_twice_is_nothing():
 
 def test_flips_are_ignored_where_the_data_set_forbids_them():
     dataset, indices = asymmetric(10, False), torch.arange(10)
-    assert torch.equal(load_batch(dataset, indices, torch.ones(10, dtype=torch.bool))[0], dataset.images)
+    assert torch.equal(
+        load_batch(dataset, indices, torch.ones(10, dtype=torch.bool))[0],
+        dataset.images,
+    )
 
 
 def test_the_coin_belongs_to_seed_epoch_and_index_not_to_the_batch():
@@ -191,7 +216,9 @@ def test_the_coin_belongs_to_seed_epoch_and_index_not_to_the_batch():
                 strict=True,
             )
             for position, index, coin in batch:
-                assert coins.setdefault((position // n, int(index)), bool(coin)) == bool(coin)
+                assert coins.setdefault(
+                    (position // n, int(index)), bool(coin)
+                ) == bool(coin)
     assert len(coins) >= 3 * n and 0.2 < sum(coins.values()) / len(coins) < 0.8
 
 
@@ -209,11 +236,21 @@ def test_the_coin_is_fair_and_independent_of_the_order():
     ("images", "labels", "error", "message"),
     [
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, TypeError, "uint8"),
-        (torch.full((2, 1, 8, 8), 1.01), None, ValueError, r"expected finite values in \[-1, 1\]"),
+        (
+            torch.full((2, 1, 8, 8), 1.01),
+            None,
+            ValueError,
+            r"expected finite values in \[-1, 1\]",
+        ),
         (torch.tensor(float("nan")).expand(2, 1, 8, 8), None, ValueError, "nan"),
         (torch.zeros(2, 8, 8), None, ValueError, "expected .n, C, H, W."),
         (torch.zeros(0, 1, 8, 8), None, ValueError, "n > 0"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64), ValueError, "one per image"),
+        (
+            torch.zeros(2, 1, 8, 8),
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            "one per image",
+        ),
         (torch.zeros(2, 1, 8, 8), torch.zeros(2), TypeError, "expected integers"),
         (torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]), ValueError, "start at -1"),
     ],
@@ -234,9 +271,12 @@ def test_unlabelled_tensors_have_no_classes():
 def test_digits_split_is_disjoint_complete_and_stratified():
     parts = {split: digits(split) for split in ("all", "train", "test")}
     pixels = {
-        split: Counter(tuple(x.flatten().tolist()) for x in images) for split, (images, _) in parts.items()
+        split: Counter(tuple(x.flatten().tolist()) for x in images)
+        for split, (images, _) in parts.items()
     }
-    assert pixels["train"] + pixels["test"] == pixels["all"] and len(pixels["all"]) == 1797
+    assert (
+        pixels["train"] + pixels["test"] == pixels["all"] and len(pixels["all"]) == 1797
+    )
     share = parts["test"][1].bincount() / parts["all"][1].bincount()
     assert (share - 0.2).abs().max() <= 0.5 / parts["all"][1].bincount().min()
 
@@ -245,7 +285,11 @@ def test_digits_are_scikit_learns_levels_over_eight_minus_one():
     from sklearn.datasets import load_digits
 
     images, labels = digits("all")
-    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert (
+        images.shape == (1797, 1, 8, 8)
+        and images.dtype == torch.float32
+        and labels.dtype == torch.int64
+    )
     np.testing.assert_array_equal((images[:, 0].numpy() + 1) * 8, load_digits().images)
     np.testing.assert_array_equal(labels.numpy(), load_digits().target)
 
@@ -272,14 +316,18 @@ def resize_matrix(n_in, n_out, kernel, radius):
     Halving 4k + 1 pixels leaves the middle one exactly between two boxes, where round-off decides.
     """
     scale = n_in / n_out
-    distance = ((np.arange(n_in) + 0.5)[None] - (np.arange(n_out) + 0.5)[:, None] * scale) / max(scale, 1)
+    distance = (
+        (np.arange(n_in) + 0.5)[None] - (np.arange(n_out) + 0.5)[:, None] * scale
+    ) / max(scale, 1)
     weights = np.where(np.abs(distance) <= radius, kernel(distance), 0)
     return weights / weights.sum(1, keepdims=True)
 
 
 def keys(d, a=-0.5):
     d = np.abs(d)
-    return np.where(d < 1, (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4))
+    return np.where(
+        d < 1, (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+    )
 
 
 def slow_crop(x, size):
@@ -288,7 +336,11 @@ def slow_crop(x, size):
     def resized(x, h, w, kernel, radius):
         for axis, n in ((1, w), (0, h)):
             x = np.moveaxis(
-                np.tensordot(resize_matrix(x.shape[axis], n, kernel, radius), x, (1, axis)), 0, axis
+                np.tensordot(
+                    resize_matrix(x.shape[axis], n, kernel, radius), x, (1, axis)
+                ),
+                0,
+                axis,
             )
             x = np.clip(np.floor(x + 0.5), 0, 255)
         return x
@@ -303,14 +355,29 @@ def slow_crop(x, size):
 
 
 @pytest.mark.parametrize(
-    "shape", [(64, 64), (63, 130), (199, 127), (512, 400), (20, 33), (127, 128), (1, 9), (256, 64)]
+    "shape",
+    [
+        (64, 64),
+        (63, 130),
+        (199, 127),
+        (512, 400),
+        (20, 33),
+        (127, 128),
+        (1, 9),
+        (256, 64),
+    ],
 )
 @pytest.mark.parametrize("size", [16, 32, 47])
 def test_crop_equals_its_slow_definition(shape, size):
     image = noise_image(*shape)
-    fast, slow = np.asarray(center_crop(image, size)), slow_crop(np.asarray(image).astype(float), size)
+    fast, slow = (
+        np.asarray(center_crop(image, size)),
+        slow_crop(np.asarray(image).astype(float), size),
+    )
     assert fast.shape == (size, size, 3)
-    assert np.abs(fast - slow).max() <= 2  # Pillow's fixed-point weights, once per resize
+    assert (
+        np.abs(fast - slow).max() <= 2
+    )  # Pillow's fixed-point weights, once per resize
 
 
 def test_halving_is_the_mean_of_two_by_two():
@@ -329,14 +396,22 @@ def test_crop_keeps_the_middle(shape):
     x = np.asarray(noise_image(*shape))
     top, left = (shape[1] - 32) // 2, (shape[0] - 32) // 2
     np.testing.assert_array_equal(
-        np.asarray(center_crop(noise_image(*shape), 32)), x[top : top + 32, left : left + 32]
+        np.asarray(center_crop(noise_image(*shape), 32)),
+        x[top : top + 32, left : left + 32],
     )
 
 
 def test_crop_commutes_with_transposing():
     image = noise_image(150, 90)
-    turned = center_crop(image.transpose(Image.Transpose.TRANSPOSE), 32).transpose(Image.Transpose.TRANSPOSE)
-    assert np.abs(np.asarray(turned).astype(int) - np.asarray(center_crop(image, 32))).max() <= 2
+    turned = center_crop(image.transpose(Image.Transpose.TRANSPOSE), 32).transpose(
+        Image.Transpose.TRANSPOSE
+    )
+    assert (
+        np.abs(
+            np.asarray(turned).astype(int) - np.asarray(center_crop(image, 32))
+        ).max()
+        <= 2
+    )
 
 
 def test_size_zero_is_refused():
@@ -350,14 +425,18 @@ def test_size_zero_is_refused():
 def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     decoded = np.asarray(decode_image(encoded(Image.fromarray(levels), "PNG")))
-    np.testing.assert_array_equal(decoded, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2))
+    np.testing.assert_array_equal(
+        decoded, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2)
+    )
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
 def test_transparency_shows_the_background(background):
     rgba = noise_image(16, 16).convert("RGBA")
     rgba.paste((0, 0, 0, 0), (0, 0, 8, 16))
-    palette = Image.fromarray(np.where(np.arange(256).reshape(16, 16) % 16 < 8, 0, 1).astype(np.uint8))
+    palette = Image.fromarray(
+        np.where(np.arange(256).reshape(16, 16) % 16 < 8, 0, 1).astype(np.uint8)
+    )
     palette.putpalette([0, 0, 0, 9, 9, 9])
     grey_alpha = Image.merge("LA", [Image.new("L", (16, 16), 9), rgba.getchannel("A")])
     for content in (
@@ -384,33 +463,52 @@ def test_exif_orientation_is_undone(orientation):
     inverse = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6}
     upright, exif = noise_image(24, 16), Image.Exif()
     exif[0x0112] = orientation
-    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(inverse[undo[orientation]]))
-    np.testing.assert_array_equal(
-        np.asarray(decode_image(encoded(stored, "PNG", exif=exif), exif_rotate=True)), np.asarray(upright)
+    stored = (
+        upright
+        if orientation == 1
+        else upright.transpose(Image.Transpose(inverse[undo[orientation]]))
     )
-    as_stored = np.asarray(decode_image(encoded(stored, "PNG", exif=exif)))  # ADM's behaviour, the default
+    np.testing.assert_array_equal(
+        np.asarray(decode_image(encoded(stored, "PNG", exif=exif), exif_rotate=True)),
+        np.asarray(upright),
+    )
+    as_stored = np.asarray(
+        decode_image(encoded(stored, "PNG", exif=exif))
+    )  # ADM's behaviour, the default
     np.testing.assert_array_equal(as_stored, np.asarray(stored))
 
 
 def test_damaged_exif_costs_only_the_rotation():
     plain = encoded(
-        noise_image(24, 16), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffgarbage", quality=95
+        noise_image(24, 16),
+        "JPEG",
+        exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffgarbage",
+        quality=95,
     )
-    assert decode_image(plain).size == decode_image(plain, exif_rotate=True).size == (24, 16)
+    assert (
+        decode_image(plain).size
+        == decode_image(plain, exif_rotate=True).size
+        == (24, 16)
+    )
 
 
 def test_cmyk_keeps_its_colours():
     colours = Image.new("RGB", (48, 16), (200, 30, 30))
     colours.paste((30, 30, 200), (24, 0, 48, 16))
-    decoded = np.asarray(decode_image(encoded(colours.convert("CMYK"), "JPEG", quality=95))).astype(int)
+    decoded = np.asarray(
+        decode_image(encoded(colours.convert("CMYK"), "JPEG", quality=95))
+    ).astype(int)
     assert (
-        np.abs(decoded[8, 4] - (200, 30, 30)).max() < 12 and np.abs(decoded[8, 44] - (30, 30, 200)).max() < 12
+        np.abs(decoded[8, 4] - (200, 30, 30)).max() < 12
+        and np.abs(decoded[8, 44] - (30, 30, 200)).max() < 12
     )
 
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
-    decoded = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    decoded = decode_image(
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    )
     assert decoded.getpixel((4, 4)) == (255, 0, 0)
 
 
@@ -421,7 +519,9 @@ def test_every_common_mode_becomes_rgb(mode):
 
 
 def test_a_strip_one_pixel_wide_becomes_a_square(tmp_path):
-    x = read_image(write(tmp_path / "strip.png", encoded(noise_image(1, 200), "PNG")), 32)
+    x = read_image(
+        write(tmp_path / "strip.png", encoded(noise_image(1, 200), "PNG")), 32
+    )
     assert x.shape == (3, 32, 32) and torch.isfinite(x).all()
 
 
@@ -435,7 +535,8 @@ def png(width, height, body=b""):
         (b"IEND", b""),
     ]
     parts = [
-        struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b)) for kind, b in chunks
+        struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b))
+        for kind, b in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -450,7 +551,10 @@ BROKEN = {
         "not an image",
     ),
     "gigapixel.png": (png(50_000, 50_000), "limit"),
-    "large.png": (encoded(Image.new("1", (12_000, 12_000)), "PNG"), "12000 x 12000 pixels; the limit"),
+    "large.png": (
+        encoded(Image.new("1", (12_000, 12_000)), "PNG"),
+        "12000 x 12000 pixels; the limit",
+    ),
     "float.tiff": (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "no agreed range"),
     "deep.tiff": (encoded(Image.new("I", (8, 8), 1 << 20), "TIFF"), "no agreed range"),
     "no_pixels.png": (png(8, 8), "cannot be decoded"),
@@ -485,7 +589,11 @@ def test_random_damage_never_raises_anything_else():
         try:
             assert (
                 decode_image(
-                    bytes(content[: rng.integers(1, len(content) + 1)] if trial % 3 == 0 else content)
+                    bytes(
+                        content[: rng.integers(1, len(content) + 1)]
+                        if trial % 3 == 0
+                        else content
+                    )
                 ).mode
                 == "RGB"
             )
@@ -501,14 +609,23 @@ def test_random_damage_never_raises_anything_else():
 def zoo(tmp_path):
     for c, name in enumerate(("b_second", "a_first", "c_third")):
         for k in range(3):
-            write(tmp_path / "zoo" / name / f"{k}.JPEG", encoded(noise_image(40, 30, 10 * c + k), "JPEG"))
+            write(
+                tmp_path / "zoo" / name / f"{k}.JPEG",
+                encoded(noise_image(40, 30, 10 * c + k), "JPEG"),
+            )
     return tmp_path / "zoo"
 
 
 def test_labels_are_the_places_of_the_sorted_class_folders(zoo):
     folder = ImageFolder(zoo, 16)
-    assert folder.classes == ("a_first", "b_second", "c_third") and folder.num_classes == 3
-    expected = [(name, f"{k}.JPEG") for name in sorted(p.name for p in zoo.iterdir()) for k in range(3)]
+    assert (
+        folder.classes == ("a_first", "b_second", "c_third") and folder.num_classes == 3
+    )
+    expected = [
+        (name, f"{k}.JPEG")
+        for name in sorted(p.name for p in zoo.iterdir())
+        for k in range(3)
+    ]
     assert [Path(folder.path(i)).parts[-2:] for i in range(9)] == expected
     assert folder.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     for i in range(9):
@@ -519,7 +636,9 @@ def test_labels_are_the_places_of_the_sorted_class_folders(zoo):
             and -1 <= x.min() < x.max() <= 1
             and y == i // 3
         )
-        expected = np.asarray(center_crop(Image.fromarray(opened(folder.path(i)).astype(np.uint8)), 16))
+        expected = np.asarray(
+            center_crop(Image.fromarray(opened(folder.path(i)).astype(np.uint8)), 16)
+        )
         expected = expected.transpose(2, 0, 1) / 127.5 - 1
         np.testing.assert_allclose(x.numpy(), expected, atol=1e-6)
 
@@ -537,7 +656,12 @@ def test_nested_upper_case_and_linked_files_are_found_and_a_circle_ends(zoo):
     os.symlink(zoo / "b_second", zoo / "linked")
     folder = ImageFolder(zoo, 8)
     assert "x.PNG" in {Path(folder.path(i)).name for i in range(len(folder))}
-    assert folder.labels.bincount().tolist() == [4, 3, 3, 3]  # the circle brings no pictures of other classes
+    assert folder.labels.bincount().tolist() == [
+        4,
+        3,
+        3,
+        3,
+    ]  # the circle brings no pictures of other classes
     assert folder.classes == ("a_first", "b_second", "c_third", "linked")
 
 
@@ -553,7 +677,9 @@ def test_other_files_are_listed_and_hidden_ones_passed_over(zoo):
     ]
 
 
-def test_what_is_left_out_by_its_name_is_announced_once_with_a_count_and_names(zoo, caplog):
+def test_what_is_left_out_by_its_name_is_announced_once_with_a_count_and_names(
+    zoo, caplog
+):
     for k in range(6):
         write(zoo / "a_first" / f"{k}.heic", b"")
     write(zoo / "b_second" / "Thumbs.db", b"")
@@ -563,9 +689,14 @@ def test_what_is_left_out_by_its_name_is_announced_once_with_a_count_and_names(z
     (record,) = caplog.records
     message = record.getMessage()
     assert "8 files are left out" in message and "'stray.jpg' lies beside" in message
-    assert "a_first/0.heic' not an image by its name (.heic)" in message and "and 5 more" in message
+    assert (
+        "a_first/0.heic' not an image by its name (.heic)" in message
+        and "and 5 more" in message
+    )
     caplog.clear()
-    with pytest.raises(ValueError, match=r"no images below.*7 files are left out: .*heic"):
+    with pytest.raises(
+        ValueError, match=r"no images below.*7 files are left out: .*heic"
+    ):
         for path in zoo.rglob("*.*"):
             path.unlink() if path.suffix in (".JPEG", ".jpg") else None
         ImageFolder(zoo, 16)
@@ -579,7 +710,11 @@ def test_every_usual_ending_of_a_jpeg_is_one(zoo):
         write(zoo / "a_first" / "new.avif", encoded(image, "AVIF", quality=100))
     folder = ImageFolder(zoo, 16)
     names = {Path(folder.name(i)).name for i in range(len(folder))}
-    assert {"web.jfif", "old.jpe", "LOUD.JPG"} <= names and folder.skipped == [] and scan(folder) == []
+    assert (
+        {"web.jfif", "old.jpe", "LOUD.JPG"} <= names
+        and folder.skipped == []
+        and scan(folder) == []
+    )
     assert ("new.avif" in names) == bool(features.check("avif"))
 
 
@@ -595,7 +730,10 @@ def test_hidden_folders_and_those_of_mac_archives_are_no_classes(zoo):
 def test_a_pipe_is_not_waited_for(zoo):
     os.mkfifo(zoo / "a_first" / "pipe.png")
     folder = ImageFolder(zoo, 16)
-    assert len(folder) == 9 and folder.skipped[0].reason == "neither a file nor a link to one"
+    assert (
+        len(folder) == 9
+        and folder.skipped[0].reason == "neither a file nor a link to one"
+    )
 
 
 # what tells one folder from another
@@ -605,9 +743,16 @@ def test_the_fingerprint_is_of_names_and_sizes_and_not_of_the_place(zoo, tmp_pat
     shutil.copytree(zoo, tmp_path / "moved")
     folder = ImageFolder(zoo, 16)
     same = {
-        f.fingerprint for f in (folder, ImageFolder(tmp_path / "moved", 16), ImageFolder(zoo, 32, flip=True))
+        f.fingerprint
+        for f in (
+            folder,
+            ImageFolder(tmp_path / "moved", 16),
+            ImageFolder(zoo, 32, flip=True),
+        )
     }
-    assert same == {folder.fingerprint} == {pickle.loads(pickle.dumps(folder)).fingerprint}
+    assert (
+        same == {folder.fingerprint} == {pickle.loads(pickle.dumps(folder)).fingerprint}
+    )
     others = [
         ImageFolder(zoo, 16, exif_rotate=True),
         ImageFolder(zoo, 16, background=(0, 0, 0)),
@@ -633,7 +778,9 @@ def test_without_a_size_pixels_are_as_they_are(zoo):
     assert read_image(zoo / "b_second" / "1.JPEG", None).shape == (3, 30, 40)
 
 
-@pytest.mark.parametrize("background", [(256, 0, 0), (-1, 0, 0), (0, 0), (0.5, 0, 0), "red"])
+@pytest.mark.parametrize(
+    "background", [(256, 0, 0), (-1, 0, 0), (0, 0), (0.5, 0, 0), "red"]
+)
 def test_a_background_that_is_no_colour_is_refused_and_no_image_blamed(zoo, background):
     for attempt in (
         lambda: ImageFolder(zoo, 16, background=background),
@@ -666,7 +813,11 @@ def draw_weird(root: Path) -> dict[str, np.ndarray | str | None]:
         x = noise(h, w)
         put(name, encoded(Image.fromarray(x), form, **options), x)
 
-    for name, h, w in (("one_pixel.png", 1, 1), ("wide.png", 4, 300), ("UPPER.PNG", 40, 48)):
+    for name, h, w in (
+        ("one_pixel.png", 1, 1),
+        ("wide.png", 4, 300),
+        ("UPPER.PNG", 40, 48),
+    ):
         exact(f"class a/{name}", h=h, w=w)
     for name in ("with space & \n newline.png", "quote'\"$.png", "deep/er/nested.PNG"):
         exact(f"Ünïcode é/{name}")
@@ -681,7 +832,11 @@ def draw_weird(root: Path) -> dict[str, np.ndarray | str | None]:
     grey = (rng.random((40, 40)) * 256).astype(np.uint8)
     levels = np.repeat(grey[..., None], 3, 2)
     for name, form in (("grey16.png", "PNG"), ("grey16.tif", "TIFF")):
-        put(f"class a/{name}", encoded(Image.fromarray(grey.astype(np.uint16) * 257), form), levels)
+        put(
+            f"class a/{name}",
+            encoded(Image.fromarray(grey.astype(np.uint16) * 257), form),
+            levels,
+        )
     put("class a/grey.png", encoded(Image.fromarray(grey), "PNG"), levels)
     put(
         "class a/grey_trns.png",
@@ -701,9 +856,15 @@ def draw_weird(root: Path) -> dict[str, np.ndarray | str | None]:
         encoded(transparent, "PNG"),
         np.where(alpha[..., None] == 0, 255, x).astype(np.uint8),
     )
-    put("class a/anim.gif", encoded(rgb(), "GIF", save_all=True, append_images=[rgb(), rgb()]))
+    put(
+        "class a/anim.gif",
+        encoded(rgb(), "GIF", save_all=True, append_images=[rgb(), rgb()]),
+    )
     put("class a/cmyk.jpg", encoded(rgb().convert("CMYK"), "JPEG"))
-    put("class a/photo.mpo.jpg", encoded(rgb(), "MPO", save_all=True, append_images=[rgb()]))
+    put(
+        "class a/photo.mpo.jpg",
+        encoded(rgb(), "MPO", save_all=True, append_images=[rgb()]),
+    )
     put("class a/web.jfif", encoded(rgb(), "JPEG"))
     put("class a/empty.jpg", b"", "empty file")
     put("class a/truncated.jpg", encoded(rgb(200, 200), "JPEG")[:-400], "truncated")
@@ -756,7 +917,12 @@ def test_a_tree_of_awkward_files_is_read_pixel_by_pixel_or_refused_by_name(tmp_p
 def test_an_empty_class_keeps_its_label(zoo):
     (zoo / "aa_empty").mkdir()
     folder = ImageFolder(zoo, 16)
-    assert folder.classes[1] == "aa_empty" and folder.labels.bincount().tolist() == [3, 0, 3, 3]
+    assert folder.classes[1] == "aa_empty" and folder.labels.bincount().tolist() == [
+        3,
+        0,
+        3,
+        3,
+    ]
 
 
 def test_names_that_are_not_utf8_work(zoo):
@@ -779,18 +945,27 @@ def test_scan_lists_exactly_the_broken_files(zoo, workers):
     assert [Path(s.path).name for s in bad] == [*sorted(BROKEN), "dangling.jpg"]
     assert all(BROKEN[Path(s.path).name][1] in s.reason for s in bad[:-1])
     good = folder.without(bad)
-    assert len(good) == 9 and good.classes == folder.classes and good.skipped == bad and folder.skipped == []
+    assert (
+        len(good) == 9
+        and good.classes == folder.classes
+        and good.skipped == bad
+        and folder.skipped == []
+    )
     assert scan(good) == []
 
 
-def test_a_bad_image_in_training_is_replaced_by_the_next_of_its_class_and_recorded_once(zoo, caplog):
+def test_a_bad_image_in_training_is_replaced_by_the_next_of_its_class_and_recorded_once(
+    zoo, caplog
+):
     write(zoo / "b_second" / "1.JPEG", JPEG[:300])
     write(zoo / "b_second" / "2.JPEG", b"")
     folder = ImageFolder(zoo, 16)
     for _ in range(2):
         for index in (5, 4):
             x, y = folder[index]
-            assert y == 1 and torch.equal(x, read_image(zoo / "b_second" / "0.JPEG", 16))
+            assert y == 1 and torch.equal(
+                x, read_image(zoo / "b_second" / "0.JPEG", 16)
+            )
     assert sorted(Path(s.path).name for s in folder.skipped) == ["1.JPEG", "2.JPEG"]
     assert len(caplog.records) == 2
 
@@ -809,7 +984,10 @@ def test_threads_that_meet_one_broken_image_together_record_it_once(zoo):
     folder = ImageFolder(zoo, 16)
     with ThreadPoolExecutor(8) as pool:
         images = [image for image, _ in pool.map(folder.__getitem__, [4] * 64)]
-    assert all(torch.equal(image, images[0]) for image in images) and len(folder.skipped) == 1
+    assert (
+        all(torch.equal(image, images[0]) for image in images)
+        and len(folder.skipped) == 1
+    )
 
 
 def test_a_class_without_any_good_image_is_an_error(zoo):
@@ -819,7 +997,9 @@ def test_a_class_without_any_good_image_is_an_error(zoo):
         ImageFolder(zoo, 16)[4]
 
 
-def test_a_link_that_leads_nowhere_and_a_file_that_vanished_are_listed_and_stepped_over(zoo, caplog):
+def test_a_link_that_leads_nowhere_and_a_file_that_vanished_are_listed_and_stepped_over(
+    zoo, caplog
+):
     os.symlink("nowhere.png", zoo / "b_second" / "3.png")
     os.symlink("4.png", zoo / "b_second" / "4.png")  # to itself
     folder = ImageFolder(zoo, 16)
@@ -832,16 +1012,23 @@ def test_a_link_that_leads_nowhere_and_a_file_that_vanished_are_listed_and_stepp
         assert y == 1 and torch.equal(x, read_image(zoo / "b_second" / substitute, 16))
         with pytest.raises(BadImage, match=r"no longer there|where no file is"):
             folder.read(index)
-    assert [Path(path).name for path, _ in folder.skipped] == ["1.JPEG", "3.png", "4.png"]
+    assert [Path(path).name for path, _ in folder.skipped] == [
+        "1.JPEG",
+        "3.png",
+        "4.png",
+    ]
     assert (
-        folder.skipped[1].reason == "a link to 'nowhere.png', where no file is" and len(caplog.records) == 3
+        folder.skipped[1].reason == "a link to 'nowhere.png', where no file is"
+        and len(caplog.records) == 3
     )
 
 
 def test_a_disk_that_fails_does_raise_with_the_name_of_the_file(zoo, monkeypatch):
     folder = ImageFolder(zoo, 16)
     os.rename(zoo / "b_second", zoo.parent / "unplugged")
-    with pytest.raises(FileNotFoundError, match=r"b_second.1\.JPEG"):  # the folder is gone, not the file
+    with pytest.raises(
+        FileNotFoundError, match=r"b_second.1\.JPEG"
+    ):  # the folder is gone, not the file
         folder[4]
 
     class Broken(io.BytesIO):
@@ -849,7 +1036,11 @@ def test_a_disk_that_fails_does_raise_with_the_name_of_the_file(zoo, monkeypatch
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("builtins.open", lambda *_: Broken())
-    for failing in (lambda: folder[1], lambda: folder.read(1), lambda: read_image(folder.path(1), 16)):
+    for failing in (
+        lambda: folder[1],
+        lambda: folder.read(1),
+        lambda: read_image(folder.path(1), 16),
+    ):
         with pytest.raises(OSError, match=r"Input/output error.*a_first.1\.JPEG"):
             failing()
     assert folder.skipped == []
@@ -858,12 +1049,21 @@ def test_a_disk_that_fails_does_raise_with_the_name_of_the_file(zoo, monkeypatch
 def test_a_folder_can_travel_to_a_worker(zoo):
     folder = ImageFolder(zoo, 16, flip=True)
     copy = pickle.loads(pickle.dumps(folder))
-    assert copy.path(5) == folder.path(5) and torch.equal(copy[5][0], folder[5][0]) and copy.flip
+    assert (
+        copy.path(5) == folder.path(5)
+        and torch.equal(copy[5][0], folder[5][0])
+        and copy.flip
+    )
 
 
 def test_images_without_classes(zoo):
     folder = ImageFolder(zoo, 16, conditional=False)
-    assert len(folder) == 9 and folder.num_classes == 0 and folder.classes == () and folder[8][1] == 0
+    assert (
+        len(folder) == 9
+        and folder.num_classes == 0
+        and folder.classes == ()
+        and folder[8][1] == 0
+    )
 
 
 def test_folders_that_cannot_work_are_refused_with_what_to_do(zoo, tmp_path):
@@ -873,7 +1073,12 @@ def test_folders_that_cannot_work_are_refused_with_what_to_do(zoo, tmp_path):
     os.symlink(zoo, tmp_path / "parent" / "train")
     for path, options, error, message in [
         (tmp_path / "missing", {}, FileNotFoundError, "there is no folder"),
-        (zoo / "a_first" / "0.JPEG", {}, NotADirectoryError, "is a file; expected a folder"),
+        (
+            zoo / "a_first" / "0.JPEG",
+            {},
+            NotADirectoryError,
+            "is a file; expected a folder",
+        ),
         (tmp_path / "empty", {}, ValueError, "no sub-folders.*conditional=False"),
         (tmp_path / "empty", {"conditional": False}, ValueError, "no images below"),
         (tmp_path / "hollow", {}, ValueError, "no images below"),
@@ -899,15 +1104,24 @@ def emoji(tmp_path_factory):
 
 def test_openmoji_reads_as_imagenet(emoji):
     train, val = (ImageFolder(emoji / split, 32) for split in ("train", "val"))
-    assert train.classes == val.classes == tuple(sorted(data.OPENMOJI_CLASSES)) and train.num_classes == 14
+    assert (
+        train.classes == val.classes == tuple(sorted(data.OPENMOJI_CLASSES))
+        and train.num_classes == 14
+    )
     assert (
         scan(train) == scan(val) == []
         and min(train.labels.bincount()) >= 20
         and min(val.labels.bincount()) >= 3
     )
     names = [Path(f.path(i)).stem for f in (train, val) for i in range(len(f))]
-    assert len(set(names)) == len(names) > 700  # no picture twice, not in two classes and not in two splits
-    assert all(opened(f.path(i)).shape == (32, 32, 3) for f in (train, val) for i in range(0, len(f), 50))
+    assert (
+        len(set(names)) == len(names) > 700
+    )  # no picture twice, not in two classes and not in two splits
+    assert all(
+        opened(f.path(i)).shape == (32, 32, 3)
+        for f in (train, val)
+        for i in range(0, len(f), 50)
+    )
 
 
 def test_openmoji_pictures_are_in_the_middle_and_in_colour(emoji):
@@ -928,7 +1142,9 @@ def test_openmoji_pictures_are_in_the_middle_and_in_colour(emoji):
 def test_openmoji_is_deterministic_and_names_its_authors(emoji, tmp_path):
     again = draw_openmoji(tmp_path / "again", 32)
     files = sorted(p.relative_to(emoji) for p in emoji.rglob("*") if p.is_file())
-    assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+    assert files == sorted(
+        p.relative_to(again) for p in again.rglob("*") if p.is_file()
+    )
     assert all((emoji / p).read_bytes() == (again / p).read_bytes() for p in files)
     assert "CC BY-SA 4.0" in (emoji / "openmoji.json").read_text()
     assert list(tmp_path.iterdir()) == [again]  # no draft left behind
@@ -937,7 +1153,11 @@ def test_openmoji_is_deterministic_and_names_its_authors(emoji, tmp_path):
 def test_openmoji_never_overwrites(emoji, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in emoji.rglob("*")}
     assert draw_openmoji(emoji, 32) == emoji
-    for options in ({"size": 64}, {"size": 32, "background": (0, 0, 0)}, {"size": 32, "seed": 1}):
+    for options in (
+        {"size": 64},
+        {"size": 32, "background": (0, 0, 0)},
+        {"size": 32, "seed": 1},
+    ):
         with pytest.raises(FileExistsError, match="not this drawing"):
             draw_openmoji(emoji, **options)
     assert stamps == {p: p.stat().st_mtime_ns for p in emoji.rglob("*")}
@@ -946,7 +1166,9 @@ def test_openmoji_never_overwrites(emoji, tmp_path):
         draw_openmoji(tmp_path / "mine", 32)
     with pytest.raises(FileExistsError, match="nothing was written"):
         draw_openmoji(precious, 32)
-    assert precious.read_bytes() == b"years of work" and [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert precious.read_bytes() == b"years of work" and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["mine"]
 
 
 def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):

@@ -52,11 +52,15 @@ from diffussm.training import (
 
 # Children of a server that has imported everything start in a hundredth of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["diffussm.distributed", "torch.distributed.fsdp", "torch._dynamo"])
+FORKS.set_forkserver_preload(
+    ["diffussm.distributed", "torch.distributed.fsdp", "torch._dynamo"]
+)
 
 # 50 images and batches of 8: the end of an epoch lies in a batch, and in a micro-batch.
 TINY = TrainConfig(
-    model=DiffuSSMConfig(input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4),
+    model=DiffuSSMConfig(
+        input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4
+    ),
     batch_size=8,
     steps=10,
     lr=1e-3,
@@ -67,7 +71,9 @@ TINY = TrainConfig(
 
 def fifty():
     generator = torch.Generator().manual_seed(0)
-    return TensorData(torch.rand(50, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(50) % 10)
+    return TensorData(
+        torch.rand(50, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(50) % 10
+    )
 
 
 REPORTS = []
@@ -96,9 +102,18 @@ def start(size, function, *arguments):
     started = []
     for rank in range(size):
         ours, theirs = FORKS.Pipe()
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        process = FORKS.Process(target=_child, args=(function, arguments, environment, theirs))
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_PORT": port,
+        }
+        environment = {key: str(value) for key, value in environment.items()} | {
+            "MASTER_ADDR": "127.0.0.1"
+        }
+        process = FORKS.Process(
+            target=_child, args=(function, arguments, environment, theirs)
+        )
         process.start()
         theirs.close()
         started.append((process, ours))
@@ -131,7 +146,12 @@ def run_tiny(run, changes=None, kill_at=None):
 
     with cluster() as world:
         train(
-            replace(TINY, **(changes or {})), run, progress=False, world=world, dataset=fifty(), on_log=on_log
+            replace(TINY, **(changes or {})),
+            run,
+            progress=False,
+            world=world,
+            dataset=fifty(),
+            on_log=on_log,
         )
         return world.rank
 
@@ -139,7 +159,10 @@ def run_tiny(run, changes=None, kill_at=None):
 def log_of(run):
     times = ("seconds", "images_per_second", "seconds_left")
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in times}
+        for line in lines
+    ]
 
 
 def digest_of(run):
@@ -150,11 +173,15 @@ def digest_of(run):
 def assert_close(run, other):
     for name in ("model", "ema"):
         ours, theirs = (
-            safetensors.torch.load_file(find_checkpoint(folder) / name / "model.safetensors")
+            safetensors.torch.load_file(
+                find_checkpoint(folder) / name / "model.safetensors"
+            )
             for folder in (run, other)
         )
         for key in ours:
-            torch.testing.assert_close(ours[key], theirs[key], atol=2e-5, rtol=1e-3, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                ours[key], theirs[key], atol=2e-5, rtol=1e-3, msg=f"{name} {key}"
+            )
     for a, b in zip(log_of(run), log_of(other), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -172,7 +199,10 @@ def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precisi
         process.kill()
         process.join()
     # the thread that writes the checkpoint of step 6 may have been killed as well
-    assert find_checkpoint(tmp_path / "killed").name in ("step_00000003", "step_00000006")
+    assert find_checkpoint(tmp_path / "killed").name in (
+        "step_00000003",
+        "step_00000006",
+    )
     together(size, run_tiny, tmp_path / "killed", changes)
     assert digest_of(tmp_path / "untouched") == digest_of(tmp_path / "killed")
     assert log_of(tmp_path / "untouched") == log_of(tmp_path / "killed")
@@ -194,7 +224,9 @@ def alone(tmp_path_factory):
         (2, {"parallel": "fsdp", "micro_batch": 2}),
     ],
 )
-def test_any_number_of_processes_learns_and_logs_the_same(tmp_path, alone, size, changes):
+def test_any_number_of_processes_learns_and_logs_the_same(
+    tmp_path, alone, size, changes
+):
     together(size, run_tiny, tmp_path / "run", changes)
     assert_close(tmp_path / "run", alone)
 
@@ -206,7 +238,9 @@ def test_four_processes_equal_four_parts(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
-def test_a_checkpoint_is_read_by_either_way_and_by_one_process(tmp_path, alone, first, then):
+def test_a_checkpoint_is_read_by_either_way_and_by_one_process(
+    tmp_path, alone, first, then
+):
     together(2, run_tiny, tmp_path / "run", {"steps": 5, "parallel": first})
     together(2, run_tiny, tmp_path / "run", {"steps": 7, "parallel": then})
     train(TINY, tmp_path / "run", "cpu", progress=False, dataset=fifty())
@@ -218,7 +252,10 @@ def test_a_checkpoint_is_read_by_either_way_and_by_one_process(tmp_path, alone, 
 def batches_seen(steps):
     with cluster() as world:
         model = DiffuSSM(TINY.model)
-        batches = [training_batch(fifty(), model, TINY, step, world.rank, world.size) for step in steps]
+        batches = [
+            training_batch(fifty(), model, TINY, step, world.rank, world.size)
+            for step in steps
+        ]
         return [[tensor.numpy() for tensor in batch] for batch in batches]
 
 
@@ -237,8 +274,12 @@ def test_recomputing_changes_nothing(tmp_path, alone):
     assert_close(tmp_path / "run", alone)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)"
+)
+@pytest.mark.filterwarnings(
+    "ignore:Torchinductor does not support code generation for complex"
+)
 def test_compiling_changes_nothing(tmp_path, alone):
     together(1, run_tiny, tmp_path / "run", {"compile": True})
     assert_close(tmp_path / "run", alone)
@@ -253,14 +294,21 @@ def graphs_of_a_block():
         return graph.forward
 
     torch.nn.Module.compile = lambda module: honest(module, backend=count)
-    config = replace(TINY, model=replace(TINY.model, d_model=256, n_blocks=1), compile=True, timesteps=50)
+    config = replace(
+        TINY,
+        model=replace(TINY.model, d_model=256, n_blocks=1),
+        compile=True,
+        timesteps=50,
+    )
     with cluster() as world:
         state = TrainState.create(config, world)
         network = world.wrap(state.model, config)
         batch = training_batch(fifty(), state.model, config, 0, world.rank, world.size)
         DIFFUSION.losses(network, *batch)["loss"].sum().backward()
         (block,) = state.model.blocks
-        return len(graphs), sum(p.numel() * p.element_size() for p in block.parameters())
+        return len(graphs), sum(
+            p.numel() * p.element_size() for p in block.parameters()
+        )
 
 
 def test_ddp_does_not_cut_the_graph_of_a_compiled_block():
@@ -270,9 +318,13 @@ def test_ddp_does_not_cut_the_graph_of_a_compiled_block():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_batch_that_cannot_be_shared_is_refused_up_front(tmp_path, size):
-    for fine, said in outcomes(start(size, run_tiny, tmp_path / "run", {"batch_size": size * 3 + 1})):
+    for fine, said in outcomes(
+        start(size, run_tiny, tmp_path / "run", {"batch_size": size * 3 + 1})
+    ):
         assert not fine and f"cannot be shared by {size} processes" in said
-    for fine, said in outcomes(start(size, run_tiny, tmp_path / "run", {"batch_size": 8, "micro_batch": 3})):
+    for fine, said in outcomes(
+        start(size, run_tiny, tmp_path / "run", {"batch_size": 8, "micro_batch": 3})
+    ):
         assert not fine and "does not divide" in said
     assert not (tmp_path / "run").exists()
 
@@ -284,7 +336,9 @@ def poisoned(run, leave=0):
     def losses(*arguments):
         calls.append(1)
         terms = honest(*arguments)
-        return terms | {"loss": terms["loss"] * (float("nan") if len(calls) == 4 else 1.0)}
+        return terms | {
+            "loss": terms["loss"] * (float("nan") if len(calls) == 4 else 1.0)
+        }
 
     with cluster() as world:
         if world.rank == 1:
@@ -297,17 +351,26 @@ def poisoned(run, leave=0):
 def test_what_is_not_finite_on_one_process_is_left_out_by_all(tmp_path):
     (skipped, ours), (also, theirs) = together(2, poisoned, tmp_path / "run", 1)
     assert skipped == also == [4] and ours == theirs
-    assert digest_of(tmp_path / "run")["skipped"] == log_of(tmp_path / "run")[-1]["skipped"] == [4]
+    assert (
+        digest_of(tmp_path / "run")["skipped"]
+        == log_of(tmp_path / "run")[-1]["skipped"]
+        == [4]
+    )
 
 
 def test_what_is_not_finite_on_one_process_stops_all_before_the_weights(tmp_path):
     for fine, said in outcomes(start(2, poisoned, tmp_path / "run", 0)):
-        assert not fine and "FloatingPointError: loss or gradient is not finite at step 4" in said
+        assert (
+            not fine
+            and "FloatingPointError: loss or gradient is not finite at step 4" in said
+        )
     (dump,) = (tmp_path / "run").glob("dump_*")
     assert json.loads((dump / "dump.json").read_text())["step"] == 3
     assert all(
         bool(value.isfinite().all())
-        for value in safetensors.torch.load_file(dump / "model" / "model.safetensors").values()
+        for value in safetensors.torch.load_file(
+            dump / "model" / "model.safetensors"
+        ).values()
     )
     assert find_checkpoint(tmp_path / "run").name == "step_00000002"
 
@@ -342,7 +405,9 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number, parallel)
 
 def cannot_save(run):
     def block(row):
-        if row["step"] == 4:  # a file where the folder should be; root may write into read-only folders
+        if (
+            row["step"] == 4
+        ):  # a file where the folder should be; root may write into read-only folders
             (run / "checkpoints").write_text("in the way")
 
     with cluster() as world:
@@ -354,7 +419,9 @@ def test_a_write_that_fails_in_the_background_stops_all(tmp_path):
     first, second = outcomes(start(2, cannot_save, tmp_path / "run"))
     assert not first[0] and "could not be written" in first[1]
     assert not second[0] and "OSError" in second[1]
-    assert log_of(tmp_path / "run")[-1]["step"] <= 12, "training went on without a checkpoint"
+    assert log_of(tmp_path / "run")[-1]["step"] <= 12, (
+        "training went on without a checkpoint"
+    )
 
 
 def once_in_a_while():
@@ -405,13 +472,17 @@ def test_fifty_kills_in_the_middle_of_saves_lose_at_most_the_save_under_way(tmp_
         in_the_middle += any((tmp_path / "checkpoints").glob(".*.tmp"))
         assert finished.value > before, "no save finished in a minute"
         assert int(find_checkpoint(tmp_path).name[5:]) >= finished.value
-    assert in_the_middle >= 10, f"only {in_the_middle} of 50 kills fell into a save: the test shows little"
+    assert in_the_middle >= 10, (
+        f"only {in_the_middle} of 50 kills fell into a save: the test shows little"
+    )
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) <= 4
 
 
 def signalled(command, run, number):
     """Start a command, send it a signal once it trains; its exit code and what it said."""
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 120
     while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -549,9 +620,16 @@ def once_what_cannot_be_sent():
 
 
 def test_what_cannot_be_pickled_leaves_nobody_waiting():
-    first, second = (said for said, total in together(2, once_what_cannot_be_sent) if total == 2)
-    assert first[0] == "TwoArguments: no image: torn" and first[1] == "ValueError: locked"
-    assert second[0] == f"RuntimeError: {first[0]}" and second[1] == f"RuntimeError: {first[1]}"
+    first, second = (
+        said for said, total in together(2, once_what_cannot_be_sent) if total == 2
+    )
+    assert (
+        first[0] == "TwoArguments: no image: torn" and first[1] == "ValueError: locked"
+    )
+    assert (
+        second[0] == f"RuntimeError: {first[0]}"
+        and second[1] == f"RuntimeError: {first[1]}"
+    )
     assert "cannot pickle" in first[2] and "cannot pickle" in second[2]
 
 
@@ -569,13 +647,26 @@ def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
     }[command]
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --shutdown_timeout 600".split()
     program = Path(__file__).with_name("one_rank_fails.py")
-    job = [sys.executable, *launcher, str(program), command, *words.split(), "--device", "cpu"]
+    job = [
+        sys.executable,
+        *launcher,
+        str(program),
+        command,
+        *words.split(),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(job, capture_output=True, text=True, timeout=240, check=False)
     why = "the disk of this machine is full"
     assert done.returncode == 1
     assert f"diffussm {command} [process 1]: {why}" in done.stderr
-    if command != "encode":  # there torchrun's SIGTERM, which follows, may end the other process before
-        assert f"diffussm {command}: stopped, because process 1 failed: OSError: {why}" in done.stderr
+    if (
+        command != "encode"
+    ):  # there torchrun's SIGTERM, which follows, may end the other process before
+        assert (
+            f"diffussm {command}: stopped, because process 1 failed: OSError: {why}"
+            in done.stderr
+        )
 
 
 # ---- signals ----
@@ -587,7 +678,9 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     with Cluster("cpu") as world:
         os.kill(os.getpid(), signal.SIGINT)
         assert world.stopping
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun hands on what the terminal has sent already
+        os.kill(
+            os.getpid(), signal.SIGINT
+        )  # torchrun hands on what the terminal has sent already
         monkeypatch.setattr(distributed, "REPEAT", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -611,7 +704,9 @@ def test_a_system_without_sigusr1_can_stop_as_well(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     spec = importlib.util.spec_from_file_location("elsewhere", distributed.__file__)
     elsewhere = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)  # its dataclasses look there
+    monkeypatch.setitem(
+        sys.modules, "elsewhere", elsewhere
+    )  # its dataclasses look there
     spec.loader.exec_module(elsewhere)
     with elsewhere.Cluster("cpu") as world:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -633,11 +728,21 @@ def network():
 
 def draw(out, config=FEW, facts=None):
     with cluster() as world:
-        draw_samples(network(), DIFFUSION, config, out, world=world, facts=facts or {}, progress=False)
+        draw_samples(
+            network(),
+            DIFFUSION,
+            config,
+            out,
+            world=world,
+            facts=facts or {},
+            progress=False,
+        )
 
 
 def pictures(folder):
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+    return np.stack(
+        [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    )
 
 
 def test_a_set_does_not_depend_on_the_number_of_processes(tmp_path):
@@ -650,7 +755,9 @@ def test_a_set_does_not_depend_on_the_number_of_processes(tmp_path):
         assert np.array_equal(one["arr_0"], pictures(tmp_path / "folder"))
         assert one["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     record = json.loads((tmp_path / "one.json").read_text())
-    assert record["complete"] and record["steps"] == 3 and record["labels"] == "balanced"
+    assert (
+        record["complete"] and record["steps"] == 3 and record["labels"] == "balanced"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "folder",
         "one.json",
@@ -663,12 +770,17 @@ def test_a_set_does_not_depend_on_the_number_of_processes(tmp_path):
 def test_a_longer_set_begins_with_the_shorter(tmp_path):
     draw(tmp_path / "short.npz", replace(FEW, count=6))
     draw(tmp_path / "long.npz")
-    with np.load(tmp_path / "short.npz") as short, np.load(tmp_path / "long.npz") as long:
+    with (
+        np.load(tmp_path / "short.npz") as short,
+        np.load(tmp_path / "long.npz") as long,
+    ):
         assert np.array_equal(short["arr_0"], long["arr_0"][:6])
 
 
 @pytest.mark.parametrize("name", ["set", "set.npz"])
-def test_an_interrupted_set_is_finished_and_not_begun_again(tmp_path, name, monkeypatch):
+def test_an_interrupted_set_is_finished_and_not_begun_again(
+    tmp_path, name, monkeypatch
+):
     draw(tmp_path / f"whole_{name}")
     calls = []
 
@@ -687,9 +799,13 @@ def test_an_interrupted_set_is_finished_and_not_begun_again(tmp_path, name, monk
     draw(tmp_path / name)
     assert len(calls) == 2 + 2  # three batches: one before the interruption, two after
     if name == "set":
-        assert np.array_equal(pictures(tmp_path / "set"), pictures(tmp_path / "whole_set"))
+        assert np.array_equal(
+            pictures(tmp_path / "set"), pictures(tmp_path / "whole_set")
+        )
     else:
-        assert (tmp_path / name).read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
+        assert (tmp_path / name).read_bytes() == (
+            tmp_path / f"whole_{name}"
+        ).read_bytes()
     draw(tmp_path / name)
     assert len(calls) == 4, "a complete set was drawn again"
 
@@ -697,7 +813,10 @@ def test_an_interrupted_set_is_finished_and_not_begun_again(tmp_path, name, monk
 def test_other_samples_are_refused_and_untouched(tmp_path):
     draw(tmp_path / "set")
     before = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    for config, facts, word in ((replace(FEW, seed=1), {}, "seed"), (FEW, {"weights": "raw"}, "weights")):
+    for config, facts, word in (
+        (replace(FEW, seed=1), {}, "seed"),
+        (FEW, {"weights": "raw"}, "weights"),
+    ):
         with pytest.raises(ValueError, match=f"holds other samples.*{word}"):
             draw(tmp_path / "set", config, facts)
     assert before == {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
@@ -719,7 +838,10 @@ def draw_unevenly(out):
         mine.append(arguments[3])
         if len(mine) == 1 and options["world"].rank == 1:
             deadline = time.monotonic() + 120
-            while len(list(out.with_suffix(".parts").glob("*.npy"))) < 9 and time.monotonic() < deadline:
+            while (
+                len(list(out.with_suffix(".parts").glob("*.npy"))) < 9
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
             time.sleep(8)
         return honest(*arguments, **options)
@@ -729,7 +851,9 @@ def draw_unevenly(out):
         world.sum(torch.zeros(1))
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4), None)
         config = replace(FEW, batch_size=1)
-        draw_samples(network(), DIFFUSION, config, out, world=world, facts={}, progress=False)
+        draw_samples(
+            network(), DIFFUSION, config, out, world=world, facts={}, progress=False
+        )
     return mine
 
 
@@ -758,7 +882,9 @@ def draw_until_stopped(out):
     try:
         with cluster() as world:
             config = replace(FEW, count=40, batch_size=1)
-            draw_samples(network(), DIFFUSION, config, out, world=world, facts={}, progress=False)
+            draw_samples(
+                network(), DIFFUSION, config, out, world=world, facts={}, progress=False
+            )
     except Preempted as stop:
         return str(stop), len(begun)
 
@@ -777,7 +903,9 @@ def test_a_set_that_is_asked_to_stop_says_how_far_it_is_and_goes_on(tmp_path, si
 
 
 def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
-    (tmp_path / "set" / ".parts").mkdir(parents=True)  # killed before the record was written
+    (tmp_path / "set" / ".parts").mkdir(
+        parents=True
+    )  # killed before the record was written
     (tmp_path / "set" / ".samples.json.tmp").write_text("{")
     draw(tmp_path / "set")
     assert not list((tmp_path / "set").glob(".*.tmp"))
@@ -789,7 +917,9 @@ def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
     (tmp_path / "set.json").unlink()
     (tmp_path / "set.parts").mkdir()
     (tmp_path / "set.parts" / "000000.npy").write_bytes(b"of other samples")
-    with pytest.raises(ValueError, match="is left of a set of samples without a record"):
+    with pytest.raises(
+        ValueError, match="is left of a set of samples without a record"
+    ):
         draw(tmp_path / "set.npz")
 
 
@@ -797,9 +927,13 @@ def test_a_folder_says_of_each_image_which_class_it_is(tmp_path):
     draw(tmp_path / "set", replace(FEW, classes=(7, 3)))
     labels = json.loads((tmp_path / "set" / "labels.json").read_text())
     assert labels == {
-        path.name: (7, 3)[i % 2] for i, path in enumerate(sorted((tmp_path / "set").glob("*.png")))
+        path.name: (7, 3)[i % 2]
+        for i, path in enumerate(sorted((tmp_path / "set").glob("*.png")))
     }
-    assert json.loads((tmp_path / "set" / "samples.json").read_text())["classes"] == [7, 3]
+    assert json.loads((tmp_path / "set" / "samples.json").read_text())["classes"] == [
+        7,
+        3,
+    ]
     draw(tmp_path / "set.npz", replace(FEW, classes=(7, 3)))
     with np.load(tmp_path / "set.npz") as packed:
         assert packed["arr_1"].tolist() == list(labels.values())
@@ -823,7 +957,10 @@ def test_what_does_not_apply_to_a_model_is_not_in_its_record():
     assert replace(paper, cfg_scale=1.0).of(latents).guidance_channels is None
     unconditional = paper.of(replace(latents, num_classes=0))
     assert unconditional.cfg_scale == 1.0 and unconditional.guidance_channels is None
-    for model, has in ((conditional, "classes 0 to 9"), (replace(conditional, num_classes=0), "no classes")):
+    for model, has in (
+        (conditional, "classes 0 to 9"),
+        (replace(conditional, num_classes=0), "no classes"),
+    ):
         with pytest.raises(ValueError, match=f"this model has {has}"):
             replace(paper, classes=(3, 10)).of(model)
 
@@ -843,8 +980,17 @@ def test_labels_are_balanced_or_random_by_name():
 
 def test_presets_are_the_papers():
     paper = SAMPLE_PRESETS["paper-fid"]
-    assert (paper.count, paper.steps, paper.method, paper.cfg_scale) == (50_000, 250, "ddpm", 1.5)
-    assert (paper.labels, paper.guidance_channels, paper.classes) == ("random", 3, None)  # as DiT's code
+    assert (paper.count, paper.steps, paper.method, paper.cfg_scale) == (
+        50_000,
+        250,
+        "ddpm",
+        1.5,
+    )
+    assert (paper.labels, paper.guidance_channels, paper.classes) == (
+        "random",
+        3,
+        None,
+    )  # as DiT's code
     both = SAMPLE_PRESETS["paper-fid-all"]
     assert both == replace(paper, labels="balanced", guidance_channels=None)
     assert SAMPLE_PRESETS["paper-fid-unguided"] == replace(paper, cfg_scale=1.0)
@@ -852,7 +998,12 @@ def test_presets_are_the_papers():
 
 def test_pixels_are_rounded_and_latents_refused():
     images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1)
-    assert to_uint8(images)[:, 0, 0].tolist() == [[0] * 3, [128] * 3, [255] * 3, [255] * 3]
+    assert to_uint8(images)[:, 0, 0].tolist() == [
+        [0] * 3,
+        [128] * 3,
+        [255] * 3,
+        [255] * 3,
+    ]
     with pytest.raises(ValueError, match="autoencoder"):
         to_uint8(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="not finite"):
@@ -862,7 +1013,13 @@ def test_pixels_are_rounded_and_latents_refused():
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"count": 0}, {"labels": "mine"}, {"method": "euler"}, {"precision": "fp8"}, {"seed": -1}),
+        *(
+            {"count": 0},
+            {"labels": "mine"},
+            {"method": "euler"},
+            {"precision": "fp8"},
+            {"seed": -1},
+        ),
         *({"classes": ()}, {"classes": (3, -1)}, {"classes": (3, 3)}),
     ],
 )
@@ -875,7 +1032,9 @@ def test_multiply_adds_follow_the_papers_formula():
     """15 L D^2 / 2 per block at M = 2 (chapter 4), 29 blocks of 1152 at 1024 positions."""
     xl = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"])
     assert linear_macs(xl) == pytest.approx(29 * 7.5 * 1024 * 1152**2)
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("Abacus") is None
+    assert (
+        peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("Abacus") is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -909,11 +1068,20 @@ def test_the_peak_is_that_of_the_very_card(name, teraflops):
 def test_one_gpu_for_many_processes_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "8"), ("LOCAL_RANK", "7")):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_WORLD_SIZE", "8"),
+        ("LOCAL_RANK", "7"),
+    ):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="cuda:1 is one GPU, and 8 processes.*pass --device cuda"):
+    with pytest.raises(
+        ValueError, match="cuda:1 is one GPU, and 8 processes.*pass --device cuda"
+    ):
         Cluster("cuda:1")
-    with pytest.raises(ValueError, match="process 7 of this machine has no GPU.*--nproc_per_node 2"):
+    with pytest.raises(
+        ValueError, match="process 7 of this machine has no GPU.*--nproc_per_node 2"
+    ):
         Cluster("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with Cluster("cuda") as world:
@@ -926,12 +1094,16 @@ def test_one_gpu_for_many_processes_is_refused(monkeypatch):
 def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
     peak = [3e9]
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1e9))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1e9)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
     with Cluster("cpu") as world:
         world.device = torch.device("cuda", 0)
         first, second = world.vitals(TINY, 100.0), world.vitals(TINY, 100.0)
-    assert (first["memory_gb"], second["memory_gb"]) == (3.0, 1.0) and first["mfu"] == second["mfu"]
+    assert (first["memory_gb"], second["memory_gb"]) == (3.0, 1.0) and first[
+        "mfu"
+    ] == second["mfu"]
 
 
 def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
@@ -946,7 +1118,11 @@ def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
                 world.shard(torch.nn.Linear(1, 1), replace(TINY, precision=precision))
                 assert torch.get_float32_matmul_precision() == products
         torch.set_float32_matmul_precision("highest")
-        for precision, products in (("float32", "highest"), ("tf32", "high"), ("bf16", "high")):
+        for precision, products in (
+            ("float32", "highest"),
+            ("tf32", "high"),
+            ("bf16", "high"),
+        ):
             with distributed.precision(precision, gpu):
                 assert torch.get_float32_matmul_precision() == products
             assert torch.get_float32_matmul_precision() == "highest"
@@ -958,4 +1134,6 @@ def test_the_cluster_gives_the_signals_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with Cluster("cpu") as world:
         assert signal.getsignal(signal.SIGTERM) != before[0] and world.size == 1
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    assert before == [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)
+    ]

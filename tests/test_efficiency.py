@@ -30,7 +30,14 @@ from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
 ROOT = Path(__file__).parents[1]
 XL = PRESETS["DiffuSSM-XL"]
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "d_model": 32, "n_blocks": 2, "d_state": 4}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 3,
+    "num_classes": 10,
+    "d_model": 32,
+    "n_blocks": 2,
+    "d_state": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +47,16 @@ def seed():
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("side", [16, 32, 64, 128])
-@pytest.mark.parametrize(("kind", "M"), [(DiT, 1), (DiffuSSM, 1), (DiffuSSM, 2), (DiffuSSM, 4)])
+@pytest.mark.parametrize(
+    ("kind", "M"), [(DiT, 1), (DiffuSSM, 1), (DiffuSSM, 2), (DiffuSSM, 4)]
+)
 def test_multiply_adds_are_those_that_pytorch_counts(kind, M, side, patch):
-    options = {"input_size": patch * side, "patch_size": patch, "downsample": M, "n_blocks": 2}
+    options = {
+        "input_size": patch * side,
+        "patch_size": patch,
+        "downsample": M,
+        "n_blocks": 2,
+    }
     config = DiffuSSMConfig(**XL | options)
     with torch.device("meta"):
         model, x = kind(config), torch.empty(1, 4, patch * side, patch * side)
@@ -50,23 +64,30 @@ def test_multiply_adds_are_those_that_pytorch_counts(kind, M, side, patch):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t, y)
     macs = (diffussm_macs if kind is DiffuSSM else dit_macs)(config)
-    seen = sum(value for name, value in macs.items() if name != "convolution")  # it counts no FFT
+    seen = sum(
+        value for name, value in macs.items() if name != "convolution"
+    )  # it counts no FFT
     assert counter.get_total_flops() / 2 == pytest.approx(seen, rel=1e-9)
 
 
 def test_the_papers_formula_is_the_linear_part():
     config = DiffuSSMConfig(**XL)
     assert diffussm_macs(config)["linear maps"] == 29 * 7.5 * 1024 * 1152**2
-    assert diffussm_macs(config, 4096)["linear maps"] == 4 * diffussm_macs(config)["linear maps"]
+    assert (
+        diffussm_macs(config, 4096)["linear maps"]
+        == 4 * diffussm_macs(config)["linear maps"]
+    )
     assert dit_macs(config, 2048)["attention"] == 4 * dit_macs(config)["attention"]
-    assert sum(dit_macs(DiffuSSMConfig(**XL | {"n_blocks": 28, "patch_size": 2})).values()) == pytest.approx(
-        118.64e9, rel=1e-3
-    )  # DiT's own figure for XL/2
+    assert sum(
+        dit_macs(DiffuSSMConfig(**XL | {"n_blocks": 28, "patch_size": 2})).values()
+    ) == pytest.approx(118.64e9, rel=1e-3)  # DiT's own figure for XL/2
 
 
 def test_convolution_is_three_real_transforms_and_two_products():
     L = 512
-    transform = 2.5 * (2 * L) * 10 / 2  # 2.5 n log2 n operations, two for a multiply-add; 2^10 = 2L
+    transform = (
+        2.5 * (2 * L) * 10 / 2
+    )  # 2.5 n log2 n operations, two for a multiply-add; 2^10 = 2L
     assert convolution_macs(L, 3) == 3 * (3 * transform + 2 * 4 * (L + 1))
 
 
@@ -85,7 +106,10 @@ def awake(module):
 def test_dit_block_is_attention_and_mlp_head_by_head():
     """By the definition: every position and head by itself, in float64."""
     block = awake(DiTBlock(8, n_heads=2)).double()
-    x, c = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    x, c = (
+        torch.randn(2, 5, 8, dtype=torch.float64),
+        torch.randn(2, 8, dtype=torch.float64),
+    )
     w = dict(block.named_parameters())
     expected = torch.empty_like(x)
     for b in range(2):
@@ -93,7 +117,9 @@ def test_dit_block_is_attention_and_mlp_head_by_head():
         shift1, scale1, gate1, shift2, scale2, gate2 = m.view(6, 8)
 
         def normed(v, shift, scale):
-            return (v - v.mean()) / (v.var(unbiased=False) + 1e-6).sqrt() * (1 + scale) + shift
+            return (v - v.mean()) / (v.var(unbiased=False) + 1e-6).sqrt() * (
+                1 + scale
+            ) + shift
 
         qkv = [
             w["qkv.weight"] @ normed(v, shift1, scale1) + w["qkv.bias"] for v in x[b]
@@ -102,15 +128,31 @@ def test_dit_block_is_attention_and_mlp_head_by_head():
             heads = []
             for h in range(2):
                 q = qkv[i][4 * h : 4 * h + 4]
-                scores = torch.stack([q @ other[8 + 4 * h : 12 + 4 * h] / 2 for other in qkv])
+                scores = torch.stack(
+                    [q @ other[8 + 4 * h : 12 + 4 * h] / 2 for other in qkv]
+                )
                 weights = scores.exp() / scores.exp().sum()
                 heads.append(
-                    sum(a * other[16 + 4 * h : 20 + 4 * h] for a, other in zip(weights, qkv, strict=True))
+                    sum(
+                        a * other[16 + 4 * h : 20 + 4 * h]
+                        for a, other in zip(weights, qkv, strict=True)
+                    )
                 )
             v = x[b, i] + gate1 * (w["proj.weight"] @ torch.cat(heads) + w["proj.bias"])
             hidden = w["mlp_in.weight"] @ normed(v, shift2, scale2) + w["mlp_in.bias"]
-            hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-            expected[b, i] = v + gate2 * (w["mlp_out.weight"] @ hidden + w["mlp_out.bias"])
+            hidden = (
+                0.5
+                * hidden
+                * (
+                    1
+                    + torch.tanh(
+                        math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+                    )
+                )
+            )
+            expected[b, i] = v + gate2 * (
+                w["mlp_out.weight"] @ hidden + w["mlp_out.bias"]
+            )
     torch.testing.assert_close(block(x, c), expected, rtol=0, atol=1e-10)
     block.attention = explicit_attention
     torch.testing.assert_close(block(x, c), expected, rtol=0, atol=1e-10)
@@ -128,7 +170,9 @@ def test_dit_has_the_interface_of_a_diffussm(patch):
     assert torch.equal(model(x, t, y), torch.zeros(2, 6, 8, 8))
     awake(model)
     output = model(x, t, y)
-    alone = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(2)])
+    alone = torch.cat(
+        [model(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(2)]
+    )
     torch.testing.assert_close(output, alone, rtol=1e-4, atol=1e-4)
     gradients = torch.autograd.grad(output.square().sum(), list(model.parameters()))
     model.recompute = True
@@ -137,7 +181,9 @@ def test_dit_has_the_interface_of_a_diffussm(patch):
         torch.testing.assert_close(one, other)
     moved = x.clone()
     moved[0, :, 5, 6] += 1.0
-    assert (model(moved, t, y) - output).abs().amax((1, 2, 3))[1] == 0  # no image sees another
+    assert (model(moved, t, y) - output).abs().amax((1, 2, 3))[
+        1
+    ] == 0  # no image sees another
 
 
 def test_a_profile_tells_kinds_apart():
@@ -151,12 +197,22 @@ def test_a_profile_tells_kinds_apart():
     for kind, job in jobs.items():
         job()
         seconds = time_by_kind(job)
-        assert set(seconds) == set(jobs) and max(seconds, key=seconds.get) == kind, (kind, seconds)
+        assert set(seconds) == set(jobs) and max(seconds, key=seconds.get) == kind, (
+            kind,
+            seconds,
+        )
 
 
 def test_a_noisy_run_is_refused():
-    assert common.require_quiet("x", {"a": [1.0, 1.05, 1.1], "b": [2.0, 2.0, 9.0, 2.0, 2.0]}) < 0.1
-    with pytest.raises(common.Noise, match="runs of b took 1, 2, 3 s; .* nothing is reported"):
+    assert (
+        common.require_quiet(
+            "x", {"a": [1.0, 1.05, 1.1], "b": [2.0, 2.0, 9.0, 2.0, 2.0]}
+        )
+        < 0.1
+    )
+    with pytest.raises(
+        common.Noise, match="runs of b took 1, 2, 3 s; .* nothing is reported"
+    ):
         common.require_quiet("x", {"a": [1.0, 1.0, 1.0], "b": [1.0, 2.0, 3.0]})
     with pytest.raises(common.Noise):
         common.require_quiet("x", {"a": [1.0, math.nan, 1.0]})
@@ -164,15 +220,21 @@ def test_a_noisy_run_is_refused():
 
 def test_disagreement_and_noise_end_a_benchmark_without_a_traceback(capsys):
     def wrong():
-        common.require_agreement("fast", torch.ones(3), torch.tensor([1.0, 1.0, math.nan]), 1e-3)
+        common.require_agreement(
+            "fast", torch.ones(3), torch.tensor([1.0, 1.0, math.nan]), 1e-3
+        )
         return 0
 
     assert common.command(wrong) == 2
-    assert capsys.readouterr().err.startswith("error: fast: the two sides differ by nan")
+    assert capsys.readouterr().err.startswith(
+        "error: fast: the two sides differ by nan"
+    )
     assert common.command(lambda: 1) == 1
 
 
-@pytest.mark.parametrize("block", [HourglassBlock(8, 4, 2), DiTBlock(8, 2)], ids=["DiffuSSM", "DiT"])
+@pytest.mark.parametrize(
+    "block", [HourglassBlock(8, 4, 2), DiTBlock(8, 2)], ids=["DiffuSSM", "DiT"]
+)
 def test_a_wrong_block_is_not_compared(block):
     references.awake(block)
     assert references.require_right("block", block, 8, 32) < 1e-4
@@ -186,7 +248,9 @@ def test_a_wrong_block_is_not_compared(block):
     original = references.clear_twin
     try:
         references.clear_twin = lambda _: wrong_twin
-        with pytest.raises(common.Disagreement, match="block, output: .*nothing is reported"):
+        with pytest.raises(
+            common.Disagreement, match="block, output: .*nothing is reported"
+        ):
             references.require_right("block", wrong, 8, 32)
     finally:
         references.clear_twin = original
@@ -200,28 +264,48 @@ def test_report_writes_what_was_measured(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(common, "alternate", lambda sides, runs, warmup: rounds.pop(0))
     row = common.speed_row("sum", ("slow", print), ("fast", print), at_least=2)
-    assert row["reached"] and row["ratio"] == 3.05 and not rounds  # the first round was too noisy
+    assert (
+        row["reached"] and row["ratio"] == 3.05 and not rounds
+    )  # the first round was too noisy
     assert common.report("x", "A title", [row, row | {"reached": False}]) == 1
     stored = json.loads((tmp_path / "x.json").read_text())
-    assert stored["rows"][0] == row and stored["environment"]["torch"] == torch.__version__
-    assert "| **no** |" in (tmp_path / "x.md").read_text() and "A title" in capsys.readouterr().out
+    assert (
+        stored["rows"][0] == row and stored["environment"]["torch"] == torch.__version__
+    )
+    assert (
+        "| **no** |" in (tmp_path / "x.md").read_text()
+        and "A title" in capsys.readouterr().out
+    )
 
 
 def test_alternate_takes_the_sides_in_turns():
     order = []
     seconds = common.alternate(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        runs=3,
+        warmup=1,
     )
     assert order == ["a", "b"] * 4 and [len(seconds[name]) for name in "ab"] == [3, 3]
 
 
-NAMES = ("kernel", "bidirectional", "block", "train_step", "sampling", "loader", "length", "checkpoint")
+NAMES = (
+    "kernel",
+    "bidirectional",
+    "block",
+    "train_step",
+    "sampling",
+    "loader",
+    "length",
+    "checkpoint",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_has_recorded_its_machine_and_refuses_bad_options(name, capsys):
     record = json.loads((common.RESULTS / f"{name}.json").read_text())
-    assert {"processor", "cores", "threads", "torch", "python", "date"} <= set(record["environment"])
+    assert {"processor", "cores", "threads", "torch", "python", "date"} <= set(
+        record["environment"]
+    )
     assert record["rows"] and all("what" in row for row in record["rows"])
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module(f"benchmarks.{name}").main(["--runs", "0"])
@@ -232,12 +316,34 @@ def test_the_measurements_of_a_gpu_are_rehearsed_without_one():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(
-        [*command, "--rehearse"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--rehearse"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for section in ("kernel", "bidirectional", "convolutions", "blocks", "training", "sampling"):
+    for section in (
+        "kernel",
+        "bidirectional",
+        "convolutions",
+        "blocks",
+        "training",
+        "sampling",
+    ):
         assert f"\n{section}: " in "\n" + done.stdout
     assert done.stdout.endswith("a rehearsal: nothing was written\n")
     if not torch.cuda.is_available():
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert (done.returncode, done.stdout) == (2, "") and "sees no GPU" in done.stderr
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert (done.returncode, done.stdout) == (
+            2,
+            "",
+        ) and "sees no GPU" in done.stderr

@@ -39,7 +39,9 @@ class Colours:
 
     def __call__(self, images):
         x = images.double() / 255
-        pool = torch.cat([x.mean((2, 3)), x.std((2, 3)), x[:, :, 0, 0], x[:, :1, 1, 1]], dim=1)
+        pool = torch.cat(
+            [x.mean((2, 3)), x.std((2, 3)), x[:, :, 0, 0], x[:, :1, 1, 1]], dim=1
+        )
         return {"pool": pool, "spatial": x[:, 0].flatten(1)[:, :8], "logits": pool * 5}
 
 
@@ -64,15 +66,21 @@ def test_frechet_distance_equals_the_matrix_square_root(d):
     sigma1, sigma2 = (np.atleast_2d(np.cov(a, rowvar=False)) for a in (x, y))
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
-    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert frechet_distance(mu1, sigma1, mu1, sigma1) == pytest.approx(0, abs=1e-6)
 
 
 def test_gaussians_of_known_moments_give_the_closed_form():
     a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])
     expected = 3 * 2.0**2 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
-    assert frechet_distance(np.zeros(3), np.diag(a), np.full(3, 2.0), np.diag(b)) == pytest.approx(expected)
+    assert frechet_distance(
+        np.zeros(3), np.diag(a), np.full(3, 2.0), np.diag(b)
+    ) == pytest.approx(expected)
 
 
 def test_a_singular_covariance_gives_a_number():
@@ -87,7 +95,9 @@ def brute_force(real, fake, k):
         count = 0
         for p in points:
             for i, c in enumerate(centres):
-                others = sorted(np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i)
+                others = sorted(
+                    np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i
+                )
                 if np.linalg.norm(p - c) <= others[k - 1]:
                     count += 1
                     break
@@ -117,7 +127,9 @@ def test_inception_score_equals_its_definition():
     for part in logits.reshape(10, 6, 7):
         p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         expected.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
-    assert inception_score(torch.tensor(logits), part=6) == pytest.approx(np.mean(expected), rel=1e-9)
+    assert inception_score(torch.tensor(logits), part=6) == pytest.approx(
+        np.mean(expected), rel=1e-9
+    )
 
 
 def adm_inception_score(logits, part=5000):
@@ -125,18 +137,24 @@ def adm_inception_score(logits, part=5000):
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     cut = [p[start : start + part] for start in range(0, len(p), part)]
-    return np.mean([np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in cut])
+    return np.mean(
+        [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in cut]
+    )
 
 
 @pytest.mark.parametrize("n", [500, 5000, 5001, 12_345])
 def test_inception_score_is_cut_as_adm_cuts_it(n):
     logits = np.random.default_rng(n).normal(size=(n, 16)) * 2
-    assert inception_score(torch.from_numpy(logits)) == pytest.approx(adm_inception_score(logits), rel=1e-9)
+    assert inception_score(torch.from_numpy(logits)) == pytest.approx(
+        adm_inception_score(logits), rel=1e-9
+    )
 
 
 def test_another_order_of_random_labels_moves_a_score_of_50_000_by_less_than_a_thousandth():
     rng = np.random.default_rng(0)
-    logits = rng.normal(size=(50_000, 20)) + 6 * np.eye(20)[rng.integers(20, size=50_000)]
+    logits = (
+        rng.normal(size=(50_000, 20)) + 6 * np.eye(20)[rng.integers(20, size=50_000)]
+    )
     ours = inception_score(torch.from_numpy(logits[rng.permutation(50_000)]))
     assert ours == pytest.approx(adm_inception_score(logits), rel=1e-3)
 
@@ -148,7 +166,10 @@ def test_distances_are_held_in_blocks_of_bounded_size(monkeypatch):
         held.append(len(a) * len(b))
         return cdist(a, b)
 
-    real, fake = torch.tensor(features(90, 3, 1)), torch.tensor(features(70, 3, 1) * 0.7)
+    real, fake = (
+        torch.tensor(features(90, 3, 1)),
+        torch.tensor(features(70, 3, 1) * 0.7),
+    )
     whole = precision_recall(real, fake)
     monkeypatch.setattr(torch, "cdist", spy)
     monkeypatch.setattr("diffussm.evaluation.DISTANCES", 500)
@@ -159,9 +180,14 @@ def test_moments_of_a_stream_are_those_of_the_whole():
     images = some(50)
     found = statistics(batches(images), Colours())
     whole = Colours()(torch.from_numpy(images).permute(0, 3, 1, 2))
-    for name, mu, sigma in (("pool", found.mu, found.sigma), ("spatial", found.mu_s, found.sigma_s)):
+    for name, mu, sigma in (
+        ("pool", found.mu, found.sigma),
+        ("spatial", found.mu_s, found.sigma_s),
+    ):
         np.testing.assert_allclose(mu, whole[name].numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(sigma, np.cov(whole[name].numpy(), rowvar=False), atol=1e-12)
+        np.testing.assert_allclose(
+            sigma, np.cov(whole[name].numpy(), rowvar=False), atol=1e-12
+        )
     assert found.count == 50
 
 
@@ -173,17 +199,26 @@ def test_folder_npz_and_batches_give_the_same_scores(tmp_path):
     np.savez(tmp_path / "set.npz", images)
     np.savez(tmp_path / "reference.npz", arr_0=others)
     ways = [tmp_path / "set", tmp_path / "set.npz", batches(images)]
-    results = [evaluate(way, tmp_path / "reference.npz", extractor=Colours(), batch_size=7) for way in ways]
+    results = [
+        evaluate(way, tmp_path / "reference.npz", extractor=Colours(), batch_size=7)
+        for way in ways
+    ]
     for name in ("fid", "sfid", "inception_score", "precision", "recall"):
         assert results[0][name] is not None
-        assert results[0][name] == pytest.approx(results[1][name]) == pytest.approx(results[2][name])
+        assert (
+            results[0][name]
+            == pytest.approx(results[1][name])
+            == pytest.approx(results[2][name])
+        )
 
 
 def odd_images(folder):
     """Files that readers disagree about; returns those that are images to be trained on."""
     rng = np.random.default_rng(5)
     folder.mkdir()
-    Image.fromarray((rng.random((16, 16)) * 65535).astype(np.uint16)).save(folder / "16 bits.png")
+    Image.fromarray((rng.random((16, 16)) * 65535).astype(np.uint16)).save(
+        folder / "16 bits.png"
+    )
     transparent = np.zeros((16, 16, 4), np.uint8)
     transparent[4:12, 4:12] = (200, 30, 30, 255)
     Image.fromarray(transparent).save(folder / "transparent.png")
@@ -196,14 +231,18 @@ def odd_images(folder):
         (folder / hidden).mkdir()
         Image.fromarray(some(1, 9, 16)[0]).save(folder / hidden / "copy.png")
     Image.fromarray(some(1, 8, 16)[0]).save(folder / "plain.png")
-    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
+    )
 
 
 @pytest.mark.parametrize("exif_rotate", [False, True])
 def test_scoring_sees_the_pixels_that_training_sees(tmp_path, exif_rotate):
     files = odd_images(tmp_path / "set")
     seen = torch.cat(list(read_images(tmp_path / "set", 2, exif_rotate=exif_rotate)))
-    training = torch.stack([read_image(path, 16, exif_rotate=exif_rotate) for path in files])
+    training = torch.stack(
+        [read_image(path, 16, exif_rotate=exif_rotate) for path in files]
+    )
     assert len(seen) == len(files) == 5
     torch.testing.assert_close(seen / 127.5 - 1, training, atol=1e-6, rtol=0)
 
@@ -212,14 +251,20 @@ def test_what_is_hidden_or_broken_does_not_count_and_what_is_broken_is_listed(tm
     odd_images(tmp_path / "set")
     before = evaluate(tmp_path / "set", tmp_path / "set", extractor=Colours())
     assert before["count"] == 5 and before["samples"]["left_out"]["count"] == 0
-    Image.fromarray(some(1, 2, 16)[0]).save(tmp_path / "set" / ".ipynb_checkpoints" / "more.png")
+    Image.fromarray(some(1, 2, 16)[0]).save(
+        tmp_path / "set" / ".ipynb_checkpoints" / "more.png"
+    )
     (tmp_path / "set" / "samples.json").write_text("{}")
     again = evaluate(tmp_path / "set", tmp_path / "set", extractor=Colours())
     assert again == before
     (tmp_path / "set" / "broken.png").write_bytes(b"no picture")
     result = evaluate(tmp_path / "set", tmp_path / "set", extractor=Colours())
     assert result["samples"]["images_sha256"] == before["samples"]["images_sha256"]
-    assert result["samples"]["left_out"]["count"] == 1 == result["reference"]["left_out"]["count"]
+    assert (
+        result["samples"]["left_out"]["count"]
+        == 1
+        == result["reference"]["left_out"]["count"]
+    )
     assert "broken.png" in result["samples"]["left_out"]["first"][0]
     assert any("1 were left out" in note for note in result["notes"])
 
@@ -227,21 +272,38 @@ def test_what_is_hidden_or_broken_does_not_count_and_what_is_broken_is_listed(tm
 def test_the_result_says_whether_exif_was_obeyed(tmp_path):
     odd_images(tmp_path / "set")
     plain, turned = (
-        evaluate(tmp_path / "set", tmp_path / "set", extractor=Colours(), exif_rotate=on)
+        evaluate(
+            tmp_path / "set", tmp_path / "set", extractor=Colours(), exif_rotate=on
+        )
         for on in (False, True)
     )
-    assert plain["samples"]["exif_rotate"] is False and plain["reference"]["exif_rotate"] is False
-    assert turned["samples"]["exif_rotate"] is True and turned["reference"]["exif_rotate"] is True
+    assert (
+        plain["samples"]["exif_rotate"] is False
+        and plain["reference"]["exif_rotate"] is False
+    )
+    assert (
+        turned["samples"]["exif_rotate"] is True
+        and turned["reference"]["exif_rotate"] is True
+    )
     assert plain["samples"]["images_sha256"] != turned["samples"]["images_sha256"]
-    kept = save_statistics(tmp_path / "set", tmp_path / "s.npz", extractor=Colours(), exif_rotate=True)
-    assert evaluate(tmp_path / "set", kept, extractor=Colours())["reference"]["exif_rotate"] is True
+    kept = save_statistics(
+        tmp_path / "set", tmp_path / "s.npz", extractor=Colours(), exif_rotate=True
+    )
+    assert (
+        evaluate(tmp_path / "set", kept, extractor=Colours())["reference"][
+            "exif_rotate"
+        ]
+        is True
+    )
 
 
 def of_ten_classes(n):
     """Images of which `Colours` is certain: class c has one bright channel pattern of its own."""
     rng = np.random.default_rng(1)
     prototypes = rng.integers(0, 256, size=(10, 4, 4, 3))
-    images = np.repeat(prototypes, n // 10, axis=0) + rng.integers(-9, 10, size=(n, 4, 4, 3))
+    images = np.repeat(prototypes, n // 10, axis=0) + rng.integers(
+        -9, 10, size=(n, 4, 4, 3)
+    )
     return images.clip(0, 255).astype(np.uint8)
 
 
@@ -257,7 +319,10 @@ def test_the_order_of_files_decides_no_score(tmp_path, monkeypatch):
     monkeypatch.setattr("diffussm.evaluation.PART", 10)
     monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 25)
     images = of_ten_classes(100)
-    names = {"sorted": np.arange(100), "shuffled": np.random.default_rng(3).permutation(100)}
+    names = {
+        "sorted": np.arange(100),
+        "shuffled": np.random.default_rng(3).permutation(100),
+    }
     for name, places in names.items():
         (tmp_path / name).mkdir()
         for place, image in zip(places, images, strict=True):
@@ -265,35 +330,61 @@ def test_the_order_of_files_decides_no_score(tmp_path, monkeypatch):
     np.savez(tmp_path / "reversed.npz", images[::-1])
     results = [
         evaluate(tmp_path / one, tmp_path / two, extractor=Certain(), batch_size=7)
-        for one, two in (("sorted", "shuffled"), ("shuffled", "reversed.npz"), ("reversed.npz", "sorted"))
+        for one, two in (
+            ("sorted", "shuffled"),
+            ("shuffled", "reversed.npz"),
+            ("reversed.npz", "sorted"),
+        )
     ]
     for name in ("fid", "sfid", "inception_score", "precision", "recall"):
         values = [result[name] for result in results]
         assert values == pytest.approx([values[0]] * 3, rel=1e-5, abs=1e-6), name
     assert (
-        len({result[side]["images_sha256"] for result in results for side in ("samples", "reference")}) == 1
+        len(
+            {
+                result[side]["images_sha256"]
+                for result in results
+                for side in ("samples", "reference")
+            }
+        )
+        == 1
     )
-    assert 0 < results[0]["precision"] < 1  # the score does depend on which images are neighbours
-    logits = statistics(tmp_path / "sorted", Certain()).logits.numpy().astype(np.float64)
+    assert (
+        0 < results[0]["precision"] < 1
+    )  # the score does depend on which images are neighbours
+    logits = (
+        statistics(tmp_path / "sorted", Certain()).logits.numpy().astype(np.float64)
+    )
     in_order = Certain()(torch.from_numpy(images).permute(0, 3, 1, 2))["logits"].numpy()
-    assert results[0]["inception_score"] == pytest.approx(adm_inception_score(logits, 10), rel=1e-6)
+    assert results[0]["inception_score"] == pytest.approx(
+        adm_inception_score(logits, 10), rel=1e-6
+    )
     assert (
         adm_inception_score(in_order, 10) < 0.5 * results[0]["inception_score"]
     )  # as files lie: one class each
 
 
-def test_precision_and_recall_take_so_many_images_of_the_reference(tmp_path, monkeypatch):
+def test_precision_and_recall_take_so_many_images_of_the_reference(
+    tmp_path, monkeypatch
+):
     others, ours = some(60, 1), some(30)
     np.savez(tmp_path / "images.npz", others)
     monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 20)
-    save_statistics(tmp_path / "images.npz", tmp_path / "statistics.npz", extractor=Colours(), batch_size=9)
+    save_statistics(
+        tmp_path / "images.npz",
+        tmp_path / "statistics.npz",
+        extractor=Colours(),
+        batch_size=9,
+    )
     results = [
         evaluate(batches(ours), tmp_path / name, extractor=Colours())
         for name in ("images.npz", "statistics.npz")
     ]
     whole = statistics(batches(others, 4), Colours()).pool
     expected = precision_recall(whole[:20], statistics(batches(ours), Colours()).pool)
-    assert sorted(whole.tolist()) == sorted(Colours()(torch.cat(batches(others)))["pool"].float().tolist())
+    assert sorted(whole.tolist()) == sorted(
+        Colours()(torch.cat(batches(others)))["pool"].float().tolist()
+    )
     for result in results:
         assert (result["precision"], result["recall"]) == pytest.approx(expected)
         assert result["protocol"]["precision_recall"]["reference"] == 20
@@ -309,21 +400,33 @@ def test_distances_are_computed_where_the_extractor_is(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(
-        "diffussm.evaluation.precision_recall", lambda real, fake, k: seen.append((real, fake)) or (0.5, 0.25)
+        "diffussm.evaluation.precision_recall",
+        lambda real, fake, k: seen.append((real, fake)) or (0.5, 0.25),
     )
     np.savez(tmp_path / "a.npz", some(20))
     result = evaluate(tmp_path / "a.npz", tmp_path / "a.npz", extractor=Elsewhere())
-    assert [x.device.type for x in seen[0]] == ["meta", "meta"] and result["recall"] == 0.25
-    assert result["protocol"]["precision_recall"]["distances"] == "torch.float32 on meta"
+    assert [x.device.type for x in seen[0]] == ["meta", "meta"] and result[
+        "recall"
+    ] == 0.25
+    assert (
+        result["protocol"]["precision_recall"]["distances"] == "torch.float32 on meta"
+    )
 
 
 def test_the_protocol_is_computed_from_what_was_done(tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", some(23))
     np.savez(tmp_path / "b.npz", some(40, 1))
     monkeypatch.setattr("diffussm.evaluation.PART", 10)
-    result = evaluate(tmp_path / "a.npz", tmp_path / "b.npz", extractor=Colours(), batch_size=9)
+    result = evaluate(
+        tmp_path / "a.npz", tmp_path / "b.npz", extractor=Colours(), batch_size=9
+    )
     protocol = result["protocol"]
-    assert protocol["inception_score"] == {"parts": 3, "part": 10, "last_part": 3, "seed": 0}
+    assert protocol["inception_score"] == {
+        "parts": 3,
+        "part": 10,
+        "last_part": 3,
+        "seed": 0,
+    }
     assert protocol["precision_recall"] == {
         "k": 3,
         "reference": 40,
@@ -331,10 +434,16 @@ def test_the_protocol_is_computed_from_what_was_done(tmp_path, monkeypatch):
         "seed": 0,
         "distances": "torch.float32 on cpu",
     }
-    assert protocol["batch_size"] == 9 and protocol["device"] == "cpu" and "crop" not in protocol
+    assert (
+        protocol["batch_size"] == 9
+        and protocol["device"] == "cpu"
+        and "crop" not in protocol
+    )
     assert any("last part" in note for note in result["notes"])
     assert any("float16" in one for one in protocol["differs_from_adm"])
-    few = evaluate(batches(some(2)), tmp_path / "b.npz", extractor=Colours())["protocol"]
+    few = evaluate(batches(some(2)), tmp_path / "b.npz", extractor=Colours())[
+        "protocol"
+    ]
     assert "inception_score" not in few and "precision_recall" not in few
     assert not any("float16" in one for one in few["differs_from_adm"])
 
@@ -342,8 +451,14 @@ def test_the_protocol_is_computed_from_what_was_done(tmp_path, monkeypatch):
 def test_a_tree_an_lmdb_and_an_npz_are_cropped_alike(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (20 + i % 3, 24, 3), dtype=np.uint8)) for i in range(12)]
-    with lmdb.open(str(tmp_path / "lsun"), map_size=1 << 22) as database, database.begin(write=True) as write:
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (20 + i % 3, 24, 3), dtype=np.uint8))
+        for i in range(12)
+    ]
+    with (
+        lmdb.open(str(tmp_path / "lsun"), map_size=1 << 22) as database,
+        database.begin(write=True) as write,
+    ):
         for i, picture in enumerate(pictures):
             (tmp_path / "tree" / f"class {i % 2}").mkdir(parents=True, exist_ok=True)
             picture.save(tmp_path / "tree" / f"class {i % 2}" / f"{i}.png")
@@ -353,25 +468,52 @@ def test_a_tree_an_lmdb_and_an_npz_are_cropped_alike(tmp_path):
         write.put(b"bad", b"no picture")
     cropped = [np.array(center_crop(picture, 8)) for picture in pictures]
     np.savez(tmp_path / "cropped.npz", np.stack(cropped))
-    expected = evaluate(batches(some(11, size=8)), tmp_path / "cropped.npz", extractor=Colours())
+    expected = evaluate(
+        batches(some(11, size=8)), tmp_path / "cropped.npz", extractor=Colours()
+    )
     with pytest.raises(ValueError, match="--size"):
         evaluate(batches(some(11, size=8)), tmp_path / "tree", extractor=Colours())
     for name, kind in (("tree", "folder"), ("lsun", "lmdb"), ("lsun/data.mdb", "lmdb")):
-        kept = save_statistics(tmp_path / name, tmp_path / f"{kind}.npz", extractor=Colours(), size=8)
+        kept = save_statistics(
+            tmp_path / name, tmp_path / f"{kind}.npz", extractor=Colours(), size=8
+        )
         for reference in (tmp_path / name, kept):
-            result = evaluate(batches(some(11, size=8)), reference, extractor=Colours(), size=8)
-            assert result["fid"] == pytest.approx(expected["fid"]) and result["recall"] == expected["recall"]
-            assert result["reference"]["images_sha256"] == expected["reference"]["images_sha256"]
+            result = evaluate(
+                batches(some(11, size=8)), reference, extractor=Colours(), size=8
+            )
+            assert (
+                result["fid"] == pytest.approx(expected["fid"])
+                and result["recall"] == expected["recall"]
+            )
+            assert (
+                result["reference"]["images_sha256"]
+                == expected["reference"]["images_sha256"]
+            )
             assert result["reference"]["crop"] == 8
             assert result["reference"]["left_out"]["count"] == (kind == "lmdb")
         assert load_reference(tmp_path / name, Colours(), size=8)[1] == kind
-    again = evaluate(batches(some(11, size=11)), tmp_path / "cropped.npz", extractor=Colours(), size=8)
+    again = evaluate(
+        batches(some(11, size=11)),
+        tmp_path / "cropped.npz",
+        extractor=Colours(),
+        size=8,
+    )
     assert again["samples"]["image_size"] == [8, 8]
     for reference in ("folder.npz", "adm.npz"):
         found = statistics(tmp_path / "cropped.npz", Colours())
-        np.savez(tmp_path / "adm.npz", arr_0=np.stack(cropped), mu=found.mu, sigma=found.sigma)
+        np.savez(
+            tmp_path / "adm.npz",
+            arr_0=np.stack(cropped),
+            mu=found.mu,
+            sigma=found.sigma,
+        )
         with pytest.raises(ValueError, match="size is 16, but the reference"):
-            evaluate(batches(some(11, size=8)), tmp_path / reference, extractor=Colours(), size=16)
+            evaluate(
+                batches(some(11, size=8)),
+                tmp_path / reference,
+                extractor=Colours(),
+                size=16,
+            )
 
 
 def test_sets_that_are_not_there_or_not_alike_are_not_averaged_in_silence(tmp_path):
@@ -382,14 +524,26 @@ def test_sets_that_are_not_there_or_not_alike_are_not_averaged_in_silence(tmp_pa
     np.savez(tmp_path / "a.npz", some(30))
     np.savez(tmp_path / "b.npz", some(31, 1))
     with pytest.raises(FileNotFoundError, match="none.npz"):
-        evaluate([tmp_path / "a.npz", tmp_path / "none.npz"], tmp_path / "a.npz", extractor=Busy())
+        evaluate(
+            [tmp_path / "a.npz", tmp_path / "none.npz"],
+            tmp_path / "a.npz",
+            extractor=Busy(),
+        )
     with pytest.raises(FileNotFoundError, match="nowhere"):
         evaluate(tmp_path / "a.npz", tmp_path / "nowhere", extractor=Busy())
-    result = evaluate([tmp_path / "a.npz", tmp_path / "b.npz"], tmp_path / "a.npz", extractor=Colours())
+    result = evaluate(
+        [tmp_path / "a.npz", tmp_path / "b.npz"],
+        tmp_path / "a.npz",
+        extractor=Colours(),
+    )
     assert any("differ in their counts" in note for note in result["notes"])
     assert [one["samples"] for one in result["protocol"]] == [30, 31]
-    result = evaluate(batches(some(20, size=8)), tmp_path / "a.npz", extractor=Colours())
-    assert any("8" in note and "4" in note and "pixels" in note for note in result["notes"])
+    result = evaluate(
+        batches(some(20, size=8)), tmp_path / "a.npz", extractor=Colours()
+    )
+    assert any(
+        "8" in note and "4" in note and "pixels" in note for note in result["notes"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,7 +563,9 @@ def test_an_npz_that_is_refused_is_told_why(tmp_path, array, says):
 def test_a_set_against_itself_is_perfect(tmp_path):
     np.savez(tmp_path / "a.npz", some(40))
     result = evaluate(tmp_path / "a.npz", tmp_path / "a.npz", extractor=Colours())
-    assert result["fid"] == pytest.approx(0, abs=1e-6) and result["sfid"] == pytest.approx(0, abs=1e-6)
+    assert result["fid"] == pytest.approx(0, abs=1e-6) and result[
+        "sfid"
+    ] == pytest.approx(0, abs=1e-6)
     assert (result["precision"], result["recall"]) == (1, 1)
 
 
@@ -419,33 +575,62 @@ def test_every_kind_of_reference_gives_the_same_distance(tmp_path):
     (tmp_path / "folder").mkdir()
     for i, image in enumerate(others):
         Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
-    save_statistics(tmp_path / "images.npz", tmp_path / "statistics.npz", extractor=Colours())
+    save_statistics(
+        tmp_path / "images.npz", tmp_path / "statistics.npz", extractor=Colours()
+    )
     found = statistics(tmp_path / "images.npz", Colours())
-    moments = {"mu": found.mu, "sigma": found.sigma, "mu_s": found.mu_s, "sigma_s": found.sigma_s}
-    np.savez(tmp_path / "adm.npz", arr_0=others[:10], **moments)  # moments of all, some of the images
+    moments = {
+        "mu": found.mu,
+        "sigma": found.sigma,
+        "mu_s": found.mu_s,
+        "sigma_s": found.sigma_s,
+    }
+    np.savez(
+        tmp_path / "adm.npz", arr_0=others[:10], **moments
+    )  # moments of all, some of the images
     results = {}
     for name in ("images.npz", "folder", "statistics.npz", "adm.npz"):
         kind = name.removesuffix(".npz")
         assert load_reference(tmp_path / name, Colours())[1] == kind
-        results[kind] = evaluate(batches(some(30)), tmp_path / name, extractor=Colours())
+        results[kind] = evaluate(
+            batches(some(30)), tmp_path / name, extractor=Colours()
+        )
         assert results[kind]["fid"] == pytest.approx(results["images"]["fid"], rel=1e-6)
-        assert results[kind]["sfid"] == pytest.approx(results["images"]["sfid"], rel=1e-6)
+        assert results[kind]["sfid"] == pytest.approx(
+            results["images"]["sfid"], rel=1e-6
+        )
     assert results["statistics"]["recall"] == results["images"]["recall"]
 
 
 def test_the_result_says_everything_and_several_seeds_give_a_spread(tmp_path):
-    facts = {"steps": 250, "method": "ddpm", "cfg_scale": 1.5, "weights": "ema", "labels": "balanced"}
+    facts = {
+        "steps": 250,
+        "method": "ddpm",
+        "cfg_scale": 1.5,
+        "weights": "ema",
+        "labels": "balanced",
+    }
     for seed in (0, 1, 2):
         np.savez(tmp_path / f"{seed}.npz", some(30, seed))
-        (tmp_path / f"{seed}.json").write_text(json.dumps({**facts, "seed": seed, "complete": True}))
+        (tmp_path / f"{seed}.json").write_text(
+            json.dumps({**facts, "seed": seed, "complete": True})
+        )
     np.savez(tmp_path / "reference.npz", some(40, 9))
     paths = [tmp_path / f"{seed}.npz" for seed in (0, 1, 2)]
     result = evaluate(paths, tmp_path / "reference.npz", extractor=Colours())
-    alone = [evaluate(path, tmp_path / "reference.npz", extractor=Colours())["fid"] for path in paths]
+    alone = [
+        evaluate(path, tmp_path / "reference.npz", extractor=Colours())["fid"]
+        for path in paths
+    ]
     assert result["fid"]["mean"] == pytest.approx(np.mean(alone))
     assert result["fid"]["std"] == pytest.approx(np.std(alone, ddof=1))
-    assert [s["seed"] for s in result["samples"]] == [0, 1, 2] and result["samples"][0]["steps"] == 250
-    assert len(result["reference"]["sha256"]) == 64 and result["extractor"]["name"] == "colours"
+    assert [s["seed"] for s in result["samples"]] == [0, 1, 2] and result["samples"][0][
+        "steps"
+    ] == 250
+    assert (
+        len(result["reference"]["sha256"]) == 64
+        and result["extractor"]["name"] == "colours"
+    )
     assert result["versions"]["torch"] and json.dumps(result)
     (tmp_path / "0.json").write_text(json.dumps({**facts, "complete": False}))
     with pytest.raises(ValueError, match="not complete"):
@@ -455,9 +640,15 @@ def test_the_result_says_everything_and_several_seeds_give_a_spread(tmp_path):
 def test_too_few_images_are_noted(tmp_path):
     np.savez(tmp_path / "a.npz", some(8))
     result = evaluate(tmp_path / "a.npz", tmp_path / "a.npz", extractor=Colours())
-    assert "8 images for 10 features" in result["notes"][0] and result["inception_score"] is None
+    assert (
+        "8 images for 10 features" in result["notes"][0]
+        and result["inception_score"] is None
+    )
     np.savez(tmp_path / "b.npz", some(11))
-    assert evaluate(tmp_path / "b.npz", tmp_path / "a.npz", extractor=Colours())["notes"] == []
+    assert (
+        evaluate(tmp_path / "b.npz", tmp_path / "a.npz", extractor=Colours())["notes"]
+        == []
+    )
 
 
 def test_statistics_of_another_extractor_are_refused(tmp_path):
@@ -483,7 +674,8 @@ def test_features_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize(
-    "what", ["float", "grey", "sizes", "empty", "text", "missing", "truncated", "pickle"]
+    "what",
+    ["float", "grey", "sizes", "empty", "text", "missing", "truncated", "pickle"],
 )
 def test_what_is_no_set_of_images_is_refused(tmp_path, what):
     path = tmp_path / "set.npz"
@@ -507,7 +699,9 @@ def test_what_is_no_set_of_images_is_refused(tmp_path, what):
     elif what == "pickle":
         with zipfile.ZipFile(path, "w") as archive:
             content = io.BytesIO()
-            np.lib.format.write_array(content, np.array([{"harm": 1}], dtype=object), allow_pickle=True)
+            np.lib.format.write_array(
+                content, np.array([{"harm": 1}], dtype=object), allow_pickle=True
+            )
             archive.writestr("arr_0.npy", content.getvalue())
     with pytest.raises((ValueError, FileNotFoundError), match="set"):
         list(read_images(path))
@@ -524,7 +718,10 @@ def test_garbage_is_refused_with_a_sentence(tmp_path_factory, content, kind):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arr_0.npy" if kind == 1 else "mu.npy", content)
-    for read in (lambda: list(read_images(path)), lambda: load_reference(path, Colours())):
+    for read in (
+        lambda: list(read_images(path)),
+        lambda: load_reference(path, Colours()),
+    ):
         with pytest.raises((ValueError, OSError), match="set"):
             read()
 
@@ -545,7 +742,9 @@ def inception(tmp_path_factory):
 def test_spatial_features_lie_position_by_position(inception):
     images = torch.from_numpy(some(2, size=32)).permute(0, 3, 1, 2)
     seen = []
-    inception.net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    inception.net.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     found = inception(images)
     assert {name: tuple(x.shape) for name, x in found.items()} == {
         "pool": (2, 2048),
@@ -563,7 +762,10 @@ def test_inception_scores_a_set_against_itself(inception):
     found = statistics(images, inception)
     result = scores(found, found)
     size = float(np.trace(found.sigma))
-    assert result["fid"] < 1e-4 * size and (result["precision"], result["recall"]) == (1, 1)
+    assert result["fid"] < 1e-4 * size and (result["precision"], result["recall"]) == (
+        1,
+        1,
+    )
 
 
 def test_weights_are_checked_before_they_are_loaded(tmp_path):

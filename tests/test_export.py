@@ -31,12 +31,20 @@ module: {module}
 """
 
 
-def chapter(root: Path, name: str, *cells: str, module: str | None = None, title: str = "A title") -> Path:
+def chapter(
+    root: Path,
+    name: str,
+    *cells: str,
+    module: str | None = None,
+    title: str = "A title",
+) -> Path:
     """Write a chapter; a cell that starts with `#!` and words is not exported."""
     text = HEADER.format(module=module or name[3:], title=title)
     for cell in cells:
         tags = "" if cell.startswith("#!") else ":tags: [export]\n\n"
-        text += f"\nSome prose.\n\n```{{code-cell}} ipython3\n{tags}{cell.strip()}\n```\n"
+        text += (
+            f"\nSome prose.\n\n```{{code-cell}} ipython3\n{tags}{cell.strip()}\n```\n"
+        )
     path = root / "book" / f"{name}.md"
     path.write_text(text)
     return path
@@ -54,7 +62,9 @@ def refused(root: Path) -> str:
     with pytest.raises(ExportError) as caught:
         build(root)
     assert main(["--root", str(root)]) == 1
-    assert not list((root / "diffussm").glob("[!_]*.py")), "something was written all the same"
+    assert not list((root / "diffussm").glob("[!_]*.py")), (
+        "something was written all the same"
+    )
     return str(caught.value)
 
 
@@ -95,15 +105,24 @@ def test_typing_imports_stay_apart(root: Path) -> None:
 
 def test_second_run_changes_nothing(root: Path) -> None:
     chapter(root, "01_alpha", "def f():\n    return 1")
-    chapter(root, "02_beta", "from diffussm.alpha import f\n\n\ndef g():\n    return f()")
+    chapter(
+        root, "02_beta", "from diffussm.alpha import f\n\n\ndef g():\n    return f()"
+    )
     assert main(["--root", str(root)]) == 0
-    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (root / "diffussm").iterdir()}
+    files = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in (root / "diffussm").iterdir()
+    }
     assert sorted(path.name for path in files) == ["alpha.py", "beta.py"]
     assert main(["--root", str(root)]) == 0
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files} == files
+    assert {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files
+    } == files
 
 
-def test_check_shows_the_difference(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_shows_the_difference(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chapter(root, "01_alpha", "def f():\n    return 1")
     assert main(["--root", str(root)]) == 0
     assert main(["--root", str(root), "--check"]) == 0
@@ -120,7 +139,10 @@ def test_check_shows_the_difference(root: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("def f():\n    pass", "`f` is defined twice; first at book/01_alpha.md, cell 1, line 24"),
+        (
+            "def f():\n    pass",
+            "`f` is defined twice; first at book/01_alpha.md, cell 1, line 24",
+        ),
         ("from math import floor as f", "`f` is defined twice"),
         ("import json as os", "`os` is imported twice"),
         ("class os:\n    pass", "`os` is defined twice"),
@@ -135,15 +157,25 @@ def test_check_shows_the_difference(root: Path, capsys: pytest.CaptureFixture[st
         ("A = 1; B = 2", "two statements on one line"),
         ("def g():\n    return undefined_name", "`undefined_name` is used"),
         ("from diffussm.alpha import f as g", "imports its own module diffussm.alpha"),
-        ("from diffussm.beta import g", "imports diffussm.beta of a later chapter, book/02_beta.md"),
+        (
+            "from diffussm.beta import g",
+            "imports diffussm.beta of a later chapter, book/02_beta.md",
+        ),
         ("from diffussm import beta", "imports diffussm.beta of a later chapter"),
-        ("def h():\n    from diffussm.beta import g\n\n    return g", "of a later chapter"),
+        (
+            "def h():\n    from diffussm.beta import g\n\n    return g",
+            "of a later chapter",
+        ),
         ("import diffussm.gamma", "imports diffussm.gamma, which no chapter exports"),
         ("#!\nfrom diffussm.beta import g", "of a later chapter"),
     ],
 )
-def test_refused_with_chapter_cell_and_line(root: Path, cell: str, message: str) -> None:
-    chapter(root, "01_alpha", "import os\n\n\ndef f():\n    return os.sep", "#!\npass", cell)
+def test_refused_with_chapter_cell_and_line(
+    root: Path, cell: str, message: str
+) -> None:
+    chapter(
+        root, "01_alpha", "import os\n\n\ndef f():\n    return os.sep", "#!\npass", cell
+    )
     chapter(root, "02_beta", "def g():\n    pass")
     fault = refused(root)
     assert message in fault
@@ -158,13 +190,17 @@ def test_two_chapters_with_one_module_are_refused(root: Path) -> None:
     chapter(root, "01_alpha", "def f():\n    pass")
     chapter(root, "02_beta", "def g():\n    pass", module="alpha")
     fault = refused(root)
-    assert "book/02_beta.md: exports to diffussm.alpha, as does book/01_alpha.md" in fault
+    assert (
+        "book/02_beta.md: exports to diffussm.alpha, as does book/01_alpha.md" in fault
+    )
     assert "`module: alpha`, expected beta" in fault
 
 
 def test_cell_for_another_module_is_refused(root: Path) -> None:
     path = chapter(root, "01_alpha", "def f():\n    pass")
-    path.write_text(path.read_text().replace(":tags: [export]", ":export-to: beta\n:tags: [export]"))
+    path.write_text(
+        path.read_text().replace(":tags: [export]", ":export-to: beta\n:tags: [export]")
+    )
     assert "cell 1, line 22: exports to beta" in refused(root)
 
 
@@ -172,7 +208,9 @@ def test_module_without_chapter_is_refused(root: Path) -> None:
     chapter(root, "01_alpha", "def f():\n    pass")
     for name in ("__init__.py", "__main__.py", "old.py"):
         (root / "diffussm" / name).touch()
-    with pytest.raises(ExportError, match=r"diffussm/old.py: no chapter exports it; delete it"):
+    with pytest.raises(
+        ExportError, match=r"diffussm/old.py: no chapter exports it; delete it"
+    ):
         build(root)
 
 
@@ -189,12 +227,16 @@ def test_one_chapter_can_be_exported_alone(root: Path) -> None:
     assert [path.name for path in (root / "diffussm").iterdir()] == ["beta.py"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "book").glob("[0-9][0-9]_*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "book").glob("[0-9][0-9]_*.md")), ids=lambda path: path.stem
+)
 def test_cells_are_those_that_jupytext_finds(path: Path) -> None:
     theirs = [cell for cell in jupytext.read(path).cells if cell.cell_type == "code"]
     ours = read_chapter(path).cells
     assert [cell.source for cell in ours] == [cell.source for cell in theirs]
-    assert [cell.tags for cell in ours] == [cell.metadata.get("tags", []) for cell in theirs]
+    assert [cell.tags for cell in ours] == [
+        cell.metadata.get("tags", []) for cell in theirs
+    ]
     lines = path.read_text(encoding="utf-8").splitlines()
     for cell in ours:
         assert lines[cell.line - 1] == cell.source.splitlines()[0]
@@ -202,7 +244,9 @@ def test_cells_are_those_that_jupytext_finds(path: Path) -> None:
 
 def test_package_is_what_the_book_says() -> None:
     command = [sys.executable, "-m", "tools.export", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

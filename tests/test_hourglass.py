@@ -57,7 +57,8 @@ def block_by_subscripts(block, x, c):
     for j in range(J):
         centred = x[j] - x[j].sum() / D
         I.append(
-            centred / (centred.square().sum() / D + 1e-6).sqrt() * (1 + shift_scale[D:]) + shift_scale[:D]
+            centred / (centred.square().sum() / D + 1e-6).sqrt() * (1 + shift_scale[D:])
+            + shift_scale[:D]
         )
     U = []
     for l in range(L):
@@ -68,9 +69,15 @@ def block_by_subscripts(block, x, c):
     I_prime = torch.zeros(J, 2 * D, dtype=x.dtype)
     for l in range(L):
         j, k = l // M, l % M
-        I_prime[j, D_m * k : D_m * (k + 1)] = sigma(w["w_down.weight"][k] @ Y[l] + w["w_down.bias"][k])
+        I_prime[j, D_m * k : D_m * (k + 1)] = sigma(
+            w["w_down.weight"][k] @ Y[l] + w["w_down.bias"][k]
+        )
     return torch.stack(
-        [x[j] + linear("w3", sigma(linear("w2", I_prime[j])) * sigma(linear("w1", I[j]))) for j in range(J)]
+        [
+            x[j]
+            + linear("w3", sigma(linear("w2", I_prime[j])) * sigma(linear("w1", I[j])))
+            for j in range(J)
+        ]
     )
 
 
@@ -82,9 +89,14 @@ class NoMixing(torch.nn.Module):
 @pytest.mark.parametrize("M", [1, 2, 4])
 def test_block_equals_the_papers_subscripts(M):
     block = awake(downsample=M)
-    x, c = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    x, c = (
+        torch.randn(2, 5, 8, dtype=torch.float64),
+        torch.randn(2, 8, dtype=torch.float64),
+    )
     with torch.no_grad():
-        expected = torch.stack([block_by_subscripts(block, x[b], c[b]) for b in range(2)])
+        expected = torch.stack(
+            [block_by_subscripts(block, x[b], c[b]) for b in range(2)]
+        )
         assert (expected - x).abs().max() > 0.1
         torch.testing.assert_close(block(x, c), expected, rtol=1e-10, atol=1e-10)
 
@@ -96,7 +108,11 @@ def test_groups_stay_local_without_the_state_space_model(M):
 
     def reach():
         x = torch.randn(1, 6, 8, dtype=torch.float64)
-        return torch.autograd.functional.jacobian(lambda x: block(x, c), x).abs().amax(dim=(0, 2, 3, 5))
+        return (
+            torch.autograd.functional.jacobian(lambda x: block(x, c), x)
+            .abs()
+            .amax(dim=(0, 2, 3, 5))
+        )
 
     assert reach().min() > 0
     block.ssm = NoMixing()
@@ -135,7 +151,9 @@ def test_parameters_and_multiply_adds_of_the_dense_maps(M):
     with FlopCounterMode(display=False, depth=None) as counter:
         block(torch.empty(1, J, D, device="meta"), torch.empty(1, D, device="meta"))
     counts = counter.get_flop_counts()
-    multiply_adds = sum(sum(counts[f"HourglassBlock.{name}"].values()) for name in DENSE) / 2
+    multiply_adds = (
+        sum(sum(counts[f"HourglassBlock.{name}"].values()) for name in DENSE) / 2
+    )
     L = J * M
     assert multiply_adds == 13 * L // M * D**2 + L * D**2
 
@@ -152,19 +170,29 @@ def test_position_linear_is_one_linear_map_per_place():
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 7, 3, 5)
     for k in range(3):
-        expected = torch.nn.functional.linear(x[:, :, k], layer.weight[k], layer.bias[k])
+        expected = torch.nn.functional.linear(
+            x[:, :, k], layer.weight[k], layer.bias[k]
+        )
         torch.testing.assert_close(layer(x)[:, :, k], expected)
     limit = math.sqrt(6 / 9)
-    assert 0.8 * limit < layer.weight.abs().max() <= limit  # Xavier of one map, not of the whole tensor
+    assert (
+        0.8 * limit < layer.weight.abs().max() <= limit
+    )  # Xavier of one map, not of the whole tensor
 
 
 def test_condition_acts_on_every_position_of_its_own_sample():
     block = awake()
-    x, c = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    x, c = (
+        torch.randn(2, 6, 8, dtype=torch.float64),
+        torch.randn(2, 8, dtype=torch.float64),
+    )
     other = c.clone()
     other[1] += 1
     changed = (block(x, c) - block(x, other)).abs().amax(2)
-    assert torch.equal(changed[0], torch.zeros(6, dtype=torch.float64)) and changed[1].min() > 1e-6
+    assert (
+        torch.equal(changed[0], torch.zeros(6, dtype=torch.float64))
+        and changed[1].min() > 1e-6
+    )
 
 
 def test_autocast_keeps_the_stream_in_float32():
@@ -178,7 +206,9 @@ def test_autocast_keeps_the_stream_in_float32():
 
 
 def test_state_dict_has_only_real_tensors():
-    assert not any(tensor.is_complex() for tensor in HourglassBlock(8, 4).state_dict().values())
+    assert not any(
+        tensor.is_complex() for tensor in HourglassBlock(8, 4).state_dict().values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +226,13 @@ def test_impossible_sizes_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("x", "c"), [((2, 6, 7), (2, 8)), ((2, 6, 8), (3, 8)), ((6, 8), (6, 8)), ((2, 6, 8), (2, 6, 8))]
+    ("x", "c"),
+    [
+        ((2, 6, 7), (2, 8)),
+        ((2, 6, 8), (3, 8)),
+        ((6, 8), (6, 8)),
+        ((2, 6, 8), (2, 6, 8)),
+    ],
 )
 def test_wrong_shapes_are_refused(x, c):
     with pytest.raises(ValueError, match=r"expected \(B, J, 8\) and \(B, 8\)"):
@@ -204,7 +240,9 @@ def test_wrong_shapes_are_refused(x, c):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("known", [False, True], ids=["kernels inside", "spectra given"])
+@pytest.mark.parametrize(
+    "known", [False, True], ids=["kernels inside", "spectra given"]
+)
 def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
     """Traced and differentiated as by torch.compile, without generating code; fullgraph forbids breaks."""
     block = awake().float()
@@ -217,7 +255,9 @@ def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             y = side(*inputs[:2], spectra)
         gradients = torch.autograd.grad(y.square().sum(), inputs, allow_unused=known)
-        results.append([y, *(gradient for gradient in gradients if gradient is not None)])
+        results.append(
+            [y, *(gradient for gradient in gradients if gradient is not None)]
+        )
     for clear, fast in zip(*results, strict=True):
         tolerance = 1e-5 if precision == "float32" else 2e-2
         assert (clear - fast).abs().max() <= tolerance * clear.abs().max()
@@ -225,7 +265,11 @@ def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
 
 
 def test_exported_block_holds_the_operator_and_its_values():
-    block, x, c = awake(), torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    block, x, c = (
+        awake(),
+        torch.randn(2, 6, 8, dtype=torch.float64),
+        torch.randn(2, 8, dtype=torch.float64),
+    )
     exported = torch.export.export(block, (x, c))
     assert "torch.ops.diffussm.convolve" in exported.graph_module.code
     torch.testing.assert_close(exported.module()(x, c), block(x, c), rtol=0, atol=0)

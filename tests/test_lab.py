@@ -19,7 +19,7 @@ import pytest
 
 from tools.book import ROOT
 
-CHAPTER = "book/04_hourglass.md"
+CHAPTER = "book/21_hourglass.md"
 PLAIN = ("README.md", "book/index.md", "book/notation.md")
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
 MODULES = ("book/plotting.py", "diffussm/hourglass.py")
@@ -30,12 +30,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what JupyterLab is shown, so that a fault cannot touch the real files."""
     folder = tmp_path_factory.mktemp("checkout")
     for part in ("book", "diffussm", ".jupyter"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("README.md", "jupytext.toml"):
         shutil.copy(ROOT / name, folder / name)
     text = (folder / CHAPTER).read_text()
     cells = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
-    (folder / CHAPTER).write_text("".join(cells[:6]))  # of a chapter, its beginning is enough to be run
+    (folder / CHAPTER).write_text(
+        "".join(cells[:6])
+    )  # of a chapter, its beginning is enough to be run
     return folder
 
 
@@ -53,10 +57,24 @@ def lab(checkout: Path) -> Iterator[str]:
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
     }
-    command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={checkout}", f"--port={port}"]
-    command += ["--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.port_retries=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        f"--notebook-dir={checkout}",
+        f"--port={port}",
+    ]
+    command += [
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        "--ServerApp.port_retries=0",
+    ]
     with (checkout.parent / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, cwd=checkout, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, env=environment, cwd=checkout, stdout=log, stderr=log
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -83,7 +101,9 @@ def opened(browser: Any, lab: str, path: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(240_000)
     page.goto(f"{lab}/lab/workspaces/{Path(path).stem}/tree/{path}?reset")
-    page.locator(f".lm-TabBar-tab.lm-mod-current:has-text('{Path(path).name}')").first.wait_for()
+    page.locator(
+        f".lm-TabBar-tab.lm-mod-current:has-text('{Path(path).name}')"
+    ).first.wait_for()
     return page
 
 
@@ -97,21 +117,27 @@ def dirty(page: Any) -> bool:
     return page.locator(".lm-TabBar-tab.jp-mod-dirty").count() > 0
 
 
-def test_a_chapter_that_was_only_looked_at_asks_nothing(checkout: Path, lab: str, browser: Any) -> None:
+def test_a_chapter_that_was_only_looked_at_asks_nothing(
+    checkout: Path, lab: str, browser: Any
+) -> None:
     before = (checkout / CHAPTER).read_bytes()
     page = opened(browser, lab, CHAPTER)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
     page.wait_for_timeout(1000)
     assert not dirty(page)
-    page.locator(".lm-TabBar-tab.lm-mod-current:has-text('.md') .lm-TabBar-tabCloseIcon").first.click()
+    page.locator(
+        ".lm-TabBar-tab.lm-mod-current:has-text('.md') .lm-TabBar-tabCloseIcon"
+    ).first.click()
     page.wait_for_timeout(1000)
     assert page.locator(".jp-Dialog").count() == 0
     assert (checkout / CHAPTER).read_bytes() == before
     page.close()
 
 
-def test_a_chapter_that_was_run_is_saved_as_it_was(checkout: Path, lab: str, browser: Any) -> None:
+def test_a_chapter_that_was_run_is_saved_as_it_was(
+    checkout: Path, lab: str, browser: Any
+) -> None:
     before = (checkout / CHAPTER).read_text()
     page = opened(browser, lab, CHAPTER)
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()

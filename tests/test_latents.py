@@ -71,7 +71,9 @@ def draw_images(root: Path, count: int = 20, seed: int = 0) -> Path:
     for i in range(count):
         path = root / ("cats" if i % 3 else "dogs") / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 4, 3), dtype=np.uint8)).save(
+            path
+        )
     for name in ("004a.png", "017a.png"):
         (root / "dogs" / name).write_bytes(b"no image at all")
     return root
@@ -120,7 +122,9 @@ def copy(whole, tmp_path) -> Path:
 # what is stored
 
 
-def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(vae, root, whole):
+def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(
+    vae, root, whole
+):
     folder = ImageFolder(root, SIZE)
     good = [i for i in range(len(folder)) if "a" not in Path(folder.path(i)).stem]
     store = LatentStore(whole)
@@ -129,7 +133,9 @@ def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(v
         image = folder[i][0][None]
         for flipped in (False, True):
             q = vae.encode(image.flip(-1) if flipped else image).latent_dist
-            stored = store.moments(torch.tensor([place]), torch.tensor([flipped]))[0].float()
+            stored = store.moments(torch.tensor([place]), torch.tensor([flipped]))[
+                0
+            ].float()
             torch.testing.assert_close(stored[0], q.mean[0], rtol=2e-3, atol=2e-3)
             torch.testing.assert_close(stored[1], q.logvar[0], rtol=2e-3, atol=2e-3)
         assert store[place][1] == store.labels[place] == folder.labels[i]
@@ -140,10 +146,18 @@ def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(v
 def test_store_is_a_data_set_that_training_draws_from(whole):
     store = LatentStore(whole)
     assert isinstance(store, Drawn)
-    assert store.classes == ("cats", "dogs") and store.num_classes == 2 and store.flip is True
+    assert (
+        store.classes == ("cats", "dogs")
+        and store.num_classes == 2
+        and store.flip is True
+    )
     assert store.shape == (4, 8, 8) and store.scale == 0.5
     image, label = store[3]
-    assert image.shape == (4, 8, 8) and image.dtype == torch.float32 and isinstance(label, int)
+    assert (
+        image.shape == (4, 8, 8)
+        and image.dtype == torch.float32
+        and isinstance(label, int)
+    )
     assert torch.equal(store[-1][0], store[len(store) - 1][0])
     with pytest.raises(IndexError):
         store[len(store)]
@@ -156,11 +170,15 @@ def test_draws_have_the_posteriors_mean_and_deviation(whole):
     draws = 4000
     indices, flips = torch.full((draws,), 7), torch.ones(draws, dtype=torch.bool)
     x0, labels = store.batch(
-        indices, flips, torch.randn(draws, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        indices,
+        flips,
+        torch.randn(draws, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
     )
     mean, log_variance = store.moments(indices[:1], flips[:1])[0].double()
     std = (log_variance / 2).exp()
-    error = (x0.double().mean(0) - 0.5 * mean) / (0.5 * std / draws**0.5)  # (4, 8, 8), standard normal
+    error = (x0.double().mean(0) - 0.5 * mean) / (
+        0.5 * std / draws**0.5
+    )  # (4, 8, 8), standard normal
     assert error.abs().max() < 5 and abs(error.std().item() - 1) < 0.2
     torch.testing.assert_close(x0.double().std(0), 0.5 * std, rtol=0.06, atol=0)
     assert labels.tolist() == [store[7][1]] * draws
@@ -177,11 +195,17 @@ def test_batch_in_any_order_is_its_images_one_by_one(whole):
         assert torch.equal(together[k], store.moments(i[None], flips[k : k + 1])[0])
 
 
-def test_without_flips_the_store_is_half_as_large_and_flips_are_ignored(vae, root, whole, tmp_path):
-    store = encode(ImageFolder(root, SIZE), tmp_path / "o", vae, "test", **OPTIONS, flip=False)
+def test_without_flips_the_store_is_half_as_large_and_flips_are_ignored(
+    vae, root, whole, tmp_path
+):
+    store = encode(
+        ImageFolder(root, SIZE), tmp_path / "o", vae, "test", **OPTIONS, flip=False
+    )
     assert store.flip is False
     indices = torch.arange(len(store))
-    assert torch.equal(store.moments(indices, indices < 9), LatentStore(whole).moments(indices))
+    assert torch.equal(
+        store.moments(indices, indices < 9), LatentStore(whole).moments(indices)
+    )
 
 
 def test_shards_are_plain_npy_files(whole):
@@ -189,18 +213,29 @@ def test_shards_are_plain_npy_files(whole):
     first = 0
     for shard in store.manifest["shards"]:
         array = np.load(whole / shard["name"], allow_pickle=False)
-        assert array.shape == (shard["images"], 2, 2, 4, 8, 8) and array.dtype == np.float16
-        assert np.array_equal(array[:, 0], store.moments(torch.arange(first, first + len(array))).numpy())
+        assert (
+            array.shape == (shard["images"], 2, 2, 4, 8, 8)
+            and array.dtype == np.float16
+        )
+        assert np.array_equal(
+            array[:, 0], store.moments(torch.arange(first, first + len(array))).numpy()
+        )
         first += len(array)
     assert first == len(store)
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 2, 4, 8, 8), (5,), (123456789, 2, 2, 4, 32, 32), (10**18,) * 6])
+@pytest.mark.parametrize(
+    "shape", [(0, 1, 2, 4, 8, 8), (5,), (123456789, 2, 2, 4, 32, 32), (10**18,) * 6]
+)
 def test_npy_header_is_one_that_numpy_reads(shape, tmp_path):
     (tmp_path / "h").write_bytes(npy_header(shape))
     with (tmp_path / "h").open("rb") as file:
         assert np.lib.format.read_magic(file) == (1, 0)
-        assert np.lib.format.read_array_header_1_0(file) == (shape, False, np.dtype("<f2"))
+        assert np.lib.format.read_array_header_1_0(file) == (
+            shape,
+            False,
+            np.dtype("<f2"),
+        )
         assert file.tell() == len(npy_header(shape)) and file.tell() % 64 == 0
 
 
@@ -208,24 +243,43 @@ def test_broken_images_are_left_out_and_named(whole):
     manifest = read_manifest(whole)
     skipped = [name for shard in manifest["shards"] for name, _ in shard["skipped"]]
     assert skipped == ["dogs/004a.png", "dogs/017a.png"]
-    assert all("known format" in why for shard in manifest["shards"] for _, why in shard["skipped"])
+    assert all(
+        "known format" in why
+        for shard in manifest["shards"]
+        for _, why in shard["skipped"]
+    )
 
 
 def test_shard_without_a_single_good_image_is_empty(vae, tmp_path):
     root = draw_images(tmp_path / "images", 3)
     store = encode(
-        ImageFolder(root, SIZE), tmp_path / "o", vae, "t", batch_size=2, shard_size=1, progress=False
+        ImageFolder(root, SIZE),
+        tmp_path / "o",
+        vae,
+        "t",
+        batch_size=2,
+        shard_size=1,
+        progress=False,
     )
     assert [shard["images"] for shard in store.manifest["shards"]] == [1, 1, 1, 0, 0]
-    assert store.moments(torch.tensor([2, 0])).shape == (2, 2, 4, 8, 8) and verify_store(tmp_path / "o") == []
+    assert (
+        store.moments(torch.tensor([2, 0])).shape == (2, 2, 4, 8, 8)
+        and verify_store(tmp_path / "o") == []
+    )
 
 
-def test_file_that_vanished_is_left_out_and_a_disk_that_fails_stops_the_encoding(vae, tmp_path, monkeypatch):
+def test_file_that_vanished_is_left_out_and_a_disk_that_fails_stops_the_encoding(
+    vae, tmp_path, monkeypatch
+):
     root = draw_images(tmp_path / "images", 3)
     folder = ImageFolder(root, SIZE)
     (root / "dogs" / "000.png").unlink()
     store = encode(folder, tmp_path / "o", vae, "t", **OPTIONS)
-    left_out = {name: why for shard in store.manifest["shards"] for name, why in shard["skipped"]}
+    left_out = {
+        name: why
+        for shard in store.manifest["shards"]
+        for name, why in shard["skipped"]
+    }
     assert left_out["dogs/000.png"] == "no longer there" and len(store) == 2
 
     def failing(*_):
@@ -242,7 +296,10 @@ def test_file_that_vanished_is_left_out_and_a_disk_that_fails_stops_the_encoding
 
 class Posterior:
     def __init__(self, mean: float, logvar: float) -> None:
-        self.mean, self.logvar = torch.full((1, 4, 8, 8), mean), torch.full((1, 4, 8, 8), logvar)
+        self.mean, self.logvar = (
+            torch.full((1, 4, 8, 8), mean),
+            torch.full((1, 4, 8, 8), logvar),
+        )
 
 
 class Constant:
@@ -257,7 +314,9 @@ class Constant:
         return type("Output", (), {"latent_dist": self.posterior})
 
 
-@pytest.mark.parametrize("logvar", [-30.0, -29.99, -12.3, 0.0, 20.0])  # diffusers clamps to [-30, 20]
+@pytest.mark.parametrize(
+    "logvar", [-30.0, -29.99, -12.3, 0.0, 20.0]
+)  # diffusers clamps to [-30, 20]
 def test_log_variance_survives_float16(logvar):
     stored = moments(Constant(3.0, logvar), torch.zeros(1, 3, 16, 16))[0, 1].double()
     ratio = ((stored - logvar) / 2).exp()  # of standard deviations
@@ -265,7 +324,8 @@ def test_log_variance_survives_float16(logvar):
 
 
 @pytest.mark.parametrize(
-    ("mean", "logvar"), [(1e5, 0.0), (-7e4, 0.0), (float("nan"), 0.0), (0.0, float("nan"))]
+    ("mean", "logvar"),
+    [(1e5, 0.0), (-7e4, 0.0), (float("nan"), 0.0), (0.0, float("nan"))],
 )
 def test_moments_beyond_float16_are_refused(mean, logvar):
     with pytest.raises(ValueError, match="float16"):
@@ -298,17 +358,26 @@ def test_a_draw_cannot_be_told_from_the_encoders_own(vae, root, whole):
     draws, store = 2000, LatentStore(whole)
     folder = ImageFolder(root, SIZE)
     x0, _ = store.batch(
-        torch.full((draws,), 3), None, torch.randn(draws, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        torch.full((draws,), 3),
+        None,
+        torch.randn(draws, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
     )
     posterior = vae.encode(folder[3][0][None]).latent_dist
     generator = torch.Generator().manual_seed(1)
-    own, measure = (0.5 * torch.cat([posterior.sample(generator) for _ in range(draws)]) for _ in range(2))
+    own, measure = (
+        0.5 * torch.cat([posterior.sample(generator) for _ in range(draws)])
+        for _ in range(2)
+    )
 
     def p(a, b):
-        return ks_2samp(*(((z - measure.mean(0)) / measure.std(0)).flatten() for z in (a, b))).pvalue
+        return ks_2samp(
+            *(((z - measure.mean(0)) / measure.std(0)).flatten() for z in (a, b))
+        ).pvalue
 
     assert p(x0, own) > 1e-3
-    assert p(own.mean(0) + 1.03 * (x0 - own.mean(0)), own) < 1e-6  # it would notice three per cent
+    assert (
+        p(own.mean(0) + 1.03 * (x0 - own.mean(0)), own) < 1e-6
+    )  # it would notice three per cent
 
 
 # resuming, several processes
@@ -371,7 +440,9 @@ class Forker:
             env=environment,
         )
 
-    def start(self, root: Path, out: Path, rank: int = 0, size: int = 1, fuse: int = 0) -> int:
+    def start(
+        self, root: Path, out: Path, rank: int = 0, size: int = 1, fuse: int = 0
+    ) -> int:
         self.process.stdin.write(f"{root}\t{out}\t{rank}\t{size}\t{fuse}\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
@@ -424,7 +495,9 @@ def test_encode_killed_ten_times_is_byte_identical(forker, large, tmp_path, seed
     )
 
 
-def test_every_single_moment_of_flushing_and_renaming_may_be_the_last(forker, root, whole, tmp_path):
+def test_every_single_moment_of_flushing_and_renaming_may_be_the_last(
+    forker, root, whole, tmp_path
+):
     for fuse in [k if k % 2 else -k for k in range(1, 15)]:
         out = tmp_path / f"store{fuse}"
         forker.start(root, out, fuse=fuse)
@@ -437,14 +510,22 @@ def test_every_single_moment_of_flushing_and_renaming_may_be_the_last(forker, ro
 def test_two_ranks_make_the_bytes_of_one(vae, large, tmp_path):
     root, expected = large
     folder = ImageFolder(root, SIZE)
-    assert encode(folder, tmp_path / "o", vae, "test", rank=1, world_size=2, **OPTIONS) is None
+    assert (
+        encode(folder, tmp_path / "o", vae, "test", rank=1, world_size=2, **OPTIONS)
+        is None
+    )
     with pytest.raises(FileNotFoundError, match="unfinished"):
         LatentStore(tmp_path / "o")
-    assert encode(folder, tmp_path / "o", vae, "test", rank=0, world_size=2, **OPTIONS) is not None
+    assert (
+        encode(folder, tmp_path / "o", vae, "test", rank=0, world_size=2, **OPTIONS)
+        is not None
+    )
     assert content(tmp_path / "o") == expected
 
 
-def test_killed_with_three_ranks_and_resumed_with_two_at_once(large, forker, vae, tmp_path):
+def test_killed_with_three_ranks_and_resumed_with_two_at_once(
+    large, forker, vae, tmp_path
+):
     root, expected = large
     out = tmp_path / "store"
     for rank in range(3):
@@ -461,27 +542,50 @@ def test_killed_with_three_ranks_and_resumed_with_two_at_once(large, forker, vae
 
 
 def test_impossible_ranks_and_sizes_are_refused(vae, root, tmp_path):
-    for options in ({"rank": 2, "world_size": 2}, {"batch_size": 0}, {"shard_size": 0}, {"workers": 0}):
+    for options in (
+        {"rank": 2, "world_size": 2},
+        {"batch_size": 0},
+        {"shard_size": 0},
+        {"workers": 0},
+    ):
         with pytest.raises(ValueError, match="impossible"):
-            encode(ImageFolder(root, SIZE), tmp_path / "o", vae, "t", **{**OPTIONS, **options})
+            encode(
+                ImageFolder(root, SIZE),
+                tmp_path / "o",
+                vae,
+                "t",
+                **{**OPTIONS, **options},
+            )
     assert not (tmp_path / "o").exists()
 
 
 # refusals
 
 
-def test_resuming_with_anything_else_is_refused_and_nothing_is_written(vae, root, copy, tmp_path):
+def test_resuming_with_anything_else_is_refused_and_nothing_is_written(
+    vae, root, copy, tmp_path
+):
     before = content(copy)
     folder = ImageFolder(root, SIZE)
     cases = {
         "vae": lambda: encode(folder, copy, make_vae(1), "test", **OPTIONS),
-        "image_size": lambda: encode(ImageFolder(root, 32), copy, vae, "test", **OPTIONS),
+        "image_size": lambda: encode(
+            ImageFolder(root, 32), copy, vae, "test", **OPTIONS
+        ),
         "data": lambda: encode(
-            ImageFolder(draw_images(tmp_path / "more", 21), SIZE), copy, vae, "test", **OPTIONS
+            ImageFolder(draw_images(tmp_path / "more", 21), SIZE),
+            copy,
+            vae,
+            "test",
+            **OPTIONS,
         ),
         "flip": lambda: encode(folder, copy, vae, "test", **OPTIONS, flip=False),
-        "shard_size": lambda: encode(folder, copy, vae, "test", **{**OPTIONS, "shard_size": 7}),
-        "classes": lambda: encode(ImageFolder(root, SIZE, conditional=False), copy, vae, "test", **OPTIONS),
+        "shard_size": lambda: encode(
+            folder, copy, vae, "test", **{**OPTIONS, "shard_size": 7}
+        ),
+        "classes": lambda: encode(
+            ImageFolder(root, SIZE, conditional=False), copy, vae, "test", **OPTIONS
+        ),
     }
     for what, attempt in cases.items():
         with pytest.raises(ValueError, match=what):
@@ -529,7 +633,10 @@ def test_another_decoder_of_the_same_encoder_is_welcome(vae, root, whole, copy):
     LatentStore(whole).check_vae(finetuned)
     check_encoder(ours, theirs, "samples")
     (copy / "shard-00001.json").unlink()
-    assert encode(ImageFolder(root, SIZE), copy, finetuned, "finetuned", **OPTIONS) is not None
+    assert (
+        encode(ImageFolder(root, SIZE), copy, finetuned, "finetuned", **OPTIONS)
+        is not None
+    )
     assert content(copy) == content(whole)
 
 
@@ -539,25 +646,40 @@ def test_the_smallest_change_of_an_encoder_is_another_encoder(vae, whole, part):
     weight = changed.get_submodule(part).weight
     with torch.no_grad():
         weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
-    assert vae_identity(changed, "")["decoder_sha256"] == vae_identity(vae, "")["decoder_sha256"]
-    with pytest.raises(ValueError, match=r"made by the encoder of 'test' \(encoder_sha256"):
+    assert (
+        vae_identity(changed, "")["decoder_sha256"]
+        == vae_identity(vae, "")["decoder_sha256"]
+    )
+    with pytest.raises(
+        ValueError, match=r"made by the encoder of 'test' \(encoder_sha256"
+    ):
         LatentStore(whole).check_vae(changed)
 
 
 def test_a_record_that_names_no_encoder_is_refused_with_what_to_do(vae):
-    with pytest.raises(ValueError, match=r"the latents of r names no encoder.*Encode the images again"):
-        check_encoder({"sha256": "0", "scaling_factor": 0.5}, vae_identity(vae, "x"), "the latents of r")
+    with pytest.raises(
+        ValueError, match=r"the latents of r names no encoder.*Encode the images again"
+    ):
+        check_encoder(
+            {"sha256": "0", "scaling_factor": 0.5},
+            vae_identity(vae, "x"),
+            "the latents of r",
+        )
 
 
 def test_a_store_of_the_first_format_is_refused_with_what_to_do(vae, root, copy):
     for name in ("manifest.json", "plan.json"):
-        content = json.loads((copy / name).read_text()) | {"format": "diffussm-latents-1"}
+        content = json.loads((copy / name).read_text()) | {
+            "format": "diffussm-latents-1"
+        }
         (copy / name).write_text(json.dumps(content))
     for attempt in (
         lambda: LatentStore(copy),
         lambda: encode(ImageFolder(root, SIZE), copy, vae, "t", **OPTIONS),
     ):
-        with pytest.raises(ValueError, match="encode the images again, into a new folder"):
+        with pytest.raises(
+            ValueError, match="encode the images again, into a new folder"
+        ):
             attempt()
 
 
@@ -583,13 +705,17 @@ class Pixels:
     """An autoencoder whose latents are the pixels."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(scaling_factor=1.0, latent_channels=3, block_out_channels=(1,))
+    config = SimpleNamespace(
+        scaling_factor=1.0, latent_channels=3, block_out_channels=(1,)
+    )
 
     def state_dict(self):
         return {}
 
     def encode(self, images):
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=images, logvar=torch.zeros_like(images)))
+        return SimpleNamespace(
+            latent_dist=SimpleNamespace(mean=images, logvar=torch.zeros_like(images))
+        )
 
 
 @pytest.mark.parametrize("exif_rotate", [False, True])
@@ -602,13 +728,17 @@ def test_training_encoding_and_scoring_see_the_same_pixels(tmp_path, exif_rotate
     folder = images_from(tmp_path / "weird", 24, exif_rotate=exif_rotate)
     store = encode(folder, tmp_path / "o", Pixels(), "pixels", flip=False, **OPTIONS)
     refused = {name for name, expected in truth.items() if isinstance(expected, str)}
-    assert {name for shard in store.manifest["shards"] for name, _ in shard["skipped"]} == refused
+    assert {
+        name for shard in store.manifest["shards"] for name, _ in shard["skipped"]
+    } == refused
     good = [i for i in range(len(folder)) if folder.name(i) not in refused]
     assert len(store) == len(good) and store.classes == folder.classes
     for place, i in enumerate(good):
         levels = [((x + 1) * 127.5).round() for x in (store[place][0], folder[i][0])]
         assert torch.equal(*levels) and store[place][1] == folder[i][1], folder.name(i)
-    scored = torch.cat(list(read_images(tmp_path / "weird", size=24, exif_rotate=exif_rotate)))
+    scored = torch.cat(
+        list(read_images(tmp_path / "weird", size=24, exif_rotate=exif_rotate))
+    )
     trained = torch.stack([((folder[i][0] + 1) * 127.5).round() for i in good])
     assert torch.equal(scored.float(), trained)
 
@@ -632,7 +762,9 @@ def test_a_disk_that_cannot_flush_folders_is_warned_of_once(
     flushing_fails(monkeypatch, number)
     encode(ImageFolder(root, SIZE), tmp_path / "o", vae, "test", **OPTIONS)
     assert content(tmp_path / "o") == content(whole)
-    assert ["cannot be flushed" in record.getMessage() for record in caplog.records] == [True]
+    assert [
+        "cannot be flushed" in record.getMessage() for record in caplog.records
+    ] == [True]
 
 
 def test_a_disk_that_is_broken_does_stop_the_encoding(vae, root, tmp_path, monkeypatch):
@@ -676,7 +808,9 @@ def test_flipped_byte_anywhere_is_found(copy, seed):
     data = bytearray(file.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
-    assert verify_store(copy) or same_json(file, data)  # where white space became other white space
+    assert verify_store(copy) or same_json(
+        file, data
+    )  # where white space became other white space
 
 
 def same_json(file: Path, data: bytes) -> bool:
@@ -710,7 +844,16 @@ def test_pickle_in_place_of_a_shard_is_refused_and_not_run(copy, form, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["../whole/shard-00000.npy", "/etc/passwd", "shard-00001.npy", "shard-0.npy", "", None, 7]
+    "name",
+    [
+        "../whole/shard-00000.npy",
+        "/etc/passwd",
+        "shard-00001.npy",
+        "shard-0.npy",
+        "",
+        None,
+        7,
+    ],
 )
 def test_path_tricks_are_refused(copy, name):
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -778,7 +921,11 @@ def places(value, path=()):
     """The path of every value inside a JSON document."""
     yield path
     children = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
     )
     for key, child in children:
         yield from places(child, (*path, key))
@@ -791,12 +938,19 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=5)
     | st.sampled_from([10**30, -1]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_fuzzed_manifests_are_refused_or_harmless(copy, whole, data):
     manifest = json.loads((whole / "manifest.json").read_text())
@@ -822,14 +976,24 @@ def test_fuzzed_manifests_are_refused_or_harmless(copy, whole, data):
         assert verify_store(copy)
     else:
         store.batch(
-            torch.tensor([0, len(store) - 1]), torch.tensor([True, False]), torch.zeros(2, *store.shape)
+            torch.tensor([0, len(store) - 1]),
+            torch.tensor([True, False]),
+            torch.zeros(2, *store.shape),
         )
         assert max(store.labels.tolist()) < max(store.num_classes, 1)
     assert content(copy) == before
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=300) | st.text().map(str.encode) | st.integers(1, 10**5).map(lambda n: b"[" * n))
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.binary(max_size=300)
+    | st.text().map(str.encode)
+    | st.integers(1, 10**5).map(lambda n: b"[" * n)
+)
 def test_arbitrary_bytes_are_no_manifest(copy, noise):
     (copy / "manifest.json").write_bytes(noise)
     with pytest.raises((ValueError, OSError)):
@@ -837,7 +1001,9 @@ def test_arbitrary_bytes_are_no_manifest(copy, noise):
     assert len(verify_store(copy)) == 1
 
 
-@pytest.mark.parametrize("noise", [b"", b"[]", b"{}", b"null", b'{"vae": 3}', b"\xff", b"{" * 10000])
+@pytest.mark.parametrize(
+    "noise", [b"", b"[]", b"{}", b"null", b'{"vae": 3}', b"\xff", b"{" * 10000]
+)
 def test_damaged_plan_is_refused(vae, root, copy, noise):
     (copy / "plan.json").write_bytes(noise)
     with pytest.raises(ValueError, match=r"plan\.json"):
@@ -856,14 +1022,25 @@ def test_damaged_record_makes_its_shard_again(vae, root, whole, copy):
 
 def test_saved_autoencoder_loads_as_the_same(vae, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
-    for folder in (tmp_path / "vae", tmp_path):  # Stable Diffusion's folders hold theirs in vae/
+    for folder in (
+        tmp_path / "vae",
+        tmp_path,
+    ):  # Stable Diffusion's folders hold theirs in vae/
         loaded = load_vae(folder)
         assert vae_identity(loaded, "x") == vae_identity(vae, "x")
-        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert not loaded.training and not any(
+            p.requires_grad for p in loaded.parameters()
+        )
     identity = vae_identity(vae, "x")
-    assert (identity["scaling_factor"], identity["latent_channels"], identity["downsampling"]) == (0.5, 4, 2)
+    assert (
+        identity["scaling_factor"],
+        identity["latent_channels"],
+        identity["downsampling"],
+    ) == (0.5, 4, 2)
     other = vae_identity(make_vae(1), "x")
-    assert all(identity[key] != other[key] for key in ("encoder_sha256", "decoder_sha256"))
+    assert all(
+        identity[key] != other[key] for key in ("encoder_sha256", "decoder_sha256")
+    )
 
 
 def test_autoencoder_that_is_not_there_is_refused_with_advice(tmp_path):
@@ -888,7 +1065,9 @@ def test_damaged_autoencoders_are_refused(vae, tmp_path):
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     vae.save_pretrained(tmp_path)
     complete = weights.read_bytes()
-    tensors = {key: value.clone() for key, value in load_file(weights).items()}  # not mapped from the file
+    tensors = {
+        key: value.clone() for key, value in load_file(weights).items()
+    }  # not mapped from the file
     weights.write_bytes(complete[: len(complete) // 2])
     with pytest.raises(ValueError, match="no usable"):
         load_vae(tmp_path)
@@ -909,7 +1088,9 @@ def test_decode_undoes_the_scaling(vae, whole):
     store = LatentStore(whole)
     x0 = torch.stack([store[i][0] for i in range(5)])
     images = decode(vae, x0, batch_size=2)
-    expected = vae.decode(store.moments(torch.arange(5))[:, 0].float()).sample.clamp(-1, 1)
+    expected = vae.decode(store.moments(torch.arange(5))[:, 0].float()).sample.clamp(
+        -1, 1
+    )
     assert images.shape == (5, 3, SIZE, SIZE)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
@@ -921,7 +1102,10 @@ def test_training_an_autoencoder_lowers_its_error_and_sets_its_scale():
     options = {"channels": (4, 8), "crop": 16, "batch_size": 8, "progress": False}
     before, after = (train_vae(data, steps=steps, **options) for steps in (1, 150))
     x, _ = load_batch(data, torch.arange(64))
-    error = [(vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean() for vae in (before, after)]
+    error = [
+        (vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean()
+        for vae in (before, after)
+    ]
     assert error[1] < 0.6 * error[0]
     scaled = after.encode(x).latent_dist.mean * after.config.scaling_factor
     assert abs(scaled.std() - 1) < 0.01
@@ -951,10 +1135,22 @@ def test_the_kl_weight_is_that_of_latent_diffusion(monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "encode", encoding)
     monkeypatch.setattr(AutoencoderKL, "decode", decoding)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    data = TensorData(torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    train_vae(data, channels=(4, 8), crop=16, steps=1, batch_size=4, kl_weight=1.0, progress=False)
+    data = TensorData(
+        torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
+    train_vae(
+        data,
+        channels=(4, 8),
+        crop=16,
+        steps=1,
+        batch_size=4,
+        kl_weight=1.0,
+        progress=False,
+    )
     error = seen["error"].double()
-    summed = (error.abs() + 3 * error.square()).sum() / 4 + seen["kl"].double().sum() / 4
+    summed = (error.abs() + 3 * error.square()).sum() / 4 + seen[
+        "kl"
+    ].double().sum() / 4
     assert seen["kl"].mean() > 0.1 * summed  # it weighs enough to be seen
     assert seen["loss"] * 3 * 16 * 16 == pytest.approx(summed.item(), rel=1e-5)
     for wrong in ({"kl_weight": -1.0}, {"lr": 0.0}, {"kl_weight": float("nan")}):
@@ -971,7 +1167,9 @@ def test_images_that_are_all_alike_have_no_scale():
         measure_scale(Flat(), TensorData(torch.zeros(8, 3, 16, 16)))
 
 
-@pytest.mark.parametrize("wrong", [{"crop": 32}, {"crop": 15}, {"steps": 0}, {"channels": (6, 8)}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop": 32}, {"crop": 15}, {"steps": 0}, {"channels": (6, 8)}]
+)
 def test_autoencoder_whose_sizes_do_not_fit_is_refused(wrong):
     options = {"channels": (4, 8), "crop": 16, "steps": 1, "progress": False} | wrong
     with pytest.raises(ValueError, match="crop"):
@@ -989,9 +1187,14 @@ def lsun(root, tmp_path_factory) -> Path:
     import lmdb
 
     path = tmp_path_factory.mktemp("lsun") / "church_outdoor_train_lmdb"
-    with lmdb.open(str(path), map_size=1 << 22) as env, env.begin(write=True) as writing:
+    with (
+        lmdb.open(str(path), map_size=1 << 22) as env,
+        env.begin(write=True) as writing,
+    ):
         for file in sorted(root.glob("*/*.png")):
-            writing.put(hashlib.sha1(file.name.encode()).hexdigest().encode(), file.read_bytes())
+            writing.put(
+                hashlib.sha1(file.name.encode()).hexdigest().encode(), file.read_bytes()
+            )
     (path / "lock.mdb").unlink()
     return path
 
@@ -1012,14 +1215,18 @@ def test_lmdb_equals_the_folder(root, lsun):
         name = images.key(i).decode()
         if name in folder:
             expected = ImageFolder(folder[name].parent, SIZE, conditional=False)
-            where = [Path(expected.path(k)) for k in range(len(expected))].index(folder[name])
+            where = [Path(expected.path(k)) for k in range(len(expected))].index(
+                folder[name]
+            )
             assert torch.equal(images[i][0], expected[where][0]) and images[i][1] == 0
             seen += 1
         else:
             with pytest.raises(BadImage):
                 images.read(i)
     assert seen == len(folder)
-    assert sorted(path.name for path in lsun.iterdir()) == ["data.mdb"], "reading left a file behind"
+    assert sorted(path.name for path in lsun.iterdir()) == ["data.mdb"], (
+        "reading left a file behind"
+    )
     with pytest.raises(ValueError, match="no classes; omit conditional"):
         images_from(lsun, SIZE, conditional=True)
 
@@ -1028,15 +1235,23 @@ def test_a_broken_record_is_listed_by_its_key_and_stepped_over(root, tmp_path, c
     import lmdb
 
     good = sorted(root.glob("cats/*.png"))[:3]
-    with lmdb.open(str(tmp_path / "db"), map_size=1 << 22) as env, env.begin(write=True) as writing:
+    with (
+        lmdb.open(str(tmp_path / "db"), map_size=1 << 22) as env,
+        env.begin(write=True) as writing,
+    ):
         for k, file in enumerate(good):
             writing.put(b"%d" % (2 * k), file.read_bytes())
         writing.put(b"1 broken", b"no image at all")
         writing.put(b"\xff bytes", b"")
-    for order in ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0)):  # whoever meets it first, the substitute is the same
+    for order in (
+        (0, 1, 2, 3, 4),
+        (4, 3, 2, 1, 0),
+    ):  # whoever meets it first, the substitute is the same
         images = images_from(tmp_path / "db", SIZE)
         seen = {i: images[i][0] for i in order}
-        assert torch.equal(seen[1], images.read(2)) and torch.equal(seen[4], images.read(0))
+        assert torch.equal(seen[1], images.read(2)) and torch.equal(
+            seen[4], images.read(0)
+        )
         assert sorted(name for name, _ in images.skipped) == ["1 broken", "\\xff bytes"]
         _ = [images[i] for i in order]
         assert len(images.skipped) == 2 and images.name(1) == "1 broken"
@@ -1053,7 +1268,9 @@ def test_lmdb_travels_to_a_worker_and_is_opened_twice(lsun):
     sent = pickle.dumps(images)
     twin = LmdbImages(lsun, SIZE)  # in the same process, which LMDB itself refuses
     arrived = pickle.loads(sent)
-    assert torch.equal(arrived[3][0], images[3][0]) and torch.equal(twin[3][0], images[3][0])
+    assert torch.equal(arrived[3][0], images[3][0]) and torch.equal(
+        twin[3][0], images[3][0]
+    )
     assert arrived.flip and arrived.exif_rotate and arrived.key(3) == images.key(3)
     assert arrived.fingerprint == images.fingerprint != twin.fingerprint
 
@@ -1063,12 +1280,17 @@ def test_the_fingerprint_of_an_lmdb_is_of_its_keys(lsun, tmp_path):
 
     def prints(*keys):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        with lmdb.open(str(folder), map_size=1 << 20) as env, env.begin(write=True) as writing:
+        with (
+            lmdb.open(str(folder), map_size=1 << 20) as env,
+            env.begin(write=True) as writing,
+        ):
             for key in keys:
                 writing.put(key, b"x")
         return images_from(folder, SIZE).fingerprint
 
-    assert prints(b"a", b"b") == prints(b"b", b"a") != prints(b"ab") != prints(b"a", b"c")
+    assert (
+        prints(b"a", b"b") == prints(b"b", b"a") != prints(b"ab") != prints(b"a", b"c")
+    )
 
 
 def test_lmdb_is_encoded_without_classes(vae, lsun, tmp_path):
@@ -1122,7 +1344,10 @@ def test_plan_knows_the_data_by_names_labels_and_pixels(vae, root):
         )
     ]
     assert len(set(plans)) == len(plans)
-    assert plans[0] == make_plan(ImageFolder(root, SIZE), identity, **options)["data"]["sha256"]
+    assert (
+        plans[0]
+        == make_plan(ImageFolder(root, SIZE), identity, **options)["data"]["sha256"]
+    )
 
 
 def test_open_shard_maps_and_does_not_read(tmp_path):

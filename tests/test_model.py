@@ -17,9 +17,22 @@ import diffussm
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.data import digits
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, sincos_positions, timestep_features
+from diffussm.model import (
+    PRESETS,
+    DiffuSSM,
+    DiffuSSMConfig,
+    sincos_positions,
+    timestep_features,
+)
 
-SMALL = {"input_size": 8, "in_channels": 3, "num_classes": 10, "d_model": 16, "n_blocks": 2, "d_state": 4}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 3,
+    "num_classes": 10,
+    "d_model": 16,
+    "n_blocks": 2,
+    "d_state": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +61,28 @@ def test_xl_has_668_8_million_parameters():
         model = DiffuSSM.from_preset("DiffuSSM-XL", input_size=32)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert abs(count / 668.8e6 - 1) < 1e-3
-    assert (model.config.height, model.config.in_channels, model.config.seq_len) == (32, 4, 1024)
+    assert (model.config.height, model.config.in_channels, model.config.seq_len) == (
+        32,
+        4,
+        1024,
+    )
 
 
 def test_linear_layers_cost_7_5_L_D2_per_block():
     """Section 3.2 of the paper, counted by PyTorch."""
     with torch.device("meta"):
         model = DiffuSSM.from_preset("DiffuSSM-XL", input_size=32, n_blocks=2)
-        x, t, y = torch.empty(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        x, t, y = (
+            torch.empty(1, 4, 32, 32),
+            torch.zeros(1),
+            torch.zeros(1, dtype=torch.long),
+        )
     with FlopCounterMode(display=False, depth=None) as counter:
         model(x, t, y)
-    counts = {module: sum(flops.values()) / 2 for module, flops in counter.get_flop_counts().items()}
+    counts = {
+        module: sum(flops.values()) / 2
+        for module, flops in counter.get_flop_counts().items()
+    }
     for block in range(2):
         linear = sum(
             counts[f"DiffuSSM.blocks.{block}.{name}"]
@@ -71,7 +95,9 @@ def test_linear_layers_cost_7_5_L_D2_per_block():
 def test_presets_build(name):
     with torch.device("meta"):
         model = DiffuSSM.from_preset(name)
-    assert model.config.patch_size == (2 if name.endswith("/2") or name == "emoji" else 1)
+    assert model.config.patch_size == (
+        2 if name.endswith("/2") or name == "emoji" else 1
+    )
     assert model.null_label == model.config.num_classes
 
 
@@ -85,7 +111,11 @@ def test_conditional_model_listens_to_time_and_class():
     x, t, y = inputs()
     out = model(x, t, y)
     assert (out - model(x, t + 1, y)).abs().amax((1, 2, 3)).min() > 1e-4
-    changed = (out - model(x, t, torch.tensor([0, 1, model.null_label]))).abs().amax((1, 2, 3))
+    changed = (
+        (out - model(x, t, torch.tensor([0, 1, model.null_label])))
+        .abs()
+        .amax((1, 2, 3))
+    )
     assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
 
 
@@ -181,7 +211,10 @@ def test_sincos_positions_are_sines_and_cosines_of_column_and_row():
     for row in range(3):
         for column in range(4):
             expected = [
-                f(w * place) for place in (column, row) for f in (math.sin, math.cos) for w in (1, 0.01)
+                f(w * place)
+                for place in (column, row)
+                for f in (math.sin, math.cos)
+                for w in (1, 0.01)
             ]
             torch.testing.assert_close(places[4 * row + column], torch.tensor(expected))
 
@@ -201,7 +234,9 @@ def dit_positions(side, width):
 @pytest.mark.parametrize(("side", "width"), [(2, 4), (16, 64), (64, 1152)])
 def test_sincos_positions_are_dits_table_entry_by_entry(side, width):
     ours = sincos_positions(side, side, width)
-    torch.testing.assert_close(ours.double(), dit_positions(side, width), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        ours.double(), dit_positions(side, width), rtol=0, atol=1e-5
+    )
 
 
 def test_timestep_features_are_cosines_then_sines():
@@ -229,36 +264,50 @@ def test_autocast_bfloat16_is_close_to_float32():
     model = awake()
     batch = inputs()
     streams = []
-    model.blocks[1].register_forward_hook(lambda module, args, output: streams.append(output.dtype))
+    model.blocks[1].register_forward_hook(
+        lambda module, args, output: streams.append(output.dtype)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(*batch)
         out.float().square().mean().backward()
     expected = model(*batch)
     assert streams == [torch.float32, torch.float32]
     assert (out - expected).abs().max() < 0.05 * expected.abs().max()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(
+        p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters()
+    )
 
 
 def test_head_computes_in_float32_under_autocast():
     """From the stream on, which is float32, the output is that of float64 up to round-off of float32."""
     model, (x, t, y) = awake(), inputs()
     seen = {}
-    model.blocks[-1].register_forward_hook(lambda module, args, output: seen.update(x=output, c=args[1]))
+    model.blocks[-1].register_forward_hook(
+        lambda module, args, output: seen.update(x=output, c=args[1])
+    )
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(x, t, y)
     assert out.dtype == torch.float32
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        shift, scale = exact.final_modulation(torch.nn.functional.silu(seen["c"].double())).chunk(2, dim=1)
-        exact_out = exact.head(exact.final_norm(seen["x"].double()) * (1 + scale[:, None]) + shift[:, None])
-    expected = exact_out.view(3, 8, 4, 2, 6).permute(0, 4, 1, 2, 3).reshape(3, 6, 8, 8)  # pairs of neighbours
+        shift, scale = exact.final_modulation(
+            torch.nn.functional.silu(seen["c"].double())
+        ).chunk(2, dim=1)
+        exact_out = exact.head(
+            exact.final_norm(seen["x"].double()) * (1 + scale[:, None]) + shift[:, None]
+        )
+    expected = (
+        exact_out.view(3, 8, 4, 2, 6).permute(0, 4, 1, 2, 3).reshape(3, 6, 8, 8)
+    )  # pairs of neighbours
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_parameter_gets_a_gradient_and_is_real():
     model = awake(pos_embed="sincos")
     model(*inputs()).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters()
+    )
     assert not any(tensor.is_complex() for tensor in model.state_dict().values())
 
 
@@ -269,7 +318,12 @@ def test_initialisation():
     for block in model.blocks:
         assert block.w3.weight.abs().max() == 0
     assert model.head.weight.abs().max() == 0
-    for linear in (model.embed_x, model.final_modulation, model.blocks[0].w2, model.blocks[0].modulation):
+    for linear in (
+        model.embed_x,
+        model.final_modulation,
+        model.blocks[0].w2,
+        model.blocks[0].modulation,
+    ):
         limit = math.sqrt(6 / (linear.in_features + linear.out_features))
         assert 0.9 * limit < linear.weight.abs().max() <= limit
 
@@ -287,7 +341,10 @@ def test_initialisation():
         ({"t": torch.zeros(2)}, r"t has shape \(2,\): expected \(3,\)"),
         ({"y": None}, "y is missing"),
         ({"y": torch.zeros(3, 1, dtype=torch.long)}, "one label per sample"),
-        ({"y": torch.tensor([0, 11, 1])}, "labels from 0 to 11: expected 0 to 9, or 10 for no class"),
+        (
+            {"y": torch.tensor([0, 11, 1])},
+            "labels from 0 to 11: expected 0 to 9, or 10 for no class",
+        ),
         ({"y": torch.tensor([0, -1, 1])}, "labels from -1 to 1"),
     ],
 )
@@ -339,7 +396,9 @@ def test_unknown_preset_and_override_are_refused():
 def test_configuration_survives_json():
     config = DiffuSSMConfig(input_size=(4, 6), d_model=8)
     again = DiffuSSMConfig.from_dict(json.loads(json.dumps(config.__dict__)))
-    assert again == config and again.input_size == (4, 6) and hash(again) == hash(config)
+    assert (
+        again == config and again.input_size == (4, 6) and hash(again) == hash(config)
+    )
     assert (again.height, again.width, again.seq_len) == (4, 6, 24)
 
 
@@ -356,8 +415,16 @@ def test_save_and_load_give_the_same_model(tmp_path):
     batch = inputs()
     assert torch.equal(loaded(*batch), model(*batch))
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
-    assert sorted(os.listdir(tmp_path / "deep" / "folder")) == ["config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "deep" / "folder" / "config.json").read_text())["d_model"] == 16
+    assert sorted(os.listdir(tmp_path / "deep" / "folder")) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert (
+        json.loads((tmp_path / "deep" / "folder" / "config.json").read_text())[
+            "d_model"
+        ]
+        == 16
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -411,7 +478,10 @@ def test_failed_save_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; expected a folder written by save"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="nowhere does not exist; expected a folder written by save",
+    ):
         DiffuSSM.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         DiffuSSM.from_pretrained(tmp_path)
@@ -436,9 +506,15 @@ def test_foreign_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     for change, message in (
-        ({"head.weight": torch.zeros(2, 2)}, r"head.weight is float32 \(2, 2\), expected a floating-point"),
+        (
+            {"head.weight": torch.zeros(2, 2)},
+            r"head.weight is float32 \(2, 2\), expected a floating-point",
+        ),
         ({"head.bias": tensors["head.bias"].long()}, "head.bias is int64"),
-        ({"attention.weight": torch.zeros(1)}, "attention.weight is not part of this model"),
+        (
+            {"attention.weight": torch.zeros(1)},
+            "attention.weight is not part of this model",
+        ),
     ):
         safetensors.torch.save_file({**tensors, **change}, path)
         with pytest.raises(ValueError, match=message):
@@ -451,7 +527,11 @@ def test_foreign_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not the configuration"), ("[]", "mapping"), ('{"hidden_size": 3}', "unknown key 'hidden_size'")],
+    [
+        ("{", "not the configuration"),
+        ("[]", "mapping"),
+        ('{"hidden_size": 3}', "unknown key 'hidden_size'"),
+    ],
 )
 def test_foreign_configuration_is_refused(tmp_path, text, message):
     awake().save_pretrained(tmp_path)
@@ -466,7 +546,9 @@ def computed(monkeypatch):
     lengths = []
     clear = BidirectionalSSM.spectra
     monkeypatch.setattr(
-        BidirectionalSSM, "spectra", lambda layer, length: lengths.append(length) or clear(layer, length)
+        BidirectionalSSM,
+        "spectra",
+        lambda layer, length: lengths.append(length) or clear(layer, length),
     )
     return lengths
 
@@ -488,7 +570,9 @@ def test_kernels_are_computed_once_for_many_forward_passes(computed):
         assert computed == [64, 64]  # one for each block
         assert all(torch.equal(output, expected) for output in outputs)
         model(x, t, y)
-        assert len(computed) == 4 and model._cache is None  # outside of the context nothing is kept
+        assert (
+            len(computed) == 4 and model._cache is None
+        )  # outside of the context nothing is kept
 
 
 def swap_in_an_average(model):
@@ -507,8 +591,12 @@ def step_of_an_optimizer(model):
 
 CHANGES = {
     "in place": lambda model: model.blocks[0].ssm.skip.mul_(1.5),
-    "through .data": lambda model: model.blocks[1].ssm.backward_kernel.log_dt.data[2].add_(0.3),
-    "one number": lambda model: model.blocks[1].ssm.forward_kernel.C.data.flatten()[:1].add_(1.0),
+    "through .data": lambda model: (
+        model.blocks[1].ssm.backward_kernel.log_dt.data[2].add_(0.3)
+    ),
+    "one number": lambda model: (
+        model.blocks[1].ssm.forward_kernel.C.data.flatten()[:1].add_(1.0)
+    ),
     "foreach": lambda model: torch._foreach_mul_(list(model.parameters()), 0.9),
     "loaded": lambda model: model.load_state_dict(awake().state_dict()),
     "assigned": lambda model: model.load_state_dict(awake().state_dict(), assign=True),
@@ -529,7 +617,9 @@ def test_cached_kernels_are_never_stale(change, computed):
         computed.clear()
         after = model(x, t, y)
         assert len(computed) == 2
-        assert torch.equal(after, fresh_copy(model)(x, t, y)) and not torch.equal(after, before)
+        assert torch.equal(after, fresh_copy(model)(x, t, y)) and not torch.equal(
+            after, before
+        )
 
 
 def test_cached_kernels_follow_the_length_and_the_autocast(computed):
@@ -560,7 +650,10 @@ def test_gradients_flow_to_the_kernels_inside_the_context():
         with torch.no_grad():
             model(x, t, y)
         model(x, t, y).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.blocks[0].ssm.parameters())
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for p in model.blocks[0].ssm.parameters()
+    )
 
 
 def test_contexts_may_overlap(computed):
@@ -588,7 +681,8 @@ def test_a_copy_made_inside_the_context_has_kernels_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))]
+    "copied",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
 )
 def test_copies_made_while_kernels_are_kept_keep_none(copied, computed):
     model, (x, t, y) = awake(), inputs()
@@ -615,6 +709,10 @@ def test_the_weights_in_the_package_are_those_of_their_record():
     images, labels = digits("test")
     with torch.no_grad():
         losses = GaussianDiffusion.linear(1000).losses(
-            model, images, torch.full((len(images),), 300), labels, torch.randn(images.shape)
+            model,
+            images,
+            torch.full((len(images),), 300),
+            labels,
+            torch.randn(images.shape),
         )
     assert losses["mse"].mean() < 0.2  # an untrained network predicts zero noise: 1

@@ -42,9 +42,24 @@ value = 1 / DIVISOR
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--color=no", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--color=no",
+        *options,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
 
 
 @pytest.fixture
@@ -79,7 +94,9 @@ def test_plain_pytest_leaves_the_chapters_alone(book: Path) -> None:
 
 
 def test_outputs_can_be_kept_for_the_pages(book: Path) -> None:
-    done = run(book.parent, "--nbmake", "--keep-outputs", str(book.parent / "cache"), "book")
+    done = run(
+        book.parent, "--nbmake", "--keep-outputs", str(book.parent / "cache"), "book"
+    )
     assert done.returncode == 0, done.stdout
     from jupyter_cache import get_cache
 

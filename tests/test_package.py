@@ -32,8 +32,12 @@ BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
     """Run a command as somebody would who has no checkout; what it printed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
@@ -50,9 +54,20 @@ class Installed:
         names = {"base": str(folder), "platbase": str(folder)}
         packages = Path(sysconfig.get_path("purelib", "venv", names))
         (packages / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+        ]
         run(*pip, "--target", packages, wheel, cwd=folder)
-        return cls(Path(sysconfig.get_path("scripts", "venv", names)) / Path(sys.executable).name)
+        return cls(
+            Path(sysconfig.get_path("scripts", "venv", names))
+            / Path(sys.executable).name
+        )
 
 
 @dataclass
@@ -68,13 +83,24 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
     """Built as a release is: the source archive from a checkout, the wheel from the source archive."""
     work = tmp_path_factory.mktemp("archives")
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    source = shutil.copytree(ROOT, work / "checkout", ignore=shutil.ignore_patterns(".git", *ignored))
+    source = shutil.copytree(
+        ROOT, work / "checkout", ignore=shutil.ignore_patterns(".git", *ignored)
+    )
     run(sys.executable, "-c", BUILD, "build_sdist", work, cwd=source)
     [sdist] = work.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(work / "unpacked", filter="data")
     [unpacked] = (work / "unpacked").iterdir()
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     run(*pip, "--wheel-dir", work, ".", cwd=unpacked)
     [wheel] = work.glob("*.whl")
     (work / "editable").mkdir()
@@ -85,7 +111,9 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def installed(
-    request: pytest.FixtureRequest, archives: Archives, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    archives: Archives,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Installed:
     """`pip install` of the wheel, and README's `pip install -e .`"""
     folder = tmp_path_factory.mktemp(request.param) / "venv"
@@ -96,32 +124,58 @@ def installed(
 
 
 def files_below(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_source_archive_holds_the_project(archives: Archives) -> None:
     with tarfile.open(archives.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     parts = (".ci", ".jupyter", "benchmarks", "book", "diffussm", "tests", "tools")
-    project = {name for name in files_below(archives.source) if name.split("/")[0] in parts}
-    project |= {"LICENSE", "Makefile", "README.md", "_config.yml", "_toc.yml", "conftest.py", "jupytext.toml"}
+    project = {
+        name for name in files_below(archives.source) if name.split("/")[0] in parts
+    }
+    project |= {
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "_config.yml",
+        "_toc.yml",
+        "conftest.py",
+        "jupytext.toml",
+    }
     assert project <= held, sorted(project - held)
 
 
 def test_wheel_holds_the_package_and_nothing_else(archives: Archives) -> None:
     with zipfile.ZipFile(archives.wheel) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        metadata = wheel.read(f"diffussm-{diffussm.__version__}.dist-info/METADATA").decode()
-    assert held == {f"diffussm/{name}" for name in files_below(archives.source / "diffussm")}
+        metadata = wheel.read(
+            f"diffussm-{diffussm.__version__}.dist-info/METADATA"
+        ).decode()
+    assert held == {
+        f"diffussm/{name}" for name in files_below(archives.source / "diffussm")
+    }
     assert {"diffussm/py.typed", "diffussm/configs/digits.yaml"} <= held
     assert "diffussm/weights/digits/model.safetensors" in held
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata and "\nClassifier: Typing :: Typed\n" in metadata
+    assert (
+        "\nLicense-Expression: Apache-2.0\n" in metadata
+        and "\nClassifier: Typing :: Typed\n" in metadata
+    )
 
 
 def test_version_has_one_source(installed: Installed) -> None:
     script = "from importlib.metadata import version; print(version('diffussm'))"
-    assert run(installed.python, "-c", script, cwd=installed.python.parent).strip() == diffussm.__version__
-    said = run(installed.python, "-m", "diffussm", "--version", cwd=installed.python.parent)
+    assert (
+        run(installed.python, "-c", script, cwd=installed.python.parent).strip()
+        == diffussm.__version__
+    )
+    said = run(
+        installed.python, "-m", "diffussm", "--version", cwd=installed.python.parent
+    )
     assert said == f"diffussm {diffussm.__version__}\n"
 
 
@@ -135,7 +189,9 @@ def test_build_leaves_nothing_that_git_shows() -> None:
 def test_types_and_names_are_those_that_are_imported() -> None:
     tree = ast.parse(Path(diffussm.__file__).read_text(encoding="utf-8"))
     [block] = [
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     ]
     typed = {
         alias.asname: (node.module, alias.name)
@@ -143,7 +199,9 @@ def test_types_and_names_are_those_that_are_imported() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert typed == {name: (f"diffussm.{home}", name) for name, home in diffussm._HOMES.items()}
+    assert typed == {
+        name: (f"diffussm.{home}", name) for name, home in diffussm._HOMES.items()
+    }
     assert set(diffussm.__all__) == {"__version__", *typed} <= set(dir(diffussm))
     for name, (module, _) in typed.items():
         assert getattr(diffussm, name) is getattr(import_module(module), name)
@@ -175,14 +233,20 @@ reveal_type(evaluate)
 reveal_type(sample)
 reveal_type(train)
 """
-WRONG = [number for number, line in enumerate(USER.splitlines(), 1) if line.endswith("# wrong")]
+WRONG = [
+    number
+    for number, line in enumerate(USER.splitlines(), 1)
+    if line.endswith("# wrong")
+]
 REVEALED = USER.count("reveal_type")
 
 # The types of torch and its like are left out here: to read them takes mypy a minute, and they are not ours.
 MYPY = "[mypy]\nfollow_imports = skip\n[mypy-diffussm.*]\nfollow_imports = normal\n"
 
 
-def test_mypy_finds_the_wrong_lines_of_a_user(installed: Installed, tmp_path: Path) -> None:
+def test_mypy_finds_the_wrong_lines_of_a_user(
+    installed: Installed, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(USER)
     (tmp_path / "mypy.ini").write_text(MYPY)
     mypy = [
@@ -195,21 +259,39 @@ def test_mypy_finds_the_wrong_lines_of_a_user(installed: Installed, tmp_path: Pa
         "mypy.ini",
     ]
     said = run(*mypy, "script.py", cwd=tmp_path, code=1)
-    assert [int(line) for line in re.findall(r"^script\.py:(\d+): error", said, re.MULTILINE)] == WRONG, said
+    assert [
+        int(line)
+        for line in re.findall(r"^script\.py:(\d+): error", said, re.MULTILINE)
+    ] == WRONG, said
     revealed = re.findall(r'Revealed type is "(.*)"', said)
     assert len(revealed) == REVEALED and "Any" not in revealed, said
     assert all("diffussm." in kind for kind in revealed[:3]), said
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="needs pyright")
-def test_pyright_finds_the_wrong_lines_of_a_user(installed: Installed, tmp_path: Path) -> None:
+def test_pyright_finds_the_wrong_lines_of_a_user(
+    installed: Installed, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(USER)
-    pyright = [sys.executable, "-m", "pyright", "--pythonpath", installed.python, "--outputjson"]
-    found = json.loads(run(*pyright, "script.py", cwd=tmp_path, code=1))["generalDiagnostics"]
-    errors = {one["range"]["start"]["line"] + 1 for one in found if one["severity"] == "error"}
+    pyright = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--pythonpath",
+        installed.python,
+        "--outputjson",
+    ]
+    found = json.loads(run(*pyright, "script.py", cwd=tmp_path, code=1))[
+        "generalDiagnostics"
+    ]
+    errors = {
+        one["range"]["start"]["line"] + 1 for one in found if one["severity"] == "error"
+    }
     assert sorted(errors) == WRONG, found
     told = [one["message"] for one in found if one["severity"] == "information"]
-    assert len(told) == REVEALED and not any(message.endswith(('"Any"', '"Unknown"')) for message in told)
+    assert len(told) == REVEALED and not any(
+        message.endswith(('"Any"', '"Unknown"')) for message in told
+    )
 
 
 # --- the commands that README and chapter 14 print --------------------------------------------------------
@@ -220,7 +302,16 @@ import json, sys
 with open({record!r}, "a") as file:
     print(json.dumps([{name!r}, *sys.argv[1:]]), file=file)
 """
-PROGRAMS = ("diffussm", "torchrun", "make", "pip", "hf", "wget", "sha256sum", "benchmarks/gpu.sh")
+PROGRAMS = (
+    "diffussm",
+    "torchrun",
+    "make",
+    "pip",
+    "hf",
+    "wget",
+    "sha256sum",
+    "benchmarks/gpu.sh",
+)
 
 
 def blocks(page: Path) -> list[str]:
@@ -238,13 +329,21 @@ def carried_out(block: str, folder: Path) -> list[list[str]]:
     for name in PROGRAMS:
         program = folder / "bin" / name if "/" not in name else folder / name
         program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(STUB.format(python=sys.executable, record=str(record), name=name))
+        program.write_text(
+            STUB.format(python=sys.executable, record=str(record), name=name)
+        )
         program.chmod(0o755)
     environment = {"PATH": str(folder / "bin"), "HOME": str(folder)}
     command = [shutil.which("bash"), "-euc", block]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, block + done.stderr
-    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    return (
+        [json.loads(line) for line in record.read_text().splitlines()]
+        if record.exists()
+        else []
+    )
 
 
 class Reached(Exception):
@@ -259,10 +358,16 @@ def reach(*arguments: object, **options: object) -> NoReturn:
 def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every command stops where its options are read; runs have the recipe that their name says."""
 
-    def load_run(run: Path, weights: str, step: int | None) -> tuple[object, training.TrainConfig, list[str]]:
+    def load_run(
+        run: Path, weights: str, step: int | None
+    ) -> tuple[object, training.TrainConfig, list[str]]:
         name = {"xl": "imagenet256", "xl512": "imagenet512"}.get(run.name, run.name)
         recipe = cli.read_recipe(name)
-        return SimpleNamespace(to=reach), recipe, [f"class {i}" for i in range(recipe.model.num_classes)]
+        return (
+            SimpleNamespace(to=reach),
+            recipe,
+            [f"class {i}" for i in range(recipe.model.num_classes)],
+        )
 
     def load_vae(name: str, device: object) -> NoReturn:
         on_the_hub = re.fullmatch(r"[\w-]+/[\w-]+", name)
@@ -291,7 +396,9 @@ def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A printed command is understood: by our own parsers, by the Makefile, by torchrun."""
     name, *arguments = command
     if name == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(
+            r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
         assert {word for word in arguments if "=" not in word} <= set(targets), command
     elif name == "torchrun":
         place = arguments.index("-m")
@@ -308,7 +415,7 @@ def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "/" not in name or (ROOT / name).is_file(), command
 
 
-@pytest.mark.parametrize("page", ["README.md", "book/14_imagenet.md"])
+@pytest.mark.parametrize("page", ["README.md", "book/93_cli.md"])
 def test_printed_commands_are_understood(
     page: str, no_work: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -318,7 +425,9 @@ def test_printed_commands_are_understood(
             block = re.sub(rf"(?<![\w.]){place}/", f"{tmp_path}{place}/", block)
         commands += carried_out(block, tmp_path)
     used = {word for command in commands for word in command if word in cli.COMMANDS}
-    assert used >= {"encode", "doctor", "train", "sample", "evaluate"}, "the page was not read"
+    assert used >= {"encode", "doctor", "train", "sample", "evaluate"}, (
+        "the page was not read"
+    )
     for command in commands:
         check(command, capsys)
 
@@ -346,7 +455,10 @@ def test_printed_commands_with_a_fault_are_seen(
 
 
 def test_printed_programs_must_exist(tmp_path: Path) -> None:
-    assert carried_out("make a && make b  # why\n", tmp_path) == [["make", "a"], ["make", "b"]]
+    assert carried_out("make a && make b  # why\n", tmp_path) == [
+        ["make", "a"],
+        ["make", "b"],
+    ]
     with pytest.raises(AssertionError, match="not found"):
         carried_out("dissufm train", tmp_path)
 
@@ -360,25 +472,39 @@ def results(name: str) -> dict:
 
 def test_readme_says_what_was_measured() -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "a block is faster than a DiT block of its width at every length measured" in text
+    assert (
+        "a block is faster than a DiT block of its width at every length measured"
+        in text
+    )
     ratios = [row["ratio"] for row in results("block")["rows"]]
     assert ratios[0] > 1 and ratios == sorted(ratios)
-    assert "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused attention" in text
+    assert (
+        "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused attention"
+        in text
+    )
     gpu = results("gpu")
     assert "H100" in gpu["environment"]["gpu"]
     speeds: dict[str, float] = {}
     for row in gpu["training"]:
         if row["length"] == 1024 and "images_per_second" in row:
-            speeds[row["kind"]] = max(speeds.get(row["kind"], 0.0), row["images_per_second"])
+            speeds[row["kind"]] = max(
+                speeds.get(row["kind"], 0.0), row["images_per_second"]
+            )
     assert speeds["DiffuSSM"] < speeds["DiT"]
-    fused = {row["length"]: row["ratio"] for row in gpu["blocks"] if row["attention"] == "fused attention"}
+    fused = {
+        row["length"]: row["ratio"]
+        for row in gpu["blocks"]
+        if row["attention"] == "fused attention"
+    }
     assert [length for length, ratio in fused.items() if ratio > 1] == [max(fused)]
     assert "a block is faster only at the longest length measured" in text
 
 
 def test_readme_lists_what_chapter_14_lists() -> None:
     rows = re.findall(
-        r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|", (ROOT / "README.md").read_text(), re.M
+        r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|",
+        (ROOT / "README.md").read_text(),
+        re.M,
     )
     known = {one.name: (one.size, one.sha256) for one in cli.DOWNLOADS}
     assert len(rows) == 3
@@ -387,21 +513,31 @@ def test_readme_lists_what_chapter_14_lists() -> None:
 
 
 def test_readme_figure_is_of_the_weights_that_come_with_it() -> None:
-    record = json.loads((ROOT / "diffussm" / "weights" / "digits" / "record.json").read_text())
-    assert f"after {record['steps']:,} training steps" in (ROOT / "README.md").read_text()
+    record = json.loads(
+        (ROOT / "diffussm" / "weights" / "digits" / "record.json").read_text()
+    )
+    assert (
+        f"after {record['steps']:,} training steps" in (ROOT / "README.md").read_text()
+    )
     assert cli.read_recipe("digits").steps == record["steps"]
 
 
 def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffussm.DiffuSSM, "from_preset", lambda name, **given: small_model(name, given))
+    monkeypatch.setattr(
+        diffussm.DiffuSSM, "from_preset", lambda name, **given: small_model(name, given)
+    )
     snippets = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^```python\n(.*?)^```",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     assert len(snippets) == 2
     for snippet in snippets:
         exec(
             compile(
-                snippet.replace("steps=250", "steps=2").replace("steps=50", "steps=2"), "README.md", "exec"
+                snippet.replace("steps=250", "steps=2").replace("steps=50", "steps=2"),
+                "README.md",
+                "exec",
             ),
             {},
         )

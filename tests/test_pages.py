@@ -26,7 +26,7 @@ PHONE = 390
 
 
 def toc() -> list[str]:
-    """The pages in reading order, as `book/01_state_space`."""
+    """The pages in reading order, as `book/11_state_space`."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
     files = [entry["file"] for part in contents["parts"] for entry in part["chapters"]]
     return [contents["root"], *files]
@@ -40,9 +40,14 @@ def book() -> Path:
     for page in PAGES:
         source, rendered = ROOT / f"{page}.md", HTML / f"{page}.html"
         if not rendered.exists():
-            absent(f"{page}.html is not built: run `make book`", "DIFFUSSM_REQUIRE_BOOK")
+            absent(
+                f"{page}.html is not built: run `make book`", "DIFFUSSM_REQUIRE_BOOK"
+            )
         if rendered.stat().st_mtime < source.stat().st_mtime:
-            absent(f"{page}.html is older than its text: run `make book`", "DIFFUSSM_REQUIRE_BOOK")
+            absent(
+                f"{page}.html is older than its text: run `make book`",
+                "DIFFUSSM_REQUIRE_BOOK",
+            )
     return HTML
 
 
@@ -73,15 +78,26 @@ class Visit:
     elsewhere: list[str] = field(default_factory=list)
 
 
-def open_page(browser: Any, server: str, address: str) -> tuple[Any, list[str], list[str]]:
+def open_page(
+    browser: Any, server: str, address: str
+) -> tuple[Any, list[str], list[str]]:
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     complaints: list[str] = []
     elsewhere: list[str] = []
-    tab.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None,
+    )
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("response", lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    tab.on(
+        "response",
+        lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None,
+    )
     local = (server, "data:", "blob:")
-    tab.on("request", lambda r: None if r.url.startswith(local) else elsewhere.append(r.url))
+    tab.on(
+        "request",
+        lambda r: None if r.url.startswith(local) else elsewhere.append(r.url),
+    )
     tab.goto(f"{server}/{address}", wait_until="load")
     return tab, complaints, elsewhere
 
@@ -90,16 +106,22 @@ def open_page(browser: Any, server: str, address: str) -> tuple[Any, list[str], 
 def visit(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[Visit]:
     path = ROOT / f"{request.param}.md"
     tab, complaints, elsewhere = open_page(browser, server, f"{request.param}.html")
-    tab.wait_for_function("!window.MathJax || (MathJax.startup && MathJax.startup.promise)")
+    tab.wait_for_function(
+        "!window.MathJax || (MathJax.startup && MathJax.startup.promise)"
+    )
     tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
-    yield Visit(tab, read_chapter(path), path.read_text(encoding="utf-8"), complaints, elsewhere)
+    yield Visit(
+        tab, read_chapter(path), path.read_text(encoding="utf-8"), complaints, elsewhere
+    )
     tab.close()
 
 
 def prose(visit: Visit) -> str:
     """A page's text without its header, its code and what stands in backticks (but for `{math}` blocks)."""
     text = re.sub(r"\A---\n.*?\n---\n", "", visit.source, flags=re.DOTALL)
-    text = re.sub(r"^(`{3,})\{code-cell\}.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^(`{3,})\{code-cell\}.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE
+    )
     return text
 
 
@@ -121,7 +143,9 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
         figure = visit.tab.locator(f"article figure[id='{name}']")
         assert figure.count() == 1, f"{name} is not on the page"
         # text_content, not inner_text: a figure may lie in a solution that is folded away
-        assert (figure.locator("figcaption").first.text_content() or "").strip(), f"{name} has no caption"
+        assert (figure.locator("figcaption").first.text_content() or "").strip(), (
+            f"{name} has no caption"
+        )
         assert figure.locator("img, svg, .frame-player").count(), f"{name} is empty"
     shown = visit.tab.locator("article figure[id^='fig-']")
     assert shown.count() == len(named)
@@ -144,7 +168,9 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
         )
         assert state["size"] > 0 and state["drawn"], f"not loaded: {state['what']}"
         alt = state["alt"].strip()
-        assert alt and not re.search(r"_images/|\.(svg|png)$", alt), f"no alternative text: {state['what']}"
+        assert alt and not re.search(r"_images/|\.(svg|png)$", alt), (
+            f"no alternative text: {state['what']}"
+        )
 
 
 def test_mathematics_is_typeset(visit: Visit) -> None:
@@ -155,11 +181,18 @@ def test_mathematics_is_typeset(visit: Visit) -> None:
     assert visit.tab.locator("mjx-merror, merror, [data-mjx-error]").count() == 0
     labels = re.findall(r"^:label: *(eq-[\w-]+)", visit.source, re.MULTILINE)
     for label in labels:
-        assert visit.tab.locator(f"[id='equation-{label}']").count() == 1, f"{label} is not on the page"
+        assert visit.tab.locator(f"[id='equation-{label}']").count() == 1, (
+            f"{label} is not on the page"
+        )
 
 
 def test_no_cell_failed_or_complained(visit: Visit) -> None:
-    assert visit.tab.locator(".output.traceback, .output.stderr, .cell_output .stderr").count() == 0
+    assert (
+        visit.tab.locator(
+            ".output.traceback, .output.stderr, .cell_output .stderr"
+        ).count()
+        == 0
+    )
     text = visit.tab.locator("article.bd-article").inner_text()
     for sign in (
         "Traceback (most recent call last)",
@@ -172,28 +205,42 @@ def test_no_cell_failed_or_complained(visit: Visit) -> None:
     ):
         assert sign not in text, f"{sign!r} stands on the page"
     shown = visit.tab.locator("article p").all_inner_texts()
-    assert not [words for words in shown if words.lstrip().startswith("|")], "a table was not set as one"
+    assert not [words for words in shown if words.lstrip().startswith("|")], (
+        "a table was not set as one"
+    )
 
 
 def test_code_cells_are_on_the_page(visit: Visit) -> None:
-    hidden = sum("remove-cell" in cell.tags or "remove-input" in cell.tags for cell in visit.chapter.cells)
-    assert visit.tab.locator("article .cell_input").count() == len(visit.chapter.cells) - hidden
+    hidden = sum(
+        "remove-cell" in cell.tags or "remove-input" in cell.tags
+        for cell in visit.chapter.cells
+    )
+    assert (
+        visit.tab.locator("article .cell_input").count()
+        == len(visit.chapter.cells) - hidden
+    )
 
 
 def test_exported_cells_carry_the_badge(visit: Visit) -> None:
-    badges = [text.strip() for text in visit.tab.locator(".export-badge").all_text_contents()]
+    badges = [
+        text.strip() for text in visit.tab.locator(".export-badge").all_text_contents()
+    ]
     assert badges == [f"diffussm.{visit.chapter.module}"] * len(visit.chapter.exported)
 
 
 def test_links_within_the_book_lead_somewhere(visit: Visit, book: Path) -> None:
-    for link in visit.tab.evaluate("[...document.querySelectorAll('article a[href]')].map(a => a.href)"):
+    for link in visit.tab.evaluate(
+        "[...document.querySelectorAll('article a[href]')].map(a => a.href)"
+    ):
         if not link.startswith("http://127.0.0.1"):
             continue
         path, _, anchor = link.split("/", 3)[3].partition("#")
         target = book / path
         assert target.is_file(), f"{link} leads nowhere"
         if anchor and target.suffix == ".html":
-            assert re.search(rf'id="{re.escape(anchor)}"', target.read_text(encoding="utf-8")), link
+            assert re.search(
+                rf'id="{re.escape(anchor)}"', target.read_text(encoding="utf-8")
+            ), link
 
 
 def test_players_move(visit: Visit) -> None:
@@ -236,7 +283,9 @@ def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
 def test_search_finds_a_chapter(browser: Any, server: str) -> None:
     tab, complaints, elsewhere = open_page(browser, server, "search.html?q=state")
     tab.wait_for_selector("#search-results li a")
-    assert any(text.strip() for text in tab.locator("#search-results li a").all_text_contents())
+    assert any(
+        text.strip() for text in tab.locator("#search-results li a").all_text_contents()
+    )
     assert complaints == [] and elsewhere == []
     tab.close()
 
@@ -244,7 +293,11 @@ def test_search_finds_a_chapter(browser: Any, server: str) -> None:
 def test_front_page_leads_to_the_book(browser: Any, server: str) -> None:
     tab, _, elsewhere = open_page(browser, server, "index.html")
     tab.wait_for_url(f"**/{PAGES[0]}.html")
-    links = tab.evaluate("[...document.querySelectorAll('nav.bd-links a')].map(a => a.href.split('#')[0])")
-    assert [f"{server}/{page}.html" in links for page in PAGES[1:]] == [True] * (len(PAGES) - 1)
+    links = tab.evaluate(
+        "[...document.querySelectorAll('nav.bd-links a')].map(a => a.href.split('#')[0])"
+    )
+    assert [f"{server}/{page}.html" in links for page in PAGES[1:]] == [True] * (
+        len(PAGES) - 1
+    )
     assert elsewhere == []
     tab.close()

@@ -29,9 +29,13 @@ from diffussm.pipeline import (  # noqa: E402
     self_contained_code,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 NAMES = {"0": "great white shark, white shark", "1": "crane", "2": "crane"}
-TINY = DiffuSSMConfig(input_size=4, in_channels=4, num_classes=3, d_model=16, n_blocks=1, d_state=4)
+TINY = DiffuSSMConfig(
+    input_size=4, in_channels=4, num_classes=3, d_model=16, n_blocks=1, d_state=4
+)
 
 
 def seeded(seed=0):
@@ -54,13 +58,19 @@ def network(**changes):
 def piped(model=None, **options):
     model = network() if model is None else model
     options = {"id2label": NAMES if model.config.num_classes == 3 else None} | options
-    pipe = DiffuSSMPipeline(model, options.pop("scheduler", ancestral_scheduler()), **options)
+    pipe = DiffuSSMPipeline(
+        model, options.pop("scheduler", ancestral_scheduler()), **options
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def draw(pipe, labels=(0, 2, 1), **options):
-    options = {"num_inference_steps": 5, "generator": seeded(), "output_type": "latent"} | options
+    options = {
+        "num_inference_steps": 5,
+        "generator": seeded(),
+        "output_type": "latent",
+    } | options
     return pipe(list(labels) if isinstance(labels, tuple) else labels, **options).images
 
 
@@ -97,7 +107,12 @@ def test_ancestral_images_are_those_of_sample(steps, scale, channels):
         progress=False,
         guidance_channels=channels,
     )
-    theirs = draw(piped(model), num_inference_steps=steps, guidance_scale=scale, guidance_channels=channels)
+    theirs = draw(
+        piped(model),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        guidance_channels=channels,
+    )
     assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
 
 
@@ -110,15 +125,40 @@ def test_schedule_is_that_of_training(timesteps):
 
 def test_shorter_training_schedules_work_too():
     model, y = network(), torch.tensor([0, 2, 1])
-    ours = sample(model, GaussianDiffusion.linear(100), y, 20, "ddpm", 1.0, seeded(), progress=False)
+    ours = sample(
+        model,
+        GaussianDiffusion.linear(100),
+        y,
+        20,
+        "ddpm",
+        1.0,
+        seeded(),
+        progress=False,
+    )
     pipe = piped(model, scheduler=ancestral_scheduler(100), num_train_timesteps=100)
-    assert (ours - draw(pipe, num_inference_steps=20)).abs().max() < 1e-4 * ours.abs().max()
+    assert (
+        ours - draw(pipe, num_inference_steps=20)
+    ).abs().max() < 1e-4 * ours.abs().max()
 
 
 def test_ddim_is_ours_where_the_timesteps_agree():
     model, y = network(), torch.tensor([0, 2, 1])
-    for steps in (1, 3, 20, 1000):  # diffusers' own list and its own step agree for the last only
-        ours = sample(model, GaussianDiffusion.linear(), y, steps, "ddim", 1.0, seeded(), progress=False)
+    for steps in (
+        1,
+        3,
+        20,
+        1000,
+    ):  # diffusers' own list and its own step agree for the last only
+        ours = sample(
+            model,
+            GaussianDiffusion.linear(),
+            y,
+            steps,
+            "ddim",
+            1.0,
+            seeded(),
+            progress=False,
+        )
         scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config)
         theirs = draw(piped(model, scheduler=scheduler), num_inference_steps=steps)
         assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
@@ -142,7 +182,9 @@ def test_learned_variance_is_honoured():
             pipe.scheduler.config, variance_type="fixed_small"
         )
     torch.testing.assert_close(draw(low), draw(high))
-    torch.testing.assert_close(draw(low), draw(piped(with_v(-1.0))), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        draw(low), draw(piped(with_v(-1.0))), rtol=1e-4, atol=1e-4
+    )
 
 
 # Any scheduler
@@ -173,7 +215,10 @@ class Gaussian(Denoiser):
         t = t.float()  # Euler's timesteps are not whole numbers
         low = t.floor().long().clamp(0, 998)
         share = t - low
-        ab = ((1 - share) * alphas_cumprod[low].log() + share * alphas_cumprod[low + 1].log()).exp()
+        ab = (
+            (1 - share) * alphas_cumprod[low].log()
+            + share * alphas_cumprod[low + 1].log()
+        ).exp()
         ab = ab.view(-1, 1, 1, 1)
         eps = (1 - ab).sqrt() * (x - ab.sqrt() * MEAN) / (0.25 * ab + 1 - ab)
         return torch.cat([eps, torch.full_like(eps, 7.0)], 1)
@@ -185,10 +230,19 @@ def test_schedulers_draw_the_known_distribution(name):
     steps = {"DDPMParallelScheduler": 200}.get(
         name, max(50, FEWEST_STEPS[name])
     )  # fixed_small converges slowly
-    options = {"variance_type": "fixed_small"} if name == "DDPMParallelScheduler" else {}
-    scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config, **options)
+    options = (
+        {"variance_type": "fixed_small"} if name == "DDPMParallelScheduler" else {}
+    )
+    scheduler = getattr(diffusers, name).from_config(
+        ancestral_scheduler().config, **options
+    )
     exact = Gaussian(replace(TINY, input_size=8))
-    x = draw(piped(exact, scheduler=scheduler), 0, images_per_label=100, num_inference_steps=steps)
+    x = draw(
+        piped(exact, scheduler=scheduler),
+        0,
+        images_per_label=100,
+        num_inference_steps=steps,
+    )
     assert x.shape == (100, 4, 8, 8)
     torch.testing.assert_close(x.mean((0, 2, 3)), MEAN.flatten(), atol=0.03, rtol=0)
     assert abs(x.std((0, 2, 3)).mean() / 0.5 - 1) < 0.06
@@ -196,11 +250,17 @@ def test_schedulers_draw_the_known_distribution(name):
 
 def test_schedulers_do_not_see_the_variance_unless_they_want_it(monkeypatch):
     seen = []
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(ancestral_scheduler().config)
-    assert scheduler.config.variance_type == "learned_range"  # which would cut epsilon to three channels
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+        ancestral_scheduler().config
+    )
+    assert (
+        scheduler.config.variance_type == "learned_range"
+    )  # which would cut epsilon to three channels
     runs, takes = scheduler_for(scheduler, 1000)
     assert runs.config.variance_type is None and not takes
-    assert scheduler.config.variance_type == "learned_range"  # the user's own is left alone
+    assert (
+        scheduler.config.variance_type == "learned_range"
+    )  # the user's own is left alone
     assert scheduler_for(ancestral_scheduler(), 1000)[1] is True
     step = diffusers.DDPMScheduler.step
 
@@ -220,10 +280,22 @@ def test_schedulers_do_not_see_the_variance_unless_they_want_it(monkeypatch):
             lambda: diffusers.DDIMScheduler(prediction_type="v_prediction"),
             "'v_prediction'.*expected 'epsilon'",
         ),
-        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEuler.*expected 'epsilon'"),
-        (lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "another noise schedule"),
-        (lambda: diffusers.DDIMScheduler(num_train_timesteps=500), "another noise schedule.*from_config"),
-        (lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "another noise schedule"),
+        (
+            lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+            "FlowMatchEuler.*expected 'epsilon'",
+        ),
+        (
+            lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
+            "another noise schedule",
+        ),
+        (
+            lambda: diffusers.DDIMScheduler(num_train_timesteps=500),
+            "another noise schedule.*from_config",
+        ),
+        (
+            lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True),
+            "another noise schedule",
+        ),
         (lambda: diffusers.DDPMScheduler(variance_type="learned"), "'learned_range'"),
     ],
 )
@@ -244,9 +316,16 @@ def test_labels_by_name_and_number_are_the_same():
     by_number = draw(pipe, (0, 2))
     assert torch.equal(draw(pipe, ("white shark", 2)), by_number)
     assert torch.equal(draw(pipe, torch.tensor([0, 2])), by_number)
-    assert pipe.get_label_ids("great white shark") == pipe.get_label_ids(NAMES["0"]) == [0]
+    assert (
+        pipe.get_label_ids("great white shark") == pipe.get_label_ids(NAMES["0"]) == [0]
+    )
     assert torch.equal(draw(pipe, 0, images_per_label=2), draw(pipe, (0, 0)))
-    for labels in (np.array([0, 2]), [np.int64(0), np.uint8(2)], [[0], [2]], np.array([[0], [2]], np.int32)):
+    for labels in (
+        np.array([0, 2]),
+        [np.int64(0), np.uint8(2)],
+        [[0], [2]],
+        np.array([[0], [2]], np.int32),
+    ):
         assert torch.equal(draw(pipe, labels), by_number)
     assert torch.equal(draw(pipe, np.int64(0)), draw(pipe, 0))
     assert torch.equal(draw(pipe, 0, images_per_label=np.int64(2)), draw(pipe, (0, 0)))
@@ -288,15 +367,24 @@ def test_bad_labels_are_explained(labels, error, message):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected 1 to 1000"),
         ({"num_inference_steps": 1001}, "expected 1 to 1000"),
-        ({"num_inference_steps": 2.0}, "num_inference_steps=2.0: expected 1 to 1000, an integer"),
+        (
+            {"num_inference_steps": 2.0},
+            "num_inference_steps=2.0: expected 1 to 1000, an integer",
+        ),
         ({"eta": 0.5}, "eta=0.5: DDPMScheduler has no such noise"),
-        ({"clip_denoised": True}, "clip_denoised=True clamps .* latents, which go beyond: omit it"),
+        (
+            {"clip_denoised": True},
+            "clip_denoised=True clamps .* latents, which go beyond: omit it",
+        ),
         ({"output_type": "jpg"}, "output_type='jpg'"),
         ({"output_type": "pil"}, "there is no VAE to decode"),
         ({"guidance_scale": -1.0}, "cfg_scale=-1.0"),
         ({"guidance_channels": 5}, "guidance_channels=5: the model has 4"),
         ({"images_per_label": 0}, "images_per_label=0"),
-        ({"latents": torch.zeros(1, 4, 4, 4)}, r"latents has shape \(1, 4, 4, 4\): expected \(3, 4, 4, 4\)"),
+        (
+            {"latents": torch.zeros(1, 4, 4, 4)},
+            r"latents has shape \(1, 4, 4, 4\): expected \(3, 4, 4, 4\)",
+        ),
         ({"generator": [seeded(), seeded()]}, "2 generators for 3 images"),
     ],
 )
@@ -312,7 +400,11 @@ def test_three_channel_guidance_leaves_the_fourth_alone():
     noise = torch.randn(1, 4, 4, 4, generator=seeded(3))
     plain, three, whole = (
         draw(pipe, (0,), num_inference_steps=1, latents=noise, **options)
-        for options in ({}, {"guidance_scale": 3.0, "guidance_channels": 3}, {"guidance_scale": 3.0})
+        for options in (
+            {},
+            {"guidance_scale": 3.0, "guidance_channels": 3},
+            {"guidance_scale": 3.0},
+        )
     )
     torch.testing.assert_close(three[:, 3], plain[:, 3])
     torch.testing.assert_close(three[:, :3], whole[:, :3])
@@ -366,7 +458,9 @@ def test_pixels_come_out_as_asked(channels, mode):
     x = draw(pipe)
     expected = (x / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(draw(pipe, output_type="pt"), expected)
-    torch.testing.assert_close(torch.from_numpy(draw(pipe, output_type="np")), expected.permute(0, 2, 3, 1))
+    torch.testing.assert_close(
+        torch.from_numpy(draw(pipe, output_type="np")), expected.permute(0, 2, 3, 1)
+    )
     images = draw(pipe, output_type="pil")
     assert [image.mode for image in images] == [mode] * 3 and images[0].size == (4, 4)
     assert isinstance(pipe(0, num_inference_steps=1, return_dict=False), tuple)
@@ -382,7 +476,9 @@ def test_latents_are_unscaled_and_decoded():
 
 
 def test_a_vae_of_other_channels_is_refused():
-    with pytest.raises(ValueError, match="latents of 2 channels, but the model makes 4"):
+    with pytest.raises(
+        ValueError, match="latents of 2 channels, but the model makes 4"
+    ):
         piped(vae=small_vae(2))
     pipe = piped()
     pipe.vae = small_vae(2)
@@ -400,25 +496,36 @@ def test_images_that_are_not_finite_are_an_error(output_type):
     pipe = piped(network(in_channels=1))
     with torch.no_grad():
         pipe.denoiser.head.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite in 3 of 3 images .DDPMScheduler, 5 steps"):
+    with pytest.raises(
+        FloatingPointError, match="not finite in 3 of 3 images .DDPMScheduler, 5 steps"
+    ):
         draw(pipe, output_type=output_type)
     pipe = piped(vae=small_vae())
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.fill_(float("inf"))
     if output_type != "latent":
-        with pytest.raises(FloatingPointError, match="the VAE decoded to numbers that are not finite"):
+        with pytest.raises(
+            FloatingPointError, match="the VAE decoded to numbers that are not finite"
+        ):
             draw(pipe, output_type=output_type)
 
 
-@pytest.mark.parametrize(("name", "method"), [("DDPMScheduler", "ddpm"), ("DDIMScheduler", "ddim")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("DDPMScheduler", "ddpm"), ("DDIMScheduler", "ddim")]
+)
 def test_clipping_is_that_of_sample(name, method):
     model, y = network(in_channels=1), torch.tensor([0, 2, 1])
     options = {"steps": 20, "method": method, "clip_denoised": True, "progress": False}
     ours = sample(model, GaussianDiffusion.linear(), y, generator=seeded(), **options)
-    pipe = piped(model, scheduler=getattr(diffusers, name).from_config(ancestral_scheduler().config))
+    pipe = piped(
+        model,
+        scheduler=getattr(diffusers, name).from_config(ancestral_scheduler().config),
+    )
     theirs = draw(pipe, num_inference_steps=20, clip_denoised=True)
     assert (ours - theirs).abs().max() < 1e-4
-    assert (draw(pipe, num_inference_steps=20) - theirs).abs().max() > 0.1  # it matters here
+    assert (
+        draw(pipe, num_inference_steps=20) - theirs
+    ).abs().max() > 0.1  # it matters here
 
 
 @pytest.mark.parametrize("name", sorted(FEWEST_STEPS))
@@ -427,15 +534,22 @@ def test_clipping_works_with_every_scheduler(name):
     scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config)
     steps = max(20, FEWEST_STEPS[name])
     x = draw(
-        piped(network(in_channels=1), scheduler=scheduler), num_inference_steps=steps, clip_denoised=True
+        piped(network(in_channels=1), scheduler=scheduler),
+        num_inference_steps=steps,
+        clip_denoised=True,
     )
     assert x.abs().max() < 1.5
 
 
 @pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
 def test_schedulers_that_clip_latents_are_refused(option):
-    scheduler = diffusers.DDIMScheduler.from_config(ancestral_scheduler().config, **{option: True})
-    with pytest.raises(ValueError, match=f"DDIMScheduler has {option}=True.*make it with {option}=False"):
+    scheduler = diffusers.DDIMScheduler.from_config(
+        ancestral_scheduler().config, **{option: True}
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"DDIMScheduler has {option}=True.*make it with {option}=False",
+    ):
         draw(piped(scheduler=scheduler))
     draw(piped(network(in_channels=1), scheduler=scheduler))
 
@@ -447,7 +561,9 @@ def test_a_network_in_a_wrapper_is_taken_out_of_it():
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(draw(pipe, guidance_scale=2.0), expected)
     pipe.denoiser = torch.nn.DataParallel(pipe.denoiser)
-    with pytest.raises(TypeError, match="the denoiser is a DataParallel.*pipe.denoiser.module"):
+    with pytest.raises(
+        TypeError, match="the denoiser is a DataParallel.*pipe.denoiser.module"
+    ):
         draw(pipe)
 
 
@@ -455,7 +571,10 @@ def test_wrapping_shares_the_weights():
     model = network()
     pipe = piped(model)
     assert pipe.denoiser.head.weight.data_ptr() == model.head.weight.data_ptr()
-    assert isinstance(pipe.denoiser, Denoiser) and not pipe.denoiser.head.weight.requires_grad
+    assert (
+        isinstance(pipe.denoiser, Denoiser)
+        and not pipe.denoiser.head.weight.requires_grad
+    )
     assert model.head.weight.requires_grad
     assert pipe.device.type == "cpu" and pipe.dtype == torch.float32
     assert {"denoiser", "scheduler", "vae"} == set(pipe.components)
@@ -465,18 +584,24 @@ def states(pipe):
     """dtypes of the S4D parameters and of all others."""
     found = {True: set(), False: set()}
     for name, parameter in pipe.denoiser.named_parameters():
-        found[name.endswith(("log_dt", "log_A_real", "A_imag", ".C"))].add(parameter.dtype)
+        found[name.endswith(("log_dt", "log_A_real", "A_imag", ".C"))].add(
+            parameter.dtype
+        )
     return found[True], found[False]
 
 
 @pytest.mark.parametrize("way", ["torch_dtype", "to", "half", "diffusers"])
-def test_half_precision_leaves_the_state_spaces_in_float32(saved, way, tmp_path, monkeypatch):
+def test_half_precision_leaves_the_state_spaces_in_float32(
+    saved, way, tmp_path, monkeypatch
+):
     dtype = torch.float16 if way == "half" else torch.bfloat16
     if way == "torch_dtype":
         pipe = load(saved.folder, torch_dtype=dtype)
     elif way == "diffusers":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+        monkeypatch.setattr(
+            "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path)
+        )
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             str(saved.folder), trust_remote_code=True, torch_dtype=dtype
         )
@@ -520,7 +645,15 @@ print("right")
 
 def test_ten_copies_of_the_code_live_beside_the_package(saved, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "ignore", "-c", f"FOLDER = {str(saved.folder)!r}\n{COPIES}"],
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-W",
+            "ignore",
+            "-c",
+            f"FOLDER = {str(saved.folder)!r}\n{COPIES}",
+        ],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -547,9 +680,17 @@ def saved(tmp_path_factory):
     pipe.save_pretrained(
         folder,
         license="cc-by-4.0",
-        evaluation={"FID": 2.5, "precision": 0.75, "how": {"steps": 250, "guidance": {"scale": 1.5}}},
+        evaluation={
+            "FID": 2.5,
+            "precision": 0.75,
+            "how": {"steps": 250, "guidance": {"scale": 1.5}},
+        },
     )
-    return SimpleNamespace(folder=folder, images=draw(pipe, ("white shark", 1), output_type="pt"), pipe=pipe)
+    return SimpleNamespace(
+        folder=folder,
+        images=draw(pipe, ("white shark", 1), output_type="pt"),
+        pipe=pipe,
+    )
 
 
 def load(folder, **options):
@@ -605,7 +746,11 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "diffussm"
 
 
 def test_saved_folder_needs_no_package(saved, tmp_path):
-    places = {"FOLDER": saved.folder, "OUT": tmp_path / "images.pt", "AGAIN": tmp_path / "again"}
+    places = {
+        "FOLDER": saved.folder,
+        "OUT": tmp_path / "images.pt",
+        "AGAIN": tmp_path / "again",
+    }
     places["ROOT"] = os.path.dirname(os.path.dirname(pipeline.__file__))
     names = "".join(f"{name} = {str(path)!r}\n" for name, path in places.items())
     done = subprocess.run(
@@ -626,9 +771,17 @@ def test_saved_folder_needs_no_package(saved, tmp_path):
     assert "might require the following packages" not in done.stderr
     assert "Expected types" not in done.stderr and "not expected by" not in done.stderr
     assert torch.equal(torch.load(places["OUT"], weights_only=True), saved.images)
-    for name in ("pipeline.py", "model_index.json", "denoiser/modeling_diffussm.py"):  # a copy of a copy
-        assert (places["AGAIN"] / name).read_bytes() == (saved.folder / name).read_bytes()
-    assert torch.equal(draw(load(places["AGAIN"]), ("white shark", 1), output_type="pt"), saved.images)
+    for name in (
+        "pipeline.py",
+        "model_index.json",
+        "denoiser/modeling_diffussm.py",
+    ):  # a copy of a copy
+        assert (places["AGAIN"] / name).read_bytes() == (
+            saved.folder / name
+        ).read_bytes()
+    assert torch.equal(
+        draw(load(places["AGAIN"]), ("white shark", 1), output_type="pt"), saved.images
+    )
 
 
 def test_diffusers_asks_before_it_runs_code(saved, tmp_path):
@@ -637,7 +790,11 @@ def test_diffusers_asks_before_it_runs_code(saved, tmp_path):
 
 
 def test_folder_holds_safetensors_and_readable_code_only(saved):
-    files = {str(path.relative_to(saved.folder)) for path in saved.folder.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(saved.folder))
+        for path in saved.folder.rglob("*")
+        if path.is_file()
+    }
     assert files == {
         "README.md",
         "denoiser/config.json",
@@ -649,17 +806,24 @@ def test_folder_holds_safetensors_and_readable_code_only(saved):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
-    assert [path.name for path in saved.folder.parent.iterdir()] == ["tiny-shark"]  # no draft is left
+    assert [path.name for path in saved.folder.parent.iterdir()] == [
+        "tiny-shark"
+    ]  # no draft is left
 
 
 def test_the_one_file_is_complete_and_holds_nothing_idle():
     tree = ast.parse(self_contained_code())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     origins = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert not [origin for origin in origins if origin.startswith(("diffussm", "."))]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "DiffuSSMPipeline":
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.name != "DiffuSSMPipeline"
+        ):
             assert node.name in used, f"{node.name} is never used"
     checked = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F,E9", "-"],
@@ -669,8 +833,14 @@ def test_the_one_file_is_complete_and_holds_nothing_idle():
         check=False,
     )
     assert checked.returncode == 0, checked.stdout  # no undefined name, no idle import
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert len(names) == len(set(names)) and "DiffuSSM" in names and "train" not in names
+    names = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    assert (
+        len(names) == len(set(names)) and "DiffuSSM" in names and "train" not in names
+    )
 
 
 def test_only_components_are_lists_in_the_index(saved):
@@ -678,9 +848,15 @@ def test_only_components_are_lists_in_the_index(saved):
     index = json.loads((saved.folder / "model_index.json").read_text())
     lists = {key for key, value in index.items() if isinstance(value, list)}
     assert lists == {"_class_name", "denoiser", "scheduler", "vae"}
-    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+    from diffusers.pipelines.pipeline_loading_utils import (
+        _get_custom_components_and_folders,
+    )
 
-    files = [str(path.relative_to(saved.folder)) for path in saved.folder.rglob("*") if path.is_file()]
+    files = [
+        str(path.relative_to(saved.folder))
+        for path in saved.folder.rglob("*")
+        if path.is_file()
+    ]
     custom, _ = _get_custom_components_and_folders("someone/tiny-shark", index, files)
     assert custom == {"denoiser": "modeling_diffussm"}
 
@@ -688,7 +864,9 @@ def test_only_components_are_lists_in_the_index(saved):
 def test_model_card_has_the_figures(saved):
     card = (saved.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: cc-by-4.0\n")
-    parameters = sum(parameter.numel() for parameter in saved.pipe.denoiser.parameters())
+    parameters = sum(
+        parameter.numel() for parameter in saved.pipe.denoiser.parameters()
+    )
     for line in (
         "# tiny-shark",
         f"| parameters | {parameters:,} |",
@@ -711,7 +889,9 @@ def test_model_card_does_not_invent_figures(tmp_path):
     assert "Not measured." in card and "Not recorded." in card and "not stated" in card
     assert "clip_denoised" not in card  # which latents cannot be
     piped(network(in_channels=1)).save_pretrained(tmp_path / "pixels")
-    assert "pass `clip_denoised=True`" in (tmp_path / "pixels" / "README.md").read_text()
+    assert (
+        "pass `clip_denoised=True`" in (tmp_path / "pixels" / "README.md").read_text()
+    )
     assert "license:" not in card
 
 
@@ -720,7 +900,11 @@ def test_evaluation_is_read_from_its_file(tmp_path):
     result.write_text(json.dumps({"fid": 9.25, "reference": {"sha256": "abc"}}))
     piped().save_pretrained(tmp_path / "scored", evaluation=result, name="Scored")
     card = (tmp_path / "scored" / "README.md").read_text()
-    assert "| fid | 9.25 |" in card and "| reference.sha256 | abc |" in card and "# Scored" in card
+    assert (
+        "| fid | 9.25 |" in card
+        and "| reference.sha256 | abc |" in card
+        and "# Scored" in card
+    )
     result.write_text("FID: 9")
     with pytest.raises(ValueError, match="no JSON"):
         piped().save_pretrained(tmp_path / "broken", evaluation=result)
@@ -744,7 +928,11 @@ def test_nothing_is_overwritten(saved, tmp_path):
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     pipe = piped()
-    monkeypatch.setattr(pipe.scheduler, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        pipe.scheduler,
+        "save_pretrained",
+        lambda _: (_ for _ in ()).throw(OSError("full")),
+    )
     with pytest.raises(OSError, match="full"):
         pipe.save_pretrained(tmp_path / "half")
     assert not list(tmp_path.iterdir())
@@ -759,24 +947,53 @@ def damaged(saved, tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "error", "message"),
     [
-        ("model_index.json", None, FileNotFoundError, "no folder with a model_index.json"),
+        (
+            "model_index.json",
+            None,
+            FileNotFoundError,
+            "no folder with a model_index.json",
+        ),
         ("model_index.json", "{", ValueError, "is damaged"),
         ("model_index.json", "[]", ValueError, "is damaged"),
-        ("denoiser/model.safetensors", None, FileNotFoundError, "model.safetensors does not exist"),
+        (
+            "denoiser/model.safetensors",
+            None,
+            FileNotFoundError,
+            "model.safetensors does not exist",
+        ),
         ("denoiser/config.json", "{}", ValueError, "another model"),
-        ("scheduler/scheduler_config.json", None, ValueError, "no usable DDPMScheduler"),
-        ("vae/diffusion_pytorch_model.safetensors", None, ValueError, "no usable AutoencoderKL"),
-        ("vae/diffusion_pytorch_model.safetensors", "x", ValueError, "no usable AutoencoderKL"),
+        (
+            "scheduler/scheduler_config.json",
+            None,
+            ValueError,
+            "no usable DDPMScheduler",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            None,
+            ValueError,
+            "no usable AutoencoderKL",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            "x",
+            ValueError,
+            "no usable AutoencoderKL",
+        ),
     ],
 )
-def test_missing_and_damaged_files_are_named(saved, tmp_path, file, text, error, message):
+def test_missing_and_damaged_files_are_named(
+    saved, tmp_path, file, text, error, message
+):
     folder = damaged(saved, tmp_path)
     (folder / file).unlink() if text is None else (folder / file).write_text(text)
     with pytest.raises(error, match=message):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["os", "logging", "AutoencoderKL", "DiffusionPipeline", 3])
+@pytest.mark.parametrize(
+    "name", ["os", "logging", "AutoencoderKL", "DiffusionPipeline", 3]
+)
 def test_an_index_cannot_make_us_call_anything_else(saved, tmp_path, name):
     folder = damaged(saved, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
@@ -798,7 +1015,9 @@ def test_other_pipelines_and_unknown_options_are_refused(saved, tmp_path):
         load(saved.folder, variant="fp16")
     folder = damaged(saved, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["p", "DiTPipeline"]}))
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": ["p", "DiTPipeline"]})
+    )
     with pytest.raises(ValueError, match="holds a DiTPipeline"):
         load(folder)
 
@@ -840,11 +1059,15 @@ def test_a_kept_step_becomes_a_pipeline(run):
     folder, state = run
     pipe = DiffuSSMPipeline.from_run(folder, "model", step=2)
     assert torch.equal(pipe.denoiser.head.weight, state.model.head.weight)
-    with pytest.raises(FileNotFoundError, match="has no checkpoint of step 1; there are 2"):
+    with pytest.raises(
+        FileNotFoundError, match="has no checkpoint of step 1; there are 2"
+    ):
         DiffuSSMPipeline.from_run(folder, step=1)
 
 
-def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(tmp_path, monkeypatch):
+def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
+    tmp_path, monkeypatch
+):
     """Of a run on latents; the encoder must be theirs, the decoder may be another."""
     from diffussm import latents, training
 
@@ -854,14 +1077,22 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(tmp_
     (tmp_path / "store" / "manifest.json").write_text(json.dumps({"vae": made_by}))
     (tmp_path / "config.json").touch()
     config = replace(RECIPES["digits"], data=str(tmp_path / "store"))
-    monkeypatch.setattr(training, "load_run", lambda *_: (network(), config, ["a", "b", "c"]))
-    monkeypatch.setattr(training, "find_checkpoint", lambda *_: tmp_path / "step_00000007")
+    monkeypatch.setattr(
+        training, "load_run", lambda *_: (network(), config, ["a", "b", "c"])
+    )
+    monkeypatch.setattr(
+        training, "find_checkpoint", lambda *_: tmp_path / "step_00000007"
+    )
     with torch.no_grad():
         vae.decoder.conv_out.bias.add_(1)
     pipe = DiffuSSMPipeline.from_run(tmp_path, vae=vae)
     facts = pipe.config.training
     assert facts["latents"]["name"] == "sd-vae"  # not where it lies on someone's disk
-    assert facts["vae"]["encoder_sha256"] == made_by["encoder_sha256"] == facts["latents"]["encoder_sha256"]
+    assert (
+        facts["vae"]["encoder_sha256"]
+        == made_by["encoder_sha256"]
+        == facts["latents"]["encoder_sha256"]
+    )
     assert facts["vae"]["decoder_sha256"] != made_by["decoder_sha256"]
     pipe.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()

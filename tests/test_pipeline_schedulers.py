@@ -32,7 +32,9 @@ from diffussm.pipeline import (  # noqa: E402
     scheduler_for,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 STEPS = [1, 2, 3, 5, 7, 10, 20, 50, 250, 300, 350, 600, 1000]
 CLASSES = [
     name
@@ -47,14 +49,23 @@ DIFFUSION = GaussianDiffusion.linear()
 class Exact(Denoiser):
     """Exact noise and variance: data at MEAN in the upper half of an image, N(MEAN, STD^2) in the lower."""
 
-    earlier: dict[int, int]  # for each timestep the next one of the chain, -1 after the last
+    earlier: dict[
+        int, int
+    ]  # for each timestep the next one of the chain, -1 after the last
 
     def forward(self, x, t, y=None):
         last = DIFFUSION.num_timesteps - 1
         log_snr = torch.logit(DIFFUSION.alphas_cumprod)
         low = t[:1].double().floor().long().clamp(0, last - 1)
-        ab = torch.sigmoid(log_snr[low] + (t[:1] - low) * (log_snr[low + 1] - log_snr[low]))
-        variance = torch.tensor([0.0, STD**2]).double().repeat_interleave(x.shape[2] // 2).view(1, 1, -1, 1)
+        ab = torch.sigmoid(
+            log_snr[low] + (t[:1] - low) * (log_snr[low + 1] - log_snr[low])
+        )
+        variance = (
+            torch.tensor([0.0, STD**2])
+            .double()
+            .repeat_interleave(x.shape[2] // 2)
+            .view(1, 1, -1, 1)
+        )
         total = variance * ab + 1 - ab  # of x_t
         eps = (1 - ab).sqrt() * (x - ab.sqrt() * MEAN) / total
         v = torch.zeros_like(total)
@@ -69,7 +80,9 @@ class Exact(Denoiser):
 
 
 def network(size):
-    config = DiffuSSMConfig(input_size=size, in_channels=1, num_classes=0, d_model=8, n_blocks=1, d_state=2)
+    config = DiffuSSMConfig(
+        input_size=size, in_channels=1, num_classes=0, d_model=8, n_blocks=1, d_state=2
+    )
     return Exact(config)
 
 
@@ -103,13 +116,19 @@ def walk(scheduler, steps, monkeypatch, **options):
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers.schedulers.") and hasattr(module, "randn_tensor"):
             monkeypatch.setattr(module, "randn_tensor", impulses)
-    start = impulse((1, 1, size, size), 1)  # place 0: no noise at all; place 1: the start's
-    images = pipe(latents=start, num_inference_steps=steps, output_type="latent", **options).images
+    start = impulse(
+        (1, 1, size, size), 1
+    )  # place 0: no noise at all; place 1: the start's
+    images = pipe(
+        latents=start, num_inference_steps=steps, output_type="latent", **options
+    ).images
     halves = images.view(2, -1).double()
     means = halves[:, 0]
     spread = (halves[:, 1 : 2 + impulses.calls] - halves[:, :1]).square().sum(1).sqrt()
     points = (halves[0, : 2 + impulses.calls] - MEAN).abs().max()
-    return SimpleNamespace(mean=means[1].item(), std=spread[1].item(), off=points.item(), images=images)
+    return SimpleNamespace(
+        mean=means[1].item(), std=spread[1].item(), off=points.item(), images=images
+    )
 
 
 @cache
@@ -138,14 +157,21 @@ def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
     if name not in FEWEST_STEPS:
         try:
             scheduler = accepted(name)
-        except Exception:  # it needs a library or options that diffusers alone does not give it
+        except (
+            Exception
+        ):  # it needs a library or options that diffusers alone does not give it
             return
-        with pytest.raises(ValueError, match=r"expected 'epsilon'|Use one of DDIM.*UniPC"):
+        with pytest.raises(
+            ValueError, match=r"expected 'epsilon'|Use one of DDIM.*UniPC"
+        ):
             scheduler_for(scheduler, 1000)
         return
     for steps in STEPS:
         if steps < FEWEST_STEPS[name]:
-            with pytest.raises(ValueError, match=f"Use {FEWEST_STEPS[name]} steps or more, or DDPMScheduler"):
+            with pytest.raises(
+                ValueError,
+                match=f"Use {FEWEST_STEPS[name]} steps or more, or DDPMScheduler",
+            ):
                 walk(accepted(name), steps, monkeypatch)
             continue
         end = walk(accepted(name), steps, monkeypatch)
@@ -161,7 +187,10 @@ def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
 
 def test_first_order_solvers_converge_to_the_data(monkeypatch):
     """What the comparison with chapter 7 leaves open: that both go to the right place."""
-    errors = [abs(walk(accepted("DDIMScheduler"), n, monkeypatch).std / STD - 1) for n in (50, 100, 1000)]
+    errors = [
+        abs(walk(accepted("DDIMScheduler"), n, monkeypatch).std / STD - 1)
+        for n in (50, 100, 1000)
+    ]
     assert errors[0] < 0.06 and errors[1] < 0.55 * errors[0] and errors[2] < 0.004
 
 
@@ -181,18 +210,25 @@ def test_the_network_is_told_the_timesteps_of_chapter_7(name, steps):
     )  # it asks in between too
     whole = times == times.round()
     expected = DIFFUSION.alphas_cumprod[times[whole].long()]
-    torch.testing.assert_close(torch.tensor(alphas_cumprod)[whole].double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(alphas_cumprod)[whole].double(), expected, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("timesteps", [21, 100, 1000])
 def test_schedule_without_rounding_is_that_of_training(timesteps):
     exact = GaussianDiffusion.linear(timesteps).alphas_cumprod
-    torch.testing.assert_close(linear_alphas_cumprod(timesteps), exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        linear_alphas_cumprod(timesteps), exact, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_ddim_with_noise_is_ours(eta):
-    model, noise = network(8), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model, noise = (
+        network(8),
+        torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     model.earlier = {}
     pipe = DiffuSSMPipeline(model, accepted("DDIMScheduler"))
     pipe.set_progress_bar_config(disable=True)
@@ -224,8 +260,16 @@ def test_ddim_with_noise_is_ours(eta):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas=False"),
-        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='linear'"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_karras_sigmas": True},
+            "use_karras_sigmas=False",
+        ),
+        (
+            "EulerDiscreteScheduler",
+            {"interpolation_type": "log_linear"},
+            "interpolation_type='linear'",
+        ),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas=False"),
         (
             "DPMSolverMultistepScheduler",
@@ -235,7 +279,9 @@ def test_ddim_with_noise_is_ours(eta):
     ],
 )
 def test_options_that_leave_the_noise_levels_are_refused(name, options, message):
-    scheduler = getattr(diffusers, name).from_config(ancestral_scheduler().config, **options)
+    scheduler = getattr(diffusers, name).from_config(
+        ancestral_scheduler().config, **options
+    )
     with pytest.raises(ValueError, match=message):
         scheduler_for(scheduler, 1000)
 
@@ -249,7 +295,9 @@ def test_options_that_leave_the_noise_levels_are_refused(name, options, message)
         {"final_sigmas_type": "sigma_min"},
     ],
 )
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
+)
 def test_spacing_is_the_pipelines(name, options, monkeypatch):
     kind = getattr(diffusers, name)
     scheduler = kind.from_config(ancestral_scheduler().config, **options)
@@ -264,4 +312,7 @@ def test_stochastic_solvers_add_noise_where_training_would(monkeypatch):
         ancestral_scheduler().config, tau_func=lambda t: times.append(t) or 0
     )
     walk(scheduler, 10, monkeypatch)
-    assert set(times) <= set(DIFFUSION.respace(11).timestep_map.tolist()) and max(times) > 800
+    assert (
+        set(times) <= set(DIFFUSION.respace(11).timestep_map.tolist())
+        and max(times) > 800
+    )

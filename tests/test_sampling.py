@@ -35,15 +35,28 @@ class Mixture:
             distance = ((point[:, None] - ab.sqrt()[:, :, None] * CENTRES) ** 2).sum(2)
             variance = ab * SPREAD**2 + 1 - ab
             logits = WEIGHTS.log() - distance / (2 * variance)
-            logits = logits.masked_fill((y[:, None] != torch.arange(3)) & (y[:, None] != 3), -torch.inf)
-            (score,) = torch.autograd.grad(torch.logsumexp(logits, 1).sum(), point, create_graph=True)
+            logits = logits.masked_fill(
+                (y[:, None] != torch.arange(3)) & (y[:, None] != 3), -torch.inf
+            )
+            (score,) = torch.autograd.grad(
+                torch.logsumexp(logits, 1).sum(), point, create_graph=True
+            )
             bend = [
-                torch.autograd.grad(score[:, i].sum(), point, retain_graph=True)[0][:, i] for i in range(2)
+                torch.autograd.grad(score[:, i].sum(), point, retain_graph=True)[0][
+                    :, i
+                ]
+                for i in range(2)
             ]
         unknown = (1 - ab) / ab * (1 + (1 - ab) * torch.stack(bend, 1))
         eps = -(1 - ab).sqrt() * score.detach()
-        total = DIFFUSION.posterior_variance[t, None] + DIFFUSION.posterior_x0_factor[t, None] ** 2 * unknown
-        low, high = DIFFUSION.posterior_log_variance_clipped[t, None], DIFFUSION.betas[t, None].log()
+        total = (
+            DIFFUSION.posterior_variance[t, None]
+            + DIFFUSION.posterior_x0_factor[t, None] ** 2 * unknown
+        )
+        low, high = (
+            DIFFUSION.posterior_log_variance_clipped[t, None],
+            DIFFUSION.betas[t, None].log(),
+        )
         v = (2 * (total.log() - low) / (high - low) - 1).clamp(-1, 1)
         return torch.cat([eps, v], 1)[:, :, None, None]
 
@@ -55,13 +68,21 @@ class Noise:
 
     def __call__(self, x, t, y):
         size = (2 * x.shape[1], *x.shape[2:])
-        return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(int(k))) for k in y])
+        return torch.stack(
+            [
+                torch.randn(size, generator=torch.Generator().manual_seed(int(k)))
+                for k in y
+            ]
+        )
 
 
 def smooth(x, t, y):
     """Bounded, different at every timestep, different for every label."""
     extra = 0 if y is None else y.view(-1, 1, 1, 1)
-    return torch.tanh(torch.cat([x.flip(1) + 0.3 * x, x - extra], 1) + torch.cos(t / 100).view(-1, 1, 1, 1))
+    return torch.tanh(
+        torch.cat([x.flip(1) + 0.3 * x, x - extra], 1)
+        + torch.cos(t / 100).view(-1, 1, 1, 1)
+    )
 
 
 smooth.null_label = 5
@@ -73,7 +94,12 @@ def seeded(seed=0):
 
 def draw(model=smooth, y=None, **options):
     y = torch.tensor([0, 1, 2]) if y is None else y
-    options = {"steps": 7, "generator": seeded(), "shape": (2, 2, 2), "progress": False} | options
+    options = {
+        "steps": 7,
+        "generator": seeded(),
+        "shape": (2, 2, 2),
+        "progress": False,
+    } | options
     return sample(model, DIFFUSION, y, **options)
 
 
@@ -108,24 +134,38 @@ def test_samples_of_a_mixture_have_its_moments_and_modes(method, steps, slack, o
     for k in range(3):
         own, expected = points[nearest == k], n * WEIGHTS[k]
         assert abs(len(own) - expected) < 5 * math.sqrt(expected * (1 - WEIGHTS[k]))
-        assert (own.mean(0) - CENTRES[k]).abs().max() < 5 * SPREAD / math.sqrt(expected) + slack * SPREAD
-        assert (own.std(0) / SPREAD - 1).abs().max() < 5 / math.sqrt(2 * expected) + slack
+        assert (own.mean(0) - CENTRES[k]).abs().max() < 5 * SPREAD / math.sqrt(
+            expected
+        ) + slack * SPREAD
+        assert (own.std(0) / SPREAD - 1).abs().max() < 5 / math.sqrt(
+            2 * expected
+        ) + slack
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
 def test_labels_choose_the_mode(method):
     labels = torch.arange(300) % 3
-    x = sample(Mixture(), DIFFUSION, labels, 50, method, generator=seeded(2), progress=False)
+    x = sample(
+        Mixture(), DIFFUSION, labels, 50, method, generator=seeded(2), progress=False
+    )
     assert torch.equal(torch.cdist(x.flatten(1).double(), CENTRES).argmin(1), labels)
 
 
 def test_learned_variance_matters_when_steps_are_few():
     def width(model):
         x = sample(
-            model, DIFFUSION, torch.full((2000,), 3), 50, generator=seeded(3), shape=(2, 1, 1), progress=False
+            model,
+            DIFFUSION,
+            torch.full((2000,), 3),
+            50,
+            generator=seeded(3),
+            shape=(2, 1, 1),
+            progress=False,
         )
         points = x.flatten(1).double()
-        return (points - CENTRES[torch.cdist(points, CENTRES).argmin(1)]).std().item() / SPREAD
+        return (
+            points - CENTRES[torch.cdist(points, CENTRES).argmin(1)]
+        ).std().item() / SPREAD
 
     def largest(x, t, y):
         return torch.cat([Mixture()(x, t, y)[:, :2], torch.ones(len(x), 2, 1, 1)], 1)
@@ -146,7 +186,9 @@ def test_ancestral_step_is_mean_plus_scaled_noise():
     share = (v + 1) / 2
     variance = (beta * (1 - before) / (1 - ab)) ** (1 - share) * beta**share
     noise = torch.randn(x.shape, generator=seeded(4), dtype=x.dtype)
-    expected = (x - beta / (1 - ab).sqrt() * eps) / (1 - beta).sqrt() + variance.sqrt() * noise
+    expected = (x - beta / (1 - ab).sqrt() * eps) / (
+        1 - beta
+    ).sqrt() + variance.sqrt() * noise
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(guess, (x - (1 - ab).sqrt() * eps) / ab.sqrt())
 
@@ -176,7 +218,11 @@ def test_ddim_moves_one_image_and_one_noise_between_levels():
     timesteps = DIFFUSION.respace(40).timestep_map.flip(0).tolist()
     for k, (t, x, guess) in enumerate(chain):
         assert t == timesteps[k]
-        ab = DIFFUSION.alphas_cumprod[timesteps[k + 1]] if k < 39 else torch.ones(()).double()
+        ab = (
+            DIFFUSION.alphas_cumprod[timesteps[k + 1]]
+            if k < 39
+            else torch.ones(()).double()
+        )
         torch.testing.assert_close(x, ab.sqrt() * image + (1 - ab).sqrt() * noise)
         torch.testing.assert_close(guess, image)
     assert k == 39
@@ -197,7 +243,9 @@ def test_ddim_with_eta_one_is_ancestral_with_the_smallest_variance():
 # Reproducibility
 
 
-@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+@pytest.mark.parametrize(
+    ("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)]
+)
 def test_same_generator_same_sample(method, eta):
     state = torch.random.get_rng_state()
     first = draw(method=method, eta=eta)
@@ -211,7 +259,14 @@ def test_same_generator_same_sample(method, eta):
 
 def test_sample_is_the_end_of_denoise():
     chain = list(
-        denoise(smooth, DIFFUSION, torch.tensor([0, 1, 2]), steps=7, generator=seeded(), shape=(2, 2, 2))
+        denoise(
+            smooth,
+            DIFFUSION,
+            torch.tensor([0, 1, 2]),
+            steps=7,
+            generator=seeded(),
+            shape=(2, 2, 2),
+        )
     )
     assert [t for t, _, _ in chain] == [999, 832, 666, 500, 333, 166, 0]
     assert torch.equal(chain[-1][1], draw())
@@ -221,7 +276,10 @@ def test_eta_brings_the_noise_back():
     """Without eta the end depends on the starting noise alone; with it, on the generator."""
     noise = torch.randn(3, 2, 2, 2, generator=seeded())
     for eta, same in ((0.0, True), (0.5, False)):
-        a, b = (draw(method="ddim", eta=eta, noise=noise, generator=seeded(k)) for k in (1, 2))
+        a, b = (
+            draw(method="ddim", eta=eta, noise=noise, generator=seeded(k))
+            for k in (1, 2)
+        )
         assert torch.equal(a, b) == same
 
 
@@ -256,36 +314,66 @@ def test_integers_of_any_kind_are_labels(y):
     options = {"cfg_scale": 2.0, "generator": seeded(), "progress": False}
     expected = sample(model, DIFFUSION, torch.tensor([0, 1, 2]), np.int64(3), **options)
     options["generator"] = seeded()
-    assert torch.equal(sample(model, DIFFUSION, y, 3, guidance_channels=np.int64(1), **options), expected)
+    assert torch.equal(
+        sample(model, DIFFUSION, y, 3, guidance_channels=np.int64(1), **options),
+        expected,
+    )
     x, t = torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3])
     with torch.no_grad():
         assert torch.equal(model(x, t, y), model(x, t, torch.tensor([0, 1, 2])))
-        assert torch.equal(guided(model, 3.0)(x, t, y), guided(model, 3.0)(x, t, torch.tensor([0, 1, 2])))
+        assert torch.equal(
+            guided(model, 3.0)(x, t, y),
+            guided(model, 3.0)(x, t, torch.tensor([0, 1, 2])),
+        )
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
-@pytest.mark.parametrize("y", [[], np.array([]), torch.zeros(0, dtype=torch.long)], ids=type)
+@pytest.mark.parametrize(
+    "y", [[], np.array([]), torch.zeros(0, dtype=torch.long)], ids=type
+)
 def test_no_labels_give_no_images(method, y):
     options = {"cfg_scale": 2.0, "generator": seeded(), "progress": False}
-    assert sample(smooth, DIFFUSION, y, 3, method, shape=(2, 4, 4), **options).shape == (0, 2, 4, 4)
-    assert sample(small_model(), DIFFUSION, y, 3, method, **options).shape == (0, 1, 4, 4)
+    assert sample(
+        smooth, DIFFUSION, y, 3, method, shape=(2, 4, 4), **options
+    ).shape == (0, 2, 4, 4)
+    assert sample(small_model(), DIFFUSION, y, 3, method, **options).shape == (
+        0,
+        1,
+        4,
+        4,
+    )
     nothing = torch.zeros(0, 2, 4, 4)
-    assert sample(smooth, DIFFUSION, None, 3, method, noise=nothing, progress=False).shape == (0, 2, 4, 4)
+    assert sample(
+        smooth, DIFFUSION, None, 3, method, noise=nothing, progress=False
+    ).shape == (0, 2, 4, 4)
 
 
 def test_given_noise_is_the_start():
     noise = torch.randn(3, 2, 2, 2, generator=seeded())
-    assert torch.equal(draw(method="ddim", noise=noise, generator=None), draw(method="ddim"))
+    assert torch.equal(
+        draw(method="ddim", noise=noise, generator=None), draw(method="ddim")
+    )
     assert draw(y=None, noise=noise.double()).dtype == torch.float64
 
 
 def test_no_graph_is_kept_and_grad_mode_is_left_alone():
     model = DiffuSSM(
-        DiffuSSMConfig(input_size=4, in_channels=1, num_classes=3, d_model=8, n_blocks=1, d_state=4)
+        DiffuSSMConfig(
+            input_size=4, in_channels=1, num_classes=3, d_model=8, n_blocks=1, d_state=4
+        )
     )
-    chain = denoise(model, DIFFUSION, torch.tensor([0, 2]), steps=3, generator=seeded(), cfg_scale=1.5)
+    chain = denoise(
+        model,
+        DIFFUSION,
+        torch.tensor([0, 2]),
+        steps=3,
+        generator=seeded(),
+        cfg_scale=1.5,
+    )
     for _, x, guess in chain:
-        assert torch.is_grad_enabled() and not x.requires_grad and not guess.requires_grad
+        assert (
+            torch.is_grad_enabled() and not x.requires_grad and not guess.requires_grad
+        )
         assert x.shape == guess.shape == (2, 1, 4, 4)
     (x * torch.ones(1, requires_grad=True)).sum().backward()  # x is an ordinary tensor
 
@@ -305,7 +393,14 @@ def small_model(num_classes=3):
     """A DiffuSSM with random weights, and zeros nowhere."""
     torch.manual_seed(11)
     model = DiffuSSM(
-        DiffuSSMConfig(input_size=4, in_channels=1, num_classes=num_classes, d_model=8, n_blocks=1, d_state=4)
+        DiffuSSMConfig(
+            input_size=4,
+            in_channels=1,
+            num_classes=num_classes,
+            d_model=8,
+            n_blocks=1,
+            d_state=4,
+        )
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -320,10 +415,16 @@ def test_guidance_one_is_the_conditional_model_bit_for_bit():
         assert torch.equal(guided(model, 1.0)(x, t, y), model(x, t, y))
     plain = sample(model, DIFFUSION, y, steps=5, generator=seeded(), progress=False)
     assert torch.equal(
-        sample(model, DIFFUSION, y, 5, cfg_scale=1.0, generator=seeded(), progress=False), plain
+        sample(
+            model, DIFFUSION, y, 5, cfg_scale=1.0, generator=seeded(), progress=False
+        ),
+        plain,
     )
     assert not torch.equal(
-        sample(model, DIFFUSION, y, 5, cfg_scale=1.5, generator=seeded(), progress=False), plain
+        sample(
+            model, DIFFUSION, y, 5, cfg_scale=1.5, generator=seeded(), progress=False
+        ),
+        plain,
     )
 
 
@@ -333,13 +434,23 @@ def test_guidance_extrapolates_the_noise_and_keeps_the_conditional_variance(w):
     y = torch.tensor([1, 2, 7])
     with_label, without = model(x, t, y), model(x, t, torch.full_like(y, 9))
     got = guided(model, w)(x, t, y)
-    torch.testing.assert_close(got[:, :4], w * with_label[:, :4] + (1 - w) * without[:, :4])
+    torch.testing.assert_close(
+        got[:, :4], w * with_label[:, :4] + (1 - w) * without[:, :4]
+    )
     assert torch.equal(got[:, 4:], with_label[:, 4:])
 
 
 def test_three_channel_guidance_leaves_the_fourth_conditional():
-    model, x, t, y = Noise(), torch.zeros(2, 4, 2, 2), torch.tensor([0, 4]), torch.tensor([1, 2])
-    all_channels, three = guided(model, 3.0)(x, t, y), guided(model, 3.0, guidance_channels=3)(x, t, y)
+    model, x, t, y = (
+        Noise(),
+        torch.zeros(2, 4, 2, 2),
+        torch.tensor([0, 4]),
+        torch.tensor([1, 2]),
+    )
+    all_channels, three = (
+        guided(model, 3.0)(x, t, y),
+        guided(model, 3.0, guidance_channels=3)(x, t, y),
+    )
     assert torch.equal(three[:, :3], all_channels[:, :3])
     assert torch.equal(three[:, 3:], model(x, t, y)[:, 3:])
     assert not torch.equal(three[:, 3], all_channels[:, 3])
@@ -353,7 +464,9 @@ def test_guidance_runs_the_model_once_on_both_halves():
         return torch.cat([x, x], 1).bfloat16()
 
     model.null_label = 5
-    output = guided(model, 2.0)(torch.zeros(2, 1, 2, 2), torch.tensor([7, 8]), torch.tensor([0, 3]))
+    output = guided(model, 2.0)(
+        torch.zeros(2, 1, 2, 2), torch.tensor([7, 8]), torch.tensor([0, 3])
+    )
     assert calls == [((4, 1, 2, 2), [7, 8, 7, 8], [0, 3, 5, 5])]
     assert output.dtype == torch.float32
 
@@ -367,7 +480,9 @@ def test_guidance_under_autocast_is_the_combination_in_float32():
         got = guided(model, 4.0)(x, t, y)
     (answer,) = answers
     assert answer.dtype == got.dtype == torch.float32
-    assert not torch.equal(answer, answer.bfloat16().float())  # it was never rounded to bfloat16
+    assert not torch.equal(
+        answer, answer.bfloat16().float()
+    )  # it was never rounded to bfloat16
     with_label, without = answer.double().chunk(2)
     expected = 4 * with_label[:, :1] - 3 * without[:, :1]
     torch.testing.assert_close(got[:, :1].double(), expected, rtol=1e-5, atol=1e-6)
@@ -376,7 +491,9 @@ def test_guidance_under_autocast_is_the_combination_in_float32():
 
 @pytest.fixture
 def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -385,22 +502,33 @@ WRAPPERS = {
     "DataParallel": torch.nn.DataParallel,
     "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
     "AveragedModel": torch.optim.swa_utils.AveragedModel,
-    "two of them": lambda model: torch.nn.DataParallel(torch.optim.swa_utils.AveragedModel(model)),
+    "two of them": lambda model: torch.nn.DataParallel(
+        torch.optim.swa_utils.AveragedModel(model)
+    ),
 }
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_models_inside_wrappers_are_sampled_alike(wrap, process_group, monkeypatch):
     model, y = small_model(), torch.tensor([0, 1, 2])
-    expected = sample(model, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False)
+    expected = sample(
+        model, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False
+    )
     bound = GaussianDiffusion.linear(25).vlb(model, expected, y, seeded())
     kept = []
     real = DiffuSSM.cached_kernels
-    monkeypatch.setattr(DiffuSSM, "cached_kernels", lambda self: kept.append(self) or real(self))
+    monkeypatch.setattr(
+        DiffuSSM, "cached_kernels", lambda self: kept.append(self) or real(self)
+    )
     wrapped = wrap(model)
-    got = sample(wrapped, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False)
+    got = sample(
+        wrapped, DIFFUSION, y, 4, cfg_scale=2.0, generator=seeded(), progress=False
+    )
     assert torch.equal(got, expected)
-    assert torch.equal(GaussianDiffusion.linear(25).vlb(wrapped, expected, y, seeded())["vb"], bound["vb"])
+    assert torch.equal(
+        GaussianDiffusion.linear(25).vlb(wrapped, expected, y, seeded())["vb"],
+        bound["vb"],
+    )
     assert len(kept) == 2  # once for the samples, once for the bound
 
 
@@ -415,7 +543,9 @@ def test_guidance_moves_samples_away_from_the_other_classes():
         def __call__(self, x, t, y):
             ab = DIFFUSION.alphas_cumprod[t].view(-1, 1, 1, 1)
             sign = torch.where(
-                (y == 3).view(-1, 1, 1, 1), torch.tanh(ab.sqrt() * x[:, :1] / (1 - 0.75 * ab)), 1.0
+                (y == 3).view(-1, 1, 1, 1),
+                torch.tanh(ab.sqrt() * x[:, :1] / (1 - 0.75 * ab)),
+                1.0,
             )
             offset = torch.cat([sign, torch.zeros_like(sign)], 1)
             eps = (1 - ab).sqrt() / (1 - 0.75 * ab) * (x - ab.sqrt() * offset)
@@ -423,7 +553,9 @@ def test_guidance_moves_samples_away_from_the_other_classes():
 
     zero = torch.zeros(1000, dtype=torch.long)
     means = [
-        sample(Wide(), DIFFUSION, zero, 50, "ddim", w, seeded(), progress=False)[:, 0].mean().item()
+        sample(Wide(), DIFFUSION, zero, 50, "ddim", w, seeded(), progress=False)[:, 0]
+        .mean()
+        .item()
         for w in (0.0, 1.0, 2.0, 4.0)
     ]
     assert abs(means[0]) < 0.15 and abs(means[1] - 1) < 0.1
@@ -447,10 +579,14 @@ def test_trajectory_is_that_of_diffusers():
     scheduler.set_timesteps(250)
     noise = torch.randn(4, 2, 4, 4, generator=seeded(12))
     generator, theirs = seeded(13), noise
-    chain = denoise(smooth, DIFFUSION, None, steps=250, noise=noise, generator=seeded(13))
+    chain = denoise(
+        smooth, DIFFUSION, None, steps=250, noise=noise, generator=seeded(13)
+    )
     for (t, ours, _), expected_t in zip(chain, scheduler.timesteps, strict=True):
         output = smooth(theirs, expected_t.expand(4), None)
-        theirs = scheduler.step(output, expected_t, theirs, generator=generator).prev_sample
+        theirs = scheduler.step(
+            output, expected_t, theirs, generator=generator
+        ).prev_sample
         assert t == int(expected_t)
         assert (ours - theirs).abs().max() < 5e-5 * theirs.abs().max()
 
@@ -466,14 +602,42 @@ def test_trajectory_is_that_of_diffusers():
         ({"steps": 0}, ValueError, "0 steps: expected 1 to 1000"),
         ({"eta": 0.5}, ValueError, "eta belongs to 'ddim'"),
         ({"eta": 2.0, "method": "ddim"}, ValueError, "eta=2.0: expected 0"),
-        ({"cfg_scale": -1.0}, ValueError, "cfg_scale=-1.0: expected a finite number of at least 0"),
+        (
+            {"cfg_scale": -1.0},
+            ValueError,
+            "cfg_scale=-1.0: expected a finite number of at least 0",
+        ),
         ({"cfg_scale": float("nan")}, ValueError, "cfg_scale=nan"),
-        ({"cfg_scale": 2.0, "guidance_channels": 0}, ValueError, "guidance_channels=0: expected None"),
-        ({"cfg_scale": 2.0, "guidance_channels": 3}, ValueError, "guidance_channels=3: the images have 2"),
-        ({"y": torch.tensor([[1]])}, ValueError, r"y has shape \(1, 1\): expected \(B,\)"),
-        ({"y": torch.tensor([0.5])}, TypeError, "y is torch.float32: expected an integer tensor"),
-        ({"y": ["cat", "dog"]}, TypeError, "y is list of <U3: expected an integer tensor, array or list"),
-        ({"y": np.array([0.5])}, TypeError, "y is ndarray of float64: expected an integer tensor"),
+        (
+            {"cfg_scale": 2.0, "guidance_channels": 0},
+            ValueError,
+            "guidance_channels=0: expected None",
+        ),
+        (
+            {"cfg_scale": 2.0, "guidance_channels": 3},
+            ValueError,
+            "guidance_channels=3: the images have 2",
+        ),
+        (
+            {"y": torch.tensor([[1]])},
+            ValueError,
+            r"y has shape \(1, 1\): expected \(B,\)",
+        ),
+        (
+            {"y": torch.tensor([0.5])},
+            TypeError,
+            "y is torch.float32: expected an integer tensor",
+        ),
+        (
+            {"y": ["cat", "dog"]},
+            TypeError,
+            "y is list of <U3: expected an integer tensor, array or list",
+        ),
+        (
+            {"y": np.array([0.5])},
+            TypeError,
+            "y is ndarray of float64: expected an integer tensor",
+        ),
         ({"y": 1}, ValueError, r"y has shape \(\): expected \(B,\)"),
         ({"steps": 2.0}, TypeError, "2.0 steps: expected an integer"),
         (
@@ -481,8 +645,16 @@ def test_trajectory_is_that_of_diffusers():
             ValueError,
             r"noise has shape \(4, 2, 2, 2\): expected \(3, 2, 2, 2\)",
         ),
-        ({"noise": torch.zeros(3, 2, 2)}, ValueError, r"noise has shape \(3, 2, 2\): expected"),
-        ({"noise": torch.zeros(3, 2, 2, 2, dtype=torch.long)}, TypeError, "noise has dtype torch.int64"),
+        (
+            {"noise": torch.zeros(3, 2, 2)},
+            ValueError,
+            r"noise has shape \(3, 2, 2\): expected",
+        ),
+        (
+            {"noise": torch.zeros(3, 2, 2, 2, dtype=torch.long)},
+            TypeError,
+            "noise has dtype torch.int64",
+        ),
         ({"shape": None}, ValueError, r"shape=None: expected \(C, H, W\)"),
     ],
 )
@@ -504,6 +676,14 @@ def test_missing_labels_and_missing_null_class_are_explained():
     with pytest.raises(ValueError, match="pass noise"):
         sample(smooth, DIFFUSION, None, steps=2, shape=(1, 2, 2), progress=False)
     with pytest.raises(ValueError, match="guidance needs y"):
-        sample(smooth, DIFFUSION, None, steps=2, cfg_scale=2.0, noise=torch.zeros(1, 1, 2, 2), progress=False)
+        sample(
+            smooth,
+            DIFFUSION,
+            None,
+            steps=2,
+            cfg_scale=2.0,
+            noise=torch.zeros(1, 1, 2, 2),
+            progress=False,
+        )
     with pytest.raises(ValueError, match="no label for 'no class'"):
         guided(lambda x, t, y: x, 2.0)

@@ -56,8 +56,15 @@ def test_order_of_convergence_for_a_smooth_input(rule, sample, order):
     for dt in steps:
         t = dt * np.arange(1, round(2 / dt) + 1)
         inputs = u(t) if sample == "end" else (u(t) + u(t - dt)) / 2
-        errors.append(abs(float(scan(*rule(A3, 1.0, float(dt)), C3, torch.from_numpy(inputs))[-1]) - truth))
-    assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.1)
+        errors.append(
+            abs(
+                float(scan(*rule(A3, 1.0, float(dt)), C3, torch.from_numpy(inputs))[-1])
+                - truth
+            )
+        )
+    assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(
+        order, abs=0.1
+    )
 
 
 def test_zero_order_hold_is_the_matrix_exponential_of_the_augmented_system():
@@ -69,14 +76,18 @@ def test_zero_order_hold_is_the_matrix_exponential_of_the_augmented_system():
 
 
 def test_zero_order_hold_keeps_its_digits_in_float32_and_at_zero():
-    A = torch.complex(-torch.rand(500, dtype=torch.float64), torch.rand(500, dtype=torch.float64))
+    A = torch.complex(
+        -torch.rand(500, dtype=torch.float64), torch.rand(500, dtype=torch.float64)
+    )
     exact = discretize_zoh(A, 1.0, 1e-4)[1]
     single = discretize_zoh(A.to(torch.complex64), 1.0, 1e-4)[1]
     assert ((single - exact).abs() / exact.abs()).max() < 5e-7
     A = torch.zeros(1, dtype=torch.complex128, requires_grad=True)
     dA, dB = discretize_zoh(A, 2.0, 0.3)
     assert dA.item() == 1 and dB.item() == pytest.approx(0.6)
-    (slope,) = torch.autograd.grad(dB.real.sum(), A)  # d/dA of dt B (1 + dt A / 2 + ...)
+    (slope,) = torch.autograd.grad(
+        dB.real.sum(), A
+    )  # d/dA of dt B (1 + dt A / 2 + ...)
     assert slope.item() == pytest.approx(0.3**2)
 
 
@@ -109,7 +120,9 @@ def test_s4d_legs_is_the_spectrum_of_the_normal_part_of_hippo(n_state):
     np.testing.assert_allclose(hippo_legs(n_state).numpy(), dense, rtol=1e-14)
     p = np.sqrt(n + 0.5)
     normal = dense + np.outer(p, p)
-    np.testing.assert_allclose(normal @ normal.T, normal.T @ normal, atol=1e-8 * n_state**2)
+    np.testing.assert_allclose(
+        normal @ normal.T, normal.T @ normal, atol=1e-8 * n_state**2
+    )
     values = np.linalg.eigvals(normal)
     values = values[values.imag > 0]
     np.testing.assert_allclose(
@@ -127,8 +140,12 @@ def test_hippo_kernels_are_warped_legendre_polynomials():
 
 
 def test_s4d_lin_and_inv_follow_their_formulas():
-    np.testing.assert_allclose(s4d_lin(6).numpy(), [-0.5, -0.5 + 1j * np.pi, -0.5 + 2j * np.pi])
-    np.testing.assert_allclose(s4d_inv(4).numpy(), [-0.5 + 12j / np.pi, -0.5 + 4j / np.pi / 3])
+    np.testing.assert_allclose(
+        s4d_lin(6).numpy(), [-0.5, -0.5 + 1j * np.pi, -0.5 + 2j * np.pi]
+    )
+    np.testing.assert_allclose(
+        s4d_inv(4).numpy(), [-0.5 + 12j / np.pi, -0.5 + 4j / np.pi / 3]
+    )
 
 
 def test_half_of_the_pairs_and_twice_the_real_part_is_the_whole_real_system():
@@ -158,7 +175,9 @@ def test_scan_broadcasts_over_batch_and_channels():
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("n_state", [0, -2, 3, 64.0, True, "64"])
 def test_odd_or_empty_states_are_refused(init, n_state):
-    with pytest.raises(ValueError, match=rf"n_state={n_state!r}.*positive even integer"):
+    with pytest.raises(
+        ValueError, match=rf"n_state={n_state!r}.*positive even integer"
+    ):
         init(n_state)
 
 

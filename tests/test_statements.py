@@ -23,8 +23,16 @@ MAGIC = re.compile(r"^\s*%%?(time|timeit|prun)\b", re.MULTILINE)
 def clocks(tree: ast.AST) -> Iterator[ast.AST]:
     """Every place where a cell reads a clock, or calls something that does."""
     for node in ast.walk(tree):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        if name in CLOCKS or (isinstance(node, ast.Attribute) and ast.unparse(node) == "time.time"):
+        name = (
+            node.attr
+            if isinstance(node, ast.Attribute)
+            else node.id
+            if isinstance(node, ast.Name)
+            else ""
+        )
+        if name in CLOCKS or (
+            isinstance(node, ast.Attribute) and ast.unparse(node) == "time.time"
+        ):
             yield node
 
 
@@ -43,9 +51,15 @@ def published(tree: ast.AST) -> list[str]:
         elif isinstance(node, ast.SetComp) and all(c.ifs for c in node.generators):
             harmless |= {inner for c in node.generators for inner in ast.walk(c)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
-            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-            uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names]
+        if isinstance(node, ast.Assign) and all(
+            isinstance(target, ast.Name) for target in node.targets
+        ):
+            names = {
+                target.id for target in node.targets if isinstance(target, ast.Name)
+            }
+            uses = [
+                n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in names
+            ]
             if all(isinstance(n.ctx, ast.Store) or n in harmless for n in uses):
                 harmless |= set(ast.walk(node.value))
     return [
@@ -83,13 +97,20 @@ def test_no_clock_reaches_the_page(chapter) -> None:
         if MAGIC.search(cell.source):
             faults.append(f"cell {number}: a timing magic")
             continue
-        tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.MULTILINE))
+        tree = ast.parse(
+            re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.MULTILINE)
+        )
         if "export" in cell.metadata.get("tags", []):
             continue  # the package may look at a clock: its trainer logs images per second
         faults += [f"cell {number}, {fault}" for fault in published(tree)]
         if "recorded(" not in cell.source and "benchmarks" not in cell.source:
             looked_up = {
-                ast.unparse(n.slice).strip("'") for n in ast.walk(tree) if isinstance(n, ast.Subscript)
+                ast.unparse(n.slice).strip("'")
+                for n in ast.walk(tree)
+                if isinstance(n, ast.Subscript)
             }
-            faults += [f"cell {number}: shows {key!r} of the log" for key in sorted(looked_up & TIMINGS)]
+            faults += [
+                f"cell {number}: shows {key!r} of the log"
+                for key in sorted(looked_up & TIMINGS)
+            ]
     assert not faults, "\n".join(faults)

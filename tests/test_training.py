@@ -48,7 +48,9 @@ from diffussm.training import (
 )
 
 TINY = TrainConfig(
-    model=DiffuSSMConfig(input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=1, d_state=4),
+    model=DiffuSSMConfig(
+        input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=1, d_state=4
+    ),
     batch_size=8,
     steps=10,
     lr=1e-3,
@@ -64,13 +66,18 @@ def run_tiny(folder, **changes):
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     times = ("seconds", "images_per_second", "seconds_left")
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in times}
+        for line in lines
+    ]
 
 
 def assert_same_state(a, b):
     assert a.step == b.step
     for first, second in ((a.model, b.model), (a.ema, b.ema)):
-        for (name, p), (_, q) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        for (name, p), (_, q) in zip(
+            first.named_parameters(), second.named_parameters(), strict=True
+        ):
             assert torch.equal(p, q), name
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         for slot, value in a.optimizer.state[p].items():
@@ -88,9 +95,14 @@ def test_every_parameter_is_in_exactly_one_group(name):
         id(dict(model.named_parameters())[n]) for n in names
     ]
     by_name = {group["name"]: group for group in groups}
-    assert by_name["dynamics"]["lr"] == 1e-3 and by_name["dynamics"]["weight_decay"] == 0
+    assert (
+        by_name["dynamics"]["lr"] == 1e-3 and by_name["dynamics"]["weight_decay"] == 0
+    )
     assert all(p.ndim >= 2 for p in by_name["matrices"]["params"])
-    assert by_name["matrices"]["weight_decay"] == 0.1 and by_name["vectors"]["weight_decay"] == 0
+    assert (
+        by_name["matrices"]["weight_decay"] == 0.1
+        and by_name["vectors"]["weight_decay"] == 0
+    )
     assert len(by_name["dynamics"]["params"]) == 2 * 3 * model.config.n_blocks
     for group in groups:
         assert group["name"] in describe_groups(groups)
@@ -114,7 +126,10 @@ def test_learning_rate_rises_stays_and_falls():
     factors = [learning_rate_factor(step, config) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1
     assert set(factors[9:80]) == {1.0}
-    assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)]) and factors[-1] > 0
+    assert (
+        factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+        and factors[-1] > 0
+    )
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():
@@ -157,10 +172,15 @@ def test_meter_means_equal_a_loop():
         losses = {name: torch.rand(8) for name in ("loss", "mse", "vb")}
         t = torch.randint(500, (8,))  # nothing in the two noisy quarters
         meter.add(Meter.tally(losses, t, 1000), 2.0)
-        seen += [(int(t[i]), {name: float(losses[name][i]) for name in losses}) for i in range(8)]
+        seen += [
+            (int(t[i]), {name: float(losses[name][i]) for name in losses})
+            for i in range(8)
+        ]
     row = meter.read_and_reset()
     for name in ("loss", "mse", "vb"):
-        assert row[name] == pytest.approx(sum(terms[name] for _, terms in seen) / len(seen))
+        assert row[name] == pytest.approx(
+            sum(terms[name] for _, terms in seen) / len(seen)
+        )
     low = [terms["mse"] for t, terms in seen if t < 250]
     assert row["mse_q1"] == pytest.approx(sum(low) / len(low))
     assert row["mse_q3"] is None and row["grad_norm"] == 2.0
@@ -212,7 +232,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
     state = run_tiny(tmp_path / "run", save_every=2)
-    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    kept = sorted(
+        folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()
+    )
     assert kept == ["step_00000008", "step_00000010"]
     # left by a kill in the middle of a save
     (tmp_path / "run" / "checkpoints" / ".step_00000011.tmp").mkdir()
@@ -223,7 +245,9 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
 
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
     run_tiny(tmp_path / "run")
-    suffixes = {path.suffix for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
+    suffixes = {
+        path.suffix for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()
+    }
     assert suffixes == {".json", ".jsonl", ".safetensors"}
 
 
@@ -234,16 +258,28 @@ def test_a_checkpoint_folder_loads_as_a_model(tmp_path):
         assert config == TINY and classes == [str(digit) for digit in range(10)]
         for p, q in zip(model.parameters(), module.parameters(), strict=True):
             assert torch.equal(p, q)
-    saved = safetensors.torch.load_file(find_checkpoint(tmp_path / "run") / "ema" / "model.safetensors")
+    saved = safetensors.torch.load_file(
+        find_checkpoint(tmp_path / "run") / "ema" / "model.safetensors"
+    )
     assert saved.keys() == state.ema.state_dict().keys()
 
 
 def test_another_runs_folder_is_refused_and_untouched(tmp_path):
     run_tiny(tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"holds another run.*lr \(there 0.001, asked 0.002\)"):
+    before = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    }
+    with pytest.raises(
+        ValueError, match=r"holds another run.*lr \(there 0.001, asked 0.002\)"
+    ):
         run_tiny(tmp_path / "run", lr=2e-3)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    }
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to_mother.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds no training run"):
@@ -261,7 +297,9 @@ def reseal(checkpoint):
     """Make the checksums of a checkpoint fit what lies in it, as an attacker or a careless tool would."""
     record = json.loads((checkpoint / "state.json").read_text())
     for name in record["sha256"]:
-        record["sha256"][name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        record["sha256"][name] = hashlib.sha256(
+            (checkpoint / name).read_bytes()
+        ).hexdigest()
     (checkpoint / "state.json").write_text(json.dumps(record))
 
 
@@ -269,7 +307,9 @@ def test_a_diverged_run_stops_and_leaves_what_led_to_it(tmp_path):
     run_tiny(tmp_path / "run", steps=4, save_every=4)
     checkpoint = find_checkpoint(tmp_path / "run")
     weights = safetensors.torch.load_file(checkpoint / "model" / "model.safetensors")
-    weights["embed_y.weight"][3] = float("nan")  # only images of a three, label kept, are affected
+    weights["embed_y.weight"][3] = float(
+        "nan"
+    )  # only images of a three, label kept, are affected
     safetensors.torch.save_file(weights, checkpoint / "model" / "model.safetensors")
     reseal(checkpoint)
     with pytest.raises(FloatingPointError, match=r"step \d+ .*lower lr"):
@@ -278,25 +318,35 @@ def test_a_diverged_run_stops_and_leaves_what_led_to_it(tmp_path):
     (dump,) = (tmp_path / "run").glob("dump_*")
     again = replay(dump)
     batch = safetensors.torch.load_file(dump / "batch.safetensors")
-    assert torch.equal(again["loss"].isnan(), batch["y"] == 3) and (batch["y"] == 3).any()
+    assert (
+        torch.equal(again["loss"].isnan(), batch["y"] == 3) and (batch["y"] == 3).any()
+    )
 
 
 def test_a_batch_in_four_parts_is_the_batch(tmp_path):
     whole = run_tiny(tmp_path / "whole", clip=0.5)
     parts = run_tiny(tmp_path / "parts", clip=0.5, micro_batch=2)
-    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+    for (name, p), q in zip(
+        whole.model.named_parameters(), parts.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
-    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+    for a, b in zip(
+        log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True
+    ):
         assert a == pytest.approx(b, rel=1e-4)
     with pytest.raises(ValueError, match="choose a divisor of 8"):
         run_tiny(tmp_path / "other", micro_batch=3)
 
 
 def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
-    free, clipped = (run_tiny(tmp_path / str(clip), steps=1, clip=clip) for clip in (0.0, 1e-3))
+    free, clipped = (
+        run_tiny(tmp_path / str(clip), steps=1, clip=clip) for clip in (0.0, 1e-3)
+    )
     norm = log_norm = 0.0
     for p in clipped.model.parameters():
-        norm += float((clipped.optimizer.state[p]["exp_avg"] / 0.1).square().sum())  # after one step
+        norm += float(
+            (clipped.optimizer.state[p]["exp_avg"] / 0.1).square().sum()
+        )  # after one step
     for p in free.model.parameters():
         log_norm += float((free.optimizer.state[p]["exp_avg"] / 0.1).square().sum())
     assert norm**0.5 == pytest.approx(1e-3, rel=1e-3) and log_norm**0.5 > 1e-2
@@ -307,10 +357,17 @@ def test_parts_of_processes_make_the_batch():
     model = DiffuSSM(TINY.model)
     whole = training_batch(data, model, TINY, 3)
     for size in (2, 4, 8):
-        parts = [training_batch(data, model, TINY, 3, rank, size) for rank in range(size)]
-        assert all(torch.equal(torch.cat(a), b) for a, b in zip(zip(*parts, strict=True), whole, strict=True))
+        parts = [
+            training_batch(data, model, TINY, 3, rank, size) for rank in range(size)
+        ]
+        assert all(
+            torch.equal(torch.cat(a), b)
+            for a, b in zip(zip(*parts, strict=True), whole, strict=True)
+        )
     ahead = list(training_batches(data, model, TINY, 7))
-    assert len(ahead) == 3 and torch.equal(ahead[1].x0, training_batch(data, model, TINY, 8).x0)
+    assert len(ahead) == 3 and torch.equal(
+        ahead[1].x0, training_batch(data, model, TINY, 8).x0
+    )
 
 
 def test_a_data_set_that_draws_gets_noise_of_its_own():
@@ -321,7 +378,9 @@ def test_a_data_set_that_draws_gets_noise_of_its_own():
     data = Blurred(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
     model = DiffuSSM(TINY.model)
     whole = training_batch(data, model, TINY, 3)
-    assert not torch.equal(whole.x0, whole.noise) and abs(float(whole.x0.std()) - 1) < 0.1
+    assert (
+        not torch.equal(whole.x0, whole.noise) and abs(float(whole.x0.std()) - 1) < 0.1
+    )
     parts = [training_batch(data, model, TINY, 3, rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat([part.x0 for part in parts]), whole.x0)
 
@@ -342,7 +401,9 @@ def test_a_checkpoint_with_anything_else_in_it_is_refused(tmp_path, trick):
         record = json.loads((checkpoint / "state.json").read_text())
         if trick == "path":
             (tmp_path / "elsewhere").write_text("secret")
-            record["sha256"]["../../../elsewhere"] = hashlib.sha256(b"secret").hexdigest()
+            record["sha256"]["../../../elsewhere"] = hashlib.sha256(
+                b"secret"
+            ).hexdigest()
         else:
             record["step"] = 11
         (checkpoint / "state.json").write_text(json.dumps(record))
@@ -359,19 +420,28 @@ def test_training_that_cannot_save_stops_loudly(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); run_tiny(Path(sys.argv[1]), steps=8, save_every=2)"
     )
     command = [sys.executable, "-c", code, tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.returncode == 1 and "OSError: the checkpoint of step 6 could not be written" in done.stderr
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert (
+        done.returncode == 1
+        and "OSError: the checkpoint of step 6 could not be written" in done.stderr
+    )
     assert "make room" in done.stderr
     assert find_checkpoint(tmp_path / "run").name == "step_00000004"
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
-    assert_same_state(run_tiny(tmp_path / "run", steps=8), run_tiny(tmp_path / "straight", steps=8))
+    assert_same_state(
+        run_tiny(tmp_path / "run", steps=8), run_tiny(tmp_path / "straight", steps=8)
+    )
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path):
     run_tiny(tmp_path / "run", steps=2)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints)
-    checkpoints.write_text("a file where the folder should be")  # root may write into read-only folders
+    checkpoints.write_text(
+        "a file where the folder should be"
+    )  # root may write into read-only folders
     with pytest.raises(OSError, match="could not be written"):
         run_tiny(tmp_path / "run", steps=4)
 
@@ -389,7 +459,9 @@ def test_a_run_that_is_being_trained_is_refused(tmp_path):
 
 def test_every_hundredth_checkpoint_can_be_kept(tmp_path):
     run_tiny(tmp_path / "run", save_every=1, keep_last=2, keep_every=4)
-    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    kept = sorted(
+        folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()
+    )
     assert kept == [f"step_{step:08d}" for step in (4, 8, 9, 10)]
 
 
@@ -401,7 +473,9 @@ def test_as_many_checkpoints_are_kept_as_was_asked(tmp_path):
 
 def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
     def latents(encoder):
-        data = TensorData(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        data = TensorData(
+            torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        )
         data.vae = {"name": encoder, "encoder_sha256": encoder, "scaling_factor": 1.0}
         return data
 
@@ -419,7 +493,9 @@ def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
 def test_a_lock_that_is_new_already_is_not_taken(tmp_path, monkeypatch):
     """Two starts judge the same lock stale; the second of them must not remove what the first made."""
     lock = tmp_path / ".lock.json"
-    lock.write_text(json.dumps({"host": socket.gethostname(), "process": 1, "token": "gone"}))
+    lock.write_text(
+        json.dumps({"host": socket.gethostname(), "process": 1, "token": "gone"})
+    )
 
     def meanwhile(process, token):
         lock.write_text(json.dumps({"host": "here", "process": 2, "token": "new"}))
@@ -427,7 +503,10 @@ def test_a_lock_that_is_new_already_is_not_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "_alive", meanwhile)
     training._remove_if_stale(lock, socket.gethostname())
-    assert json.loads(lock.read_text())["token"] == "new" and len(list(tmp_path.iterdir())) == 1
+    assert (
+        json.loads(lock.read_text())["token"] == "new"
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
@@ -469,7 +548,9 @@ def test_unknown_options_are_refused_by_name():
         TrainConfig.from_dict({})
 
 
-def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(
+    tmp_path,
+):
     for model, message in (
         (replace(TINY.model, num_classes=7), "num_classes=10"),
         (replace(TINY.model, input_size=16), "model.input_size"),
@@ -491,7 +572,9 @@ def test_load_run_says_what_is_missing(tmp_path):
 
 
 def test_unconditional_training_needs_no_labels(tmp_path):
-    state = run_tiny(tmp_path / "run", model=replace(TINY.model, num_classes=0), steps=2)
+    state = run_tiny(
+        tmp_path / "run", model=replace(TINY.model, num_classes=0), steps=2
+    )
     assert state.model.null_label is None
 
 
@@ -515,7 +598,10 @@ def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys
 
     monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(choose=choose))
     config = TrainConfig(
-        model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, micro_batch=4, convolution="elsewhere:choose"
+        model=DiffuSSMConfig(**PRESETS["digits"]),
+        batch_size=8,
+        micro_batch=4,
+        convolution="elsewhere:choose",
     )
     state = TrainState.create(config, World("cpu"))
     assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32)]
@@ -531,17 +617,23 @@ def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
     config = TrainConfig(
         model=DiffuSSMConfig(**PRESETS["digits"]),
         batch_size=8,
-        convolution="diffussm.on_chip:choose_convolution",
+        convolution="diffussm.gpu_kernels:choose_convolution",
     )
     state = TrainState.create(config, World("cpu"))
     assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
     assert state.model.blocks[0].ssm.convolution is convolve
 
 
-@pytest.mark.parametrize("name", ["triton", "no.such.module:choose", "diffussm.model:choose", ":", "math:"])
+@pytest.mark.parametrize(
+    "name", ["triton", "no.such.module:choose", "diffussm.model:choose", ":", "math:"]
+)
 def test_a_convolution_that_does_not_exist_is_refused(name):
-    config = TrainConfig(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, convolution=name)
-    with pytest.raises(ValueError, match="expected 'fft', or 'package.module:function'"):
+    config = TrainConfig(
+        model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, convolution=name
+    )
+    with pytest.raises(
+        ValueError, match="expected 'fft', or 'package.module:function'"
+    ):
         TrainState.create(config, World("cpu"))
 
 
@@ -550,7 +642,10 @@ def test_a_convolution_that_does_not_exist_is_refused(name):
 
 
 def steps_kept(run):
-    return [int(folder.name.removeprefix("step_")) for folder in sorted((run / "checkpoints").iterdir())]
+    return [
+        int(folder.name.removeprefix("step_"))
+        for folder in sorted((run / "checkpoints").iterdir())
+    ]
 
 
 def test_named_checkpoints_are_written_when_reached_and_outlive_all_others(tmp_path):
@@ -569,15 +664,22 @@ def test_a_kept_step_that_was_passed_is_told(tmp_path, capsys):
 
 
 def test_images_are_counted_exactly():
-    config = replace(TINY, batch_size=256, keep=("338M images", "338_000_000 images", "400k", "7"))
+    config = replace(
+        TINY, batch_size=256, keep=("338M images", "338_000_000 images", "400k", "7")
+    )
     assert config.keep_steps == {1_320_313, 400_000, 7}
     assert 256 * 1_320_312 < 338_000_000 <= 256 * 1_320_313
     assert replace(TINY, keep=("0.5M images",)).keep_steps == {62_500}
     assert TrainConfig.from_dict({**asdict(TINY), "keep": [3, "5"]}).keep == ("3", "5")
-    assert TrainConfig.from_dict({**asdict(TINY), "keep": "3, 338M images"}).keep == ("3", "338M images")
+    assert TrainConfig.from_dict({**asdict(TINY), "keep": "3, 338M images"}).keep == (
+        "3",
+        "338M images",
+    )
 
 
-@pytest.mark.parametrize("entry", ["", "0", "-3", "1.5", "338M image", "0 images", "ten", "1e6", "5 steps"])
+@pytest.mark.parametrize(
+    "entry", ["", "0", "-3", "1.5", "338M image", "0 images", "ten", "1e6", "5 steps"]
+)
 def test_what_keep_cannot_mean_is_refused(entry):
     with pytest.raises(ValueError, match="'338M images'"):
         replace(TINY, keep=("5", entry))
@@ -590,10 +692,16 @@ def test_any_checkpoint_can_be_loaded_by_its_step(tmp_path):
         model, _, _ = load_run(tmp_path / "run", "ema", step)
         for p, q in zip(model.parameters(), state.ema.parameters(), strict=True):
             assert torch.equal(p, q), step
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4; there are 3, 10$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint of step 4; there are 3, 10$"
+    ):
         load_run(tmp_path / "run", step=4)
-    (find_checkpoint(tmp_path / "run", 3) / "ema" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="step_00000003 is damaged"):  # and never another one in its place
+    (find_checkpoint(tmp_path / "run", 3) / "ema" / "model.safetensors").write_bytes(
+        b""
+    )
+    with pytest.raises(
+        ValueError, match="step_00000003 is damaged"
+    ):  # and never another one in its place
         load_run(tmp_path / "run", step=3)
     with pytest.raises(FileNotFoundError, match="there are none yet"):
         find_checkpoint(tmp_path / "nothing", 3)
@@ -606,7 +714,9 @@ def test_weights_are_as_readable_as_any_new_file(tmp_path):
         state.ema.save_pretrained(tmp_path / "exported")
     finally:
         os.umask(mask)
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+    ]
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o640)}
     assert sum(path.suffix == ".safetensors" for path in files) == 4
 
@@ -620,7 +730,10 @@ class Poisoned(TensorData):
 
     def __init__(self, *steps):
         super().__init__(*digits("train"))
-        self.bad = {int(batch_indices(len(self), TINY.batch_size, step - 1, TINY.seed)[0]) for step in steps}
+        self.bad = {
+            int(batch_indices(len(self), TINY.batch_size, step - 1, TINY.seed)[0])
+            for step in steps
+        }
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
@@ -641,7 +754,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path):
     (line,) = log_of(tmp_path / "after")
     assert line["skipped"] == [5] and line["images"] == 40 and line["grad_norm"] > 0
     good = log_of_four_steps(tmp_path)
-    assert {key: line[key] for key in good} == good  # the means are those of the four good steps
+    assert {
+        key: line[key] for key in good
+    } == good  # the means are those of the four good steps
 
 
 def log_of_four_steps(tmp_path):
@@ -654,7 +769,9 @@ def test_a_line_of_skipped_steps_alone_says_so(tmp_path):
     run_poisoned(tmp_path / "run", 2, steps=3, log_every=1)
     lines = log_of(tmp_path / "run")
     assert "skipped" not in lines[0]
-    assert lines[1]["loss"] is None and lines[1]["skipped"] == [2] and lines[2]["loss"] > 0
+    assert (
+        lines[1]["loss"] is None and lines[1]["skipped"] == [2] and lines[2]["loss"] > 0
+    )
 
 
 @pytest.mark.parametrize("stop", [2, 6])
@@ -665,7 +782,10 @@ def test_a_resumed_run_repeats_what_it_skipped(tmp_path, stop, capsys):
     for folder in (tmp_path / "killed" / "checkpoints").iterdir():
         if int(folder.name[5:]) > stop:
             shutil.rmtree(folder)
-    assert (find_checkpoint(tmp_path / "killed").name, stop) == (f"step_{stop:08d}", stop)
+    assert (find_checkpoint(tmp_path / "killed").name, stop) == (
+        f"step_{stop:08d}",
+        stop,
+    )
     resumed = run_poisoned(tmp_path / "killed", 5, save_every=stop)
     assert resumed.skipped == straight.skipped == [5]
     assert_same_state(straight, resumed)
@@ -674,19 +794,34 @@ def test_a_resumed_run_repeats_what_it_skipped(tmp_path, stop, capsys):
 
 def test_only_so_many_steps_are_skipped_however_often_it_is_started(tmp_path):
     bad = (2, 3, 6, 8)
-    for last in (0, 2):  # the second start begins at the checkpoint, and counts what was skipped before
-        with pytest.raises(FloatingPointError, match=r"step 6 .*left out before: 2, 3\. .*dump_00000002"):
+    for last in (
+        0,
+        2,
+    ):  # the second start begins at the checkpoint, and counts what was skipped before
+        with pytest.raises(
+            FloatingPointError,
+            match=r"step 6 .*left out before: 2, 3\. .*dump_00000002",
+        ):
             run_poisoned(tmp_path / "run", *bad, skip_nonfinite=2, save_every=4)
         assert steps_kept(tmp_path / "run") == [4], last
-    assert [path.name for path in (tmp_path / "run").glob("dump_*")] == ["dump_00000002"]
+    assert [path.name for path in (tmp_path / "run").glob("dump_*")] == [
+        "dump_00000002"
+    ]
     replayed = replay(tmp_path / "run" / "dump_00000002")
     assert (~replayed["loss"].isfinite()).sum() == 1
     # an accident may be passed on resume: that is no other run
-    assert run_poisoned(tmp_path / "run", *bad, skip_nonfinite=4).skipped == [2, 3, 6, 8]
+    assert run_poisoned(tmp_path / "run", *bad, skip_nonfinite=4).skipped == [
+        2,
+        3,
+        6,
+        8,
+    ]
 
 
 def test_without_leave_the_first_bad_step_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"not finite at step 3 .*left out before: none"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 3 .*left out before: none"
+    ):
         run_poisoned(tmp_path / "run", 3, skip_nonfinite=0)
 
 
@@ -697,25 +832,38 @@ def test_without_leave_the_first_bad_step_stops_the_run(tmp_path):
 def write_images(folder, seed, count=8):
     for i in range(count):
         (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        image = torch.randint(256, (8, 8), generator=torch.Generator().manual_seed(100 * seed + i))
-        Image.fromarray(image.byte().numpy()).save(folder / str(i % 2) / f"of_{seed}_{i}.png")
+        image = torch.randint(
+            256, (8, 8), generator=torch.Generator().manual_seed(100 * seed + i)
+        )
+        Image.fromarray(image.byte().numpy()).save(
+            folder / str(i % 2) / f"of_{seed}_{i}.png"
+        )
     return str(folder)
 
 
 def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
     model = replace(TINY.model, num_classes=2, in_channels=3)
-    one, two = (write_images(tmp_path / name, seed) for seed, name in enumerate(("one", "two")))
+    one, two = (
+        write_images(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))
+    )
     run = tmp_path / "run"
     run_tiny(run, model=model, data=one, steps=2)
     before = (run / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"other data, which differ in dataset.fingerprint .*--other_data"):
+    with pytest.raises(
+        ValueError,
+        match=r"other data, which differ in dataset.fingerprint .*--other_data",
+    ):
         run_tiny(run, model=model, data=two, steps=4)
     assert (run / "config.json").read_bytes() == before
     config = replace(TINY, model=model, data=two, steps=4)
     assert train(config, run, device="cpu", progress=False, other_data=True).step == 4
     facts = json.loads((run / "config.json").read_text())["dataset"]
-    assert facts["earlier"] == [json.loads(before)["dataset"]]  # it is not forgotten what it learned from
-    assert run_tiny(run, model=model, data=two, steps=6).step == 6  # told once is enough
+    assert facts["earlier"] == [
+        json.loads(before)["dataset"]
+    ]  # it is not forgotten what it learned from
+    assert (
+        run_tiny(run, model=model, data=two, steps=6).step == 6
+    )  # told once is enough
     with pytest.raises(ValueError, match="other data"):
         run_tiny(run, model=model, data=one, steps=8)
     assert load_run(run)[2] == ["0", "1"]
@@ -723,7 +871,13 @@ def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
 
 def test_digits_that_were_changed_are_other_digits(tmp_path):
     images, labels = digits("train")
-    train(TINY, tmp_path / "run", device="cpu", progress=False, dataset=TensorData(images, labels))
+    train(
+        TINY,
+        tmp_path / "run",
+        device="cpu",
+        progress=False,
+        dataset=TensorData(images, labels),
+    )
     changed = images.clone()
     changed[7, 0, 0, 0] *= -1
     for other in (TensorData(changed, labels), TensorData(images, labels.roll(1))):
@@ -770,8 +924,13 @@ def test_a_disk_without_flock_has_another_lock(tmp_path, monkeypatch, capsys, co
 
     def intrude(row):
         holder = json.loads((run / ".lock.json").read_text())
-        assert (holder["host"], holder["process"]) == (socket.gethostname(), os.getpid())
-        with pytest.raises(ValueError, match=rf"held by process {os.getpid()} of the machine"):
+        assert (holder["host"], holder["process"]) == (
+            socket.gethostname(),
+            os.getpid(),
+        )
+        with pytest.raises(
+            ValueError, match=rf"held by process {os.getpid()} of the machine"
+        ):
             run_tiny(run)
         seen.append(row["step"])
 
@@ -789,7 +948,9 @@ def test_a_system_without_fcntl_has_another_lock(tmp_path, monkeypatch, capsys):
     assert "this system has no flock" in capsys.readouterr().err
 
 
-def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(tmp_path, monkeypatch, capsys):
+def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -800,9 +961,15 @@ def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(tmp_path, monkey
     for process in (ended.pid, os.getpid()):
         lock.write_text(json.dumps({**here, "process": process}))
         assert run_tiny(tmp_path / "run", steps=3).step == 3
-        assert f"was left by process {process} of this machine" in capsys.readouterr().err
+        assert (
+            f"was left by process {process} of this machine" in capsys.readouterr().err
+        )
     # of processes elsewhere, or of a file that does not name one, nothing is known
-    for holder in ({**here, "host": "elsewhere", "process": 1}, {**here, "process": 1}, {}):
+    for holder in (
+        {**here, "host": "elsewhere", "process": 1},
+        {**here, "process": 1},
+        {},
+    ):
         lock.write_text(json.dumps(holder))
         with pytest.raises(ValueError, match="remove that file"):
             run_tiny(tmp_path / "run", steps=4)
@@ -838,7 +1005,9 @@ def test_training_is_imported_without_fcntl_and_sigusr1():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("changes", [{"convolution": "fast"}, {"micro_batch": 3}, {"batch_size": 2000}])
+@pytest.mark.parametrize(
+    "changes", [{"convolution": "fast"}, {"micro_batch": 3}, {"batch_size": 2000}]
+)
 def test_a_refused_run_leaves_no_folder(tmp_path, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         run_tiny(tmp_path / "run", **changes)
@@ -861,19 +1030,25 @@ class Stopping(World):
 
 
 def test_a_run_that_is_asked_to_stop_says_from_where_it_goes_on(tmp_path):
-    with pytest.raises(Preempted, match="saved step 3 of 10; the same command goes on from there"):
+    with pytest.raises(
+        Preempted, match="saved step 3 of 10; the same command goes on from there"
+    ):
         train(TINY, tmp_path / "run", progress=False, world=Stopping("cpu"))
     assert steps_kept(tmp_path / "run") == [3]
     assert_same_state(run_tiny(tmp_path / "run"), run_tiny(tmp_path / "straight"))
 
 
 def test_a_constant_decay_is_the_papers(tmp_path):
-    assert [ema_decay_at(step, 0.9999, warmup=False) for step in (0, 10**6)] == [0.9999, 0.9999]
+    assert [ema_decay_at(step, 0.9999, warmup=False) for step in (0, 10**6)] == [
+        0.9999,
+        0.9999,
+    ]
     start = TrainState.create(TINY, World("cpu"))
     constant = run_tiny(tmp_path / "constant", steps=1, ema_warmup=False)
     growing = run_tiny(tmp_path / "growing", steps=1)
     (first, *_), (moved, *_), (grown, *_), (model, *_) = (
-        list(module.parameters()) for module in (start.ema, constant.ema, growing.ema, growing.model)
+        list(module.parameters())
+        for module in (start.ema, constant.ema, growing.ema, growing.model)
     )
     torch.testing.assert_close(moved, 0.9999 * first + 0.0001 * model)
     torch.testing.assert_close(grown, 0.1 * first + 0.9 * model)
@@ -885,18 +1060,26 @@ def test_a_tally_stays_on_the_device():
     """On a device without numbers any look at them would fail."""
     losses = {name: torch.rand(8, device="meta") for name in ("loss", "mse", "vb")}
     tally = Meter.tally(losses, torch.zeros(8, dtype=torch.int64, device="meta"), 1000)
-    assert tally.device.type == "meta" and tally.shape == (2, 8) and tally.dtype == torch.float64
+    assert (
+        tally.device.type == "meta"
+        and tally.shape == (2, 8)
+        and tally.dtype == torch.float64
+    )
 
 
 def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
     reads = []
     copy = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tensor.shape) or copy(tensor))
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda tensor: reads.append(tensor.shape) or copy(tensor)
+    )
     for micro in (0, 2, 1):  # and not once for each micro-batch
         reads.clear()
         run_tiny(tmp_path / str(micro), steps=3, micro_batch=micro)
         # before the first step, data and noise schedule are read as well
-        assert [shape for shape in reads if shape.numel() < 100] == [torch.Size([17])] * 3
+        assert [shape for shape in reads if shape.numel() < 100] == [
+            torch.Size([17])
+        ] * 3
 
 
 def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
@@ -926,7 +1109,11 @@ def test_drawing_samples_does_not_count_as_training(monkeypatch):
     now += 5.0  # ten steps
     with clock.paused():
         now += 60.0
-    assert clock.read(10) == {"seconds": 65.0, "images_per_second": 16.0, "seconds_left": 45.0}
+    assert clock.read(10) == {
+        "seconds": 65.0,
+        "images_per_second": 16.0,
+        "seconds_left": 45.0,
+    }
 
 
 def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
@@ -938,4 +1125,7 @@ def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
             assert config.clip == 1.0 and not config.ema_warmup, name
     config = cli.read_recipe("imagenet256")
     (step,) = config.keep_steps
-    assert (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size and step < config.steps
+    assert (
+        (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size
+        and step < config.steps
+    )

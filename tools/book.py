@@ -35,7 +35,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A page of the book. ``name`` is relative to the root, for messages: ``book/01_state_space.md``."""
+    """A page of the book. ``name`` is relative to the root, for messages: ``book/11_state_space.md``."""
 
     path: Path
     name: str
@@ -65,9 +65,13 @@ def read_chapter(path: Path, root: Path = ROOT) -> Chapter:
             front_matter = yaml.safe_load(token.content) or {}
         elif token.type == "heading_open" and token.tag == "h1" and not title:
             title = following.content if following else ""
-        elif token.type == "fence" and token.info.startswith("{code-cell}") and token.map:
+        elif (
+            token.type == "fence" and token.info.startswith("{code-cell}") and token.map
+        ):
             metadata, skipped, source = _split_options(token.content)
-            cells.append(Cell(len(cells) + 1, token.map[0] + 2 + skipped, source, metadata))
+            cells.append(
+                Cell(len(cells) + 1, token.map[0] + 2 + skipped, source, metadata)
+            )
     name = path.resolve().relative_to(root.resolve()).as_posix()
     return Chapter(path, name, title, front_matter, tuple(cells))
 
@@ -78,7 +82,13 @@ def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
     start = 0
     options: list[str] = []
     if lines and lines[0].startswith("---"):
-        start = next((i for i, line in enumerate(lines[1:], 1) if line.startswith("---")), len(lines) - 1) + 1
+        start = (
+            next(
+                (i for i, line in enumerate(lines[1:], 1) if line.startswith("---")),
+                len(lines) - 1,
+            )
+            + 1
+        )
         options = lines[1 : start - 1]
     else:
         while start < len(lines) and re.match(r":[\w-]+:", lines[start]):
@@ -86,9 +96,16 @@ def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
             start += 1
     while start < len(lines) and not lines[start].strip():
         start += 1
-    return yaml.safe_load("\n".join(options)) or {}, start, "\n".join(lines[start:]).rstrip()
+    return (
+        yaml.safe_load("\n".join(options)) or {},
+        start,
+        "\n".join(lines[start:]).rstrip(),
+    )
 
 
 def chapters(root: Path = ROOT) -> list[Chapter]:
     """Every numbered chapter, in the order in which it is read."""
-    return [read_chapter(path, root) for path in sorted((root / "book").glob("[0-9][0-9]_*.md"))]
+    return [
+        read_chapter(path, root)
+        for path in sorted((root / "book").glob("[0-9][0-9]_*.md"))
+    ]

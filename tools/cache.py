@@ -27,15 +27,26 @@ def _imported_files(root: Path, source: str, package: str | None = None) -> set[
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name if alias.name != "diffussm" else "diffussm.*" for alias in node.names}
+            names |= {
+                alias.name if alias.name != "diffussm" else "diffussm.*"
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, [package if node.level else None, node.module]))
+            base = ".".join(
+                filter(None, [package if node.level else None, node.module])
+            )
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     for name in names:
-        path = root / "book" / "plotting.py" if name == "plotting" else root / f"{name.replace('.', '/')}.py"
+        path = (
+            root / "book" / "plotting.py"
+            if name == "plotting"
+            else root / f"{name.replace('.', '/')}.py"
+        )
         if path.is_file():
             found.add(path)
-        elif name.count(".") == 1 and name.startswith("diffussm."):  # the package's own names live anywhere
+        elif name.count(".") == 1 and name.startswith(
+            "diffussm."
+        ):  # the package's own names live anywhere
             found |= set((root / "diffussm").glob("*.py"))
     return found
 
@@ -43,12 +54,17 @@ def _imported_files(root: Path, source: str, package: str | None = None) -> set[
 def fingerprint(chapter: Chapter, root: Path = ROOT) -> str:
     """A digest of everything outside a chapter that its outputs depend on."""
     own = root / "diffussm" / f"{chapter.module}.py"
-    pending = set[Path]().union(*(_imported_files(root, cell.source) for cell in chapter.cells))
+    pending = set[Path]().union(
+        *(_imported_files(root, cell.source) for cell in chapter.cells)
+    )
     files: set[Path] = set()
     while pending:
         path = pending.pop()
         files.add(path)
-        pending |= _imported_files(root, path.read_text(encoding="utf-8"), path.parent.name) - files
+        pending |= (
+            _imported_files(root, path.read_text(encoding="utf-8"), path.parent.name)
+            - files
+        )
     digest = hashlib.sha256((root / "requirements.txt").read_bytes())
     for path in sorted(files - {own}):
         digest.update(path.name.encode() + path.read_bytes())

@@ -27,7 +27,7 @@ __all__ = ["ExportError", "build", "main"]
 PACKAGE = "diffussm"
 HAND_WRITTEN = {"__init__.py", "__main__.py"}
 # A chapter exports to the module of its own name, except where the reader's word is not the programmer's.
-OTHER_NAMES = {"imagenet": "cli", "scaling_out": "distributed"}
+OTHER_NAMES: dict[str, str] = {}
 
 Import = ast.Import | ast.ImportFrom
 
@@ -41,7 +41,7 @@ class ExportError(Exception):
 
 
 def expected_module(chapter: Chapter) -> str:
-    """The module that a chapter's file name stands for: ``book/01_state_space.md`` is ``state_space``."""
+    """The module that a chapter's file name stands for: ``book/11_state_space.md`` is ``state_space``."""
     topic = chapter.path.stem[3:]
     return OTHER_NAMES.get(topic, topic)
 
@@ -82,26 +82,34 @@ class _Module:
     typing_imports: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     defined: dict[str, str] = field(default_factory=dict)  # name -> where
-    imported: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (origin, where)
+    imported: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # name -> (origin, where)
     faults: list[str] = field(default_factory=list)
 
     def add(self, cell: Cell) -> None:
         """Sort the statements of an exported cell into imports and body."""
         for i, line in enumerate(cell.source.splitlines(), 1):
             if re.match(r"\s*(%|!|\?)", line):
-                self.faults.append(f"{_where(self.chapter, cell, i)}: an IPython command in an exported cell")
+                self.faults.append(
+                    f"{_where(self.chapter, cell, i)}: an IPython command in an exported cell"
+                )
                 return
         try:
             tree = ast.parse(cell.source)
         except SyntaxError as error:
-            self.faults.append(f"{_where(self.chapter, cell, error.lineno)}: syntax error: {error.msg}")
+            self.faults.append(
+                f"{_where(self.chapter, cell, error.lineno)}: syntax error: {error.msg}"
+            )
             return
         lines = cell.source.splitlines()
         moved: set[int] = set()
         last = 0
         for node in tree.body:
             if node.lineno <= last:
-                self.faults.append(f"{_where(self.chapter, cell, node.lineno)}: two statements on one line")
+                self.faults.append(
+                    f"{_where(self.chapter, cell, node.lineno)}: two statements on one line"
+                )
             last = node.end_lineno or node.lineno
             self._judge(cell, node)
             if isinstance(node, Import):
@@ -113,7 +121,11 @@ class _Module:
             elif _is_type_checking(node):
                 self.typing_imports += lines[node.lineno : last]
                 moved.update(range(node.lineno, last + 1))
-        self.body.append("\n".join(line for i, line in enumerate(lines, 1) if i not in moved).strip("\n"))
+        self.body.append(
+            "\n".join(line for i, line in enumerate(lines, 1) if i not in moved).strip(
+                "\n"
+            )
+        )
 
     def _judge(self, cell: Cell, node: ast.stmt) -> None:
         where = _where(self.chapter, cell, node.lineno)
@@ -124,12 +136,16 @@ class _Module:
                 if isinstance(child, Import):
                     self._judge_import(child, where)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if not any(ast.unparse(d).endswith("overload") for d in node.decorator_list):
+            if not any(
+                ast.unparse(d).endswith("overload") for d in node.decorator_list
+            ):
                 self._define(node.name, where)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
-                if isinstance(target, ast.Name) and re.fullmatch(r"_{0,2}[A-Z]\w*", target.id):
+                if isinstance(target, ast.Name) and re.fullmatch(
+                    r"_{0,2}[A-Z]\w*", target.id
+                ):
                     self._define(target.id, where)
                 else:
                     self.faults.append(
@@ -145,24 +161,40 @@ class _Module:
     def _define(self, name: str, where: str) -> None:
         earlier = self.defined.get(name) or self.imported.get(name, ("", ""))[1]
         if earlier:
-            self.faults.append(f"{where}: `{name}` is defined twice; first at {earlier}")
+            self.faults.append(
+                f"{where}: `{name}` is defined twice; first at {earlier}"
+            )
         self.defined.setdefault(name, where)
 
     def _judge_import(self, node: Import, where: str) -> None:
         if isinstance(node, ast.ImportFrom) and node.level:
-            self.faults.append(f"{where}: a relative import; write `from {PACKAGE}.... import ...`")
+            self.faults.append(
+                f"{where}: a relative import; write `from {PACKAGE}.... import ...`"
+            )
             return
         for alias in node.names:
             if alias.name == "*":
-                self.faults.append(f"{where}: `import *` hides where names come from; name them")
+                self.faults.append(
+                    f"{where}: `import *` hides where names come from; name them"
+                )
                 continue
-            origin = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
-            plain = alias.name.partition(".")[0] if isinstance(node, ast.Import) else alias.name
+            origin = (
+                alias.name
+                if isinstance(node, ast.Import)
+                else f"{node.module}.{alias.name}"
+            )
+            plain = (
+                alias.name.partition(".")[0]
+                if isinstance(node, ast.Import)
+                else alias.name
+            )
             name = alias.asname or plain
             if isinstance(node, ast.Import) and not alias.asname:
                 origin = plain  # `import a.b` binds `a`
             if name in self.defined:
-                self.faults.append(f"{where}: `{name}` is defined twice; first at {self.defined[name]}")
+                self.faults.append(
+                    f"{where}: `{name}` is defined twice; first at {self.defined[name]}"
+                )
             earlier = self.imported.setdefault(name, (origin, where))
             if earlier[0] != origin:
                 self.faults.append(
@@ -175,10 +207,22 @@ class _Module:
         note = f"Generated from {self.chapter.name} by `make export`: edit there."
         docstring = f'{"r" if chr(92) in title else ""}"""{title}.\n\n{note}\n"""'
         public = [name for name in self.defined if not name.startswith("_")]
-        typing = ["if TYPE_CHECKING:", *dict.fromkeys(self.typing_imports)] if self.typing_imports else []
+        typing = (
+            ["if TYPE_CHECKING:", *dict.fromkeys(self.typing_imports)]
+            if self.typing_imports
+            else []
+        )
         # A comment in front of the very first import would not move with it when imports are sorted.
-        imports = sorted(dict.fromkeys(self.imports), key=lambda text: text.startswith("#"))
-        parts = [docstring, "\n".join(imports), "\n".join(typing), f"__all__ = {public!r}", *self.body]
+        imports = sorted(
+            dict.fromkeys(self.imports), key=lambda text: text.startswith("#")
+        )
+        parts = [
+            docstring,
+            "\n".join(imports),
+            "\n".join(typing),
+            f"__all__ = {public!r}",
+            *self.body,
+        ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -192,22 +236,39 @@ def _order_faults(book: list[Chapter], complete: bool) -> Iterator[tuple[Chapter
             except SyntaxError:
                 continue  # refused elsewhere if exported; otherwise its execution says so
             for node in ast.walk(tree):
-                if not isinstance(node, Import) or (isinstance(node, ast.ImportFrom) and node.level):
+                if not isinstance(node, Import) or (
+                    isinstance(node, ast.ImportFrom) and node.level
+                ):
                     continue
                 for module in _diffussm_modules(node):
                     where = _where(chapter, cell, node.lineno)
                     if module == chapter.module and module:
-                        yield chapter, f"{where}: imports its own module {PACKAGE}.{module}"
+                        yield (
+                            chapter,
+                            f"{where}: imports its own module {PACKAGE}.{module}",
+                        )
                     elif module in position and position[module] > i:
                         later = book[position[module]].name
-                        yield chapter, f"{where}: imports {PACKAGE}.{module} of a later chapter, {later}"
-                    elif complete and module not in position and module not in ("", "__version__"):
-                        yield chapter, f"{where}: imports {PACKAGE}.{module}, which no chapter exports"
+                        yield (
+                            chapter,
+                            f"{where}: imports {PACKAGE}.{module} of a later chapter, {later}",
+                        )
+                    elif (
+                        complete
+                        and module not in position
+                        and module not in ("", "__version__")
+                    ):
+                        yield (
+                            chapter,
+                            f"{where}: imports {PACKAGE}.{module}, which no chapter exports",
+                        )
 
 
 def _ruff(root: Path, *arguments: str, source: str) -> str:
     command = [find_ruff_bin(), *arguments, "-"]
-    done = subprocess.run(command, input=source, capture_output=True, text=True, cwd=root, check=False)
+    done = subprocess.run(
+        command, input=source, capture_output=True, text=True, cwd=root, check=False
+    )
     if done.returncode > 1 or (done.returncode == 1 and not done.stdout):
         raise RuntimeError(f"ruff failed: {done.stderr.strip()}")
     return done.stdout
@@ -218,11 +279,25 @@ def _format(root: Path, module: _Module) -> str:
     name = f"--stdin-filename={PACKAGE}/{module.chapter.module}.py"
     fix = ["check", "--quiet", "--fix-only", "--select=I,F401", name]
     text = _ruff(root, "format", name, source=_ruff(root, *fix, source=module.source()))
-    report = _ruff(root, "check", "--quiet", "--select=F821", "--output-format=json", name, source=text)
+    report = _ruff(
+        root,
+        "check",
+        "--quiet",
+        "--select=F821",
+        "--output-format=json",
+        name,
+        source=text,
+    )
     for finding in json.loads(report or "[]"):
         undefined = re.findall(r"`(.+?)`", finding["message"])[0]
-        cell = next(c for c in module.chapter.exported if re.search(rf"\b{re.escape(undefined)}\b", c.source))
-        line = next(i for i, s in enumerate(cell.source.splitlines(), 1) if undefined in s)
+        cell = next(
+            c
+            for c in module.chapter.exported
+            if re.search(rf"\b{re.escape(undefined)}\b", c.source)
+        )
+        line = next(
+            i for i, s in enumerate(cell.source.splitlines(), 1) if undefined in s
+        )
         module.faults.append(
             f"{_where(module.chapter, cell, line)}: `{undefined}` is used, but no exported cell of this "
             "chapter defines or imports it"
@@ -231,7 +306,7 @@ def _format(root: Path, module: _Module) -> str:
 
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
-    """The text of every module of the package, by path; ``only`` names chapters, such as ``01_state_space``.
+    """The text of every module of the package, by path; ``only`` names chapters, such as ``11_state_space``.
 
     Raises ExportError with all that is wrong, each fault with its chapter, cell and line.
     """
@@ -239,19 +314,28 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
     known = {chapter.path.stem for chapter in book}
     selected = {Path(name).stem for name in only or known}
     faults = [f"book/{name}.md: no such chapter" for name in sorted(selected - known)]
-    faults += [fault for chapter, fault in _order_faults(book, only is None) if chapter.path.stem in selected]
+    faults += [
+        fault
+        for chapter, fault in _order_faults(book, only is None)
+        if chapter.path.stem in selected
+    ]
     owners: dict[str, str] = {}
     texts: dict[Path, str] = {}
     for chapter in book:
         if chapter.module:
             earlier = owners.setdefault(chapter.module, chapter.name)
             if earlier != chapter.name:
-                faults.append(f"{chapter.name}: exports to {PACKAGE}.{chapter.module}, as does {earlier}")
+                faults.append(
+                    f"{chapter.name}: exports to {PACKAGE}.{chapter.module}, as does {earlier}"
+                )
         if chapter.path.stem not in selected:
             continue
         for cell in chapter.exported:
             target = cell.metadata.get("export-to", chapter.module)
-            if target is None or str(target).removeprefix(f"{PACKAGE}.") != chapter.module:
+            if (
+                target is None
+                or str(target).removeprefix(f"{PACKAGE}.") != chapter.module
+            ):
                 faults.append(
                     f"{_where(chapter, cell)}: exports to {target}, but the module of the chapter, `module:` "
                     f"in its front matter, is {chapter.module}"
@@ -259,11 +343,17 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
         if not chapter.module:
             continue
         if chapter.module != expected_module(chapter):
-            faults.append(f"{chapter.name}: `module: {chapter.module}`, expected {expected_module(chapter)}")
+            faults.append(
+                f"{chapter.name}: `module: {chapter.module}`, expected {expected_module(chapter)}"
+            )
         if not chapter.title:
-            faults.append(f"{chapter.name}: no title (a line `# ...`), it becomes the module's docstring")
+            faults.append(
+                f"{chapter.name}: no title (a line `# ...`), it becomes the module's docstring"
+            )
         if not chapter.exported:
-            faults.append(f"{chapter.name}: `module: {chapter.module}`, but no cell is tagged `export`")
+            faults.append(
+                f"{chapter.name}: `module: {chapter.module}`, but no cell is tagged `export`"
+            )
             continue
         module = _Module(chapter)
         for cell in chapter.exported:
@@ -274,7 +364,9 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
     if only is None:
         for path in sorted((root / PACKAGE).glob("*.py")):
             if path.stem not in owners and path.name not in HAND_WRITTEN:
-                faults.append(f"{PACKAGE}/{path.name}: no chapter exports it; delete it")
+                faults.append(
+                    f"{PACKAGE}/{path.name}: no chapter exports it; delete it"
+                )
     if faults:
         raise ExportError(faults)
     return texts
@@ -293,8 +385,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.export", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("chapters", nargs="*", help="export only these, such as book/01_state_space.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; show what differs")
+    parser.add_argument(
+        "chapters", nargs="*", help="export only these, such as book/11_state_space.md"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; show what differs"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     root = options.root.resolve()
@@ -313,14 +409,20 @@ def main(arguments: list[str] | None = None) -> int:
         name = path.relative_to(root).as_posix()
         if options.check:
             diff = difflib.unified_diff(
-                old.splitlines(True), text.splitlines(True), name, f"{name} as the book has it"
+                old.splitlines(True),
+                text.splitlines(True),
+                name,
+                f"{name} as the book has it",
             )
             sys.stdout.writelines(diff)
         else:
             _write(path, text)
             print(f"export: wrote {name}")
     if options.check and changed:
-        print(f"export: {changed} modules differ from the book; run `make export`", file=sys.stderr)
+        print(
+            f"export: {changed} modules differ from the book; run `make export`",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

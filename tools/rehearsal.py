@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 
 DIFFUSSM = [sys.executable, "-m", "diffussm"]
-TORCHRUN = [*"-m torch.distributed.run --standalone --nproc_per_node 2 -m diffussm".split()]
+TORCHRUN = [
+    *"-m torch.distributed.run --standalone --nproc_per_node 2 -m diffussm".split()
+]
 
 
 def command(*words: object, processes: int = 1) -> list[str]:
@@ -36,7 +38,12 @@ def command(*words: object, processes: int = 1) -> list[str]:
 
 def run(*words: object, processes: int = 1) -> str:
     """Run a command to its end; its standard output. Leaves the rehearsal if the command fails."""
-    done = subprocess.run(command(*words, processes=processes), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(*words, processes=processes),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise SystemExit(
             f"rehearsal: the command failed with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -54,12 +61,19 @@ def check(what: str, fine: object) -> None:
 def descendants(pid: int) -> list[int]:
     """A process and all that it started, from /proc."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(grandchild for child in children for grandchild in descendants(int(child)))]
+    return [
+        pid,
+        *(grandchild for child in children for grandchild in descendants(int(child))),
+    ]
 
 
 def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
     """Train with two processes, and SIGKILL both while a checkpoint after step `after` is being written."""
-    job = subprocess.Popen(command(*words, processes=2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        command(*words, processes=2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     saves = run_folder / "checkpoints"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and job.poll() is None:
@@ -80,7 +94,10 @@ def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
 
 def steps_logged(run_folder: Path) -> list[int]:
     """The steps in a run's log."""
-    return [json.loads(line)["step"] for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"]
+        for line in (run_folder / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def rehearse(folder: Path, steps: int, count: int) -> None:
@@ -93,45 +110,124 @@ def rehearse(folder: Path, steps: int, count: int) -> None:
     draw_openmoji(images, 64)
     pictures = len(list((images / "train").glob("*/*.png")))
     check(
-        f"{pictures} pictures in 14 classes", pictures > 500 and len(list((images / "train").iterdir())) == 14
+        f"{pictures} pictures in 14 classes",
+        pictures > 500 and len(list((images / "train").iterdir())) == 14,
     )
 
     print("2. an autoencoder", flush=True)
     run("vae", images / "train", vae, "--size", 64, "--steps", 200)
 
     print("3. latents, by two processes", flush=True)
-    run("encode", images / "train", store, "--vae", vae, "--size", 64, "--shard_size", 200, processes=2)
-    check("the store holds every picture and its mirror image", len(LatentStore(store)) == pictures)
+    run(
+        "encode",
+        images / "train",
+        store,
+        "--vae",
+        vae,
+        "--size",
+        64,
+        "--shard_size",
+        200,
+        processes=2,
+    )
+    check(
+        "the store holds every picture and its mirror image",
+        len(LatentStore(store)) == pictures,
+    )
     check("every shard is what the manifest says", verify_store(store) == [])
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
-    run("encode", images / "train", store, "--vae", vae, "--size", 64, "--shard_size", 200)
-    after = {path.name: path.stat().st_mtime_ns for path in store.iterdir() if path.suffix == ".npy"}
-    check("the same command again encodes nothing", all(before[name] == when for name, when in after.items()))
+    run(
+        "encode",
+        images / "train",
+        store,
+        "--vae",
+        vae,
+        "--size",
+        64,
+        "--shard_size",
+        200,
+    )
+    after = {
+        path.name: path.stat().st_mtime_ns
+        for path in store.iterdir()
+        if path.suffix == ".npy"
+    }
+    check(
+        "the same command again encodes nothing",
+        all(before[name] == when for name, when in after.items()),
+    )
 
-    print("4. training with two processes, killed in a save, resumed by one", flush=True)
-    words: list[object] = ["train", "openmoji", "--data", store, "--out", folder / "run"]
-    words += ["--steps", steps, "--save_every", 10, "--log_every", 5, "--device", "cpu", "--no_grid"]
+    print(
+        "4. training with two processes, killed in a save, resumed by one", flush=True
+    )
+    words: list[object] = [
+        "train",
+        "openmoji",
+        "--data",
+        store,
+        "--out",
+        folder / "run",
+    ]
+    words += [
+        "--steps",
+        steps,
+        "--save_every",
+        10,
+        "--log_every",
+        5,
+        "--device",
+        "cpu",
+        "--no_grid",
+    ]
     saved = kill_in_a_save(words, folder / "run", steps // 2)
     check(f"the last whole checkpoint is of step {saved}", steps // 2 <= saved < steps)
     run(*words)
     whole = list(range(5, steps + 1, 5))
     check("every line of the log is there once", steps_logged(folder / "run") == whole)
-    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (folder / "run" / "log.jsonl").read_text().splitlines()
+    ]
     check(
-        f"the loss fell from {log[0]['loss']:.3f} to {log[-1]['loss']:.3f}", log[-1]["loss"] < log[0]["loss"]
+        f"the loss fell from {log[0]['loss']:.3f} to {log[-1]['loss']:.3f}",
+        log[-1]["loss"] < log[0]["loss"],
     )
 
     print("5. samples, drawn by two processes and decoded", flush=True)
-    words = ["sample", "--from", folder / "run", "--out", folder / "samples.npz", "--vae", vae]
-    words += ["--preset", "paper-fid-all", "--count", count, "--steps", 10, "--method", "ddim"]
+    words = [
+        "sample",
+        "--from",
+        folder / "run",
+        "--out",
+        folder / "samples.npz",
+        "--vae",
+        vae,
+    ]
+    words += [
+        "--preset",
+        "paper-fid-all",
+        "--count",
+        count,
+        "--steps",
+        10,
+        "--method",
+        "ddim",
+    ]
     words += ["--batch_size", 14, "--device", "cpu"]
     run(*words, processes=2)
     with np.load(folder / "samples.npz", allow_pickle=False) as samples:
         drawn, labels = samples["arr_0"], samples["arr_1"]
-    check(f"{count} pictures of 64 x 64 in colour", drawn.shape == (count, 64, 64, 3) and drawn.std() > 10)
-    check("each class as often as the others", np.ptp(np.bincount(labels, minlength=14)) <= 1)
+    check(
+        f"{count} pictures of 64 x 64 in colour",
+        drawn.shape == (count, 64, 64, 3) and drawn.std() > 10,
+    )
+    check(
+        "each class as often as the others",
+        np.ptp(np.bincount(labels, minlength=14)) <= 1,
+    )
     record, made_by = (
-        json.loads((folder / name).read_text()) for name in ("samples.json", "latents/plan.json")
+        json.loads((folder / name).read_text())
+        for name in ("samples.json", "latents/plan.json")
     )
     check(
         "the record names the decoder, and the encoder is that of the latents",
@@ -175,22 +271,38 @@ def score(folder: Path, images: Path) -> None:
 
     run("evaluate", "--self-test")
     inception = Inception(random_inception(folder / "inception.pth"), starts_with="")
-    some = list(read_images(images / "train", 32))[::7]  # every class has some; all would take minutes
-    reference = save_statistics(images / "val", folder / "reference.npz", extractor=inception)
+    some = list(read_images(images / "train", 32))[
+        ::7
+    ]  # every class has some; all would take minutes
+    reference = save_statistics(
+        images / "val", folder / "reference.npz", extractor=inception
+    )
     real = evaluate(some, reference, extractor=inception)
     drawn = evaluate(folder / "samples.npz", reference, extractor=inception)
     itself = evaluate(images / "val", reference, extractor=inception)
-    check(f"pictures at {real['fid']:.2f}, samples at {drawn['fid']:.2f}", 0 < real["fid"] < drawn["fid"])
-    check("the reference is at distance 0 from itself", itself["fid"] < 1e-3 * real["fid"])
+    check(
+        f"pictures at {real['fid']:.2f}, samples at {drawn['fid']:.2f}",
+        0 < real["fid"] < drawn["fid"],
+    )
+    check(
+        "the reference is at distance 0 from itself", itself["fid"] < 1e-3 * real["fid"]
+    )
     check("and covers itself", itself["precision"] == itself["recall"] == 1)
     check("the result says how the samples were drawn", drawn["samples"]["steps"] == 10)
-    check("and by what they were judged", drawn["extractor"]["sha256"] and drawn["reference"]["sha256"])
+    check(
+        "and by what they were judged",
+        drawn["extractor"]["sha256"] and drawn["reference"]["sha256"],
+    )
 
 
 def main() -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.rehearsal", description=__doc__)
-    parser.add_argument("--keep", type=Path, help="work in this new folder and leave it behind")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.rehearsal", description=__doc__
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="work in this new folder and leave it behind"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--count", type=int, default=56)
     options = parser.parse_args()
@@ -203,7 +315,9 @@ def main() -> int:
     finally:
         if options.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"rehearsal: everything held, in {time.monotonic() - begun:.0f} s", flush=True)
+    print(
+        f"rehearsal: everything held, in {time.monotonic() - begun:.0f} s", flush=True
+    )
     return 0
 
 

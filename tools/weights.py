@@ -39,14 +39,21 @@ def figures_of_digits(model: DiffuSSM) -> dict[str, Any]:
     )  # fmt: skip
 
     def nearest(some: torch.Tensor) -> float:
-        return torch.cdist(some.flatten(1), images.flatten(1)).min(dim=1).values.mean().item()
+        return (
+            torch.cdist(some.flatten(1), images.flatten(1))
+            .min(dim=1)
+            .values.mean()
+            .item()
+        )
 
     return {
         "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, clipped, {EACH} of each class, seed 0",
         "recognised by a support vector machine": float(
             (judge.predict(drawn.flatten(1)) == y.numpy()).mean()
         ),
-        "held-out digits that it recognises": float(judge.score(held_out.flatten(1), theirs)),
+        "held-out digits that it recognises": float(
+            judge.score(held_out.flatten(1), theirs)
+        ),
         "mean distance to the nearest training digit": round(nearest(drawn), 4),
         "the same of held-out digits": round(nearest(held_out), 4),
     }
@@ -58,23 +65,38 @@ def main() -> int:
         prog="python -m tools.weights", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "weights", type=Path, help="folder with config.json and model.safetensors: RUN/checkpoints/step_X/ema"
+        "weights",
+        type=Path,
+        help="folder with config.json and model.safetensors: RUN/checkpoints/step_X/ema",
     )
     parser.add_argument("name", choices=["digits"], help="what the package calls them")
     parser.add_argument(
-        "--made", nargs="*", default=[], metavar="KEY=VALUE", help="what else the record says"
+        "--made",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what else the record says",
     )
     options = parser.parse_args()
     out = ROOT / "diffussm" / "weights" / options.name
     out.mkdir(parents=True, exist_ok=True)
     weights = safetensors.torch.load_file(options.weights / "model.safetensors")
     # what half precision would change too much: the parameters that the state spaces keep in float32
-    half = {name: tensor if name.endswith(PRECISE) else tensor.half() for name, tensor in weights.items()}
-    safetensors.torch.save_file(half, out / "model.safetensors", metadata={"format": "pt"})
+    half = {
+        name: tensor if name.endswith(PRECISE) else tensor.half()
+        for name, tensor in weights.items()
+    }
+    safetensors.torch.save_file(
+        half, out / "model.safetensors", metadata={"format": "pt"}
+    )
     (out / "model.safetensors").chmod(0o644)
     (out / "config.json").write_text((options.weights / "config.json").read_text())
     made = dict(pair.split("=", 1) for pair in options.made)
-    numbers = {key: json.loads(value) for key, value in made.items() if value.replace(".", "", 1).isdecimal()}
+    numbers = {
+        key: json.loads(value)
+        for key, value in made.items()
+        if value.replace(".", "", 1).isdecimal()
+    }
     record = {
         "command": f"diffussm train {options.name} --out RUN --device cpu",
         "weights": "moving average of the last step, in float16; log dt, A and C of the kernels in float32",

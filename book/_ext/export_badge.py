@@ -20,5 +20,7 @@ def add_badges(app: Sphinx, doctree: nodes.document) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
-    app.connect("doctree-read", add_badges, priority=900)  # after the page's metadata has been collected
+    app.connect(
+        "doctree-read", add_badges, priority=900
+    )  # after the page's metadata has been collected
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -29,7 +29,9 @@ def copy_mathjax(app: Sphinx) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+def drop_thebe(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
     """Jupyter Book always adds Thebe, which names a CDN, and on pages without cells declares it twice."""
     context["script_files"] = [
         script

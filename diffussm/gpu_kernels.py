@@ -1,6 +1,6 @@
 """On the chip.
 
-Generated from book/16_on_chip.md by `make export`: edit there.
+Generated from book/73_gpu_kernels.md by `make export`: edit there.
 """
 
 import functools
@@ -34,7 +34,13 @@ __all__ = [
     "choose_convolution",
 ]
 
-LENGTHS = (256, 512, 1024, 2048, 4096)  # the transform has twice as many points, N1 x N2
+LENGTHS = (
+    256,
+    512,
+    1024,
+    2048,
+    4096,
+)  # the transform has twice as many points, N1 x N2
 
 
 def factors(length: int) -> tuple[int, int]:
@@ -87,16 +93,31 @@ def _times(ar, ai, br, bi):
 
 @triton.jit
 def _matmul(ar, ai, br, bi, PRECISION: tl.constexpr):
-    real = tl.dot(ar, br, input_precision=PRECISION) - tl.dot(ai, bi, input_precision=PRECISION)
-    imaginary = tl.dot(ar, bi, input_precision=PRECISION) + tl.dot(ai, br, input_precision=PRECISION)
+    real = tl.dot(ar, br, input_precision=PRECISION) - tl.dot(
+        ai, bi, input_precision=PRECISION
+    )
+    imaginary = tl.dot(ar, bi, input_precision=PRECISION) + tl.dot(
+        ai, br, input_precision=PRECISION
+    )
     return real, imaginary
 
 
 @triton.jit
-def _transform(x, first, twiddle, second, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr):
+def _transform(
+    x,
+    first,
+    twiddle,
+    second,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """The spectrum [k1, k2] of a real tile [N1/2, N2] and as much padding; frequency k1 + N1 k2."""
     ar, ai = _load(first, N1, N1 // 2), _load(first + N1 * N1 // 2, N1, N1 // 2)
-    tr, ti = tl.dot(ar, x, input_precision=PRECISION), tl.dot(ai, x, input_precision=PRECISION)
+    tr, ti = (
+        tl.dot(ar, x, input_precision=PRECISION),
+        tl.dot(ai, x, input_precision=PRECISION),
+    )
     tr, ti = _times(tr, ti, _load(twiddle, N1, N2), _load(twiddle + N1 * N2, N1, N2))
     fr, fi = _load(second, N2, N2), _load(second + N2 * N2, N2, N2)
     return _matmul(tr, ti, fr, fi, PRECISION)
@@ -104,7 +125,14 @@ def _transform(x, first, twiddle, second, N1: tl.constexpr, N2: tl.constexpr, PR
 
 @triton.jit
 def _transform_back(
-    yr, yi, first, twiddle, second, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr
+    yr,
+    yi,
+    first,
+    twiddle,
+    second,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The first half of the inverse transform, times N1 N2: spectrum [k1, k2] -> complex tile [N1/2, N2]."""
     ar, ai = _load(first, N1, N1 // 2), _load(first + N1 * N1 // 2, N1, N1 // 2)
@@ -116,7 +144,16 @@ def _transform_back(
 
 @triton.jit
 def _forward_kernel(
-    u, h, y, first, twiddle, second, D, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr
+    u,
+    h,
+    y,
+    first,
+    twiddle,
+    second,
+    D,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One channel of one image: u (B, D, L), h (D, 2, N1, N2) -> y (B, 2, D, L)."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -132,7 +169,16 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_spectrum(
-    grad, b, d, first, twiddle, second, D, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr
+    grad,
+    b,
+    d,
+    first,
+    twiddle,
+    second,
+    D,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of one channel of the gradient (B, 2, D, L): past + i future."""
     N: tl.constexpr = N1 * N2
@@ -145,7 +191,16 @@ def _grad_spectrum(
 
 @triton.jit
 def _grad_u_kernel(
-    grad, h, grad_u, first, twiddle, second, D, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr
+    grad,
+    h,
+    grad_u,
+    first,
+    twiddle,
+    second,
+    D,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One channel of one image: grad (B, 2, D, L), h (D, 2, N1, N2) -> grad_u (B, D, L)."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -167,7 +222,9 @@ def _grad_h_kernel(
     N: tl.constexpr = N1 * N2
     sr, si = tl.full((N1, N2), 0.0, tl.float32), tl.full((N1, N2), 0.0, tl.float32)
     for b in range(part, B, SLICES):
-        gr, gi = _grad_spectrum(grad, b, d, first, twiddle, second, D, N1, N2, PRECISION)
+        gr, gi = _grad_spectrum(
+            grad, b, d, first, twiddle, second, D, N1, N2, PRECISION
+        )
         x = _load(u + (b * D + d) * (N // 2), N1 // 2, N2)
         xr, xi = _transform(x, first, twiddle, second, N1, N2, PRECISION)
         pr, pi = _times(gr, gi, xr, -xi)
@@ -220,20 +277,31 @@ def _on_chip(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
 
 
 @operator("on_chip_backward", _on_chip_backward_shape)
-def _on_chip_backward(grad: Tensor, u: Tensor, spectra: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def _on_chip_backward(
+    grad: Tensor, u: Tensor, spectra: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
     batch, length, d_model = u.shape
     n1, n2 = factors(length)
-    x, g = u.transpose(1, 2).contiguous(), grad.transpose(1, 2).contiguous()  # (B, D, L), (B, 2D, L)
+    x, g = (
+        u.transpose(1, 2).contiguous(),
+        grad.transpose(1, 2).contiguous(),
+    )  # (B, D, L), (B, 2D, L)
     grad_u = torch.empty_like(x)
     slices = min(SLICES, batch)
     s = torch.empty(slices, d_model, 2, n1, n2, device=u.device)
     tables = dft_tables(length, u.device)
     sizes = {"N1": n1, "N2": n2, "PRECISION": precision, "num_warps": warps(length)}
-    _grad_u_kernel[(batch, d_model)](g, _tiles(spectra), grad_u, *tables, d_model, **sizes)
+    _grad_u_kernel[(batch, d_model)](
+        g, _tiles(spectra), grad_u, *tables, d_model, **sizes
+    )
     _grad_h_kernel[(d_model, slices)](g, x, s, *tables, batch, d_model, slices, **sizes)
-    s = torch.view_as_complex(s.sum(0).permute(0, 3, 2, 1).flatten(1, 2).contiguous())  # (D, 2L)
+    s = torch.view_as_complex(
+        s.sum(0).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
+    )  # (D, 2L)
     mirrored = s.roll(-1, 1).flip(1).conj()  # at f: the conjugate of s at -f
-    half = torch.stack([s + mirrored, (s - mirrored) / 1j])[..., : length + 1] / 2  # (2, D, L + 1)
+    half = (
+        torch.stack([s + mirrored, (s - mirrored) / 1j])[..., : length + 1] / 2
+    )  # (2, D, L + 1)
     half[..., 1:-1] *= 2
     return grad_u.transpose(1, 2).contiguous(), half / (2 * length)
 
@@ -274,8 +342,13 @@ def on_chip_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> T
     Source: chapter 16.
     """
     if precision not in ("tf32", "tf32x3", "ieee"):
-        raise ValueError(f"precision={precision!r}: expected 'tf32', 'tf32x3' or 'ieee'")
-    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16) or spectra.dtype != torch.complex64:
+        raise ValueError(
+            f"precision={precision!r}: expected 'tf32', 'tf32x3' or 'ieee'"
+        )
+    if (
+        u.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or spectra.dtype != torch.complex64
+    ):
         raise TypeError(
             f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected float32, bfloat16 or float16, and "
             "complex64; for others use diffussm.bidirectional.convolve"
@@ -321,21 +394,36 @@ def _problem(
     """Input, spectra of decaying kernels, and a gradient of the output, always the same."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(batch, length, d_model, generator=generator)
-    kernels = torch.randn(2, d_model, length, generator=generator) * torch.exp(-torch.arange(length) / 64)
+    kernels = torch.randn(2, d_model, length, generator=generator) * torch.exp(
+        -torch.arange(length) / 64
+    )
     spectra = torch.fft.rfft(kernels, n=2 * length)
     spectra[1].conj_physical_()
     grad = torch.randn(batch, length, 2 * d_model, generator=generator)
     return u.to(device, dtype), spectra.to(device), grad.to(device, dtype)
 
 
-def _run(convolution: Convolution, u: Tensor, spectra: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def _run(
+    convolution: Convolution, u: Tensor, spectra: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
     u, spectra = u.detach().requires_grad_(), spectra.detach().requires_grad_()
     y = convolution(u, spectra)
-    return dict(zip(TOLERANCE, (y.detach(), *torch.autograd.grad(y, (u, spectra), grad)), strict=True))
+    return dict(
+        zip(
+            TOLERANCE,
+            (y.detach(), *torch.autograd.grad(y, (u, spectra), grad)),
+            strict=True,
+        )
+    )
 
 
 def relative_errors(
-    convolution: Convolution, length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+    convolution: Convolution,
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """How far a convolution is from the same in float64: "output", "grad_u" and "grad_spectra".
 
@@ -344,7 +432,10 @@ def relative_errors(
     u, spectra, grad = _problem(length, d_model, batch, device, dtype)
     ours = _run(convolution, u, spectra, grad)
     true = _run(convolve, u.double(), spectra.to(torch.complex128), grad.double())
-    return {name: float((ours[name] - value).abs().max() / value.abs().max()) for name, value in true.items()}
+    return {
+        name: float((ours[name] - value).abs().max() / value.abs().max())
+        for name, value in true.items()
+    }
 
 
 def _median_seconds(
@@ -390,18 +481,27 @@ def choose_convolution(
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return Choice(convolve, f"FFT: the kernels on the chip are for a GPU, and this is a {device.type}")
+        return Choice(
+            convolve,
+            f"FFT: the kernels on the chip are for a GPU, and this is a {device.type}",
+        )
     return _try_all(length, d_model, batch, device, dtype)
 
 
-def _try_all(length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype) -> Choice:
+def _try_all(
+    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> Choice:
     if length not in LENGTHS:
-        return Choice(convolve, f"FFT: L = {length} is none of {', '.join(map(str, LENGTHS))}")
+        return Choice(
+            convolve, f"FFT: L = {length} is none of {', '.join(map(str, LENGTHS))}"
+        )
     try:
         small = length, min(d_model, 64), min(batch, 3), device, dtype
         errors = {"FFT": relative_errors(convolve, *small)}
         allowed = TOLERANCE
-        if dtype != torch.float32:  # twice what rounding the output to this precision costs
+        if (
+            dtype != torch.float32
+        ):  # twice what rounding the output to this precision costs
             allowed = dict.fromkeys(TOLERANCE, 2 * errors["FFT"]["output"])
         fastest: dict[str, Convolution] = {"FFT": convolve}
         faults = []
@@ -410,7 +510,9 @@ def _try_all(length: int, d_model: int, batch: int, device: torch.device, dtype:
             candidate = functools.partial(on_chip_convolve, precision=precision)
             try:
                 errors[name] = relative_errors(candidate, *small)
-            except Exception as error:  # Triton raises many kinds, and none may stop a training
+            except (
+                Exception
+            ) as error:  # Triton raises many kinds, and none may stop a training
                 faults.append(f"{name}: {type(error).__name__}")
                 continue
             if all(errors[name][key] <= allowed[key] for key in allowed):
@@ -418,9 +520,15 @@ def _try_all(length: int, d_model: int, batch: int, device: torch.device, dtype:
             else:
                 worst = max(errors[name][key] / allowed[key] for key in allowed)
                 faults.append(f"{name}: errors {worst:.1f} times what is allowed")
-        seconds = _median_seconds(fastest, _problem(length, d_model, batch, device, dtype))
+        seconds = _median_seconds(
+            fastest, _problem(length, d_model, batch, device, dtype)
+        )
     except Exception as error:
-        return Choice(convolve, f"FFT: trying the others failed ({type(error).__name__}: {error})")
+        return Choice(
+            convolve, f"FFT: trying the others failed ({type(error).__name__}: {error})"
+        )
     name = min(seconds, key=lambda key: seconds[key])
     times = ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in seconds.items())
-    return Choice(fastest[name], f"{name}: {'; '.join([times, *faults])}", seconds, errors)
+    return Choice(
+        fastest[name], f"{name}: {'; '.join([times, *faults])}", seconds, errors
+    )
