@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from diffussm.data import hash64
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.sampling import denoise
 from diffussm.training import (
@@ -56,7 +57,6 @@ __all__ = [
     "Cluster",
     "PEAK_FLOPS",
     "peak_flops",
-    "linear_macs",
     "SampleConfig",
     "LABELS",
     "SAMPLE_PRESETS",
@@ -480,12 +480,6 @@ def peak_flops(device_name: str) -> float | None:
     ]
     known = {name.casefold(): flops for name, flops in PEAK_FLOPS.items()}
     return known.get(" ".join(words).casefold())
-
-
-def linear_macs(config: DiffuSSMConfig) -> float:
-    """Multiply-adds of the linear maps of all blocks for one image: (13 L/M + L) D^2 each (chapter 4)."""
-    length = config.height * config.width // config.patch_size**2
-    return config.n_blocks * (13 / config.downsample + 1) * length * config.d_model**2
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSMConfig, sincos_positions, timestep_features
 
 __all__ = [
@@ -55,15 +56,10 @@ def diffussm_macs(
 
     Source: chapter 15, equation eq-efficiency-block; section 3.2 of the paper.
     """
-    L, D, M, N = (
-        length or config.seq_len,
-        config.d_model,
-        config.downsample,
-        config.d_state,
-    )
+    L, D, N = length or config.seq_len, config.d_model, config.d_state
     numbers = config.in_channels * config.patch_size**2
     return {
-        "linear maps": config.n_blocks * (13 * L / M + L) * D**2,
+        "linear maps": linear_macs(config, L),
         "convolution": config.n_blocks * convolution_macs(L, D),
         "conditioning": (config.n_blocks + 1) * 2 * D**2 + 256 * D + D**2,
         "ends": 3 * L * numbers * D,

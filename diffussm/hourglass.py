@@ -3,6 +3,8 @@
 Generated from book/21_hourglass.md by `make export`: edit there.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from diffussm.bidirectional import BidirectionalSSM
 
-__all__ = ["PositionLinear", "HourglassBlock"]
+__all__ = ["PositionLinear", "HourglassBlock", "linear_macs"]
 
 
 class PositionLinear(nn.Module):
@@ -118,3 +120,16 @@ class HourglassBlock(nn.Module):
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
         O = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)
         return x + O
+
+
+def linear_macs(config: Any, length: int | None = None) -> float:
+    """Multiply-adds of the dense maps of all blocks for one image.
+
+    Args:
+        config: Sizes of a model: `n_blocks`, `d_model`, `downsample`, `seq_len`.
+        length: L, positions of the sequence; by default the configuration's.
+
+    Source: chapter 4, equation eq-hourglass-flops.
+    """
+    L, M, D = length or config.seq_len, config.downsample, config.d_model
+    return config.n_blocks * (13 * L / M + L) * D**2

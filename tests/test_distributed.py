@@ -32,10 +32,10 @@ from diffussm.distributed import (
     Cluster,
     SampleConfig,
     draw_samples,
-    linear_macs,
     peak_flops,
     to_uint8,
 )
+from diffussm.hourglass import linear_macs
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     Preempted,
