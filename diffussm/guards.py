@@ -1,0 +1,232 @@
+"""Guards.
+
+Generated from book/01_guards.md by `make export`: edit there.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "T",
+    "expect",
+    "fits",
+    "expect_int",
+    "expect_number",
+    "expect_one_of",
+    "nearest",
+    "expect_real",
+    "bounded",
+    "check_fields",
+    "from_dict",
+]
+
+T = TypeVar("T")
+
+
+def expect(name: str, x: Any, pattern: str, **sizes: int) -> tuple[int, ...]:
+    """The sizes of `x`, in order: `B, L, D = expect("u", u, "B L D", D=64)`.
+
+    Raises:
+        TypeError: `x` has no shape.
+        ValueError: its shape is not the pattern's.
+    """
+    words = pattern.split()
+    if not hasattr(x, "shape"):
+        raise TypeError(
+            f"{name} is {_short(x)}: expected a tensor ({', '.join(words)})"
+        )
+    given, known = tuple(x.shape), dict(sizes)
+    fits = len(given) == len(words) and all(
+        size == (int(word) if word.isdigit() else known.setdefault(word, size))
+        for word, size in zip(words, given, strict=True)
+        if word != "_"
+    )
+    if not fits:
+        shown = [f"{w}={sizes[w]}" if w in sizes else w for w in words]
+        raise ValueError(f"{name} has shape {given}: expected ({', '.join(shown)})")
+    return given
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """Limits of a number; None is none."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether all limits are kept; NaN keeps none."""
+        return (
+            (self.least is None or bool(value >= self.least))
+            and (self.most is None or bool(value <= self.most))
+            and (self.above is None or bool(value > self.above))
+            and (self.below is None or bool(value < self.below))
+        )
+
+    def text(self) -> str:
+        """The limits in words, to follow a noun."""
+        if self.least is not None and self.most is not None:
+            return f" from {self.least} to {self.most}"
+        words = {"least": "of at least", "most": "of at most"}
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        said = [f"{words.get(key, key)} {value}" for key, value in given.items()]
+        return f" {' and '.join(said)}" if said else ""
+
+
+def _required(field: Any) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value has an annotation's type; a bool is no number, an int a float."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any or _is_union(kind):
+        return kind is Any or any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    if kind is float:
+        return isinstance(value, int | float)
+    if origin is tuple and isinstance(value, tuple):
+        if arguments[1:] == (...,):
+            return all(fits(one, arguments[0]) for one in value)
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    return isinstance(value, origin or kind)
+
+
+def _read(value: Any, kind: Any, key: str) -> Any:
+    """What JSON and YAML cannot say: a nested configuration, and a tuple."""
+    kinds = get_args(kind) if _is_union(kind) else (kind,)
+    for one in kinds:
+        if dataclasses.is_dataclass(one) and isinstance(value, Mapping):
+            return from_dict(one, value, key)  # type: ignore[arg-type]
+        if get_origin(one) is tuple and isinstance(value, list):
+            return tuple(value)
+    return value
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _named(kind: Any) -> str:
+    """A type in words."""
+    if _is_union(kind):
+        kinds = sorted(get_args(kind), key=lambda one: one is not NoneType)
+        return " or ".join(map(_named, kinds))
+    if get_origin(kind) is Literal:
+        return " or ".join(repr(one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        inner = [_named(one) for one in get_args(kind) if one is not ...]
+        return f"a list of {', '.join(inner)}"
+    if kind is NoneType:
+        return "none"
+    return _WORDS.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+def _short(value: object) -> str:
+    """A value in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def expect_int(
+    name: str, value: Any, least: int | None = None, most: int | None = None
+) -> int:
+    """`value` as an int, if it is an integer in the range."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}={_short(value)}: expected an integer")
+    limits = _Range(least=least, most=most)
+    if not limits.holds(value):
+        raise ValueError(f"{name}={value}: expected an integer{limits.text()}")
+    return int(value)
+
+
+def expect_number(name: str, value: Any, **limits: float | None) -> float:
+    """`value` as a float, if finite and in the range (see `bounded`)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={_short(value)}: expected a number")
+    allowed = _Range(**limits)
+    if not (math.isfinite(value) and allowed.holds(value)):
+        raise ValueError(f"{name}={value}: expected a finite number{allowed.text()}")
+    return float(value)
+
+
+def expect_one_of(name: str, value: T, allowed: Iterable[T]) -> T:
+    """`value`, if it is one of those allowed; else refused with the nearest."""
+    known = list(allowed)
+    if value not in known:
+        raise ValueError(f"{name}={_short(value)}: {nearest(value, known)}")
+    return value
+
+
+def nearest(word: object, known: Iterable[object]) -> str:
+    """What may have been meant, and all that there is."""
+    words = [str(one) for one in known]
+    close = difflib.get_close_matches(str(word), words, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}(known: {', '.join(words)})"
+
+
+def expect_real(**tensors: Any) -> None:
+    """Refuse, by name, what is not a real floating-point tensor."""
+    for name, x in tensors.items():
+        floating = getattr(x, "is_floating_point", None)
+        if floating is None or not floating():
+            kind = getattr(x, "dtype", None) or type(x).__name__
+            raise TypeError(f"{name} is {kind}: expected a real floating-point tensor")
+
+
+def bounded(default: Any, *, note: str = "", **limits: float | None) -> Any:
+    """A dataclass field with a range: `least`, `most`, `above`, `below`.
+
+    `note` ends the sentence that refuses a value: what the field is for, or an example.
+    """
+    metadata = {"range": _Range(**limits), "note": note}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_fields(config: Any) -> None:
+    """Check types and ranges of all fields; the first line of `__post_init__`."""
+    types = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), types[field.name]
+        limits = field.metadata.get("range", _Range())
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits(value, kind) or (numeric and not limits.holds(value)):
+            note = field.metadata.get("note", "")
+            raise ValueError(
+                f"{field.name}={_short(value)}: expected {_named(kind)}{limits.text()}"
+                f"{'; ' if note else ''}{note}"
+            )
+
+
+def from_dict(cls: type[T], values: Any, what: str) -> T:
+    """The dataclass that a mapping describes; absent keys keep their defaults.
+
+    A dictionary for a field that is a dataclass itself is read in the same way.
+
+    Raises:
+        ValueError: no mapping, an unknown or missing key, a value that `cls` refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} is {_short(values)}: expected names with values")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {key!r} in {what}; {nearest(key, fields)}")
+    if missing := [name for name in fields.keys() - values if _required(fields[name])]:
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
+    types = get_type_hints(cls)
+    return cls(**{key: _read(value, types[key], key) for key, value in values.items()})

@@ -1,0 +1,154 @@
+"""What a guard lets through, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from diffussm.guards import (
+    bounded,
+    check_fields,
+    expect,
+    expect_int,
+    expect_number,
+    expect_one_of,
+    expect_real,
+    from_dict,
+)
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int = bounded(8, least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    steps: int = bounded(10, least=1)
+    rate: float = bounded(0.1, above=0, below=1, note="e.g. 1.0e-4")
+    kind: Literal["a", "b"] = "a"
+    keep: tuple[str, ...] = ()
+    size: int | tuple[int, int] = 8
+    limit: int | None = bounded(None, least=3)
+    fast: bool = False
+    inner: Inner = Inner()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_shapes_give_their_sizes() -> None:
+    assert expect("u", torch.zeros(2, 3, 4), "B L D", D=4) == (2, 3, 4)
+    assert expect("s", np.zeros((2, 64, 9)), "2 D _", D=64) == (2, 64, 9)
+    assert expect("t", torch.tensor(0), "") == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "sizes"),
+    [
+        ((2, 8), "B L D", {}),
+        ((2, 8, 4), "B L", {}),
+        ((2, 8, 4), "B L D", {"D": 3}),
+        ((3, 8, 4), "2 L D", {}),
+        ((2, 8, 4), "B L L", {}),
+    ],
+)
+def test_other_shapes_are_refused_in_words(
+    shape: tuple[int, ...], pattern: str, sizes: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="u has shape .* expected") as caught:
+        expect("u", torch.zeros(shape), pattern, **sizes)
+    assert str(shape) in str(caught.value)
+    for name, size in sizes.items():
+        assert f"{name}={size}" in str(caught.value)
+
+
+def test_what_has_no_shape_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"u is \[1, 2\]: expected a tensor \(B\)"):
+        expect("u", [1, 2], "B")
+
+
+def test_numbers_are_numbers_and_in_range() -> None:
+    assert expect_int("n", np.int64(3), least=3, most=3) == 3
+    assert isinstance(expect_int("n", np.int64(3)), int)
+    assert expect_number("x", 1, least=0) == 1.0
+    for value in (True, 1.0, "1", None):
+        with pytest.raises(TypeError, match="n="):
+            expect_int("n", value)
+    with pytest.raises(ValueError, match="n=2: expected an integer from 3 to 4"):
+        expect_int("n", 2, least=3, most=4)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="expected a finite number of at least 0"):
+            expect_number("x", wrong, least=0)
+
+
+def test_the_nearest_name_is_given() -> None:
+    assert expect_one_of("method", "ddim", ["ddpm", "ddim"]) == "ddim"
+    with pytest.raises(ValueError, match="did you mean 'ddpm'"):
+        expect_one_of("method", "ddpn", ["ddpm", "euler"])
+
+
+def test_only_real_floating_tensors_are_real() -> None:
+    expect_real(u=torch.zeros(1), h=torch.zeros(1, dtype=torch.bfloat16))
+    for wrong in (
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1).to(torch.cfloat),
+        3,
+    ):
+        with pytest.raises(TypeError, match="k is .* expected a real"):
+            expect_real(u=torch.zeros(1), k=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps=0: expected an integer of at least 1"),
+        ({"steps": 1.5}, "steps=1.5: expected an integer"),
+        ({"steps": True}, "steps=True"),
+        ({"rate": 1.0}, "rate=1.0: expected a number above 0 and below 1; e.g. 1.0e-4"),
+        ({"rate": float("nan")}, "rate=nan"),
+        ({"kind": "c"}, "kind='c': expected 'a' or 'b'"),
+        ({"keep": "abc"}, "keep='abc': expected a list of a text"),
+        ({"keep": (1,)}, "keep="),
+        ({"size": (1, 2, 3)}, "size="),
+        ({"limit": 2}, "limit=2: expected none or an integer of at least 3"),
+        ({"fast": 1}, "fast=1: expected true or false"),
+        ({"inner": {"width": 0}}, "width=0"),
+        ({"inner": 3}, "inner=3"),
+        ({"step": 3}, "unknown key 'step' in a config; did you mean 'steps'"),
+    ],
+)
+def test_a_configuration_says_what_is_wrong(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        from_dict(Config, {"name": "x", **given}, "a config")
+
+
+def test_a_configuration_survives_json() -> None:
+    config = Config("x", keep=("a",), size=(4, 8), limit=None, inner=Inner(3))
+    back = from_dict(Config, json.loads(json.dumps(asdict(config))), "a config")
+    assert back == config
+
+
+def test_missing_keys_and_no_mapping_are_refused() -> None:
+    with pytest.raises(ValueError, match="a config lacks name"):
+        from_dict(Config, {}, "a config")
+    with pytest.raises(ValueError, match="a config is 3: expected names"):
+        from_dict(Config, 3, "a config")
+
+
+def test_guards_need_no_torch() -> None:
+    code = "import sys, diffussm.guards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
