@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffussm.data import Dataset
-    from diffussm.distributed import SampleConfig
     from diffussm.model import DiffuSSM
+    from diffussm.samples import SampleConfig
     from diffussm.training import TrainConfig
 
 __all__ = [
@@ -797,7 +797,7 @@ def draw_grid(
     """
     import torch
 
-    from diffussm.distributed import precision as computing_in
+    from diffussm.samples import precision as computing_in
     from diffussm.sampling import sample
     from diffussm.training import diffusion_of, stream
 
@@ -851,7 +851,7 @@ def parse_classes(words: str, names: Sequence[str]) -> list[int]:
 
 def _sample(arguments: Sequence[str]) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored"""
-    from diffussm.distributed import SAMPLE_PRESETS, SampleConfig
+    from diffussm.samples import SAMPLE_PRESETS, SampleConfig
     from diffussm.training import encoder_of, find_checkpoint, load_run
 
     parser = _new_parser(
@@ -1066,7 +1066,8 @@ def _draw_set(
     decode: "Callable[[Tensor], Tensor] | None",
     vae: dict[str, Any] | None,
 ) -> int:
-    from diffussm.distributed import EXIT_PREEMPTED, draw_samples
+    from diffussm.distributed import EXIT_PREEMPTED
+    from diffussm.samples import draw_samples
     from diffussm.training import Preempted, diffusion_of
 
     run = options["from"]

@@ -9,7 +9,7 @@ import time
 
 import torch.distributed
 
-from diffussm import cli, distributed, latents
+from diffussm import cli, latents, samples
 from diffussm.diffusion import GaussianDiffusion
 
 LAST = os.environ["RANK"] == "1"
@@ -34,7 +34,7 @@ def main() -> int:
             return fail() if len(calls) == 3 else honest(*arguments)
 
         GaussianDiffusion.losses = losses
-        distributed.draw_batch = fail
+        samples.draw_batch = fail
     return cli.main(sys.argv[1:])
 
 

@@ -948,7 +948,7 @@ INTERRUPTED = [
         "nothing is kept",
     ),
     (
-        "diffussm.distributed.draw_samples",
+        "diffussm.samples.draw_samples",
         "sample --from {w}/digits --out {t}/new --count 2 --device cpu",
         "finished batches are kept",
     ),
@@ -985,10 +985,10 @@ def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch
 
 
 def test_ctrl_c_keeps_the_batches_of_a_set(work, tmp_path, monkeypatch):
-    from diffussm import distributed
+    from diffussm import samples
 
     words = f"sample --from {work}/digits --out {tmp_path}/set --count 6 --batch_size 2 --steps 2 --device cpu"
-    drawn, draw = [], distributed.draw_batch
+    drawn, draw = [], samples.draw_batch
 
     def first_one(*arguments, **options):
         drawn.append(draw(*arguments, **options))
@@ -996,7 +996,7 @@ def test_ctrl_c_keeps_the_batches_of_a_set(work, tmp_path, monkeypatch):
         return drawn[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(distributed, "draw_batch", first_one)
+        patch.setattr(samples, "draw_batch", first_one)
         said = diffussm(words, 75)
     assert len(drawn) == 1 and "1 of 3 batches" in said and "draws the others" in said
     diffussm(words)

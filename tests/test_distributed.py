@@ -3,18 +3,14 @@
 import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +19,11 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from processes import FORKS, cluster, outcomes, start, together
 
 from diffussm.data import TensorData
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.distributed import (
-    EXIT_PREEMPTED,
-    SAMPLE_PRESETS,
-    Cluster,
-    SampleConfig,
-    draw_samples,
-    peak_flops,
-    to_uint8,
-)
+from diffussm.distributed import EXIT_PREEMPTED, Cluster, peak_flops
 from diffussm.hourglass import linear_macs
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
@@ -50,12 +39,6 @@ from diffussm.training import (
     write_checkpoint,
 )
 
-# Children of a server that has imported everything start in a hundredth of a second.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["diffussm.distributed", "torch.distributed.fsdp", "torch._dynamo"]
-)
-
 # 50 images and batches of 8: the end of an epoch lies in a batch, and in a micro-batch.
 TINY = TrainConfig(
     model=DiffuSSMConfig(
@@ -69,72 +52,14 @@ TINY = TrainConfig(
 )
 
 
+DIFFUSION = GaussianDiffusion.linear(50)
+
+
 def fifty():
     generator = torch.Generator().manual_seed(0)
     return TensorData(
         torch.rand(50, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(50) % 10
     )
-
-
-REPORTS = []
-
-
-def cluster(**options):
-    """A Cluster that says through the pipe of its process why it ends."""
-    return Cluster("cpu", report=lambda error: REPORTS[0](error), **options)
-
-
-def _child(function, arguments, environment, pipe):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    REPORTS.append(lambda error: pipe.send((False, f"{type(error).__name__}: {error}")))
-    try:
-        pipe.send((True, function(*arguments)))
-    except BaseException as error:
-        pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-
-
-def start(size, function, *arguments):
-    """Processes as torchrun starts them, with the pipes on which they say how they ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(size):
-        ours, theirs = FORKS.Pipe()
-        environment = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": size,
-            "MASTER_PORT": port,
-        }
-        environment = {key: str(value) for key, value in environment.items()} | {
-            "MASTER_ADDR": "127.0.0.1"
-        }
-        process = FORKS.Process(
-            target=_child, args=(function, arguments, environment, theirs)
-        )
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-    return started
-
-
-def outcomes(started, timeout=400):
-    results = []
-    for process, pipe in started:
-        assert pipe.poll(timeout), "a process hangs"
-        results.append(pipe.recv())
-        process.join(timeout)
-    return results
-
-
-def together(size, function, *arguments):
-    """What `function` returns in each of `size` processes; raises what one of them raised."""
-    results = outcomes(start(size, function, *arguments))
-    for fine, result in results:
-        assert fine, result
-    return [result for _, result in results]
 
 
 def run_tiny(run, changes=None, kill_at=None):
@@ -713,321 +638,6 @@ def test_a_system_without_sigusr1_can_stop_as_well(monkeypatch):
         assert world.stopping
 
 
-# ---- sets of samples ----
-
-DIFFUSION = GaussianDiffusion.linear(50)
-FEW = SampleConfig(count=10, labels="balanced", steps=3, batch_size=4, method="ddim")
-
-
-def network():
-    torch.manual_seed(0)
-    model = DiffuSSM(TINY.model).eval()
-    torch.nn.init.normal_(model.head.weight, std=0.2)
-    return model
-
-
-def draw(out, config=FEW, facts=None):
-    with cluster() as world:
-        draw_samples(
-            network(),
-            DIFFUSION,
-            config,
-            out,
-            world=world,
-            facts=facts or {},
-            progress=False,
-        )
-
-
-def pictures(folder):
-    return np.stack(
-        [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
-    )
-
-
-def test_a_set_does_not_depend_on_the_number_of_processes(tmp_path):
-    draw(tmp_path / "one.npz")
-    together(3, draw, tmp_path / "three.npz")
-    draw(tmp_path / "folder")
-    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "three.npz") as three:
-        assert one["arr_0"].shape == (10, 8, 8, 3) and one["arr_0"].dtype == np.uint8
-        assert np.array_equal(one["arr_0"], three["arr_0"]) and one["arr_0"].std() > 10
-        assert np.array_equal(one["arr_0"], pictures(tmp_path / "folder"))
-        assert one["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert (
-        record["complete"] and record["steps"] == 3 and record["labels"] == "balanced"
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "folder",
-        "one.json",
-        "one.npz",
-        "three.json",
-        "three.npz",
-    ]
-
-
-def test_a_longer_set_begins_with_the_shorter(tmp_path):
-    draw(tmp_path / "short.npz", replace(FEW, count=6))
-    draw(tmp_path / "long.npz")
-    with (
-        np.load(tmp_path / "short.npz") as short,
-        np.load(tmp_path / "long.npz") as long,
-    ):
-        assert np.array_equal(short["arr_0"], long["arr_0"][:6])
-
-
-@pytest.mark.parametrize("name", ["set", "set.npz"])
-def test_an_interrupted_set_is_finished_and_not_begun_again(
-    tmp_path, name, monkeypatch
-):
-    draw(tmp_path / f"whole_{name}")
-    calls = []
-
-    def counted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return honest(*arguments, **options)
-
-    from diffussm import distributed
-
-    honest = distributed.denoise
-    monkeypatch.setattr(distributed, "denoise", counted)
-    with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / name)
-    draw(tmp_path / name)
-    assert len(calls) == 2 + 2  # three batches: one before the interruption, two after
-    if name == "set":
-        assert np.array_equal(
-            pictures(tmp_path / "set"), pictures(tmp_path / "whole_set")
-        )
-    else:
-        assert (tmp_path / name).read_bytes() == (
-            tmp_path / f"whole_{name}"
-        ).read_bytes()
-    draw(tmp_path / name)
-    assert len(calls) == 4, "a complete set was drawn again"
-
-
-def test_other_samples_are_refused_and_untouched(tmp_path):
-    draw(tmp_path / "set")
-    before = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    for config, facts, word in (
-        (replace(FEW, seed=1), {}, "seed"),
-        (FEW, {"weights": "raw"}, "weights"),
-    ):
-        with pytest.raises(ValueError, match=f"holds other samples.*{word}"):
-            draw(tmp_path / "set", config, facts)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters" / "to_mother.txt").write_text("dear")
-    (tmp_path / "file.npz").write_text("dear")
-    for name in ("letters", "file.npz"):
-        with pytest.raises(ValueError, match="no set of samples"):
-            draw(tmp_path / name)
-
-
-def draw_unevenly(out):
-    """The second process is in its batch until all others are done, and longer than the group waits."""
-    from diffussm import distributed
-
-    honest, mine = distributed.draw_batch, []
-
-    def draw_batch(*arguments, **options):
-        mine.append(arguments[3])
-        if len(mine) == 1 and options["world"].rank == 1:
-            deadline = time.monotonic() + 120
-            while (
-                len(list(out.with_suffix(".parts").glob("*.npy"))) < 9
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.05)
-            time.sleep(8)
-        return honest(*arguments, **options)
-
-    distributed.draw_batch = draw_batch
-    with cluster() as world:
-        world.sum(torch.zeros(1))
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4), None)
-        config = replace(FEW, batch_size=1)
-        draw_samples(
-            network(), DIFFUSION, config, out, world=world, facts={}, progress=False
-        )
-    return mine
-
-
-def test_batches_go_to_whoever_is_free_and_the_last_is_waited_for(tmp_path):
-    first, second = together(2, draw_unevenly, tmp_path / "set.npz")
-    assert len(second) == 1 and sorted(first + second) == list(range(10))
-    draw(tmp_path / "alone.npz", replace(FEW, batch_size=1))
-    assert (tmp_path / "set.npz").read_bytes() == (tmp_path / "alone.npz").read_bytes()
-
-
-def draw_until_stopped(out):
-    """The last process is asked to stop in the middle of its second batch."""
-    from diffussm import distributed
-
-    honest, begun = distributed.denoise, []
-
-    def denoise(*arguments, **options):
-        begun.append(1)
-        if world.rank < world.size - 1:
-            time.sleep(0.2)  # or nothing may be left for the others
-        for step in honest(*arguments, **options):
-            world.stopping |= len(begun) == 2 and world.rank == world.size - 1
-            yield step
-
-    distributed.denoise = denoise
-    try:
-        with cluster() as world:
-            config = replace(FEW, count=40, batch_size=1)
-            draw_samples(
-                network(), DIFFUSION, config, out, world=world, facts={}, progress=False
-            )
-    except Preempted as stop:
-        return str(stop), len(begun)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_set_that_is_asked_to_stop_says_how_far_it_is_and_goes_on(tmp_path, size):
-    out = tmp_path / "set.npz"
-    stopped = together(size, draw_until_stopped, out)
-    done = len(list((tmp_path / "set.parts").iterdir()))
-    for said, _ in stopped:
-        assert said == f"asked to stop: {done} of 40 batches are drawn and kept"
-    assert done == sum(begun for _, begun in stopped) - 1 < 40
-    draw(out, replace(FEW, count=40, batch_size=1))
-    draw(tmp_path / "whole.npz", replace(FEW, count=40, batch_size=1))
-    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
-
-
-def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
-    (tmp_path / "set" / ".parts").mkdir(
-        parents=True
-    )  # killed before the record was written
-    (tmp_path / "set" / ".samples.json.tmp").write_text("{")
-    draw(tmp_path / "set")
-    assert not list((tmp_path / "set").glob(".*.tmp"))
-    (tmp_path / "set" / ".parts").mkdir()  # killed before all was tidy
-    draw(tmp_path / "set")
-    assert not (tmp_path / "set" / ".parts").exists()
-    draw(tmp_path / "set.npz")
-    (tmp_path / "set.npz").unlink()
-    (tmp_path / "set.json").unlink()
-    (tmp_path / "set.parts").mkdir()
-    (tmp_path / "set.parts" / "000000.npy").write_bytes(b"of other samples")
-    with pytest.raises(
-        ValueError, match="is left of a set of samples without a record"
-    ):
-        draw(tmp_path / "set.npz")
-
-
-def test_a_folder_says_of_each_image_which_class_it_is(tmp_path):
-    draw(tmp_path / "set", replace(FEW, classes=(7, 3)))
-    labels = json.loads((tmp_path / "set" / "labels.json").read_text())
-    assert labels == {
-        path.name: (7, 3)[i % 2]
-        for i, path in enumerate(sorted((tmp_path / "set").glob("*.png")))
-    }
-    assert json.loads((tmp_path / "set" / "samples.json").read_text())["classes"] == [
-        7,
-        3,
-    ]
-    draw(tmp_path / "set.npz", replace(FEW, classes=(7, 3)))
-    with np.load(tmp_path / "set.npz") as packed:
-        assert packed["arr_1"].tolist() == list(labels.values())
-        assert np.array_equal(packed["arr_0"], pictures(tmp_path / "set"))
-
-
-def test_an_autoencoder_may_have_moved_but_must_be_the_same(tmp_path):
-    vae = {"name": "here", "encoder_sha256": "e", "decoder_sha256": "d"}
-    draw(tmp_path / "set", facts={"vae": vae})
-    draw(tmp_path / "set", facts={"vae": vae | {"name": "there"}})
-    assert json.loads((tmp_path / "set" / "samples.json").read_text())["vae"] == vae
-    with pytest.raises(ValueError, match="differ in vae"):
-        draw(tmp_path / "set", facts={"vae": vae | {"decoder_sha256": "another"}})
-
-
-def test_what_does_not_apply_to_a_model_is_not_in_its_record():
-    conditional, latents = TINY.model, replace(TINY.model, in_channels=4)
-    paper = SampleConfig()
-    assert paper.of(latents).guidance_channels == 3
-    assert paper.of(conditional).guidance_channels is None  # one channel: all of it
-    assert replace(paper, cfg_scale=1.0).of(latents).guidance_channels is None
-    unconditional = paper.of(replace(latents, num_classes=0))
-    assert unconditional.cfg_scale == 1.0 and unconditional.guidance_channels is None
-    for model, has in (
-        (conditional, "classes 0 to 9"),
-        (replace(conditional, num_classes=0), "no classes"),
-    ):
-        with pytest.raises(ValueError, match=f"this model has {has}"):
-            replace(paper, classes=(3, 10)).of(model)
-
-
-def test_labels_are_balanced_or_random_by_name():
-    balanced = SampleConfig(labels="balanced").label(range(50_000), 1000)
-    assert (balanced.bincount(minlength=1000) == 50).all()
-    config = SampleConfig(labels="random")
-    random = config.label(range(50_000), 1000)
-    counts = random.bincount(minlength=1000).double()
-    assert 40 < counts.var() < 60  # Poisson: variance = mean = 50
-    assert torch.equal(random[100:200], config.label(range(100, 200), 1000))
-    assert not torch.equal(random, replace(config, seed=1).label(range(50_000), 1000))
-    among = replace(config, classes=(5, 900)).label(range(1000), 1000)
-    assert set(among.tolist()) == {5, 900} and 400 < (among == 5).sum() < 600
-
-
-def test_presets_are_the_papers():
-    paper = SAMPLE_PRESETS["paper-fid"]
-    assert (paper.count, paper.steps, paper.method, paper.cfg_scale) == (
-        50_000,
-        250,
-        "ddpm",
-        1.5,
-    )
-    assert (paper.labels, paper.guidance_channels, paper.classes) == (
-        "random",
-        3,
-        None,
-    )  # as DiT's code
-    both = SAMPLE_PRESETS["paper-fid-all"]
-    assert both == replace(paper, labels="balanced", guidance_channels=None)
-    assert SAMPLE_PRESETS["paper-fid-unguided"] == replace(paper, cfg_scale=1.0)
-
-
-def test_pixels_are_rounded_and_latents_refused():
-    images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1)
-    assert to_uint8(images)[:, 0, 0].tolist() == [
-        [0] * 3,
-        [128] * 3,
-        [255] * 3,
-        [255] * 3,
-    ]
-    with pytest.raises(ValueError, match="autoencoder"):
-        to_uint8(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="not finite"):
-        to_uint8(torch.full((1, 3, 2, 2), float("nan")))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *(
-            {"count": 0},
-            {"labels": "mine"},
-            {"method": "euler"},
-            {"precision": "fp8"},
-            {"seed": -1},
-        ),
-        *({"classes": ()}, {"classes": (3, -1)}, {"classes": (3, 3)}),
-    ],
-)
-def test_sample_options_that_cannot_work_are_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        replace(FEW, **changes)
-
-
 def test_multiply_adds_follow_the_papers_formula():
     """15 L D^2 / 2 per block at M = 2 (chapter 4), 29 blocks of 1152 at 1024 positions."""
     xl = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"])
@@ -1106,9 +716,7 @@ def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
     ] == second["mfu"]
 
 
-def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
-    from diffussm import distributed
-
+def test_float32_is_float32_on_a_gpu(monkeypatch):
     gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     try:
@@ -1117,15 +725,6 @@ def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
             for precision, products in (("float32", "highest"), ("bf16", "high")):
                 world.shard(torch.nn.Linear(1, 1), replace(TINY, precision=precision))
                 assert torch.get_float32_matmul_precision() == products
-        torch.set_float32_matmul_precision("highest")
-        for precision, products in (
-            ("float32", "highest"),
-            ("tf32", "high"),
-            ("bf16", "high"),
-        ):
-            with distributed.precision(precision, gpu):
-                assert torch.get_float32_matmul_precision() == products
-            assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
 
