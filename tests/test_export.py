@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import abc
+import asyncio
+import dataclasses
+import functools
+import pydoc
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import pytest
+import torch
 
 from tools.book import ROOT, chapters, read_chapter
 from tools.export import ExportError, build, main
+
+sys.path.insert(0, str(ROOT / "book"))
+from literate import method_of
 
 HEADER = """\
 ---
@@ -103,6 +113,233 @@ def test_typing_imports_stay_apart(root: Path) -> None:
     assert "if TYPE_CHECKING:\n    from torch import Tensor\n\n__all__" in text
 
 
+CONTINUED = '''\
+import dataclasses
+
+
+@dataclasses.dataclass
+class Box:
+    """A box."""
+
+    width: int
+    height: int = 2
+
+    # none
+%%
+def area(box):
+    return -1
+%%
+# How much it holds.
+@method_of(Box)
+def area(self):
+    """In pixels.
+
+    And more.
+    """
+    return self.width * self.height  # the product
+%%
+@method_of(Box)
+# a comment
+@property
+def double(self) -> int:
+    return 2 * self.width
+%%
+@method_of(Box)
+@Box.double.setter
+def double(self, value):
+    self.width = value // 2
+%%
+@method_of(Box)
+@classmethod
+def square(cls, side):
+    return cls(side, side)
+
+
+@method_of(Box)
+@staticmethod
+def poem():
+    return """two
+lines"""
+%%
+from typing import overload
+
+
+@method_of(Box)
+@overload
+def scaled(self, by: int) -> int: ...
+
+
+@method_of(Box)
+@overload
+def scaled(self, by: str) -> str: ...
+
+
+@method_of(Box)
+def scaled(self, by):
+    return by * self.width
+%%
+@method_of(Box)
+async def later(self):
+    return self.width
+%%
+class Empty: ...
+%%
+@method_of(Empty)
+def one(self):
+    return 1
+'''.split("%%\n")
+
+
+def test_class_continues_over_cells(root: Path) -> None:
+    chapter(root, "01_alpha", *CONTINUED)
+    text = build(root)[root / "diffussm" / "alpha.py"]
+    assert "method_of" not in text
+    wanted = '''\
+__all__ = ["Box", "area", "Empty"]
+
+
+@dataclasses.dataclass
+class Box:
+    """A box."""
+
+    width: int
+    height: int = 2
+
+    # none
+
+    # How much it holds.
+    def area(self):
+        """In pixels.
+
+        And more.
+        """
+        return self.width * self.height  # the product
+
+    # a comment
+    @property
+    def double(self) -> int:
+        return 2 * self.width
+
+    @double.setter
+    def double(self, value):
+        self.width = value // 2
+
+    @classmethod
+    def square(cls, side):
+        return cls(side, side)
+
+    @staticmethod
+    def poem():
+        return """two
+lines"""
+
+    @overload
+    def scaled(self, by: int) -> int: ...
+
+    @overload
+    def scaled(self, by: str) -> str: ...
+
+    def scaled(self, by):
+        return by * self.width
+
+    async def later(self):
+        return self.width
+
+
+def area(box):
+    return -1
+
+
+class Empty:
+    def one(self):
+        return 1
+'''
+    assert text[text.index("__all__") :] == wanted
+
+
+def test_notebook_and_module_have_the_same_class(root: Path) -> None:
+    chapter(root, "01_alpha", *CONTINUED)
+    module: dict[str, Any] = {"__name__": "__main__"}
+    exec(build(root)[root / "diffussm" / "alpha.py"], module)
+    notebook: dict[str, Any] = {"__name__": "__main__", "method_of": method_of}
+    exec(CONTINUED[0], notebook)
+    early = notebook["Box"](3)
+    for cell in CONTINUED[1:]:
+        exec(cell, notebook)
+    for cell in CONTINUED[2:]:
+        exec(cell, notebook)  # a reader runs them again
+    late = module["Box"](3)
+    for box in (early, late):
+        box.double = 10
+        assert (box.area(), box.double, box.scaled("ab")) == (10, 10, "ab" * 5)
+        assert type(box).square(4).area() == 16 and box.poem() == "two\nlines"
+        assert asyncio.run(box.later()) == 5
+    assert notebook["area"](early) == module["area"](late) == -1  # not the method
+    assert notebook["Empty"]().one() == 1
+
+    def described(names: dict[str, Any]) -> list[str]:
+        return sorted(pydoc.plain(pydoc.render_doc(names["Box"])).splitlines())
+
+    assert described(notebook) == described(module)
+    for names in (notebook, module):
+        assert vars(names["Box"])["square"].__func__.__qualname__ == "Box.square"
+        assert names["Box"].double.fset.__qualname__ == "Box.double"
+
+
+def test_notebook_extends_layers_abstract_classes_and_dataclasses() -> None:
+    class Layer(torch.nn.Module):
+        pass
+
+    layer = Layer()
+
+    @method_of(Layer)
+    @torch.no_grad()
+    def forward(self: Any, x: Any) -> Any:
+        return 2 * x
+
+    assert layer(3) == 6
+    assert Layer.forward.__wrapped__.__qualname__ == f"{Layer.__qualname__}.forward"
+
+    class Shape(abc.ABC):
+        @abc.abstractmethod
+        def area(self) -> int: ...
+
+    class Unit(Shape):
+        pass
+
+    @method_of(Unit)
+    def area(self: Any) -> int:
+        return 1
+
+    assert Unit().area() == 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Steps:
+        count: int = 1
+
+    @method_of(Steps)
+    def __post_init__(self: Any) -> None:
+        if self.count < 1:
+            raise ValueError(self.count)
+
+    @method_of(Steps)
+    @functools.cached_property
+    def twice(self: Any) -> int:
+        return 2 * self.count
+
+    with pytest.raises(ValueError, match="0"):
+        Steps(0)
+    assert Steps(2).twice == 4
+
+
+def test_notebook_refuses_what_is_no_class_or_no_function() -> None:
+    with pytest.raises(TypeError, match="expected a class"):
+        method_of("Box")  # type: ignore[arg-type]
+    for member in (3, int):
+        with pytest.raises(TypeError, match="expected a function"):
+            method_of(Exception)(member)
+
+
 def test_second_run_changes_nothing(root: Path) -> None:
     chapter(root, "01_alpha", "def f():\n    return 1")
     chapter(
@@ -141,7 +378,7 @@ def test_check_shows_the_difference(
     [
         (
             "def f():\n    pass",
-            "`f` is defined twice; first at book/01_alpha.md, cell 1, line 24",
+            "`f` is defined twice; first at book/01_alpha.md, cell 1, line 25",
         ),
         ("from math import floor as f", "`f` is defined twice"),
         ("import json as os", "`os` is imported twice"),
@@ -168,14 +405,64 @@ def test_check_shows_the_difference(
         ),
         ("import diffussm.gamma", "imports diffussm.gamma, which no chapter exports"),
         ("#!\nfrom diffussm.beta import g", "of a later chapter"),
+        (
+            "@method_of(Bux)\ndef g(self):\n    pass",
+            "no exported cell above defines the class `Bux`; the nearest is `Box`",
+        ),
+        (
+            "@method_of(Path)\ndef g(self):\n    pass",
+            "a method of another class: pathlib.Path continues only in its own chapter",
+        ),
+        (
+            "@method_of(Box)\ndef size(self):\n    pass",
+            "`Box.size` is defined twice; first at book/01_alpha.md, cell 1, line 32",
+        ),
+        (
+            "@method_of(Box)\ndef g(self):\n    pass\n\n\n"
+            "@method_of(Box)\ndef g(self):\n    pass",
+            "`Box.g` is defined twice; first at book/01_alpha.md, cell 3",
+        ),
+        ("@method_of(Box)\ndef side(self):\n    pass", "`Box.side` is defined twice"),
+        ("@method_of(Box)\nclass Inner:\n    pass", "of functions, this is a class"),
+        ("@method_of\ndef g(self):\n    pass", "write `@method_of(Class)`"),
+        ("@method_of('Box')\ndef g(self):\n    pass", "write `@method_of(Class)`"),
+        ("@property\n@method_of(Box)\ndef g(self):\n    pass", "the first decorator"),
+        ("@method_of(Box)\n@method_of(Box)\ndef g(self):\n    pass", ", once, "),
+        (
+            "@method_of(Box)\ndef g(self):\n    return super().g()",
+            "write `super(Class, self)`",
+        ),
+        ("@method_of(Box)\ndef g(self):\n    self.__x = 1", "Python renames `__x`"),
+        (
+            "def g():\n    @method_of(Box)\n    def h(self):\n        pass",
+            "`method_of` is used",
+        ),
+        ("from literate import method_of", "`literate` belongs to the book"),
+        (
+            "def g():\n    '''As in ch. \"A tittle\".'''",
+            'no chapter has the title "A tittle"; the nearest is A title',
+        ),
+        (
+            "# the kernel (eq-alpha-kernal)",
+            "no label eq-alpha-kernal; the nearest is eq-alpha-kernel",
+        ),
+        ("def g():\n    '''See fig-b.'''", "the book has no label fig-b"),
     ],
 )
 def test_refused_with_chapter_cell_and_line(
     root: Path, cell: str, message: str
 ) -> None:
     chapter(
-        root, "01_alpha", "import os\n\n\ndef f():\n    return os.sep", "#!\npass", cell
+        root,
+        "01_alpha",
+        "import os\nfrom pathlib import Path\n\n\ndef f():\n    return Path(os.sep)\n\n\n"
+        "class Box:\n    side: int\n\n    def size(self):\n        pass",
+        "#!\npass",
+        cell,
     )
+    (root / "book" / "literate.py").touch()
+    labelled = "```{math}\n:label: eq-alpha-kernel\nx\n```\n"
+    (root / "book" / "notation.md").write_text(labelled)
     chapter(root, "02_beta", "def g():\n    pass")
     fault = refused(root)
     assert message in fault
@@ -184,6 +471,37 @@ def test_refused_with_chapter_cell_and_line(
     lines = (root / "book" / "01_alpha.md").read_text().splitlines()
     first = max(i for i, line in enumerate(lines, 1) if line == cell.splitlines()[0])
     assert first <= number < first + len(cell.splitlines())
+
+
+def test_references_are_resolved(root: Path) -> None:
+    cell = '''\
+def f(ref):
+    """As {ref}`ch-alpha` and {eq}`eq-x` (ch. "A
+    title").
+    """
+    # {numref}`fig-x`, chapter
+    # "A title"
+    return "{ref}" + f'{ref}`eq-x`'
+'''
+    page = chapter(root, "01_alpha", cell)
+    labelled = "(ch-alpha)=\n# A title\n\n(fig-x)=\n\n$$\n:label: eq-x\n"
+    page.write_text(page.read_text().replace("# A title\n", labelled, 1))
+    text = build(root)[root / "diffussm" / "alpha.py"]
+    assert 'As ch. "A title" and eq-x (ch. "A\n    title").' in text
+    assert "# fig-x, chapter\n" in text
+    assert """return "{ref}" + f"{ref}`eq-x`\"""" in text
+
+
+def test_chapters_named_by_number_are_counted(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comment = "# as chapter 9 and ch. 3, unlike fetch. 3 or chapter nine"
+    chapter(root, "01_alpha", f"{comment}\nA = 1")
+    assert main(["--root", str(root)]) == 0
+    assert "2 chapters are named by number" in capsys.readouterr().out
+    (root / "diffussm" / "alpha.py").unlink()
+    monkeypatch.setattr("tools.export.REFUSE_NUMBERS", True)
+    assert "cell 1, line 21: `chapter 9`: chapters move" in refused(root)
 
 
 def test_two_chapters_with_one_module_are_refused(root: Path) -> None:

@@ -11,7 +11,7 @@ import jupytext
 import nbformat
 import pytest
 
-from tools.book import ROOT, chapters
+from tools.book import ROOT, chapters, labels
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 NUMBERED = [chapter.path for chapter in chapters()]
@@ -70,16 +70,7 @@ def test_cells_use_only_names_that_exist(path: Path, tmp_path: Path) -> None:
 def test_labels_are_unique_in_the_book() -> None:
     seen: dict[str, str] = {}
     for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        labels = re.findall(
-            r"^\(([\w-]+)\)=$|^\s*:?(?:label|name):\s*([\w-]+)\s*$", text, re.MULTILINE
-        )
-        for label in [a or b for a, b in labels]:
-            if label in (
-                "python3",
-                "str",
-            ):  # the kernel's name in the header, and a type in code
-                continue
+        for label in labels(path.read_text(encoding="utf-8")):
             assert label not in seen, (
                 f"{label} stands in {seen[label]} and in {path.name}"
             )

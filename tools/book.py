@@ -11,7 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 from mdit_py_plugins.front_matter import front_matter_plugin
 
-__all__ = ["ROOT", "Cell", "Chapter", "chapters", "read_chapter"]
+__all__ = ["ROOT", "Cell", "Chapter", "chapters", "labels", "read_chapter"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +101,15 @@ def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
         start,
         "\n".join(lines[start:]).rstrip(),
     )
+
+
+def labels(text: str) -> list[str]:
+    """The labels that a page gives to its titles, equations, figures and tables."""
+    found = re.findall(
+        r"^\(([\w-]+)\)=$|^\s*:?(?:label|name):\s*([\w-]+)\s*$", text, re.MULTILINE
+    )
+    # The kernel's name in the header, and a type in code, are none.
+    return [a or b for a, b in found if (a or b) not in ("python3", "str")]
 
 
 def chapters(root: Path = ROOT) -> list[Chapter]:

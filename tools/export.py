@@ -20,14 +20,16 @@ from pathlib import Path
 
 from ruff import find_ruff_bin
 
+from tools import folding
 from tools.book import ROOT, Cell, Chapter, chapters
+from tools.references import NUMBER, Book, read_book, resolve
 
 __all__ = ["ExportError", "build", "main"]
 
 PACKAGE = "diffussm"
 HAND_WRITTEN = {"__init__.py", "__main__.py"}
-# A chapter exports to the module of its own name, except where the reader's word is not the programmer's.
-OTHER_NAMES: dict[str, str] = {}
+# Until no chapter says `chapter 9` any more, this is told and not refused.
+REFUSE_NUMBERS = False
 
 Import = ast.Import | ast.ImportFrom
 
@@ -42,8 +44,7 @@ class ExportError(Exception):
 
 def expected_module(chapter: Chapter) -> str:
     """The module that a chapter's file name stands for: ``book/11_state_space.md`` is ``state_space``."""
-    topic = chapter.path.stem[3:]
-    return OTHER_NAMES.get(topic, topic)
+    return chapter.path.stem[3:]
 
 
 def _where(chapter: Chapter, cell: Cell, lineno: int | None = 1) -> str:
@@ -78,6 +79,10 @@ class _Module:
     """What is collected from one chapter."""
 
     chapter: Chapter
+    book: Book
+    helpers: set[
+        str
+    ]  # modules of the book's own folder, which no user of the package has
     imports: list[str] = field(default_factory=list)
     typing_imports: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
@@ -85,6 +90,9 @@ class _Module:
     imported: dict[str, tuple[str, str]] = field(
         default_factory=dict
     )  # name -> (origin, where)
+    members: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # class -> name of a member -> where
     faults: list[str] = field(default_factory=list)
 
     def add(self, cell: Cell) -> None:
@@ -102,6 +110,15 @@ class _Module:
                 f"{_where(self.chapter, cell, error.lineno)}: syntax error: {error.msg}"
             )
             return
+        self.faults += [
+            f"{_where(self.chapter, cell, line)}: {message}"
+            for line, message in self.book.faults(cell.source)
+        ]
+        if REFUSE_NUMBERS:
+            self.faults += [
+                f"{_where(self.chapter, cell, line)}: {message}"
+                for line, message in self.book.numbers(cell.source)
+            ]
         lines = cell.source.splitlines()
         moved: set[int] = set()
         last = 0
@@ -135,11 +152,16 @@ class _Module:
             for child in ast.walk(node):
                 if isinstance(child, Import):
                     self._judge_import(child, where)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            if not any(
-                ast.unparse(d).endswith("overload") for d in node.decorator_list
-            ):
+        elif folding.is_marked(node):
+            self._judge_method(cell, node)
+        elif isinstance(node, folding.Method | ast.ClassDef):
+            if not folding.is_overload(node):
                 self._define(node.name, where)
+            if isinstance(node, ast.ClassDef):
+                self.members[node.name] = {
+                    name: _where(self.chapter, cell, line)
+                    for name, line in folding.members(node)
+                }
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
@@ -158,6 +180,33 @@ class _Module:
                 "functions, classes and constants are exported"
             )
 
+    def _judge_method(self, cell: Cell, node: ast.stmt) -> None:
+        """A method must belong to a class of an exported cell above, and be the only one of its name."""
+        faults = [
+            f"{_where(self.chapter, cell, line)}: {message}"
+            for line, message in folding.faults(node)
+        ]
+        self.faults += faults
+        name = folding.owner(node)
+        if faults or not isinstance(node, folding.Method):
+            return
+        where = _where(self.chapter, cell, node.lineno)
+        if name not in self.members:
+            near = difflib.get_close_matches(name, self.members, 1, 0.0)
+            reason = (
+                f"{self.imported[name][0]} continues only in its own chapter"
+                if name in self.imported
+                else f"no exported cell above defines the class `{name}`"
+                + (f"; the nearest is `{near[0]}`" if near else "")
+            )
+            self.faults.append(f"{where}: a method of another class: {reason}")
+        elif not folding.is_overload(node) and not folding.is_accessor(node):
+            earlier = self.members[name].setdefault(node.name, where)
+            if earlier != where:
+                self.faults.append(
+                    f"{where}: `{name}.{node.name}` is defined twice; first at {earlier}"
+                )
+
     def _define(self, name: str, where: str) -> None:
         earlier = self.defined.get(name) or self.imported.get(name, ("", ""))[1]
         if earlier:
@@ -172,6 +221,12 @@ class _Module:
                 f"{where}: a relative import; write `from {PACKAGE}.... import ...`"
             )
             return
+        home = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        if (home or "").partition(".")[0] in self.helpers:
+            self.faults.append(
+                f"{where}: `{home}` belongs to the book and not to the package; import it in a cell "
+                "that is not exported"
+            )
         for alias in node.names:
             if alias.name == "*":
                 self.faults.append(
@@ -221,7 +276,7 @@ class _Module:
             "\n".join(imports),
             "\n".join(typing),
             f"__all__ = {public!r}",
-            *self.body,
+            resolve(folding.fold("\n\n".join(self.body)), self.book),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -311,6 +366,8 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
     Raises ExportError with all that is wrong, each fault with its chapter, cell and line.
     """
     book = chapters(root)
+    pages = read_book(root)
+    helpers = {path.stem for path in (root / "book").glob("*.py")}
     known = {chapter.path.stem for chapter in book}
     selected = {Path(name).stem for name in only or known}
     faults = [f"book/{name}.md: no such chapter" for name in sorted(selected - known)]
@@ -355,7 +412,7 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
                 f"{chapter.name}: `module: {chapter.module}`, but no cell is tagged `export`"
             )
             continue
-        module = _Module(chapter)
+        module = _Module(chapter, pages, helpers)
         for cell in chapter.exported:
             module.add(cell)
         if not module.faults:
@@ -418,6 +475,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _write(path, text)
             print(f"export: wrote {name}")
+    numbers = sum(len(NUMBER.findall(text)) for text in texts.values())
+    if numbers:
+        print(f'export: {numbers} chapters are named by number; write ch. "Title"')
     if options.check and changed:
         print(
             f"export: {changed} modules differ from the book; run `make export`",

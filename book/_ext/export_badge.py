@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
 
 
-def add_badges(app: Sphinx, doctree: nodes.document) -> None:
-    """Put a small text node in front of the code of each exported cell of the page just read."""
-    module = app.env.metadata[app.env.docname].get("module")
-    if not module:
-        return
-    for cell in doctree.findall(nodes.container):
-        if cell.get("nb_element") == "cell_code" and "tag_export" in cell["classes"]:
-            badge = nodes.container(classes=["export-badge"])
-            badge += nodes.inline(text=f"diffussm.{module}")
-            cell.insert(0, badge)
+class AddBadges(SphinxPostTransform):
+    """Put a small text node in front of the code of each exported cell of a page.
+
+    It comes after cells that are folded have been: myst-nb looks for the code in the first place.
+    """
+
+    default_priority = 250
+
+    def run(self, **_: Any) -> None:
+        """Called by Sphinx, once a page."""
+        module = self.env.metadata[self.env.docname].get("module")
+        if not module:
+            return
+        for cell in self.document.findall(nodes.container):
+            if (
+                cell.get("nb_element") == "cell_code"
+                and "tag_export" in cell["classes"]
+            ):
+                badge = nodes.container(classes=["export-badge"])
+                badge += nodes.inline(text=f"diffussm.{module}")
+                cell.insert(0, badge)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
-    app.connect(
-        "doctree-read", add_badges, priority=900
-    )  # after the page's metadata has been collected
+    app.add_post_transform(AddBadges)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

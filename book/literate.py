@@ -1,0 +1,81 @@
+"""A class of a chapter continues over its cells: what the exporter does to the text, done to the running notebook.
+
+The exporter moves a function under ``@method_of(Class)`` into the body of the class; here the class gets it as an
+attribute, so objects that were made before have it too. Chapters import it in a cell that is not exported.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["method_of"]
+
+Member = TypeVar("Member")
+
+
+def method_of(cls: type) -> Callable[[Member], Member]:
+    """Decorator, the first above a ``def``: makes the function (or property, class method, ...) one of ``cls``.
+
+    The notebook's own name, a function ``sample`` beside a method ``sample``, keeps what it meant.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(
+            f"@method_of({cls!r}): expected a class, as in @method_of(S4DKernel)"
+        )
+
+    def add(member: Member) -> Member:
+        if getattr(member, "__name__", "") == "_overload_dummy":
+            return member  # typing.overload: a word to type checkers only
+        functions = list(_functions(member))
+        if isinstance(member, type) or not functions:
+            raise TypeError(
+                f"@method_of({cls.__name__}) stands above {member!r}: expected a function"
+            )
+        name = functions[0].__name__
+        for function in functions:
+            function.__module__, function.__qualname__ = (
+                cls.__module__,
+                f"{cls.__qualname__}.{name}",
+            )
+        before = vars(cls).get(name)
+        setattr(cls, name, member)
+        if hasattr(type(member), "__set_name__"):
+            type(member).__set_name__(member, cls, name)
+        if name == "__post_init__" and dataclasses.is_dataclass(cls) and before is None:
+            _call_after_init(cls)
+        abc.update_abstractmethods(cls)
+        kept = sys._getframe(1).f_globals.get(name, before)
+        return member if kept is before else kept
+
+    return add
+
+
+def _functions(member: Any) -> list[Any]:
+    """The functions inside a property, a class method, a cached property, or a decorator's wrapper."""
+    inner = [
+        getattr(member, a, None)
+        for a in ("fget", "fset", "fdel", "func", "__func__", "__wrapped__")
+    ]
+    found = [
+        function for part in inner if part is not None for function in _functions(part)
+    ]
+    if callable(member) and hasattr(member, "__qualname__"):
+        found.append(member)
+    return found
+
+
+def _call_after_init(cls: Any) -> None:
+    """A dataclass made without ``__post_init__`` does not call the one that it gets later; this one does."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def with_post_init(self: Any, *arguments: Any, **named: Any) -> None:
+        init(self, *arguments, **named)
+        self.__post_init__()
+
+    cls.__init__ = with_post_init
