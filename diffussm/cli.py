@@ -797,16 +797,17 @@ def draw_grid(
     """
     import torch
 
+    from diffussm.data import generator
     from diffussm.samples import precision as computing_in
     from diffussm.sampling import sample
-    from diffussm.training import diffusion_of, stream
+    from diffussm.training import diffusion_of
 
     if classes is None:
         classes = range(min(config.model.num_classes, GRID_ROWS) or 1)
     where = next(model.parameters()).device
     shape = (config.model.in_channels, config.model.height, config.model.width)
-    generator = stream(seed, "grid", 0)
-    noise = torch.randn(len(classes) * count, *shape, generator=generator).to(where)
+    draws = generator(seed, "grid", 0)
+    noise = torch.randn(len(classes) * count, *shape, generator=draws).to(where)
     conditional = model.null_label is not None
     labels = (
         torch.tensor(classes).repeat_interleave(count).to(where)
@@ -822,7 +823,7 @@ def draw_grid(
             method=method,
             cfg_scale=cfg_scale if conditional else 1.0,
             guidance_channels=guidance_channels,
-            generator=generator,
+            generator=draws,
             noise=noise,
             clip_denoised=decode is None if clip_denoised is None else clip_denoised,
             progress=progress,

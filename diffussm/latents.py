@@ -33,6 +33,7 @@ from diffussm.data import (
     Skipped,
     StoredImages,
     batch_indices,
+    generator,
     is_folder,
     load_batch,
     visible,
@@ -104,9 +105,8 @@ def train_vae(
         )
     from diffusers import AutoencoderKL
 
-    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.set_rng_state(generator(seed, "weights", 0).get_state())
         vae: Any = AutoencoderKL(
             block_out_channels=tuple(channels),
             down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -127,15 +127,15 @@ def train_vae(
         x, _ = load_batch(
             source, batch_indices(len(source), batch_size, step, seed)
         )  # (B, 3, H, W)
+        draws = generator(seed, "crops", step)
         top, left = (
-            int(torch.randint(n - crop + 1, (), generator=generator))
-            for n in x.shape[-2:]
+            int(torch.randint(n - crop + 1, (), generator=draws)) for n in x.shape[-2:]
         )
         x = x[..., top : top + crop, left : left + crop].contiguous(
             memory_format=torch.channels_last
         )
-        posterior = vae.encode(x).latent_dist
-        error = vae.decode(posterior.sample(generator)).sample - x
+        posterior, noise = vae.encode(x).latent_dist, generator(seed, "posterior", step)
+        error = vae.decode(posterior.sample(noise)).sample - x
         kl = (
             posterior.kl().mean() / x[0].numel()
         )  # per image; lambda weighs sums, the errors are means

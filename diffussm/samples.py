@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffussm.data import hash64
+from diffussm.data import RANDOM, generator, random_bits
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.sampling import denoise
-from diffussm.training import Preempted, World, stream
+from diffussm.training import Preempted, World
 
 __all__ = [
     "SampleConfig",
-    "LABELS",
     "SAMPLE_PRESETS",
     "draw_batch",
     "precision",
@@ -94,10 +93,9 @@ class SampleConfig:
         )
         numbers = np.arange(indices.start, indices.stop)
         if self.labels == "random":
-            numbers = (hash64(self.seed, LABELS, 0, numbers) >> np.uint64(1)).astype(
-                np.int64
-            )
-        return among[torch.from_numpy(numbers % len(among))]
+            numbers = random_bits(self.seed, "labels", numbers)
+        chosen = numbers % numbers.dtype.type(len(among))
+        return among[torch.from_numpy(chosen.astype(np.int64))]
 
     def of(self, model: DiffuSSMConfig) -> "SampleConfig":
         """What of this applies to a model; ValueError for classes that it does not have."""
@@ -120,7 +118,6 @@ class SampleConfig:
         )
 
 
-LABELS = 3  # the stream of `hash64`, after those of chapter 8
 SAMPLE_PRESETS = {
     "paper-fid": SampleConfig(),
     "paper-fid-all": SampleConfig(labels="balanced", guidance_channels=None),
@@ -156,7 +153,7 @@ def draw_batch(
         model.config.height,
         model.config.width,
     )
-    generator = stream(config.seed, "samples", number)
+    draws = generator(config.seed, "samples", number)
     y = None
     if model.null_label is not None:
         y = config.label(
@@ -171,8 +168,8 @@ def draw_batch(
         cfg_scale=config.cfg_scale,
         guidance_channels=config.guidance_channels,
         clip_denoised=config.clip_denoised,
-        generator=generator,
-        noise=torch.randn(shape, generator=generator).to(world.device),
+        generator=draws,
+        noise=torch.randn(shape, generator=draws).to(world.device),
     )
     with precision(config.precision, world.device):
         for _, latest, _ in chain:
@@ -229,7 +226,10 @@ def draw_samples(
         else asdict(config) | {"labels": "none"}
     )
     files = SampleFiles(
-        Path(out), json.loads(json.dumps({"format": SAMPLES_FORMAT} | how | facts))
+        Path(out),
+        json.loads(
+            json.dumps({"format": SAMPLES_FORMAT, "random": RANDOM} | how | facts)
+        ),
     )
     if world.once(files.claim):
         return files.out
@@ -343,6 +343,12 @@ class SampleFiles(NamedTuple):
             raise ValueError(
                 f"{self.record} is damaged ({error}); choose another name"
             ) from error
+        complete = bool(theirs.get("complete"))
+        if not complete and theirs.get("random", 1) != RANDOM:
+            raise ValueError(
+                f"{self.out} was begun by a version that drew its random numbers in another way, so that "
+                "the rest would not belong to the same set; choose another name, or finish it with that version"
+            )
         there, asked = _deciding(theirs), _deciding(self.how)
         different = [
             f"{key} (there {there.get(key)!r}, asked {asked.get(key)!r})"
@@ -353,7 +359,6 @@ class SampleFiles(NamedTuple):
             raise ValueError(
                 f"{self.out} holds other samples, which differ in {'; '.join(different)}; choose another name"
             )
-        complete = bool(theirs.get("complete"))
         if complete:  # and then killed, perhaps, before all was tidy
             shutil.rmtree(self.parts, ignore_errors=True)
         else:
@@ -406,7 +411,9 @@ class SampleFiles(NamedTuple):
 
 def _deciding(how: dict[str, Any]) -> dict[str, Any]:
     """What must be the same to go on with a set: an autoencoder may have moved."""
-    kept = {key: value for key, value in how.items() if key != "complete"}
+    kept = {
+        key: value for key, value in how.items() if key not in ("complete", "random")
+    }
     if isinstance(vae := kept.get("vae"), dict):
         kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
     return kept

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffussm.data import (
+    RANDOM,
     Dataset,
     Fetch,
     ImageFolder,
@@ -39,6 +40,7 @@ from diffussm.data import (
     batch_flips,
     batch_indices,
     digits,
+    generator,
     load_batch,
 )
 from diffussm.diffusion import GaussianDiffusion
@@ -55,7 +57,6 @@ __all__ = [
     "update_ema",
     "Batch",
     "Drawn",
-    "stream",
     "training_batch",
     "training_batches",
     "Meter",
@@ -363,15 +364,6 @@ class Drawn(Protocol):
         ...
 
 
-def stream(seed: int, purpose: str, number: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone: nothing has to be saved to resume (chapter 9).
-
-    `purpose` keeps streams apart that are counted alike: "training" by step, "samples" by batch, "grid".
-    """
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def training_batch(
     dataset: Dataset,
     model: DiffuSSM,
@@ -388,22 +380,25 @@ def training_batch(
     position = (len(dataset), config.batch_size, step, config.seed)
     share = config.batch_size // size
     mine = slice(rank * share, (rank + 1) * share)
-    generator = stream(config.seed, "training", step)
-    t = torch.randint(config.timesteps, (config.batch_size,), generator=generator)
+    # each draw is made for the whole batch, so that it does not matter who shares it
+    draw = partial(generator, config.seed, number=step)
+    t = torch.randint(
+        config.timesteps, (config.batch_size,), generator=draw("timesteps")
+    )
     shape = (
         config.batch_size,
         config.model.in_channels,
         config.model.height,
         config.model.width,
     )
-    noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=draw("noise"))
     indices, flips = (
         batch_indices(*position)[mine],
         batch_flips(*position)[mine] & config.flip,
     )
     if isinstance(dataset, Drawn):
         x0, labels = dataset.batch(
-            indices, flips, torch.randn(shape, generator=generator)[mine]
+            indices, flips, torch.randn(shape, generator=draw("posterior"))[mine]
         )
     else:
         x0, labels = load_batch(dataset, indices, flips, fetch)
@@ -411,7 +406,8 @@ def training_batch(
         return Batch(x0, t[mine], None, noise[mine])
     everyone = torch.zeros(config.batch_size, dtype=torch.int64)
     everyone[mine] = labels
-    return Batch(x0, t[mine], model.drop_labels(everyone, generator)[mine], noise[mine])
+    y = model.drop_labels(everyone, draw("label dropout"))[mine]
+    return Batch(x0, t[mine], y, noise[mine])
 
 
 def training_batches(
@@ -584,7 +580,7 @@ class TrainState:
     def create(cls, config: TrainConfig, world: World) -> Self:
         """A fresh state; the initial weights depend on `config.seed` alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.set_rng_state(generator(config.seed, "weights", 0).get_state())
             model = DiffuSSM(config.model).to(world.device)
         model.recompute = config.recompute
         _choose_convolution(model, config, world)
@@ -922,7 +918,9 @@ def open_run(
     _chooser(
         config.convolution
     )  # a name that does not exist is refused before there is a folder
-    ours = json.loads(json.dumps({**asdict(config), "dataset": facts_of(dataset)}))
+    ours = json.loads(
+        json.dumps({**asdict(config), "dataset": facts_of(dataset), "random": RANDOM})
+    )
     encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
@@ -942,6 +940,11 @@ def open_run(
         )
     if encoder is not None:
         _compare_encoder(run, encoder)
+    if theirs.get("random", 1) != RANDOM:
+        _warn(
+            f"{run} was begun by a version that drew its random numbers in another way: it goes on, but "
+            "which digits are held out, order, flips, noise and dropped labels are not those of then"
+        )
     _compare_data(run, ours["dataset"], theirs, other_data)
     if (
         theirs["dataset"].get("fingerprint") is None
@@ -966,7 +969,9 @@ def _differing(
     ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig
 ) -> list[str]:
     free = (
-        TrainConfig.FREE | ({"steps"} if config.cooldown == 0 else set()) | {"dataset"}
+        TrainConfig.FREE
+        | ({"steps"} if config.cooldown == 0 else set())
+        | {"dataset", "random"}
     )
     # an option that a run's folder does not know is younger than the run, which did as the default does
     younger = {
@@ -1166,6 +1171,7 @@ def load_run(
             f"{run} is not a training run: it has no config.json, as `diffussm train` writes"
         )
     values = _read_config(run)
+    values.pop("random", None)
     classes = values.pop("dataset").get("classes", [])
     checkpoint = find_checkpoint(run, step)
     if checkpoint is None:

@@ -1,7 +1,9 @@
 """Chapter 8: digits, OpenMoji, folders, ADM's crop, the order of samples, and odd files."""
 
 import errno
+import hashlib
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -29,7 +31,9 @@ from diffussm.data import (
     decode_image,
     digits,
     draw_openmoji,
+    generator,
     load_batch,
+    random_bits,
     read_image,
     sample_order,
     scan,
@@ -114,7 +118,11 @@ def test_order_is_the_same_in_another_process_and_touches_no_global_generator():
     )
 
 
-def test_hash_is_splitmix64():
+# of (0, "noise", 17), worked out with the plain integers of the test below
+GOLDEN_BITS = 0xB8EF422D97F05F90
+
+
+def test_random_bits_are_splitmix64():
     """Plain integers against the arrays, and the published first outputs of SplitMix64 from state 0."""
     mask = (1 << 64) - 1
 
@@ -128,11 +136,25 @@ def test_hash_is_splitmix64():
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
     ]
-    key = 0
-    for part in (5, data.FLIP, 2):
-        key = mix((key + golden * (part + 1)) & mask)
-    expected = [mix((key + golden * (i + 1)) & mask) for i in range(10)]
-    assert data.hash64(5, data.FLIP, 2, np.arange(10)).tolist() == expected
+    key = int.from_bytes(hashlib.sha256(b"5/flips").digest()[:8], "little")
+    numbers = [*range(10), 2**63, 2**64 - 1]
+    expected = [mix((key + golden * i) & mask) for i in numbers]
+    assert random_bits(5, "flips", np.array(numbers, np.uint64)).tolist() == expected
+    assert [int(random_bits(5, "flips", i)) for i in numbers] == expected
+    # what a run that lasts for weeks stands on must not move with a version of anything
+    assert int(random_bits(0, "noise", 17)) == GOLDEN_BITS
+    assert generator(0, "noise", 17).initial_seed() == GOLDEN_BITS
+
+
+def test_every_seed_purpose_and_number_has_draws_of_its_own():
+    # sampling once started its batches from the noise of the first training steps, bit for bit
+    words = "timesteps noise posterior samples grid weights crops"
+    purposes = [*words.split(), "label dropout"]
+    keys = list(itertools.product((0, 1, 10), purposes, (0, 1, 17)))
+    draws = {tuple(torch.rand(4, generator=generator(*key)).tolist()) for key in keys}
+    assert len(draws) == len(keys)
+    again = torch.rand(4, generator=generator(*keys[5]))
+    assert torch.equal(again, torch.rand(4, generator=generator(*keys[5])))
 
 
 def test_changing_the_returned_order_changes_nothing():

@@ -223,6 +223,20 @@ def test_a_killed_start_and_a_killed_end_are_gone_on_from(tmp_path):
         draw(tmp_path / "set.npz")
 
 
+def test_a_set_begun_with_earlier_random_streams_is_not_gone_on_with(tmp_path):
+    draw(tmp_path / "set")
+    file = tmp_path / "set" / "samples.json"
+    record = json.loads(file.read_text())
+    assert record["random"] == 2
+    del record["random"]
+    file.write_text(json.dumps(record))
+    draw(tmp_path / "set")  # it is complete: nothing is drawn
+    assert "random" not in json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"complete": False}))
+    with pytest.raises(ValueError, match="choose another name, or finish it with"):
+        draw(tmp_path / "set")
+
+
 def test_a_folder_says_of_each_image_which_class_it_is(tmp_path):
     draw(tmp_path / "set", replace(FEW, classes=(7, 3)))
     labels = json.loads((tmp_path / "set" / "labels.json").read_text())

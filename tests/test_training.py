@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from diffussm import training
 from diffussm.bidirectional import convolve
-from diffussm.data import ImageFolder, TensorData, batch_indices, digits
+from diffussm.data import ImageFolder, TensorData, batch_indices, digits, generator
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
@@ -39,7 +40,6 @@ from diffussm.training import (
     parameter_groups,
     replay,
     snapshot,
-    stream,
     train,
     training_batch,
     training_batches,
@@ -145,16 +145,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
         assert not torch.equal(a.noise, other.noise) and not torch.equal(a.t, other.t)
 
 
-def test_no_two_streams_are_alike():
-    # sampling once started its batches from the noise of the first training steps, bit for bit
-    keys = [
-        (seed, purpose, number)
-        for seed in (0, 1)
-        for purpose in ("training", "samples", "grid")
-        for number in (0, 1)
-    ]
-    draws = {tuple(torch.rand(4, generator=stream(*key)).tolist()) for key in keys}
-    assert len(draws) == len(keys)
+def test_each_draw_of_a_step_has_a_purpose_of_its_own():
+    # so that no draw depends on which others are made, or in which order
+    data = TensorData(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    batch = training_batch(data, model, TINY, 3)
+    shape, count = batch.noise.shape, (TINY.batch_size,)
+    draw = partial(generator, TINY.seed, number=3)
+    assert torch.equal(batch.noise, torch.randn(shape, generator=draw("noise")))
+    t = torch.randint(TINY.timesteps, count, generator=draw("timesteps"))
+    assert torch.equal(batch.t, t)
+    labels = data.labels[batch_indices(50, *count, 3, TINY.seed)]
+    dropped = model.drop_labels(labels, draw("label dropout"))
+    assert torch.equal(batch.y, dropped)
 
 
 def test_drawing_a_batch_leaves_the_global_generator_alone():
@@ -899,6 +902,20 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
     file.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="differs in lr"):
         run_tiny(tmp_path / "run", steps=12)
+
+
+def test_a_run_of_earlier_random_streams_says_so_and_goes_on(tmp_path, capsys):
+    run_tiny(tmp_path / "run", steps=4)
+    file = tmp_path / "run" / "config.json"
+    values = json.loads(file.read_text())
+    assert values["random"] == 2
+    run_tiny(tmp_path / "run", steps=5)
+    assert "random numbers" not in capsys.readouterr().err
+    del values["random"]
+    file.write_text(json.dumps(values))
+    assert run_tiny(tmp_path / "run").step == 10
+    assert "drew its random numbers in another way" in capsys.readouterr().err
+    assert load_run(tmp_path / "run")[1].steps == 4
 
 
 def test_exif_is_no_question_of_digits(tmp_path):
