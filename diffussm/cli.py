@@ -1171,11 +1171,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
     ):
         _refuse_idle(given, "for .npz files, whose pictures are as they are")
 
-    from diffussm import evaluation
+    from diffussm import evaluation, metrics
 
     if options.self_test:
         try:
-            evaluation.self_test()
+            metrics.self_test()
         except AssertionError as error:
             raise ValueError(f"the metrics are wrong here: {error}") from error
         print("the metrics give what they must on data with known answers")

@@ -20,15 +20,18 @@ from torch import Tensor
 
 from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, random_bits
 from diffussm.latents import LmdbImages, full_precision, images_from
+from diffussm.metrics import (
+    NEAREST,
+    PART,
+    RunningMoments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from diffussm.training import _sha256
 
 __all__ = [
-    "frechet_distance",
-    "NEAREST",
-    "DISTANCES",
-    "precision_recall",
-    "PART",
-    "inception_score",
     "WEIGHTS",
     "Extractor",
     "check_weights",
@@ -46,101 +49,7 @@ __all__ = [
     "SCORES",
     "scores",
     "evaluate",
-    "self_test",
 ]
-
-
-def frechet_distance(
-    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
-) -> float:
-    """Squared Fréchet distance of two Gaussians, eq-evaluation-frechet: means (d,), covariances (d, d).
-
-    Raises ValueError for shapes that do not fit and values that are not finite.
-    """
-    mu1, sigma1, mu2, sigma2 = (
-        np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)
-    )
-    d = mu1.shape
-    if len(d) != 1 or mu2.shape != d or sigma1.shape != d * 2 or sigma2.shape != d * 2:
-        shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(
-            f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d"
-        )
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError(
-            "a mean or covariance is not finite; look at the images and at the features"
-        )
-    values, vectors = np.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    crossed = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
-    squared = (
-        np.square(mu1 - mu2).sum()
-        + np.trace(sigma1)
-        + np.trace(sigma2)
-        - 2 * np.sqrt(crossed).sum()
-    )
-    return max(float(squared), 0.0)  # round-off can leave -1e-10
-
-
-NEAREST = 3  # the neighbour whose distance is a ball's radius
-DISTANCES = 2**27  # held at once at the most: half a gigabyte of float32
-
-
-def precision_recall(
-    real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 4096
-) -> tuple[float, float]:
-    """Improved precision and recall: features (n, d) and (m, d), balls to the k-th nearest neighbour.
-
-    Distances are computed in the features' own precision and on their device, `block` rows at a time, or
-    fewer where that would be more than DISTANCES. Raises ValueError when there are too few points or a
-    feature is not finite.
-    """
-    for name, points in (("real", real), ("fake", fake)):
-        if points.ndim != 2 or len(points) <= k:
-            raise ValueError(
-                f"{name} features have shape {tuple(points.shape)}: expected (n, d), n over {k}"
-            )
-        if not bool(torch.isfinite(points).all()):
-            raise ValueError(f"{name} features are not finite")
-    block = max(1, min(block, DISTANCES // max(len(real), len(fake))))
-
-    def radii(points: Tensor) -> Tensor:
-        near = [
-            torch.cdist(part, points).kthvalue(k + 1, dim=1).values
-            for part in points.split(block)
-        ]
-        return torch.cat(near)  # (n,): k + 1, because each point is its own nearest
-
-    def covered(points: Tensor, centres: Tensor, radius: Tensor) -> float:
-        inside = [
-            (torch.cdist(part, centres) <= radius).any(dim=1)
-            for part in points.split(block)
-        ]
-        return float(torch.cat(inside).double().mean())
-
-    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
-
-
-PART = 5000  # images of one part, ADM's number
-
-
-def inception_score(logits: Tensor, part: int = PART) -> float:
-    """eq-evaluation-inception of consecutive parts of `part` rows, averaged as ADM does: logits (n, classes).
-
-    The last part may be shorter. With more than one part the order of the rows matters; `statistics` gives
-    them an order that the images decide and not their files. Raises ValueError when there are none.
-    """
-    if not len(logits):
-        raise ValueError("no logits: an Inception score needs images")
-    log_p = logits.double().log_softmax(dim=1)
-    scores = []
-    for rows in log_p.split(part):
-        log_marginal = rows.logsumexp(dim=0) - np.log(len(rows))
-        scores.append(
-            float(((rows.exp() * (rows - log_marginal)).sum(dim=1)).mean().exp())
-        )
-    return float(np.mean(scores))
-
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -180,7 +89,7 @@ def check_weights(path: str | Path, starts_with: str = "6726825d") -> str:
 
 
 class Inception:
-    """The network that FID is defined by, in torch-fidelity's port; an `Extractor` (chapter 12).
+    """The network that FID is defined by, in torch-fidelity's port; an `Extractor`.
 
     `starts_with` is what the file's sha256 must start with; tests pass "" for weights of their own.
     """
@@ -447,31 +356,6 @@ class Statistics:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-class _Moments:
-    """Mean and covariance of a stream, in float64, about the first batch's mean so that nothing cancels."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        x = x.double()
-        if not self.count:
-            self.origin = x.mean(dim=0)
-            self.first, self.second = (
-                torch.zeros_like(self.origin),
-                x.new_zeros(x.shape[1], x.shape[1]),
-            )
-        x = x - self.origin
-        self.count += len(x)
-        self.first += x.sum(dim=0)
-        self.second += x.T @ x
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        mean = self.first / self.count
-        sigma = (self.second - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return (mean + self.origin).numpy(), sigma.numpy()
-
-
 def statistics(
     source: Source | ImageSet,
     extractor: Extractor,
@@ -485,7 +369,7 @@ def statistics(
     finite.
     """
     images = source if isinstance(source, ImageSet) else ImageSet(source)
-    moments: dict[str, _Moments] = {}
+    moments: dict[str, RunningMoments] = {}
     kept = _Kept(keep)
     digests: list[bytes] = []
     shape: tuple[int, ...] = ()
@@ -499,7 +383,7 @@ def statistics(
                     f"the {name} features of {extractor.name} are not finite for some images"
                 )
             if name != "logits":
-                moments.setdefault(name, _Moments()).add(x)
+                moments.setdefault(name, RunningMoments()).add(x)
         single = {name: x.float() for name, x in features.items() if name != "spatial"}
         kept.add(_keys(digests[-len(batch) :]), single)
     if len(digests) < 2:
@@ -684,13 +568,13 @@ def _kind(images: ImageSet) -> str:
     return "lmdb" if isinstance(images.files, LmdbImages) else "folder"
 
 
-SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
+SCORES = ("fid", "sfid", "kid", "inception_score", "precision", "recall")
 
 
 def scores(
     samples: Statistics, reference: Statistics, device: str | torch.device = "cpu"
 ) -> dict[str, float | None]:
-    """FID, sFID, Inception score, precision and recall; None for what the features do not allow.
+    """FID, sFID, KID, Inception score, precision and recall; None for what the features do not allow.
 
     Distances between features are computed on `device`.
     """
@@ -739,6 +623,7 @@ def _scored(
                 "seed": SEED,
                 "distances": f"{real.dtype} on {real.device.type}",
             }
+            result["kid"] = kernel_distance(reference.pool, samples.pool)
     return result, how
 
 
@@ -905,36 +790,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def self_test() -> None:
-    """Metrics on data with known answers; raises AssertionError when one is wrong.
-
-    What went wrong in other projects: a set against itself must give 0 and (1, 1); the spatial features must
-    be laid out position by position; moments of a stream must be those of the whole.
-    """
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 8))
-    mu, sigma = x.mean(0), np.cov(x, rowvar=False)
-    assert frechet_distance(mu, sigma, mu, sigma) < 1e-9, (
-        "a set is not at distance 0 from itself"
-    )
-    shifted = frechet_distance(mu, sigma, mu + 1, sigma)
-    assert abs(shifted - 8) < 1e-9, (
-        f"a shift by 1 in 8 dimensions gives {shifted}, not 8"
-    )
-    scaled = frechet_distance(np.zeros(8), np.eye(8), np.zeros(8), 9 * np.eye(8))
-    assert abs(scaled - 32) < 1e-9, (
-        f"standard deviations 1 and 3 in 8 dimensions give {scaled}, not 32"
-    )
-    points = torch.from_numpy(x)
-    assert precision_recall(points, points) == (1.0, 1.0), "a set does not cover itself"
-    assert precision_recall(points, points + 1e3) == (0.0, 0.0), (
-        "sets far apart cover each other"
-    )
-    moments = _Moments()
-    for part in points.split(37):
-        moments.add(part)
-    assert np.allclose(moments.read()[1], sigma, rtol=1e-10), (
-        "moments of a stream are not those of the whole"
-    )

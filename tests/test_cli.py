@@ -475,10 +475,10 @@ def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(
 
 
 def test_the_self_test_passes_and_says_when_it_does_not(monkeypatch):
-    from diffussm import evaluation
+    from diffussm import metrics
 
     assert "known answers" in diffussm("evaluate --self-test")
-    monkeypatch.setattr(evaluation, "frechet_distance", lambda *moments: 1.0)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *moments: 1.0)
     assert "wrong here" in diffussm("evaluate --self-test", 1)
 
 

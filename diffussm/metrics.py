@@ -1,0 +1,211 @@
+"""Metrics.
+
+Generated from book/56_metrics.md by `make export`: edit there.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "frechet_distance",
+    "RunningMoments",
+    "BLOCK",
+    "kernel_distance",
+    "NEAREST",
+    "DISTANCES",
+    "precision_recall",
+    "PART",
+    "inception_score",
+    "self_test",
+]
+
+
+def frechet_distance(
+    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
+) -> float:
+    """Squared Fréchet distance of two Gaussians, eq-evaluation-frechet.
+
+    Means (d,), covariances (d, d). Raises ValueError for other shapes and for values
+    that are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = _checked_moments(mu1, sigma1, mu2, sigma2)
+    values, vectors = np.linalg.eigh(sigma1)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    crossed = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
+    squared = (
+        np.square(mu1 - mu2).sum()
+        + np.trace(sigma1)
+        + np.trace(sigma2)
+        - 2 * np.sqrt(crossed).sum()
+    )
+    return max(float(squared), 0.0)  # round-off can leave -1e-10
+
+
+def _checked_moments(*given: np.ndarray) -> list[np.ndarray]:
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in given)
+    d = mu1.shape
+    if len(d) != 1 or mu2.shape != d or sigma1.shape != d * 2 or sigma2.shape != d * 2:
+        shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
+        raise ValueError(
+            f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d"
+        )
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError(
+            "a mean or covariance is not finite; look at the images and at the features"
+        )
+    return [mu1, sigma1, mu2, sigma2]
+
+
+class RunningMoments:
+    """Mean and covariance of a stream of vectors, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the rows of `x` (B, d) in."""
+        x = x.double()
+        if not self.count:
+            self.origin = x.mean(dim=0)
+            self.first = torch.zeros_like(self.origin)
+            self.second = x.new_zeros(x.shape[1], x.shape[1])
+        x = x - self.origin
+        self.count += len(x)
+        self.first += x.sum(dim=0)
+        self.second += x.T @ x
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """The mean (d,) and the covariance (d, d), with n - 1 in its denominator."""
+        mean = self.first / self.count
+        sigma = (self.second - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return (mean + self.origin).numpy(), sigma.numpy()
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
+    """eq-metrics-kid: x and y (m, d) -> scalar; may be negative."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    m, xx, yy = len(x), kernel(x, x), kernel(y, y)
+    within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+    return within / (m * (m - 1)) - 2 * kernel(x, y).mean()
+
+
+BLOCK = 1000  # points of a block, as in its authors' code
+
+
+def kernel_distance(real: Tensor, fake: Tensor, block: int = BLOCK) -> float:
+    """KID: the mean of eq-metrics-kid over pairs of blocks, features (n, d) and (m, d).
+
+    Its unit is that of the kernel, eq-metrics-kernel; papers often show it times 1,000.
+    Without bias, so that it may be slightly negative. Computed in float64; points that
+    fill no block are left out. Raises ValueError as `precision_recall` does.
+
+    Source: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
+    """
+    _check_clouds(real, fake, 1)
+    size = min(block, len(real), len(fake))
+    pairs = zip(*(torch.split(z.double(), size) for z in (real, fake)), strict=False)
+    whole = [(x, y) for x, y in pairs if len(x) == len(y) == size]
+    return float(torch.stack([_squared_mmd(x, y) for x, y in whole]).mean())
+
+
+def _check_clouds(real: Tensor, fake: Tensor, more_than: int) -> None:
+    for name, points in (("real", real), ("fake", fake)):
+        if points.ndim != 2 or len(points) <= more_than:
+            raise ValueError(
+                f"{name} features have shape {tuple(points.shape)}: "
+                f"expected (n, d), n over {more_than}"
+            )
+        if not bool(torch.isfinite(points).all()):
+            raise ValueError(f"{name} features are not finite")
+
+
+NEAREST = 3  # the neighbour whose distance is a ball's radius
+
+
+def _radii(points: Tensor, k: int, rows: int) -> Tensor:
+    """The distance of each point to its k-th nearest: (n, d) -> (n,)."""
+    near = [
+        torch.cdist(part, points).kthvalue(k + 1, dim=1).values
+        for part in torch.split(points, rows)
+    ]
+    return torch.cat(near)  # k + 1, because each point is its own nearest
+
+
+def _covered(points: Tensor, centres: Tensor, radius: Tensor, rows: int) -> float:
+    """The share of `points` that lie in some ball."""
+    inside = [
+        (torch.cdist(part, centres) <= radius).any(dim=1)
+        for part in torch.split(points, rows)
+    ]
+    return float(torch.cat(inside).double().mean())
+
+
+DISTANCES = 2**27  # held at once at the most: half a gigabyte of float32
+
+
+def precision_recall(
+    real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 4096
+) -> tuple[float, float]:
+    """Improved precision and recall: features (n, d) and (m, d), balls to the k-th.
+
+    Distances are computed in the features' own precision and on their device, `block`
+    rows at a time, or fewer where that would be more than DISTANCES. Raises ValueError
+    when there are too few points or a feature is not finite.
+    """
+    _check_clouds(real, fake, k)
+    rows = max(1, min(block, DISTANCES // max(len(real), len(fake))))
+    precision = _covered(fake, real, _radii(real, k, rows), rows)
+    recall = _covered(real, fake, _radii(fake, k, rows), rows)
+    return precision, recall
+
+
+PART = 5000  # images of one part, ADM's number
+
+
+def inception_score(logits: Tensor, part: int = PART) -> float:
+    """eq-evaluation-inception of consecutive parts, averaged: logits (n, classes).
+
+    As ADM does; the last part may be shorter. With more than one part the order of the
+    rows matters. Raises ValueError when there are none.
+    """
+    if not len(logits):
+        raise ValueError("no logits: an Inception score needs images")
+    log_p = logits.double().log_softmax(dim=1)
+    scores = []
+    for rows in torch.split(log_p, part):
+        log_marginal = rows.logsumexp(dim=0) - np.log(len(rows))
+        divergence = (rows.exp() * (rows - log_marginal)).sum(dim=1)
+        scores.append(float(divergence.mean().exp()))
+    return float(np.mean(scores))
+
+
+def _known_answers() -> Iterator[tuple[str, object, object]]:
+    """What is computed, what came out, what must."""
+    x = np.random.default_rng(0).normal(size=(400, 8))
+    mu, sigma, zero, one = x.mean(0), np.cov(x, rowvar=False), np.zeros(8), np.eye(8)
+    yield "a set at distance 0 from itself", frechet_distance(mu, sigma, mu, sigma), 0
+    yield "a shift by 1 in 8 axes", frechet_distance(mu, sigma, mu + 1, sigma), 8
+    yield "deviations 1 and 3 in 8 axes", frechet_distance(zero, one, zero, 9 * one), 32
+    points = torch.from_numpy(x)
+    yield "a set that covers itself", precision_recall(points, points), (1, 1)
+    yield "sets far apart", precision_recall(points, points + 1e3), (0, 0)
+    corner = torch.ones(5, 8)
+    yield "a corner of a cube and its centre", kernel_distance(corner, 0 * corner), 7
+    yield "ten certain classes", inception_score(50 * torch.eye(10)), 10
+    stream = RunningMoments()
+    for part in torch.split(points, 37):
+        stream.add(part)
+    yield "the covariance of a stream", stream.read()[1], sigma
+
+
+def self_test() -> None:
+    """Metrics on data with known answers; raises AssertionError when one is wrong."""
+    for what, found, expected in _known_answers():
+        if not np.allclose(np.asarray(found), np.asarray(expected), rtol=0, atol=1e-9):
+            raise AssertionError(f"{what}: found {found}, expected {expected}")
