@@ -201,7 +201,7 @@ class Certain(Colours):
 
 def test_the_order_of_files_decides_no_score(tmp_path, monkeypatch):
     monkeypatch.setattr("diffussm.evaluation.PART", 10)
-    monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 25)
+    monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 20)
     images = of_ten_classes(100)
     names = {
         "sorted": np.arange(100),
