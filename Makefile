@@ -20,7 +20,7 @@ define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
 endef
 
-.PHONY: help venv export fresh render book chapters test rehearsal lint tidy lab bench clean
+.PHONY: help venv export fresh render book chapters test rehearsal lint house tidy lab bench clean
 
 help: ## say what each command does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ lint: venv ## ruff and mypy
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+house: venv ## how long cells, pages and modules are, and what may still be shorter
+	@$(RUN) -m tools.house
 
 tidy: venv ## format code, and store the chapters as JupyterLab will
 	@$(RUN) -m ruff format .

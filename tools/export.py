@@ -42,11 +42,6 @@ class ExportError(Exception):
         self.faults = faults
 
 
-def expected_module(chapter: Chapter) -> str:
-    """The module that a chapter's file name stands for: ``book/11_state_space.md`` is ``state_space``."""
-    return chapter.path.stem[3:]
-
-
 def _where(chapter: Chapter, cell: Cell, lineno: int | None = 1) -> str:
     return f"{chapter.name}, cell {cell.number}, line {cell.line + (lineno or 1) - 1}"
 
@@ -163,22 +158,24 @@ class _Module:
                     for name, line in folding.members(node)
                 }
         elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                if isinstance(target, ast.Name) and re.fullmatch(
-                    r"_{0,2}[A-Z]\w*", target.id
-                ):
-                    self._define(target.id, where)
-                else:
-                    self.faults.append(
-                        f"{where}: `{ast.unparse(target)} = ...` at the top of a module; only constants "
-                        "(UPPER_CASE) and type aliases (CamelCase) are exported"
-                    )
+            self._judge_assignment(node, where)
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             self.faults.append(
                 f"{where}: `{ast.unparse(node).splitlines()[0]}` would run on import; only imports, "
                 "functions, classes and constants are exported"
             )
+
+    def _judge_assignment(self, node: ast.Assign | ast.AnnAssign, where: str) -> None:
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name) and re.fullmatch(
+                r"_{0,2}[A-Z]\w*", target.id
+            ):
+                self._define(target.id, where)
+            else:
+                self.faults.append(
+                    f"{where}: `{ast.unparse(target)} = ...` at the top of a module; only constants "
+                    "(UPPER_CASE) and type aliases (CamelCase) are exported"
+                )
 
     def _judge_method(self, cell: Cell, node: ast.stmt) -> None:
         """A method must belong to a class of an exported cell above, and be the only one of its name."""
@@ -360,6 +357,29 @@ def _format(root: Path, module: _Module) -> str:
     return text
 
 
+def _chapter_faults(chapter: Chapter) -> Iterator[str]:
+    """What is wrong with a chapter's header, title and tags."""
+    module = chapter.module
+    for cell in chapter.exported:
+        target = cell.metadata.get("export-to", module)
+        if target is None or str(target).removeprefix(f"{PACKAGE}.") != module:
+            yield (
+                f"{_where(chapter, cell)}: exports to {target}, but the module of the chapter, `module:` "
+                f"in its front matter, is {module}"
+            )
+    if not module:
+        return
+    expected = chapter.path.stem[3:]  # the file's name after its number
+    if module != expected:
+        yield f"{chapter.name}: `module: {module}`, expected {expected}"
+    if not chapter.title:
+        yield (
+            f"{chapter.name}: no title (a line `# ...`), it becomes the module's docstring"
+        )
+    if not chapter.exported:
+        yield f"{chapter.name}: `module: {module}`, but no cell is tagged `export`"
+
+
 def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
     """The text of every module of the package, by path; ``only`` names chapters, such as ``11_state_space``.
 
@@ -387,43 +407,20 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
                 )
         if chapter.path.stem not in selected:
             continue
-        for cell in chapter.exported:
-            target = cell.metadata.get("export-to", chapter.module)
-            if (
-                target is None
-                or str(target).removeprefix(f"{PACKAGE}.") != chapter.module
-            ):
-                faults.append(
-                    f"{_where(chapter, cell)}: exports to {target}, but the module of the chapter, `module:` "
-                    f"in its front matter, is {chapter.module}"
-                )
-        if not chapter.module:
-            continue
-        if chapter.module != expected_module(chapter):
-            faults.append(
-                f"{chapter.name}: `module: {chapter.module}`, expected {expected_module(chapter)}"
-            )
-        if not chapter.title:
-            faults.append(
-                f"{chapter.name}: no title (a line `# ...`), it becomes the module's docstring"
-            )
-        if not chapter.exported:
-            faults.append(
-                f"{chapter.name}: `module: {chapter.module}`, but no cell is tagged `export`"
-            )
-            continue
-        module = _Module(chapter, pages, helpers)
-        for cell in chapter.exported:
-            module.add(cell)
-        if not module.faults:
-            texts[root / PACKAGE / f"{chapter.module}.py"] = _format(root, module)
-        faults += module.faults
+        faults += _chapter_faults(chapter)
+        if chapter.module and chapter.exported:
+            module = _Module(chapter, pages, helpers)
+            for cell in chapter.exported:
+                module.add(cell)
+            if not module.faults:
+                texts[root / PACKAGE / f"{chapter.module}.py"] = _format(root, module)
+            faults += module.faults
     if only is None:
-        for path in sorted((root / PACKAGE).glob("*.py")):
-            if path.stem not in owners and path.name not in HAND_WRITTEN:
-                faults.append(
-                    f"{PACKAGE}/{path.name}: no chapter exports it; delete it"
-                )
+        faults += [
+            f"{PACKAGE}/{path.name}: no chapter exports it; delete it"
+            for path in sorted((root / PACKAGE).glob("*.py"))
+            if path.stem not in owners and path.name not in HAND_WRITTEN
+        ]
     if faults:
         raise ExportError(faults)
     return texts

@@ -1,0 +1,125 @@
+"""Who imports whom in the package, and which public names nobody takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.book import ROOT, chapters, read_chapter
+
+__all__ = ["imports", "unused_names"]
+
+
+def imports(root: Path = ROOT) -> dict[str, set[str]]:
+    """Which modules of the package each module imports, wherever the import stands."""
+    found: dict[str, set[str]] = {}
+    names = {path.stem for path in (root / "diffussm").glob("[!_]*.py")}
+    for name in sorted(names):
+        tree = ast.parse((root / "diffussm" / f"{name}.py").read_text(encoding="utf-8"))
+        found[name] = {
+            part
+            for node in ast.walk(tree)
+            for imported in _imported(node)
+            for part in imported.split(".")[1:2]
+            if part in names
+        }
+    return found
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    """The full names that an import of the package binds: ``diffussm.model.DiffuSSM``."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        names = []
+    yield from (name for name in names if name.partition(".")[0] == "diffussm")
+
+
+def unused_names(root: Path = ROOT) -> list[str]:
+    """Public names that nobody outside the module imports, nor any public signature in it mentions."""
+    used: dict[str, set[str]] = {}  # "model.DiffuSSM" -> where
+    for folder in ("diffussm", "book", "tests", "tools", "benchmarks", "."):
+        for path in (root / folder).glob("*.*"):
+            for name in _uses(path, root):
+                used.setdefault(name, set()).add(path.stem)
+    unused = []
+    for chapter in chapters(root):
+        if chapter.module:
+            own = {chapter.path.stem, chapter.module}
+            path = root / "diffussm" / f"{chapter.module}.py"
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            told = set(_told(tree))
+            unused += [
+                f"{chapter.module}.{name}"
+                for name in _public(tree)
+                if name not in told
+                and not used.get(f"{chapter.module}.{name}", set()) - own
+            ]
+    return unused
+
+
+def _public(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def _told(tree: ast.Module) -> Iterator[str]:
+    """The names in bases, in annotations of fields, and in signatures of public functions."""
+    for node in ast.walk(tree):
+        told: list[ast.expr | None] = []
+        if isinstance(node, ast.ClassDef):
+            told += node.bases
+        elif isinstance(node, ast.AnnAssign):
+            told.append(node.annotation)
+        elif isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef
+        ) and not node.name.startswith("_"):
+            told += [
+                *(a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg))
+            ]
+            told.append(node.returns)
+        for expression in filter(None, told):
+            yield from re.findall(r"\w+", ast.unparse(expression))
+
+
+def _uses(path: Path, root: Path) -> Iterator[str]:
+    """What a file takes from the package, as "module.name"."""
+    if path.suffix not in (".py", ".md"):
+        return
+    text = path.read_text(encoding="utf-8")
+    yield from re.findall(r"\bdiffussm\.(\w+\.\w+)", text)
+    sources = (
+        [text]
+        if path.suffix == ".py"
+        else [c.source for c in read_chapter(path, root).cells]
+    )
+    aliases: dict[str, str] = {}
+    for source in sources:
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "diffussm":
+                aliases |= {
+                    alias.asname or alias.name: alias.name for alias in node.names
+                }
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "diffussm."
+            ):
+                yield from (
+                    f"{(node.module or '')[9:]}.{alias.name}" for alias in node.names
+                )
+            elif isinstance(node, ast.Import):
+                aliases |= {
+                    alias.asname: alias.name[9:] for alias in node.names if alias.asname
+                }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases:
+                yield f"{aliases[ast.unparse(node.value)]}.{node.attr}"
