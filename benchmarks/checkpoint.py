@@ -20,15 +20,15 @@ import torch
 from benchmarks.common import Disagreement, command, report
 from diffussm.distributed import Cluster
 from diffussm.model import PRESETS, DiffuSSMConfig
-from diffussm.training import TrainConfig, TrainState, snapshot, write_checkpoint
+from diffussm.training import Execution, Recipe, TrainState, snapshot, write_checkpoint
 
 LIMIT = 10.0
 
 
-def make_state(preset: str, world: Cluster) -> tuple[TrainConfig, TrainState]:
+def make_state(preset: str, world: Cluster) -> tuple[Recipe, TrainState]:
     """A state that has everything a checkpoint holds, moments included."""
-    config = TrainConfig(model=DiffuSSMConfig(**PRESETS[preset]))
-    state = TrainState.create(config, world)
+    config = Recipe(model=DiffuSSMConfig(**PRESETS[preset]))
+    state = TrainState.create(config, Execution(), world)
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds["synchronous"].append(time.perf_counter() - begun)
 
             begun = time.perf_counter()
-            world.save(Path(folder, "b"), snapshot(state, world), config)
+            world.save(Path(folder, "b"), snapshot(state, world), config, Execution())
             seconds["training waits"].append(time.perf_counter() - begun)
             world.finish()
             records = [

@@ -13,9 +13,10 @@ __all__ = [
     "DiffuSSM",
     "DiffuSSMConfig",
     "DiffuSSMPipeline",
+    "Execution",
     "GaussianDiffusion",
     "PRESETS",
-    "TrainConfig",
+    "Recipe",
     "__version__",
     "evaluate",
     "sample",
@@ -30,16 +31,18 @@ if TYPE_CHECKING:
     from diffussm.model import DiffuSSMConfig as DiffuSSMConfig
     from diffussm.pipeline import DiffuSSMPipeline as DiffuSSMPipeline
     from diffussm.sampling import sample as sample
-    from diffussm.training import TrainConfig as TrainConfig
+    from diffussm.training import Execution as Execution
+    from diffussm.training import Recipe as Recipe
     from diffussm.training import train as train
 else:  # the same names, imported on first use: `diffussm --help` does not wait for torch
     _HOMES = {
         "DiffuSSM": "model",
         "DiffuSSMConfig": "model",
         "DiffuSSMPipeline": "pipeline",
+        "Execution": "training",
         "GaussianDiffusion": "diffusion",
         "PRESETS": "model",
-        "TrainConfig": "training",
+        "Recipe": "training",
         "evaluate": "evaluation",
         "sample": "sampling",
         "train": "training",

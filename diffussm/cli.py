@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffussm.data import Dataset
     from diffussm.model import DiffuSSM
     from diffussm.samples import SampleConfig
-    from diffussm.training import TrainConfig
+    from diffussm.training import Execution, Recipe
 
 __all__ = [
     "recipe_files",
@@ -81,14 +81,14 @@ def recipe_files() -> dict[str, Path]:
     }
 
 
-def read_recipe(name: str) -> "TrainConfig":
+def read_recipe(name: str) -> "tuple[Recipe, Execution]":
     """The configuration of a training run: the name of a recipe that comes with the package, or a YAML file.
 
     Raises ValueError or OSError for a file that is none: unknown keys, wrong types, impossible values.
     """
     import yaml
 
-    from diffussm.training import TrainConfig
+    from diffussm.training import RENAMED, Execution, Recipe, from_flat
 
     known = recipe_files()
     file = known.get(name) or Path(name)
@@ -107,9 +107,9 @@ def read_recipe(name: str) -> "TrainConfig":
         raise ValueError(
             f"{file} is no recipe; expected lines such as 'steps: 1000' and a 'model:' section"
         )
-    types = {field.name: field.type for field in fields(TrainConfig)}
+    types = {f.name: f.type for part in (Recipe, Execution) for f in fields(part)}
     for key, value in values.items():
-        kind = types.get(key)
+        kind = types.get(str(RENAMED.get(key, key)))
         if kind is float and type(value) is int:
             values[key] = float(value) if abs(value) < 2**53 else math.inf
         elif kind in (int, float, bool, str) and type(value) is not kind:
@@ -122,7 +122,7 @@ def read_recipe(name: str) -> "TrainConfig":
                 f"{file}: {key} is {value!r:.60}, expected {kind.__name__}{hint}"
             )
     try:
-        return TrainConfig.from_dict(values)
+        return from_flat(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -472,7 +472,7 @@ def _cluster(command: str, device: str | None, *, stoppable: bool = False) -> An
     return Cluster(device, stoppable=stoppable, report=partial(_report, command))
 
 
-def open_data(config: "TrainConfig") -> "Dataset":
+def open_data(config: "Recipe") -> "Dataset":
     """What `config.data` names: the digits, a latent store, or images (a folder, or an LMDB).
 
     Raises ValueError or OSError for what does not exist, is damaged, or cannot be what the model takes.
@@ -516,9 +516,23 @@ def open_data(config: "TrainConfig") -> "Dataset":
     )
 
 
+def _with_new_names(words: Sequence[str]) -> list[str]:
+    """The words of a command, with each flag's old name replaced, and a warning that says so."""
+    from diffussm.training import RENAMED
+
+    replaced = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        new = RENAMED.get(flag.removeprefix("--")) if flag.startswith("--") else None
+        if new is not None:
+            print(f"warning: {flag} is called --{new} now", file=sys.stderr)
+        replaced.append(f"--{new}{equals}{value}" if new else word)
+    return replaced
+
+
 def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    """The recipe and, with its values for defaults, every option of a `TrainConfig`."""
-    from diffussm.training import TrainConfig
+    """The recipe and, with its values for defaults, every option of a run."""
+    from diffussm.training import Execution, Recipe, flat
 
     names = ", ".join(recipe_files())
     parser.add_argument(
@@ -527,35 +541,36 @@ def _add_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below"
     )
-    parser.add_class_arguments(TrainConfig, help="options of the recipe", skip={"keep"})
+    parser.add_class_arguments(Recipe, help="what is learnt")
+    parser.add_class_arguments(Execution, help="how it is carried out", skip={"keep"})
     kept = "checkpoints to keep: steps or images, as in 400k,338M images"  # without the brackets of a YAML list
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=kept)
     if arguments and not arguments[0].startswith(
         "-"
     ):  # it decides the defaults of all other options
-        recipe = read_recipe(arguments[0])
-        parser.set_defaults(asdict(recipe) | {"keep": list(recipe.keep)})
+        recipe, execution = read_recipe(arguments[0])
+        parser.set_defaults(flat(recipe, execution) | {"keep": list(execution.keep)})
     elif not {"-h", "--help"} & set(arguments):
         raise ValueError(
             f"name what to train first, as in: {parser.prog} digits; the recipes are {names}"
         )
 
 
-def _recipe_of(options: Any) -> "TrainConfig":
-    from diffussm.training import TrainConfig
+def _recipe_of(options: Any) -> "tuple[Recipe, Execution]":
+    from diffussm.training import Execution, Recipe
 
-    return TrainConfig(
-        **{field.name: options[field.name] for field in fields(TrainConfig)}
+    recipe, execution = (
+        {field.name: options[field.name] for field in fields(part)}
+        for part in (Recipe, Execution)
     )
+    return Recipe(**recipe), Execution(**execution)
 
 
-def _is_latent(config: "TrainConfig") -> bool:
+def _is_latent(config: "Recipe") -> bool:
     return config.model.in_channels not in (1, 3)
 
 
-def _check_data_options(
-    given: set[str], config: "TrainConfig", data: "Dataset"
-) -> None:
+def _check_data_options(given: set[str], config: "Recipe", data: "Dataset") -> None:
     """ValueError for an option that this kind of data has no use for."""
     if config.data == "digits":
         _refuse_idle(given, "for digits")
@@ -592,14 +607,15 @@ def _train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--no_grid", action="store_true", help="draw no samples at the end"
     )
+    arguments = _with_new_names(arguments)
     _add_recipe(parser, arguments)
     options, given = _parse(parser, arguments)
-    config = _recipe_of(options)
-    if config.sample_every and _is_latent(config) and options.vae is None:
+    config, execution = _recipe_of(options)
+    if execution.sample_every and _is_latent(config) and options.vae is None:
         raise ValueError(
-            f"sample_every={config.sample_every}: to draw latents, say with --vae what decodes them"
+            f"sample_every={execution.sample_every}: to draw latents, say with --vae what decodes them"
         )
-    if options.no_grid and not config.sample_every:
+    if options.no_grid and not execution.sample_every:
         _refuse_idle(given, "where no samples are drawn")
     writer = _tensorboard() if options.tensorboard else None
     data = open_data(config)
@@ -612,11 +628,16 @@ def _train(arguments: Sequence[str]) -> int:
         _cluster("train", options.device, stoppable=True) as world,
         _interruptible(goes_on),  # for a process that leaves alone
     ):
-        return _train_here(config, data, options, world, writer)
+        return _train_here(config, execution, data, options, world, writer)
 
 
 def _train_here(
-    config: "TrainConfig", data: "Dataset", options: Any, world: Any, writer: Any
+    config: "Recipe",
+    execution: "Execution",
+    data: "Dataset",
+    options: Any,
+    world: Any,
+    writer: Any,
 ) -> int:
     """Train with the processes of `world`; the exit code."""
     from diffussm.distributed import EXIT_PREEMPTED
@@ -628,7 +649,9 @@ def _train_here(
         if options.vae
         else None
     )
-    world.once(lambda: _claim_run(out, config, data, world.size, options.other_data))
+    world.once(
+        lambda: _claim_run(out, config, execution, data, world.size, options.other_data)
+    )
 
     def draw(model: "DiffuSSM", step: int) -> None:
         picture = out / "samples" / f"step_{step:08d}.png"
@@ -655,7 +678,13 @@ def _train_here(
         )
     try:
         state = train(
-            config, out, world=world, dataset=data, on_log=log, on_samples=draw
+            config,
+            out,
+            execution,
+            world=world,
+            dataset=data,
+            on_log=log,
+            on_samples=draw,
         )
     except Preempted as stop:
         told = str(stop)
@@ -680,14 +709,19 @@ def _train_here(
 
 
 def _claim_run(
-    out: Path, config: "TrainConfig", data: "Dataset", processes: int, other_data: bool
+    out: Path,
+    config: "Recipe",
+    execution: "Execution",
+    data: "Dataset",
+    processes: int,
+    other_data: bool,
 ) -> None:
     """Every reason to refuse comes before the first file."""
     from diffussm.training import check_data, micro_batch_of, open_run
 
-    micro_batch_of(config, processes)
+    micro_batch_of(config, execution, processes)
     check_data(data, config)
-    open_run(out, config, data, other_data)
+    open_run(out, config, execution, data, other_data)
     (out / "preempted").unlink(missing_ok=True)
 
 
@@ -775,7 +809,7 @@ GRID_STEPS = 50  # of the pictures that training draws
 
 def draw_grid(
     model: "DiffuSSM",
-    config: "TrainConfig",
+    config: "Recipe",
     picture: Path,
     *,
     count: int = 8,
@@ -988,7 +1022,7 @@ def _check_sample_options(
     config: "SampleConfig",
     options: Any,
     given: set[str],
-    trained: "TrainConfig",
+    trained: "Recipe",
     names: Sequence[str],
 ) -> "SampleConfig":
     """The configuration for this run, with its classes; ValueError for options that it has no use for."""
@@ -1021,7 +1055,7 @@ def _check_sample_options(
 
 def _draw_grid(
     model: "DiffuSSM",
-    trained: "TrainConfig",
+    trained: "Recipe",
     config: "SampleConfig",
     options: Any,
     given: set[str],
@@ -1059,7 +1093,7 @@ def _draw_grid(
 
 def _draw_set(
     model: "DiffuSSM",
-    trained: "TrainConfig",
+    trained: "Recipe",
     config: "SampleConfig",
     options: Any,
     given: set[str],
@@ -1069,10 +1103,10 @@ def _draw_set(
 ) -> int:
     from diffussm.distributed import EXIT_PREEMPTED
     from diffussm.samples import draw_samples
-    from diffussm.training import Preempted, diffusion_of
+    from diffussm.training import Preempted, diffusion_of, read_run
 
     run = options["from"]
-    seen = json.loads((run / "config.json").read_text())["dataset"]["images"]
+    seen = read_run(run).data["images"]
     if "count" not in given and config.count > seen:
         raise ValueError(
             f"the preset {options.preset} draws {config.count:,} images, and this run has learnt from "
@@ -1109,7 +1143,7 @@ def _draw_set(
 
 
 def _how_many(
-    images: int, at_once: int, config: "SampleConfig", trained: "TrainConfig"
+    images: int, at_once: int, config: "SampleConfig", trained: "Recipe"
 ) -> str:
     """What is about to be drawn, in words; the last batch is whole too."""
     batches = math.ceil(images / at_once)
@@ -1314,7 +1348,9 @@ def saved_bytes(model: Any, precision: str) -> tuple[float, float]:
 RESERVE = 2e9  # bytes; assumed: what CUDA, NCCL and the allocator's gaps take
 
 
-def memory_needed(config: "TrainConfig", processes: int = 1) -> dict[str, float]:
+def memory_needed(
+    config: "Recipe", execution: "Execution", processes: int = 1
+) -> dict[str, float]:
     """Bytes that each process needs to train, by use, and their sum as "total"; computed, not measured.
 
     Raises ValueError if the batch cannot be shared by that many processes.
@@ -1322,18 +1358,19 @@ def memory_needed(config: "TrainConfig", processes: int = 1) -> dict[str, float]
     from diffussm.training import micro_batch_of
 
     model = config.model
-    images = micro_batch_of(config, processes)
+    images = micro_batch_of(config, execution, processes)
     fixed, each = saved_bytes(model, config.precision)
     block = fixed + images * each
     stream = 4.0 * images * model.seq_len // model.downsample * model.d_model
     parts = {
         "weights, gradients, average, moments": 5 * 4.0 * parameter_count(model),
         "kept for the backward pass": model.n_blocks
-        * (stream if config.recompute else block),
-        "one block at work": block + (block if config.recompute else 0.0),
+        * (stream if execution.activation_checkpointing else block),
+        "one block at work": block
+        + (block if execution.activation_checkpointing else 0.0),
         "reserve (assumed)": RESERVE,
     }
-    if config.parallel == "fsdp":
+    if execution.strategy == "fsdp":
         parts["weights, gradients, average, moments"] /= processes
     return parts | {"total": sum(parts.values())}
 
@@ -1480,18 +1517,19 @@ def _doctor(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="do not read all of the latents"
     )
+    arguments = _with_new_names(arguments)
     _add_recipe(parser, arguments)
     options, given = _parse(parser, arguments)
     if options.processes < 0 or not options.limit > 0:
         raise ValueError("--processes is not negative, and --limit is more than 0")
-    config = _recipe_of(options)
+    config, execution = _recipe_of(options)
     if not _is_latent(config):
         _refuse_idle(given, "for a model of pixels")
     if "WORLD_SIZE" in os.environ:
         _refuse_idle(given, "under torchrun")
 
     findings = []
-    for what, question in doctor_questions(config, options):
+    for what, question in doctor_questions(config, execution, options):
         findings.append(examine(what, question))
         line = f"{findings[-1].verdict}  {what}: {findings[-1].told}"
         if _rank() == 0 or findings[-1].verdict == "FAIL":
@@ -1510,7 +1548,7 @@ def _first_process_only() -> None:
 
 
 def doctor_questions(
-    config: "TrainConfig", options: Any
+    config: "Recipe", execution: "Execution", options: Any
 ) -> list[tuple[str, Callable[[], str]]]:
     """What `diffussm doctor` asks, in order; each question returns what it saw, or raises.
 
@@ -1536,10 +1574,10 @@ def doctor_questions(
     )
     return [
         ("GPU", partial(_ask_gpu, device, gpus)),
-        ("memory", partial(_ask_memory, config, processes, device)),
+        ("memory", partial(_ask_memory, config, execution, processes, device)),
         ("bf16", partial(_ask_bf16, config, device)),
         ("processes", partial(probe_all_reduce, kind, processes, options.limit)),
-        ("disk", partial(_ask_disk, config, options.out)),
+        ("disk", partial(_ask_disk, config, execution, options.out)),
         ("data", partial(_ask_data, config, options.quick)),
         ("autoencoder", partial(_ask_vae, config, options.vae, device)),
         ("Inception", partial(_ask_inception, options.weights)),
@@ -1567,10 +1605,12 @@ def _ask_gpu(device: Any, gpus: int) -> str:
     )
 
 
-def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
+def _ask_memory(
+    config: "Recipe", execution: "Execution", processes: int, device: Any
+) -> str:
     import torch
 
-    need = memory_needed(config, processes)["total"]
+    need = memory_needed(config, execution, processes)["total"]
     free = (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
@@ -1579,12 +1619,13 @@ def _ask_memory(config: "TrainConfig", processes: int, device: Any) -> str:
     told = f"{_gigabytes(need)} needed for each of {processes} processes (computed), {_gigabytes(free)} free"
     if need > free:
         raise OSError(
-            f"{told}; lower --micro_batch, or pass --recompute true or --parallel fsdp"
+            f"{told}; lower --micro_batch, or pass --activation_checkpointing true or "
+            "--strategy fsdp"
         )
     return told
 
 
-def _ask_bf16(config: "TrainConfig", device: Any) -> str:
+def _ask_bf16(config: "Recipe", device: Any) -> str:
     import torch
 
     if config.precision != "bf16":
@@ -1599,19 +1640,20 @@ def _ask_bf16(config: "TrainConfig", device: Any) -> str:
     return "works"
 
 
-def checkpoints_kept(config: "TrainConfig") -> int:
+def checkpoints_kept(config: "Recipe", execution: "Execution") -> int:
     """How many checkpoints lie on the disk at most, while a run writes its last one."""
-    kept = {step for step in config.keep_steps if step <= config.steps}
-    if config.keep_every:
-        kept |= set(range(config.keep_every, config.steps + 1, config.keep_every))
+    every, named = execution.keep_every, execution.keep_steps(config.batch_size)
+    kept = {step for step in named if step <= config.steps}
+    if every:
+        kept |= set(range(every, config.steps + 1, every))
     return (
-        len(kept) + config.keep_last + 1
+        len(kept) + execution.keep_last + 1
     )  # one is written before an old one is removed
 
 
-def _ask_disk(config: "TrainConfig", out: Path) -> str:
+def _ask_disk(config: "Recipe", execution: "Execution", out: Path) -> str:
     _first_process_only()
-    kept = checkpoints_kept(config)
+    kept = checkpoints_kept(config, execution)
     need = kept * 4 * 4.0 * parameter_count(config.model)
     there = next(
         path for path in (out.absolute(), *out.absolute().parents) if path.is_dir()
@@ -1625,7 +1667,7 @@ def _ask_disk(config: "TrainConfig", out: Path) -> str:
     return told
 
 
-def _ask_data(config: "TrainConfig", quick: bool) -> str:
+def _ask_data(config: "Recipe", quick: bool) -> str:
     from diffussm.latents import LatentStore, verify_store
     from diffussm.training import check_data
 
@@ -1640,7 +1682,7 @@ def _ask_data(config: "TrainConfig", quick: bool) -> str:
     return told
 
 
-def _ask_vae(config: "TrainConfig", name: str | None, device: Any) -> str:
+def _ask_vae(config: "Recipe", name: str | None, device: Any) -> str:
     import torch
 
     if not _is_latent(config):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM
-from diffussm.training import E, Snapshot, TrainConfig, World, write_checkpoint
+from diffussm.training import E, Execution, Recipe, Snapshot, World, write_checkpoint
 
 __all__ = [
     "T",
@@ -257,13 +257,13 @@ class Cluster(World):
         self._counters += 1
         return partial(self._store.add, f"counter/{self._counters}")
 
-    def shard(self, module: nn.Module, config: TrainConfig) -> None:
+    def shard(self, module: nn.Module, recipe: Recipe, execution: Execution) -> None:
         """See World. Blocks are compiled one by one: all are the same graph, which is compiled once."""
         if self.device.type == "cuda":  # TF32 only where bf16 is allowed
             torch.set_float32_matmul_precision(
-                "high" if config.precision == "bf16" else "highest"
+                "high" if recipe.precision == "bf16" else "highest"
             )
-        if config.compile:
+        if execution.compile:
             # DDP would have each block's graph cut into parts of its buckets' size, for an overlap that
             # blocks compiled one by one give already
             from torch._dynamo import config as dynamo
@@ -271,7 +271,7 @@ class Cluster(World):
             dynamo.optimize_ddp = False
             for block in module.blocks:  # type: ignore[union-attr]
                 block.compile()
-        if self.size > 1 and config.parallel == "fsdp":
+        if self.size > 1 and execution.strategy == "fsdp":
             from torch.distributed.fsdp import (
                 fully_shard,
             )  # imported where it is used: it costs seconds
@@ -281,9 +281,9 @@ class Cluster(World):
                 fully_shard(block, mesh=mesh)
             fully_shard(module, mesh=mesh)
 
-    def wrap(self, model: DiffuSSM, config: TrainConfig) -> nn.Module:
+    def wrap(self, model: DiffuSSM, execution: Execution) -> nn.Module:
         """See World."""
-        if self.size == 1 or config.parallel == "fsdp":
+        if self.size == 1 or execution.strategy == "fsdp":
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -335,7 +335,9 @@ class Cluster(World):
             return distribute_tensor(tensor, mesh, slices, src_data_rank=None)
         return tensor
 
-    def save(self, run: Path, snapshot: Snapshot, config: TrainConfig) -> None:
+    def save(
+        self, run: Path, snapshot: Snapshot, recipe: Recipe, execution: Execution
+    ) -> None:
         """See World. Waits for the write before this one, not for this one."""
         self.finish()
         if self.rank == 0:
@@ -343,9 +345,9 @@ class Cluster(World):
                 write_checkpoint,
                 run,
                 snapshot,
-                config.keep_last,
-                config.keep_every,
-                config.keep_steps,
+                execution.keep_last,
+                execution.keep_every,
+                execution.keep_steps(recipe.batch_size),
             )
 
     def save_error(self) -> Exception | None:
@@ -366,7 +368,7 @@ class Cluster(World):
 
         self.once(wait)
 
-    def vitals(self, config: TrainConfig, images_per_second: float) -> dict[str, float]:
+    def vitals(self, config: Recipe, images_per_second: float) -> dict[str, float]:
         """See World: the share of the GPUs' peak that is used (MFU), and the peak of memory in GB."""
         if self.device.type != "cuda":
             return {}

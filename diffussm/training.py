@@ -19,11 +19,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import safetensors
 import safetensors.torch
@@ -44,10 +44,15 @@ from diffussm.data import (
     load_batch,
 )
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.guards import bounded, check_fields, nearest
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, apply_umask
 
 __all__ = [
-    "TrainConfig",
+    "Recipe",
+    "Execution",
+    "RENAMED",
+    "flat",
+    "from_flat",
     "RECIPES",
     "learning_rate_factor",
     "DYNAMICS",
@@ -75,6 +80,8 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "open_run",
+    "RunConfig",
+    "read_run",
     "facts_of",
     "encoder_of",
     "load_run",
@@ -92,8 +99,8 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a training run; the defaults are the paper's recipe, but for `ema_warmup`.
+class Recipe:
+    """What a run learns; the defaults are the paper's, but for `ema_warmup`.
 
     `data` is ``"digits"``, the path of an image folder, or that of a latent store (chapter 10). `batch_size`
     counts the images of one optimiser step, over all processes. `lr` is constant between `warmup` steps at
@@ -102,123 +109,77 @@ class TrainConfig:
     (0: not at all). `ema_warmup` lets the window of the average grow at the start (False: a constant decay,
     as the paper has it). `exif_rotate` turns photographs as their EXIF data ask (chapter 8). `precision` is
     ``"float32"`` or ``"bf16"`` (autocast). Raises ValueError for values that cannot work.
+    """
 
-    The options after `seed` change how a run is carried out, not what it learns; they may change on resume.
+    model: DiffuSSMConfig
+    data: str = "digits"
+    steps: int = bounded(400_000, least=1)
+    batch_size: int = bounded(256, least=1)
+    lr: float = bounded(1e-4, above=0, below=1, note="a learning rate such as 1.0e-4")
+    ssm_lr: float = bounded(1e-3, above=0, below=1, note="a learning rate")
+    weight_decay: float = bounded(0.0, least=0)
+    warmup: int = bounded(0, least=0)
+    cooldown: int = bounded(0, least=0)
+    ema_decay: float = bounded(0.9999, least=0, below=1)
+    ema_warmup: bool = True
+    timesteps: int = bounded(1000, above=20, note="the last beta is 20 / timesteps")
+    flip: bool = False
+    exif_rotate: bool = False
+    clip: float = bounded(0.0, least=0)
+    precision: Literal["float32", "bf16"] = "float32"
+    seed: int = bounded(0, least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.warmup + self.cooldown > self.steps:
+            raise ValueError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} must fit into "
+                f"steps={self.steps} together"
+            )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out: nothing in it changes what is learnt, and all of it may change on resume.
+
     `log_every`, `save_every` and `sample_every` (0: never) count optimiser steps. `keep_last` checkpoints
     are kept, and besides each that `keep_every` divides (0: none) and all that `keep` names, by their step
     (``"1320313"``) or by the images seen until then (``"338M images"``), which are saved when they are
     reached. `skip_nonfinite` steps whose loss or gradient is not finite are left out before the run stops.
     `workers` threads decode images. `micro_batch` is how many images a process takes through the network at
-    once (0: all of its share). `parallel` is ``"ddp"`` or ``"fsdp"``; `recompute` keeps fewer activations
-    and computes them again; `compile` uses torch.compile (chapter 11). `convolution` is ``"fft"`` or
-    ``"package.module:function"``, which chooses another for this machine (chapter 16).
+    once (0: all of its share). `strategy` is ``"ddp"`` or ``"fsdp"``; `activation_checkpointing` keeps fewer
+    activations and computes them again; `compile` uses torch.compile (chapter 11). `convolution` is
+    ``"fft"`` or ``"package.module:function"``, which chooses another for this machine (chapter 16).
     """
 
-    model: DiffuSSMConfig
-    data: str = "digits"
-    steps: int = 400_000
-    batch_size: int = 256
-    lr: float = 1e-4
-    ssm_lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: int = 0
-    cooldown: int = 0
-    ema_decay: float = 0.9999
-    ema_warmup: bool = True
-    timesteps: int = 1000
-    flip: bool = False
-    exif_rotate: bool = False
-    clip: float = 0.0
-    precision: str = "float32"
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    sample_every: int = 0
-    keep_last: int = 2
-    keep_every: int = 0
+    log_every: int = bounded(50, least=1)
+    save_every: int = bounded(1000, least=1)
+    sample_every: int = bounded(0, least=0)
+    keep_last: int = bounded(2, least=1)
+    keep_every: int = bounded(0, least=0)
     keep: tuple[str, ...] = ()
-    skip_nonfinite: int = 3
-    workers: int = 4
-    micro_batch: int = 0
-    parallel: str = "ddp"
-    recompute: bool = False
+    skip_nonfinite: int = bounded(3, least=0)
+    workers: int = bounded(4, least=1)
+    micro_batch: int = bounded(0, least=0)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
     compile: bool = False
     convolution: str = "fft"
 
-    # Where the data lie may change as well: what they are is checked apart (`open_run`).
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        "data log_every save_every sample_every keep_last keep_every keep skip_nonfinite workers micro_batch "
-        "parallel recompute compile convolution".split()
-    )
-
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "timesteps",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "workers",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.timesteps <= 20:
-            raise ValueError(
-                f"timesteps={self.timesteps}: must be over 20, the last beta is 20 / timesteps"
-            )
-        for name in "weight_decay clip sample_every keep_every skip_nonfinite micro_batch seed".split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        for name in ("lr", "ssm_lr"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: a learning rate is between 0 and 1, e.g. 1.0e-4"
-                )
-        if (
-            min(self.warmup, self.cooldown) < 0
-            or self.warmup + self.cooldown > self.steps
-        ):
-            raise ValueError(
-                f"warmup={self.warmup} and cooldown={self.cooldown} must fit into steps={self.steps} together"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay={self.ema_decay}: must be in [0, 1), e.g. 0.9999"
-            )
-        if self.precision not in ("float32", "bf16"):
-            raise ValueError(
-                f"precision={self.precision!r}: choose 'float32' or 'bf16'"
-            )
-        if self.parallel not in ("ddp", "fsdp"):
-            raise ValueError(f"parallel={self.parallel!r}: choose 'ddp' or 'fsdp'")
-        if not isinstance(self.keep, str | int | list | tuple):
-            raise ValueError(
-                f"keep={self.keep!r}: expected steps or numbers of images, as in ['338M images']"
-            )
         # a YAML file may say `keep: 338M images` where a list of one would be meant
-        entries = (
-            str(self.keep).split(",") if isinstance(self.keep, str | int) else self.keep
-        )
-        object.__setattr__(self, "keep", tuple(str(entry).strip() for entry in entries))
-        _ = self.keep_steps  # refuses what cannot be read
-
-    @property
-    def keep_steps(self) -> frozenset[int]:
-        """The steps that `keep` names; a number of images is that of the first step that reaches it."""
-        return frozenset(_kept_step(entry, self.batch_size) for entry in self.keep)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict`; raises ValueError that names an unknown or missing key."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"unknown training option {', '.join(unknown)}; the options are {', '.join(sorted(known))}"
+        if isinstance(self.keep, str | int | list):
+            entries = (
+                self.keep if isinstance(self.keep, list) else f"{self.keep}".split(",")
             )
-        if "model" not in values:
-            raise ValueError("a training configuration needs a 'model' section")
-        return cls(**{**values, "model": DiffuSSMConfig.from_dict(values["model"])})
+            kept = tuple(str(entry).strip() for entry in entries)
+            object.__setattr__(self, "keep", kept)
+        check_fields(self)
+        self.keep_steps(1)  # refuses what cannot be read
+
+    def keep_steps(self, batch_size: int) -> frozenset[int]:
+        """The steps that `keep` names; a number of images is that of the first step that reaches it."""
+        return frozenset(_kept_step(entry, batch_size) for entry in self.keep)
 
 
 def _kept_step(entry: str, batch_size: int) -> int:
@@ -237,8 +198,46 @@ def _kept_step(entry: str, batch_size: int) -> int:
     return int(step)
 
 
+RENAMED = {"parallel": "strategy", "recompute": "activation_checkpointing"}
+
+
+def flat(recipe: Recipe, execution: Execution) -> dict[str, Any]:
+    """All options of a run as one mapping, as a YAML file or the command line has them."""
+    return {**asdict(recipe), **asdict(execution)}
+
+
+def from_flat(values: dict[str, Any]) -> tuple[Recipe, Execution]:
+    """The inverse of `flat`; an option's old name is read with a warning that says the new one.
+
+    Raises ValueError that names an unknown or missing key.
+    """
+    values = dict(values)
+    for old, new in RENAMED.items():
+        if old in values:
+            _warn(f"the option {old} is called {new} now; write {new}")
+            values.setdefault(new, values.pop(old))
+    names = {field.name: part for part in (Recipe, Execution) for field in fields(part)}
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(
+            f"unknown training option {unknown[0]!r}; {nearest(unknown[0], names)}"
+        )
+    if "model" not in values:
+        raise ValueError("a training configuration needs a 'model' section")
+    values["model"] = DiffuSSMConfig.from_dict(values["model"])
+    recipe, execution = (
+        {key: value for key, value in values.items() if names[key] is part}
+        for part in (Recipe, Execution)
+    )
+    return Recipe(**recipe), Execution(**execution)
+
+
+@cache  # each text once
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 RECIPES = {
-    "digits": TrainConfig(
+    "digits": Recipe(
         model=DiffuSSMConfig(**PRESETS["digits"]),
         data="digits",
         steps=1500,
@@ -247,12 +246,11 @@ RECIPES = {
         warmup=100,
         cooldown=600,
         ema_decay=0.98,
-        save_every=500,
     )
 }
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
+def learning_rate_factor(step: int, config: Recipe) -> float:
     """The share of `config.lr` at `step` (from 0), in (0, 1]: linear warm-up, constant, linear cool-down.
 
     The cool-down would be at zero only after the last step.
@@ -367,7 +365,7 @@ class Drawn(Protocol):
 def training_batch(
     dataset: Dataset,
     model: DiffuSSM,
-    config: TrainConfig,
+    config: Recipe,
     step: int,
     rank: int = 0,
     size: int = 1,
@@ -413,16 +411,17 @@ def training_batch(
 def training_batches(
     dataset: Dataset,
     model: DiffuSSM,
-    config: TrainConfig,
+    config: Recipe,
     step: int,
     rank: int = 0,
     size: int = 1,
+    workers: int = 4,
 ) -> Iterator[Batch]:
     """The batches from `step` to the end of the run, each made while the one before is being used.
 
-    Data sets that read files (they have a method `read`) do so in `config.workers` threads.
+    Data sets that read files (they have a method `read`) do so in `workers` threads.
     """
-    threads = config.workers if hasattr(dataset, "read") else 1
+    threads = workers if hasattr(dataset, "read") else 1
     with (
         ThreadPoolExecutor(1, thread_name_prefix="batches") as pool,
         ThreadPoolExecutor(threads, thread_name_prefix="images") as readers,
@@ -501,10 +500,10 @@ class World:
             device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
 
-    def shard(self, module: nn.Module, config: "TrainConfig") -> None:
+    def shard(self, module: nn.Module, recipe: Recipe, execution: Execution) -> None:
         """Share out the parameters of a module among the processes, in place."""
 
-    def wrap(self, model: DiffuSSM, config: "TrainConfig") -> nn.Module:
+    def wrap(self, model: DiffuSSM, execution: Execution) -> nn.Module:
         """The module to call in training: the same parameters, gradients averaged over the processes."""
         return model
 
@@ -542,11 +541,12 @@ class World:
         """The inverse of `whole`: on the device of `like`, and shared out as it is."""
         return tensor.to(like.device)
 
-    def save(self, run: Path, snapshot: "Snapshot", config: "TrainConfig") -> None:
+    def save(
+        self, run: Path, snapshot: "Snapshot", recipe: Recipe, execution: Execution
+    ) -> None:
         """Write a checkpoint, now or soon."""
-        write_checkpoint(
-            run, snapshot, config.keep_last, config.keep_every, config.keep_steps
-        )
+        keep = execution.keep_steps(recipe.batch_size)
+        write_checkpoint(run, snapshot, execution.keep_last, execution.keep_every, keep)
 
     def save_error(self) -> Exception | None:
         """Why the last checkpoint could not be written, if it could not and nobody was told yet."""
@@ -555,9 +555,7 @@ class World:
     def finish(self) -> None:
         """Wait until all that was saved is written; raises what went wrong."""
 
-    def vitals(
-        self, config: "TrainConfig", images_per_second: float
-    ) -> dict[str, float]:
+    def vitals(self, config: Recipe, images_per_second: float) -> dict[str, float]:
         """More figures for a line of the log."""
         return {}
 
@@ -577,16 +575,16 @@ class TrainState:
     skipped: list[int] = field(default_factory=list)
 
     @classmethod
-    def create(cls, config: TrainConfig, world: World) -> Self:
+    def create(cls, config: Recipe, execution: Execution, world: World) -> Self:
         """A fresh state; the initial weights depend on `config.seed` alone."""
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator(config.seed, "weights", 0).get_state())
             model = DiffuSSM(config.model).to(world.device)
-        model.recompute = config.recompute
-        _choose_convolution(model, config, world)
+        model.recompute = execution.activation_checkpointing
+        _choose_convolution(model, config, execution, world)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         for module in (model, ema):
-            world.shard(module, config)
+            world.shard(module, config, execution)
         groups = parameter_groups(model, config.lr, config.ssm_lr, config.weight_decay)
         fused = world.device.type in (
             "cpu",
@@ -671,11 +669,6 @@ UNSUPPORTED = {
 THIS_PROCESS = (
     uuid.uuid4().hex
 )  # a number such as 7 may come again in the next container
-
-
-@cache  # each text once
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _flush(path: Path) -> None:
@@ -885,13 +878,15 @@ def _chooser(convolution: str) -> Callable[..., Any] | None:
         ) from error
 
 
-def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> None:
-    """Ask the function that `config.convolution` names for a convolution, and give it to every block."""
-    choose = _chooser(config.convolution)
+def _choose_convolution(
+    model: DiffuSSM, config: Recipe, execution: Execution, world: World
+) -> None:
+    """Ask the function that `execution.convolution` names for a convolution, and give it to every block."""
+    choose = _chooser(execution.convolution)
     if choose is None:
         return
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    batch = micro_batch_of(config, world.size)
+    batch = micro_batch_of(config, execution, world.size)
     # one process measures and all do as it says: they must not choose differently
     choice = world.once(
         lambda: choose(
@@ -906,25 +901,27 @@ def _choose_convolution(model: DiffuSSM, config: TrainConfig, world: World) -> N
 
 
 def open_run(
-    run: Path, config: TrainConfig, dataset: Dataset, other_data: bool = False
+    run: Path,
+    recipe: Recipe,
+    execution: Execution,
+    dataset: Dataset,
+    other_data: bool = False,
 ) -> None:
-    """Claim the folder `run` for `config` and data, or check that it is this run already.
+    """Claim the folder `run` for a recipe and data, or check that it is this run already.
 
     Raises ValueError if it holds another run (naming the differing options), a run of other data, or files
-    that are no run; a new folder is made only when nothing is to be refused. What `TrainConfig.FREE` names
-    may differ, and so may `steps`: a run can be prolonged, unless its learning rate has been told to fall
-    towards the end. `other_data` lets a run go on with other data, which its configuration then records.
+    that are no run; a new folder is made only when nothing is to be refused. `execution` may differ, and so
+    may `steps`: a run can be prolonged, unless its learning rate has been told to fall towards the end.
+    `other_data` lets a run go on with other data, which its configuration then records.
     """
     _chooser(
-        config.convolution
+        execution.convolution
     )  # a name that does not exist is refused before there is a folder
-    ours = json.loads(
-        json.dumps({**asdict(config), "dataset": facts_of(dataset), "random": RANDOM})
-    )
+    facts = json.loads(json.dumps(facts_of(dataset)))  # tuples become lists
     encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
-        _write_json(run / "config.json", ours)
+        _write_config(run, RunConfig(recipe, execution, facts))
         if encoder is not None:
             _write_json(run / "vae.json", encoder)
         return
@@ -932,27 +929,68 @@ def open_run(
         raise ValueError(
             f"{run} is not empty and holds no training run; choose a new folder"
         )
-    theirs = _read_config(run)
-    if differing := _differing(ours, theirs, config):
+    theirs = read_run(run)
+    if differing := _differing(recipe, theirs.recipe):
         raise ValueError(
             f"{run} holds another run, which differs in {'; '.join(differing)}. "
             "Choose a new folder, or give the same options to resume it; nothing was written"
         )
     if encoder is not None:
         _compare_encoder(run, encoder)
-    if theirs.get("random", 1) != RANDOM:
+    if theirs.random != RANDOM:
         _warn(
             f"{run} was begun by a version that drew its random numbers in another way: it goes on, but "
             "which digits are held out, order, flips, noise and dropped labels are not those of then"
         )
-    _compare_data(run, ours["dataset"], theirs, other_data)
-    if (
-        theirs["dataset"].get("fingerprint") is None
-        and ours["dataset"]["fingerprint"] is not None
-    ):
+    _compare_data(run, facts, theirs, other_data)
+    if theirs.data.get("fingerprint") is None and facts["fingerprint"] is not None:
         _warn(
             f"{run} holds no fingerprint of its data: only their number and their classes were compared"
         )
+
+
+class RunConfig(NamedTuple):
+    """What the ``config.json`` of a run's folder says: what it learns, how it was begun, and from which data."""
+
+    recipe: Recipe
+    execution: Execution
+    data: dict[str, Any]
+    random: int = RANDOM
+
+
+def read_run(run: Path) -> RunConfig:
+    """The configuration of the run in a folder, also in the flat form of earlier versions.
+
+    An option that the file does not know is younger than the run, which did as the default does.
+    Raises ValueError for a file that is damaged or of something else.
+    """
+    try:
+        values = json.loads((run / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
+    if isinstance(values, dict) and isinstance(values.get("dataset"), dict):
+        data, random = values.pop("dataset"), values.pop("random", 1)
+        return RunConfig(*from_flat(values), data, random)
+    try:
+        recipe, execution, data = (
+            values[key] for key in ("recipe", "execution", "data")
+        )
+        options = from_flat({**recipe, **execution})
+        return RunConfig(*options, dict(data), values.get("random", 1))
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{run / 'config.json'} is not the configuration of a training run"
+        ) from None
+
+
+def _write_config(run: Path, config: RunConfig) -> None:
+    values = {
+        "recipe": asdict(config.recipe),
+        "execution": asdict(config.execution),
+        "data": config.data,
+        "random": config.random,
+    }
+    _write_json(run / "config.json", values)
 
 
 def facts_of(dataset: Dataset) -> dict[str, Any]:
@@ -965,32 +1003,23 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _differing(
-    ours: dict[str, Any], theirs: dict[str, Any], config: TrainConfig
-) -> list[str]:
-    free = (
-        TrainConfig.FREE
-        | ({"steps"} if config.cooldown == 0 else set())
-        | {"dataset", "random"}
-    )
-    # an option that a run's folder does not know is younger than the run, which did as the default does
-    younger = {
-        f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING
-    }
-    theirs = younger | theirs
+def _differing(ours: Recipe, theirs: Recipe) -> list[str]:
+    # where the data lie may change: what they are is compared apart
+    free = {"data"} | ({"steps"} if ours.cooldown == 0 else set())
+    asked, there = asdict(ours), asdict(theirs)
     return [
-        f"{name} (there {theirs.get(name)!r}, asked {ours.get(name)!r})"
-        for name in sorted(set(ours) | set(theirs))
-        if name not in free and ours.get(name) != theirs.get(name)
+        f"{name} (there {there[name]!r}, asked {asked[name]!r})"
+        for name in sorted(asked)
+        if name not in free and asked[name] != there[name]
     ]
 
 
 def _compare_data(
-    run: Path, ours: dict[str, Any], theirs: dict[str, Any], other_data: bool
+    run: Path, ours: dict[str, Any], theirs: RunConfig, other_data: bool
 ) -> None:
-    known = theirs["dataset"]
+    known = theirs.data
     differing = [
-        f"dataset.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
+        f"data.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
         for name, value in ours.items()
         # a fingerprint that is not known on both sides says nothing
         if known.get(name) != value
@@ -1004,9 +1033,7 @@ def _compare_data(
         )
     if differing:
         earlier = [*known.pop("earlier", []), known]
-        _write_json(
-            run / "config.json", {**theirs, "dataset": {**ours, "earlier": earlier}}
-        )
+        _write_config(run, theirs._replace(data={**ours, "earlier": earlier}))
 
 
 def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
@@ -1038,18 +1065,6 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(json.dumps(values, indent=2) + "\n")
     draft.replace(path)
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((run / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{run / 'config.json'} is damaged: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("dataset"), dict):
-        raise ValueError(
-            f"{run / 'config.json'} is not the configuration of a training run"
-        )
-    return values
 
 
 @contextmanager
@@ -1159,8 +1174,8 @@ def _alive(process: int, token: str) -> bool:
 
 def load_run(
     run: str | Path, weights: str = "ema", step: int | None = None
-) -> tuple[DiffuSSM, TrainConfig, list[str]]:
-    """The trained network of a run's newest valid checkpoint, its configuration and its class names.
+) -> tuple[DiffuSSM, Recipe, list[str]]:
+    """The trained network of a run's newest valid checkpoint, its recipe and its class names.
 
     `weights` is ``"ema"`` (what one samples from) or ``"model"``; `step` asks for the checkpoint of that
     step. Raises FileNotFoundError when `run` is no run, or has no valid checkpoint yet or none of that step.
@@ -1170,22 +1185,17 @@ def load_run(
         raise FileNotFoundError(
             f"{run} is not a training run: it has no config.json, as `diffussm train` writes"
         )
-    values = _read_config(run)
-    values.pop("random", None)
-    classes = values.pop("dataset").get("classes", [])
+    trained = read_run(run)
     checkpoint = find_checkpoint(run, step)
     if checkpoint is None:
         raise FileNotFoundError(
             f"{run} has no valid checkpoint yet; train longer, or lower save_every"
         )
-    return (
-        DiffuSSM.from_pretrained(checkpoint / weights),
-        TrainConfig.from_dict(values),
-        classes,
-    )
+    model = DiffuSSM.from_pretrained(checkpoint / weights)
+    return model, trained.recipe, trained.data.get("classes", [])
 
 
-def load_dataset(config: TrainConfig) -> Dataset:
+def load_dataset(config: Recipe) -> Dataset:
     """The training images that `config.data` names: the digits, or an image folder."""
     conditional = config.model.num_classes > 0
     if config.data == "digits":
@@ -1200,7 +1210,7 @@ def load_dataset(config: TrainConfig) -> Dataset:
     )
 
 
-def check_data(dataset: Dataset, config: TrainConfig) -> None:
+def check_data(dataset: Dataset, config: Recipe) -> None:
     """Raises ValueError if the images of a data set do not fit the model, or its labels, or the batch."""
     shape = (config.model.in_channels, config.model.height, config.model.width)
     image, _ = dataset[0]
@@ -1226,21 +1236,21 @@ def check_data(dataset: Dataset, config: TrainConfig) -> None:
         )
 
 
-def diffusion_of(config: TrainConfig) -> GaussianDiffusion:
+def diffusion_of(config: Recipe) -> GaussianDiffusion:
     """The noise schedule of a run: linear (paper, section 4.1); digits have 17 grey levels, others 256."""
     return GaussianDiffusion.linear(
         config.timesteps, levels=17 if config.data == "digits" else 256
     )
 
 
-def micro_batch_of(config: TrainConfig, size: int) -> int:
+def micro_batch_of(config: Recipe, execution: Execution, size: int) -> int:
     """How many images each of `size` processes takes at once; ValueError if the batch does not split."""
     share, left = divmod(config.batch_size, size)
     if left or not share:
         raise ValueError(
             f"batch_size={config.batch_size} cannot be shared by {size} processes; take a multiple of {size}"
         )
-    micro = config.micro_batch or share
+    micro = execution.micro_batch or share
     if share % micro:
         raise ValueError(
             f"micro_batch={micro} does not divide the {share} images that each of {size} processes has of "
@@ -1254,8 +1264,9 @@ class Preempted(Exception):
 
 
 def train(
-    config: TrainConfig,
+    config: Recipe,
     run: str | Path,
+    execution: Execution = Execution(),
     device: str | torch.device | None = None,
     progress: bool = True,
     on_log: Callable[[dict[str, Any]], None] | None = None,
@@ -1274,41 +1285,41 @@ def train(
     with data that it was not trained on.
 
     Raises ValueError for a folder or data that do not fit, FloatingPointError when loss or gradient were
-    not finite at more than `config.skip_nonfinite` steps (what led to the first is in RUN/dump_XXXXXXXX),
+    not finite at more than `execution.skip_nonfinite` steps (what led to the first is in RUN/dump_XXXXXXXX),
     OSError when a checkpoint cannot be written, Preempted when the world was told to stop.
     """
     run = Path(run)
     world = world or World(device)
-    micro_batch_of(config, world.size)
+    micro_batch_of(config, execution, world.size)
     data = load_dataset(config) if dataset is None else dataset
     check_data(data, config)
-    world.once(lambda: open_run(run, config, data, other_data))
+    world.once(lambda: open_run(run, config, execution, data, other_data))
     with _locked(run, world):
         checkpoint = world.once(lambda: find_checkpoint(run))
-        state = TrainState.create(config, world)
+        state = TrainState.create(config, execution, world)
         if checkpoint is not None:
             load_checkpoint(checkpoint, state, world)
-        world.once(lambda: _tell_missed(run, state.step, config))
+        keep = execution.keep_steps(config.batch_size)
+        world.once(lambda: _tell_missed(run, state.step, keep))
         world.once(lambda: _rewind_log(run / "log.jsonl", state.step))
         progress = progress and world.rank == 0
         if progress:
             print(describe_groups(state.optimizer.param_groups))
-        _loop(config, run, state, data, world, progress, on_log, on_samples)
+        _loop(config, execution, run, state, data, world, progress, on_log, on_samples)
     return state
 
 
-def _tell_missed(run: Path, step: int, config: TrainConfig) -> None:
+def _tell_missed(run: Path, step: int, keep: frozenset[int]) -> None:
     kept = {_step_of(folder) for folder in (run / "checkpoints").glob("step_*")}
-    if missed := sorted(
-        wanted for wanted in config.keep_steps - kept if wanted <= step
-    ):
+    if missed := sorted(wanted for wanted in keep - kept if wanted <= step):
         _warn(
             f"the run is at step {step}, too late to keep what keep names: {', '.join(map(str, missed))}"
         )
 
 
 def _loop(
-    config: TrainConfig,
+    config: Recipe,
+    execution: Execution,
     run: Path,
     state: TrainState,
     data: Dataset,
@@ -1318,7 +1329,7 @@ def _loop(
     on_samples: Callable[[DiffuSSM, int], None] | None,
 ) -> None:
     diffusion = diffusion_of(config)
-    network = world.wrap(state.model, config)
+    network = world.wrap(state.model, execution)
     clock = Clock(state.step, config)
     in_file = (
         on_log is not None and not sys.stderr.isatty()
@@ -1332,9 +1343,11 @@ def _loop(
         dynamic_ncols=True,
     )
     for batch in training_batches(
-        data, state.model, config, state.step, world.rank, world.size
+        data, state.model, config, state.step, world.rank, world.size, execution.workers
     ):
-        tally = accumulate_gradients(network, diffusion, batch, config, world)
+        tally = accumulate_gradients(
+            network, diffusion, batch, config, execution, world
+        )
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         norm = world.whole(nn.utils.get_total_norm(gradients))
         told = _all_reduce(tally, norm, world)
@@ -1344,7 +1357,7 @@ def _loop(
             )
             raise world.together(world.save_error() or lost)
         if told.broken:
-            _skip(run, state, data, config, world, told.grad_norm)
+            _skip(run, state, data, config, execution, world, told.grad_norm)
         else:
             _update(state, gradients, told.grad_norm, config)
             state.meter.add(told.tally, told.grad_norm)
@@ -1352,7 +1365,7 @@ def _loop(
         state.step += 1
 
         bar.update()
-        if state.step % config.log_every == 0:
+        if state.step % execution.log_every == 0:
             row = _log_row(state, clock, config, world)
             if world.rank == 0:
                 with (run / "log.jsonl").open("a") as log:
@@ -1363,11 +1376,11 @@ def _loop(
                 loss="none" if row["loss"] is None else f"{row['loss']:.4f}"
             )
         with clock.paused():
-            if told.stopping or _saves_at(state.step, config):
-                world.save(run, snapshot(state, world), config)
+            if told.stopping or _saves_at(state.step, config, execution):
+                world.save(run, snapshot(state, world), config, execution)
             if (
-                config.sample_every
-                and state.step % config.sample_every == 0
+                execution.sample_every
+                and state.step % execution.sample_every == 0
                 and on_samples is not None
             ):
                 world.once(partial(on_samples, whole_ema(state, world), state.step))
@@ -1385,11 +1398,12 @@ def accumulate_gradients(
     network: nn.Module,
     diffusion: GaussianDiffusion,
     batch: Batch,
-    config: TrainConfig,
+    config: Recipe,
+    execution: Execution,
     world: World,
 ) -> Tensor:
     """Forward and backward pass of a process's share, one micro-batch after another; returns its tally."""
-    micro = micro_batch_of(config, world.size)
+    micro = micro_batch_of(config, execution, world.size)
     parts = len(batch.t) // micro
     tally = torch.zeros(2, len(Meter.names), dtype=torch.float64, device=world.device)
     for part in range(parts):
@@ -1431,7 +1445,7 @@ def _all_reduce(tally: Tensor, norm: Tensor, world: World) -> _Told:
 
 
 def _update(
-    state: TrainState, gradients: list[Tensor], grad_norm: float, config: TrainConfig
+    state: TrainState, gradients: list[Tensor], grad_norm: float, config: Recipe
 ) -> None:
     """One step of the optimiser and of the average."""
     if config.clip and grad_norm > config.clip:
@@ -1446,16 +1460,16 @@ def _update(
     )
 
 
-def _saves_at(step: int, config: TrainConfig) -> bool:
+def _saves_at(step: int, config: Recipe, execution: Execution) -> bool:
     return (
-        step % config.save_every == 0
+        step % execution.save_every == 0
         or step == config.steps
-        or step in config.keep_steps
+        or step in execution.keep_steps(config.batch_size)
     )
 
 
 def _log_row(
-    state: TrainState, clock: "Clock", config: TrainConfig, world: World
+    state: TrainState, clock: "Clock", config: Recipe, world: World
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"step": state.step, "images": state.step * config.batch_size}
     row |= state.meter.read_and_reset() | clock.read(state.step)
@@ -1466,7 +1480,7 @@ def _log_row(
 class Clock:
     """Times for the log; they are the only figures in it that a resumed run does not repeat."""
 
-    def __init__(self, step: int, config: TrainConfig) -> None:
+    def __init__(self, step: int, config: Recipe) -> None:
         self.config = config
         self.started = self.last = time.perf_counter()
         self.step = step
@@ -1522,22 +1536,23 @@ def _skip(
     run: Path,
     state: TrainState,
     data: Dataset,
-    config: TrainConfig,
+    config: Recipe,
+    execution: Execution,
     world: World,
     grad_norm: float,
 ) -> None:
     """Count a step that is left out; FloatingPointError, alike in all processes, if it is one too many."""
     if not state.skipped:
-        _dump(run, state, data, config, world, grad_norm)
+        _dump(run, state, data, config, execution, world, grad_norm)
     state.skipped.append(state.step + 1)
-    left = config.skip_nonfinite - len(state.skipped)
+    left = execution.skip_nonfinite - len(state.skipped)
     first = run / f"dump_{state.skipped[0]:08d}"
     what = f"loss or gradient is not finite at step {state.step + 1} (gradient norm {grad_norm})"
     if left < 0:
         world.finish()
         before = ", ".join(map(str, state.skipped[:-1])) or "none"
         error = FloatingPointError(
-            f"{what}; the weights were not touched. skip_nonfinite={config.skip_nonfinite} such steps may "
+            f"{what}; the weights were not touched. skip_nonfinite={execution.skip_nonfinite} such steps may "
             f"be left out; left out before: {before}. What led to the first was written to {first}: look at "
             "it with diffussm.training.replay. Its checkpoints stay. Start a new run with a lower lr "
             f"(now {config.lr:g}), a longer warmup (now {config.warmup}) or a clip (now {config.clip:g}); or "
@@ -1554,7 +1569,8 @@ def _dump(
     run: Path,
     state: TrainState,
     data: Dataset,
-    config: TrainConfig,
+    config: Recipe,
+    execution: Execution,
     world: World,
     grad_norm: float,
 ) -> None:
@@ -1578,7 +1594,7 @@ def _dump(
         facts = {
             "step": state.step,
             "grad_norm": str(grad_norm),
-            "config": asdict(config),
+            "config": flat(config, execution),
         }
         (folder / "dump.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -1592,9 +1608,7 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, 
     Returns {"loss", "mse", "vb", "t"}, (B,) each, in the order of the batch.
     """
     folder = Path(folder)
-    config = TrainConfig.from_dict(
-        json.loads((folder / "dump.json").read_text())["config"]
-    )
+    config, _ = from_flat(json.loads((folder / "dump.json").read_text())["config"])
     model = DiffuSSM.from_pretrained(folder / "model", device)
     batch = {
         name: value.to(device)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +31,15 @@ from diffussm.latents import (
     verify_store,
 )
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
-from diffussm.training import RECIPES, TrainConfig, World, diffusion_of
+from diffussm.training import (
+    RECIPES,
+    Execution,
+    Recipe,
+    World,
+    diffusion_of,
+    flat,
+    from_flat,
+)
 
 SMALL = (
     "--model.d_model 16 --model.n_blocks 1 --model.d_state 4 --batch_size 8 "
@@ -107,12 +115,12 @@ def work(tmp_path_factory):
 
 
 def test_the_shipped_digits_recipe_is_the_one_of_chapter_9():
-    assert cli.read_recipe("digits") == RECIPES["digits"]
+    assert cli.read_recipe("digits") == (RECIPES["digits"], Execution(save_every=500))
 
 
 @pytest.mark.parametrize("name", cli.recipe_files())
 def test_every_recipe_is_read_and_its_model_is_a_preset(name):
-    config = cli.read_recipe(name)
+    config, _ = cli.read_recipe(name)
     presets = {
         "imagenet256": ("DiffuSSM-XL", 32, 1000),
         "imagenet256-p2": ("DiffuSSM-XL/2", 32, 1000),
@@ -131,7 +139,9 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
             label_dropout=dropout,
         )
     elif name.endswith("-m1"):
-        assert config.model == replace(cli.read_recipe(name[:-3]).model, downsample=1)
+        assert config.model == replace(
+            cli.read_recipe(name[:-3])[0].model, downsample=1
+        )
     elif name != "openmoji":
         assert config.model == DiffuSSMConfig(
             **PRESETS["digits" if name == "digits" else "emoji"]
@@ -155,7 +165,7 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
 
 def test_the_lengths_are_those_of_table_1():
     images = {
-        name: (r := cli.read_recipe(name)).steps * r.batch_size
+        name: (r := cli.read_recipe(name)[0]).steps * r.batch_size
         for name in cli.recipe_files()
     }
     assert (
@@ -166,7 +176,7 @@ def test_the_lengths_are_those_of_table_1():
 
 @pytest.mark.parametrize("name", cli.recipe_files())
 def test_every_recipe_fits_eight_gpus_of_80_gb(name):
-    assert cli.memory_needed(cli.read_recipe(name), 8)["total"] < 80e9
+    assert cli.memory_needed(*cli.read_recipe(name), 8)["total"] < 80e9
 
 
 @pytest.mark.parametrize(
@@ -280,7 +290,7 @@ def test_the_same_command_resumes(work, tmp_path):
 def test_options_come_from_a_yaml_file_and_are_overruled_by_words(work, tmp_path):
     words = "train {w}/tiny.yaml --data {w}/latents --out {t}/run --batch_size 2 --device cpu --no_grid"
     diffussm(words, w=work, t=tmp_path)
-    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
     assert (stored["steps"], stored["model"]["d_model"], stored["batch_size"]) == (
         4,
         16,
@@ -290,7 +300,7 @@ def test_options_come_from_a_yaml_file_and_are_overruled_by_words(work, tmp_path
     diffussm(
         words.replace("run", "run2") + " --config {t}/part.yaml", w=work, t=tmp_path
     )
-    stored = json.loads((tmp_path / "run2" / "config.json").read_text())
+    stored = json.loads((tmp_path / "run2" / "config.json").read_text())["recipe"]
     assert (
         stored["steps"],
         stored["model"]["d_model"],
@@ -1099,7 +1109,10 @@ def test_the_weights_are_where_the_last_line_says(plain):
 
 
 def test_kept_checkpoints_are_named_without_brackets(plain):
-    assert json.loads((plain.run / "config.json").read_text())["keep"] == ["1", "2"]
+    assert json.loads((plain.run / "config.json").read_text())["execution"]["keep"] == [
+        "1",
+        "2",
+    ]
 
 
 # Doctor
@@ -1170,10 +1183,12 @@ def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(tmp_path / "s"))
+    config = replace(
+        cli.read_recipe(str(work / "tiny.yaml"))[0], data=str(tmp_path / "s")
+    )
     for quick, verdict in ((True, "pass"), (False, "FAIL")):
         options = asked(quick=quick)
-        question = dict(cli.doctor_questions(config, options))["data"]
+        question = dict(cli.doctor_questions(config, Execution(), options))["data"]
         assert cli.examine("data", question).verdict == verdict
 
 
@@ -1197,9 +1212,9 @@ def test_a_process_that_fails_is_reported_with_its_last_words():
 
 
 def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
-    config = cli.read_recipe("imagenet256")
+    config, execution = cli.read_recipe("imagenet256")
     options = asked(processes=8, out=tmp_path / "run")
-    disk = dict(cli.doctor_questions(config, options))["disk"]
+    disk = dict(cli.doctor_questions(config, execution, options))["disk"]
     usage = type("", (), {"free": 10e9})
     monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: usage)
     finding = cli.examine("disk", disk)
@@ -1248,11 +1263,19 @@ def test_the_memory_estimate_is_what_autograd_really_keeps():
 
 
 def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
-    config = cli.read_recipe("imagenet256")
-    total = cli.memory_needed(config, 8)["total"]
-    for option in ({"recompute": True}, {"parallel": "fsdp"}, {"micro_batch": 8}):
-        assert cli.memory_needed(replace(config, **option), 8)["total"] < total
-    states = cli.memory_needed(config, 8)["weights, gradients, average, moments"]
+    config, execution = cli.read_recipe("imagenet256")
+    total = cli.memory_needed(config, execution, 8)["total"]
+    for option in (
+        {"activation_checkpointing": True},
+        {"strategy": "fsdp"},
+        {"micro_batch": 8},
+    ):
+        assert (
+            cli.memory_needed(config, replace(execution, **option), 8)["total"] < total
+        )
+    states = cli.memory_needed(config, execution, 8)[
+        "weights, gradients, average, moments"
+    ]
     with torch.device("meta"):
         assert states == 20 * sum(
             p.numel() for p in DiffuSSM(config.model).parameters()
@@ -1288,11 +1311,13 @@ def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
     monkeypatch.setattr(torch.cuda, "get_device_properties", card)
     monkeypatch.setattr(cli, "_decoder", decoder)
     config = replace(
-        cli.read_recipe(str(work / "tiny.yaml")),
+        cli.read_recipe(str(work / "tiny.yaml"))[0],
         data=str(work / "latents"),
         batch_size=8,
     )
-    questions = dict(cli.doctor_questions(config, asked(device=None, vae="x")))
+    questions = dict(
+        cli.doctor_questions(config, Execution(), asked(device=None, vae="x"))
+    )
     for what in ("GPU", "memory", "autoencoder"):
         cli.examine(what, questions[what])
     assert seen == [torch.device("cuda", 5)] * 3
@@ -1301,7 +1326,7 @@ def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
 def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypatch):
     as_process(monkeypatch, rank=2, gpus=2)
     questions = dict(
-        cli.doctor_questions(cli.read_recipe("imagenet256"), asked(device=None))
+        cli.doctor_questions(*cli.read_recipe("imagenet256"), asked(device=None))
     )
     finding = cli.examine("GPU", questions["GPU"])
     assert finding.verdict == "FAIL" and "there are 2" in finding.told
@@ -1320,7 +1345,7 @@ def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
         lambda path: read.append(path) or SimpleNamespace(free=1e15),
     )
     config = replace(
-        cli.read_recipe(str(work / "tiny.yaml")), data=str(work / "latents")
+        cli.read_recipe(str(work / "tiny.yaml"))[0], data=str(work / "latents")
     )
     paths = {
         "weights": work / "tiny.yaml",
@@ -1330,7 +1355,7 @@ def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
     for rank, verdict in ((1, "skip"), (0, "pass")):
         read.clear()
         monkeypatch.setenv("RANK", str(rank))
-        questions = dict(cli.doctor_questions(config, asked(**paths)))
+        questions = dict(cli.doctor_questions(config, Execution(), asked(**paths)))
         for what in ("disk", "data", "Inception", "reference"):
             assert cli.examine(what, questions[what]).verdict == verdict
         cli.examine("autoencoder", questions["autoencoder"])
@@ -1346,12 +1371,11 @@ def diffussm_under_torchrun(monkeypatch, command):
 
 
 def test_the_disk_must_hold_the_checkpoints_that_are_kept():
-    config = replace(
-        cli.read_recipe("digits"), steps=800, keep_every=200, keep_last=2, keep=()
-    )
-    assert cli.checkpoints_kept(config) == 4 + 2 + 1
+    config = replace(cli.read_recipe("digits")[0], steps=800)
+    execution = Execution(keep_every=200, keep_last=2)
+    assert cli.checkpoints_kept(config, execution) == 4 + 2 + 1
     assert (
-        cli.checkpoints_kept(replace(config, keep=("30", "400", "900")))
+        cli.checkpoints_kept(config, replace(execution, keep=("30", "400", "900")))
         == 4 + 2 + 1 + 1
     )
 
@@ -1365,7 +1389,7 @@ def test_doctor_passes_over_the_memory_where_the_system_does_not_tell(monkeypatc
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    memory = dict(cli.doctor_questions(cli.read_recipe("digits"), asked()))["memory"]
+    memory = dict(cli.doctor_questions(*cli.read_recipe("digits"), asked()))["memory"]
     assert cli.examine("memory", memory).verdict == "skip"
 
 
@@ -1468,11 +1492,11 @@ def test_500_fuzzed_configs_are_read_or_refused(tmp_path):
     import yaml
 
     rng = random.Random(0)
-    names = [field.name for field in fields(TrainConfig)] + ["stepz"]
+    names = [field.name for field in (*fields(Recipe), *fields(Execution))] + ["stepz"]
     inner = [field.name for field in fields(DiffuSSMConfig)] + ["d_mode"]
     file, read = tmp_path / "recipe.yaml", 0
     for turn in range(500):
-        values = asdict(RECIPES["digits"])
+        values = flat(RECIPES["digits"], Execution())
         for _ in range(rng.randrange(4)):
             if rng.random() < 0.4:
                 values["model"][rng.choice(inner)] = nonsense(rng)
@@ -1490,13 +1514,12 @@ def test_500_fuzzed_configs_are_read_or_refused(tmp_path):
             )
         file.write_bytes(text)
         try:
-            config = cli.read_recipe(str(file))
+            config, execution = cli.read_recipe(str(file))
         except REFUSED as error:
             assert len(str(error)) < 2000
         else:
-            assert (
-                TrainConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
-            )
+            again = json.loads(json.dumps(flat(config, execution)))
+            assert from_flat(again) == (config, execution)
             diffusion_of(replace(config, timesteps=min(config.timesteps, 1000)))
             read += 1
         assert file.read_bytes() == text and [file] == list(tmp_path.iterdir())
@@ -1511,7 +1534,7 @@ def test_250_fuzzed_manifests_are_read_or_refused(work, tmp_path):
     for shard in (work / "latents").glob("shard-*"):
         (store / shard.name).write_bytes(shard.read_bytes())
     shards = listing(store)
-    config = replace(cli.read_recipe(str(work / "tiny.yaml")), data=str(store))
+    config = replace(cli.read_recipe(str(work / "tiny.yaml"))[0], data=str(store))
     for turn in range(250):
         values = json.loads(json.dumps(good))
         place = rng.choice(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,13 @@ from diffussm.distributed import EXIT_PREEMPTED, Cluster, peak_flops
 from diffussm.hourglass import linear_macs
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
+    Execution,
     Preempted,
-    TrainConfig,
+    Recipe,
     TrainState,
     World,
     find_checkpoint,
+    flat,
     load_checkpoint,
     snapshot,
     train,
@@ -40,16 +42,23 @@ from diffussm.training import (
 )
 
 # 50 images and batches of 8: the end of an epoch lies in a batch, and in a micro-batch.
-TINY = TrainConfig(
+TINY = Recipe(
     model=DiffuSSMConfig(
         input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4
     ),
     batch_size=8,
     steps=10,
     lr=1e-3,
-    log_every=4,
-    save_every=100,
 )
+SELDOM = Execution(log_every=4, save_every=100)
+
+
+def changed(changes):
+    """TINY and SELDOM with these options, whichever of the two they belong to."""
+    names = {field.name for field in fields(Execution)}
+    recipe = {key: value for key, value in changes.items() if key not in names}
+    execution = {key: value for key, value in changes.items() if key in names}
+    return replace(TINY, **recipe), replace(SELDOM, **execution)
 
 
 DIFFUSION = GaussianDiffusion.linear(50)
@@ -70,9 +79,11 @@ def run_tiny(run, changes=None, kill_at=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with cluster() as world:
+        recipe, execution = changed(changes or {})
         train(
-            replace(TINY, **(changes or {})),
+            recipe,
             run,
+            execution,
             progress=False,
             world=world,
             dataset=fifty(),
@@ -136,7 +147,7 @@ def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precisi
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     run = tmp_path_factory.mktemp("alone") / "run"
-    train(TINY, run, "cpu", progress=False, dataset=fifty())
+    train(TINY, run, SELDOM, "cpu", progress=False, dataset=fifty())
     return run
 
 
@@ -145,8 +156,8 @@ def alone(tmp_path_factory):
     [
         (2, {}),
         (4, {"micro_batch": 1}),
-        (2, {"parallel": "fsdp"}),
-        (2, {"parallel": "fsdp", "micro_batch": 2}),
+        (2, {"strategy": "fsdp"}),
+        (2, {"strategy": "fsdp", "micro_batch": 2}),
     ],
 )
 def test_any_number_of_processes_learns_and_logs_the_same(
@@ -166,9 +177,9 @@ def test_four_processes_equal_four_parts(tmp_path):
 def test_a_checkpoint_is_read_by_either_way_and_by_one_process(
     tmp_path, alone, first, then
 ):
-    together(2, run_tiny, tmp_path / "run", {"steps": 5, "parallel": first})
-    together(2, run_tiny, tmp_path / "run", {"steps": 7, "parallel": then})
-    train(TINY, tmp_path / "run", "cpu", progress=False, dataset=fifty())
+    together(2, run_tiny, tmp_path / "run", {"steps": 5, "strategy": first})
+    together(2, run_tiny, tmp_path / "run", {"steps": 7, "strategy": then})
+    train(TINY, tmp_path / "run", SELDOM, "cpu", progress=False, dataset=fifty())
     assert_close(tmp_path / "run", alone)
     weights = DiffuSSM.from_pretrained(find_checkpoint(tmp_path / "run") / "ema")
     assert weights.config == TINY.model
@@ -195,7 +206,7 @@ def test_two_processes_then_one_see_the_same_samples_in_the_same_order():
 
 
 def test_recomputing_changes_nothing(tmp_path, alone):
-    together(1, run_tiny, tmp_path / "run", {"recompute": True})
+    together(1, run_tiny, tmp_path / "run", {"activation_checkpointing": True})
     assert_close(tmp_path / "run", alone)
 
 
@@ -220,14 +231,12 @@ def graphs_of_a_block():
 
     torch.nn.Module.compile = lambda module: honest(module, backend=count)
     config = replace(
-        TINY,
-        model=replace(TINY.model, d_model=256, n_blocks=1),
-        compile=True,
-        timesteps=50,
+        TINY, model=replace(TINY.model, d_model=256, n_blocks=1), timesteps=50
     )
+    execution = replace(SELDOM, compile=True)
     with cluster() as world:
-        state = TrainState.create(config, world)
-        network = world.wrap(state.model, config)
+        state = TrainState.create(config, execution, world)
+        network = world.wrap(state.model, execution)
         batch = training_batch(fifty(), state.model, config, 0, world.rank, world.size)
         DIFFUSION.losses(network, *batch)["loss"].sum().backward()
         (block,) = state.model.blocks
@@ -268,8 +277,8 @@ def poisoned(run, leave=0):
     with cluster() as world:
         if world.rank == 1:
             GaussianDiffusion.losses = losses
-        config = replace(TINY, save_every=2, skip_nonfinite=leave)
-        state = train(config, run, progress=False, world=world, dataset=fifty())
+        often = replace(SELDOM, save_every=2, skip_nonfinite=leave)
+        state = train(TINY, run, often, progress=False, world=world, dataset=fifty())
         return state.skipped, [p.tolist() for p in state.ema.parameters()]
 
 
@@ -304,8 +313,9 @@ def until_stopped(run):
     with cluster() as world:
         try:
             train(
-                replace(TINY, steps=100_000, save_every=100_000),
+                replace(TINY, steps=100_000),
                 run,
+                replace(SELDOM, save_every=100_000),
                 progress=False,
                 world=world,
                 dataset=fifty(),
@@ -336,8 +346,16 @@ def cannot_save(run):
             (run / "checkpoints").write_text("in the way")
 
     with cluster() as world:
-        config = replace(TINY, save_every=5, steps=1000)
-        train(config, run, progress=False, world=world, dataset=fifty(), on_log=block)
+        config, execution = changed({"save_every": 5, "steps": 1000})
+        train(
+            config,
+            run,
+            execution,
+            progress=False,
+            world=world,
+            dataset=fifty(),
+            on_log=block,
+        )
 
 
 def test_a_write_that_fails_in_the_background_stops_all(tmp_path):
@@ -368,7 +386,7 @@ def test_once_is_once_and_its_error_is_everyones():
 
 
 def save_for_ever(run, shared):
-    state = TrainState.create(TINY, World("cpu"))
+    state = TrainState.create(TINY, SELDOM, World("cpu"))
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()
@@ -422,7 +440,9 @@ def signalled(command, run, number):
 )
 def test_the_command_that_is_asked_to_stop_says_so(tmp_path, processes, number):
     run, config = tmp_path / "run", tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(asdict(replace(TINY, steps=100_000, log_every=1))))
+    config.write_text(
+        yaml.safe_dump(flat(*changed({"steps": 100_000, "log_every": 1})))
+    )
     words = f"-m diffussm train digits --config {config} --out {run} --device cpu --no_grid".split()
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     launcher += ["--signals_to_handle", "SIGTERM,SIGUSR1"]
@@ -471,7 +491,7 @@ def fails_while_writing(run):
 
     distributed.write_checkpoint = lambda *_: time.sleep(SLOW)
     with cluster() as world:
-        world.save(run, None, TINY)
+        world.save(run, None, TINY, SELDOM)
         if world.rank == 0:
             raise KeyError("a fault of the program")
         world.sum(torch.zeros(1))
@@ -501,7 +521,7 @@ def refused(_):
 def asked_to_stop(run):
     with cluster() as world:
         world.stopping = world.rank == 1
-        train(TINY, run, progress=False, world=world, dataset=fifty())
+        train(TINY, run, SELDOM, progress=False, world=world, dataset=fifty())
 
 
 @pytest.mark.parametrize(
@@ -564,7 +584,7 @@ def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
     images, config = tmp_path / "images", tmp_path / "tiny.yaml"
     images.mkdir()
     Image.new("RGB", (8, 8)).save(images / "one.png")
-    config.write_text(yaml.safe_dump(asdict(TINY)))
+    config.write_text(yaml.safe_dump(flat(TINY, SELDOM)))
     words = {
         "train": f"digits --config {config} --out {tmp_path / 'run'} --no_grid",
         "encode": f"{images} {tmp_path / 'latents'} --vae none --size 8",
@@ -723,7 +743,9 @@ def test_float32_is_float32_on_a_gpu(monkeypatch):
         with Cluster("cpu") as world:
             world.device = gpu
             for precision, products in (("float32", "highest"), ("bf16", "high")):
-                world.shard(torch.nn.Linear(1, 1), replace(TINY, precision=precision))
+                world.shard(
+                    torch.nn.Linear(1, 1), replace(TINY, precision=precision), SELDOM
+                )
                 assert torch.get_float32_matmul_precision() == products
     finally:
         torch.set_float32_matmul_precision(before)

@@ -218,17 +218,17 @@ def test_nothing_waits_for_torch() -> None:
 
 
 USER = """\
-from diffussm import DiffuSSM, DiffuSSMConfig, GaussianDiffusion, TrainConfig, evaluate, sample, train
+from diffussm import DiffuSSM, DiffuSSMConfig, GaussianDiffusion, Recipe, evaluate, sample, train
 
 model = DiffuSSM(DiffuSSMConfig(input_size=8, d_model=16, n_blocks=1))
 diffusion = GaussianDiffusion.linear(1000)
 images = sample(model, diffusion, [1, 2], steps=10)
 sample(model, diffusion, [1, 2], steps="ten")  # wrong
-config: int = TrainConfig(model=model.config)  # wrong
+config: int = Recipe(model=model.config)  # wrong
 from diffussm import nonsense  # wrong
 reveal_type(DiffuSSM)
 reveal_type(GaussianDiffusion)
-reveal_type(TrainConfig)
+reveal_type(Recipe)
 reveal_type(evaluate)
 reveal_type(sample)
 reveal_type(train)
@@ -360,9 +360,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def load_run(
         run: Path, weights: str, step: int | None
-    ) -> tuple[object, training.TrainConfig, list[str]]:
+    ) -> tuple[object, training.Recipe, list[str]]:
         name = {"xl": "imagenet256", "xl512": "imagenet512"}.get(run.name, run.name)
-        recipe = cli.read_recipe(name)
+        recipe, _ = cli.read_recipe(name)
         return (
             SimpleNamespace(to=reach),
             recipe,
@@ -519,7 +519,7 @@ def test_readme_figure_is_of_the_weights_that_come_with_it() -> None:
     assert (
         f"after {record['steps']:,} training steps" in (ROOT / "README.md").read_text()
     )
-    assert cli.read_recipe("digits").steps == record["steps"]
+    assert cli.read_recipe("digits")[0].steps == record["steps"]
 
 
 def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1035,7 +1035,6 @@ def run(tmp_path_factory):
         batch_size=4,
         warmup=0,
         cooldown=0,
-        save_every=10,
     )
     folder = tmp_path_factory.mktemp("runs") / "digits"
     return folder, train(config, folder, device="cpu", progress=False)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +27,17 @@ from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
     Clock,
+    Execution,
     Meter,
     Preempted,
-    TrainConfig,
+    Recipe,
     TrainState,
     World,
     describe_groups,
     ema_decay_at,
     find_checkpoint,
+    flat,
+    from_flat,
     learning_rate_factor,
     load_run,
     parameter_groups,
@@ -47,20 +50,28 @@ from diffussm.training import (
     write_checkpoint,
 )
 
-TINY = TrainConfig(
+TINY = Recipe(
     model=DiffuSSMConfig(
         input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=1, d_state=4
     ),
     batch_size=8,
     steps=10,
     lr=1e-3,
-    log_every=4,
-    save_every=100,
 )
+SELDOM = Execution(log_every=4, save_every=100)
+
+
+def changed(changes):
+    """TINY and SELDOM with these options, whichever of the two they belong to."""
+    names = {field.name for field in fields(Execution)}
+    recipe = {key: value for key, value in changes.items() if key not in names}
+    execution = {key: value for key, value in changes.items() if key in names}
+    return replace(TINY, **recipe), replace(SELDOM, **execution)
 
 
 def run_tiny(folder, **changes):
-    return train(replace(TINY, **changes), folder, device="cpu", progress=False)
+    recipe, execution = changed(changes)
+    return train(recipe, folder, execution, device="cpu", progress=False)
 
 
 def log_of(run):
@@ -456,7 +467,7 @@ def test_a_run_that_is_being_trained_is_refused(tmp_path):
         seen.append(row["step"])
 
     seen = []
-    train(TINY, tmp_path / "run", device="cpu", progress=False, on_log=intrude)
+    train(TINY, tmp_path / "run", SELDOM, "cpu", progress=False, on_log=intrude)
     assert seen == [4, 8] and run_tiny(tmp_path / "run", steps=12).step == 12
 
 
@@ -483,11 +494,13 @@ def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
         return data
 
     config = replace(TINY, model=replace(TINY.model, num_classes=0, label_dropout=0.0))
-    training.open_run(tmp_path / "run", config, latents("one"))
+    training.open_run(tmp_path / "run", config, SELDOM, latents("one"))
     assert training.encoder_of(tmp_path / "run")["name"] == "one"
-    training.open_run(tmp_path / "run", config, latents("one"))
+    training.open_run(tmp_path / "run", config, SELDOM, latents("one"))
     with pytest.raises(ValueError, match="another folder|choose a new folder"):
-        training.open_run(tmp_path / "run", config, latents("two"), other_data=True)
+        training.open_run(
+            tmp_path / "run", config, SELDOM, latents("two"), other_data=True
+        )
     assert training.encoder_of(tmp_path / "run")["name"] == "one"
     (tmp_path / "run" / "vae.json").unlink()  # as a run of an older version has none
     assert training.encoder_of(tmp_path / "run", tmp_path / "nowhere") is None
@@ -523,7 +536,7 @@ def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
     here, there, more = folder("here", 8), folder("there", 8), folder("more", 9)
     run_tiny(tmp_path / "run", model=model, data=here, steps=2)
     assert run_tiny(tmp_path / "run", model=model, data=there, steps=4).step == 4
-    with pytest.raises(ValueError, match="dataset"):
+    with pytest.raises(ValueError, match="other data"):
         run_tiny(tmp_path / "run", model=model, data=more, steps=6)
 
 
@@ -540,15 +553,25 @@ def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
 )
 def test_options_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(TINY, **changes)
+        changed(changes)
 
 
 def test_unknown_options_are_refused_by_name():
-    assert TrainConfig.from_dict(asdict(TINY)) == TINY
+    assert from_flat(flat(TINY, SELDOM)) == (TINY, SELDOM)
     with pytest.raises(ValueError, match="learning_rat"):
-        TrainConfig.from_dict({**asdict(TINY), "learning_rat": 1e-4})
+        from_flat({**asdict(TINY), "learning_rat": 1e-4})
     with pytest.raises(ValueError, match="'model' section"):
-        TrainConfig.from_dict({})
+        from_flat({})
+
+
+def test_old_names_are_read_with_a_warning_that_says_the_new(capsys):
+    training._warn.cache_clear()
+    old = {**asdict(TINY), "parallel": "fsdp", "recompute": True}
+    _, execution = from_flat(old)
+    assert execution.strategy == "fsdp" and execution.activation_checkpointing
+    said = capsys.readouterr().err
+    assert "parallel is called strategy" in said
+    assert "recompute is called activation_checkpointing" in said
 
 
 def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(
@@ -600,29 +623,22 @@ def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys
         return SimpleNamespace(convolution=doubled, reason="twice is better")
 
     monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(choose=choose))
-    config = TrainConfig(
-        model=DiffuSSMConfig(**PRESETS["digits"]),
-        batch_size=8,
-        micro_batch=4,
-        convolution="elsewhere:choose",
-    )
-    state = TrainState.create(config, World("cpu"))
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
+    execution = Execution(micro_batch=4, convolution="elsewhere:choose")
+    state = TrainState.create(config, execution, World("cpu"))
     assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32)]
     assert "convolution: twice is better" in capsys.readouterr().err
     for model in (state.model, state.ema):
         assert all(block.ssm.convolution is doubled for block in model.blocks)
-    plain = TrainState.create(replace(config, convolution="fft"), World("cpu"))
+    plain = TrainState.create(config, Execution(), World("cpu"))
     assert all(block.ssm.convolution is convolve for block in plain.model.blocks)
 
 
 def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
     pytest.importorskip("triton")
-    config = TrainConfig(
-        model=DiffuSSMConfig(**PRESETS["digits"]),
-        batch_size=8,
-        convolution="diffussm.gpu_kernels:choose_convolution",
-    )
-    state = TrainState.create(config, World("cpu"))
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
+    execution = Execution(convolution="diffussm.gpu_kernels:choose_convolution")
+    state = TrainState.create(config, execution, World("cpu"))
     assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
     assert state.model.blocks[0].ssm.convolution is convolve
 
@@ -631,13 +647,11 @@ def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
     "name", ["triton", "no.such.module:choose", "diffussm.model:choose", ":", "math:"]
 )
 def test_a_convolution_that_does_not_exist_is_refused(name):
-    config = TrainConfig(
-        model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8, convolution=name
-    )
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
     with pytest.raises(
         ValueError, match="expected 'fft', or 'package.module:function'"
     ):
-        TrainState.create(config, World("cpu"))
+        TrainState.create(config, Execution(convolution=name), World("cpu"))
 
 
 # ------------------------------------------------------------------------------
@@ -667,17 +681,12 @@ def test_a_kept_step_that_was_passed_is_told(tmp_path, capsys):
 
 
 def test_images_are_counted_exactly():
-    config = replace(
-        TINY, batch_size=256, keep=("338M images", "338_000_000 images", "400k", "7")
-    )
-    assert config.keep_steps == {1_320_313, 400_000, 7}
+    keep = ("338M images", "338_000_000 images", "400k", "7")
+    assert Execution(keep=keep).keep_steps(256) == {1_320_313, 400_000, 7}
     assert 256 * 1_320_312 < 338_000_000 <= 256 * 1_320_313
-    assert replace(TINY, keep=("0.5M images",)).keep_steps == {62_500}
-    assert TrainConfig.from_dict({**asdict(TINY), "keep": [3, "5"]}).keep == ("3", "5")
-    assert TrainConfig.from_dict({**asdict(TINY), "keep": "3, 338M images"}).keep == (
-        "3",
-        "338M images",
-    )
+    assert Execution(keep=("0.5M images",)).keep_steps(8) == {62_500}
+    assert Execution(keep=[3, "5"]).keep == ("3", "5")
+    assert Execution(keep="3, 338M images").keep == ("3", "338M images")
 
 
 @pytest.mark.parametrize(
@@ -685,7 +694,7 @@ def test_images_are_counted_exactly():
 )
 def test_what_keep_cannot_mean_is_refused(entry):
     with pytest.raises(ValueError, match="'338M images'"):
-        replace(TINY, keep=("5", entry))
+        Execution(keep=("5", entry))
 
 
 def test_any_checkpoint_can_be_loaded_by_its_step(tmp_path):
@@ -744,8 +753,9 @@ class Poisoned(TensorData):
 
 
 def run_poisoned(folder, *steps, **changes):
-    config = replace(TINY, **changes)
-    return train(config, folder, device="cpu", progress=False, dataset=Poisoned(*steps))
+    recipe, execution = changed(changes)
+    data = Poisoned(*steps)
+    return train(recipe, folder, execution, "cpu", progress=False, dataset=data)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path):
@@ -853,16 +863,15 @@ def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
     run_tiny(run, model=model, data=one, steps=2)
     before = (run / "config.json").read_bytes()
     with pytest.raises(
-        ValueError,
-        match=r"other data, which differ in dataset.fingerprint .*--other_data",
+        ValueError, match=r"other data, which differ in data.fingerprint .*--other_data"
     ):
         run_tiny(run, model=model, data=two, steps=4)
     assert (run / "config.json").read_bytes() == before
     config = replace(TINY, model=model, data=two, steps=4)
-    assert train(config, run, device="cpu", progress=False, other_data=True).step == 4
-    facts = json.loads((run / "config.json").read_text())["dataset"]
+    assert train(config, run, SELDOM, "cpu", progress=False, other_data=True).step == 4
+    facts = json.loads((run / "config.json").read_text())["data"]
     assert facts["earlier"] == [
-        json.loads(before)["dataset"]
+        json.loads(before)["data"]
     ]  # it is not forgotten what it learned from
     assert (
         run_tiny(run, model=model, data=two, steps=6).step == 6
@@ -884,20 +893,25 @@ def test_digits_that_were_changed_are_other_digits(tmp_path):
     changed = images.clone()
     changed[7, 0, 0, 0] *= -1
     for other in (TensorData(changed, labels), TensorData(images, labels.roll(1))):
-        with pytest.raises(ValueError, match=r"dataset\.fingerprint"):
+        with pytest.raises(ValueError, match=r"data\.fingerprint"):
             train(TINY, tmp_path / "run", device="cpu", progress=False, dataset=other)
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
+    """Its options lie flat in the file, some under other names, and it lacks younger ones."""
     run_tiny(tmp_path / "run", steps=4)
     file = tmp_path / "run" / "config.json"
-    values = json.loads(file.read_text())
+    now = json.loads(file.read_text())
+    values = now["recipe"] | now["execution"] | {"dataset": now["data"]}
     for younger in ("ema_warmup", "keep", "skip_nonfinite", "workers", "exif_rotate"):
         del values[younger]
+    values["parallel"] = values.pop("strategy")
+    values["recompute"] = values.pop("activation_checkpointing")
     values["dataset"]["fingerprint"] = None
     file.write_text(json.dumps(values))
     assert run_tiny(tmp_path / "run").step == 10
     assert "holds no fingerprint of its data" in capsys.readouterr().err
+    assert load_run(tmp_path / "run")[1] == replace(TINY, steps=4)
     values["lr"] = 2e-3
     file.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="differs in lr"):
@@ -951,7 +965,7 @@ def test_a_disk_without_flock_has_another_lock(tmp_path, monkeypatch, capsys, co
             run_tiny(run)
         seen.append(row["step"])
 
-    train(TINY, run, device="cpu", progress=False, on_log=intrude)
+    train(TINY, run, SELDOM, device="cpu", progress=False, on_log=intrude)
     assert seen == [4, 8] and not (run / ".lock.json").exists()
     training._warn.cache_clear()
     run_tiny(run, steps=12)
@@ -1050,7 +1064,7 @@ def test_a_run_that_is_asked_to_stop_says_from_where_it_goes_on(tmp_path):
     with pytest.raises(
         Preempted, match="saved step 3 of 10; the same command goes on from there"
     ):
-        train(TINY, tmp_path / "run", progress=False, world=Stopping("cpu"))
+        train(TINY, tmp_path / "run", SELDOM, progress=False, world=Stopping("cpu"))
     assert steps_kept(tmp_path / "run") == [3]
     assert_same_state(run_tiny(tmp_path / "run"), run_tiny(tmp_path / "straight"))
 
@@ -1060,7 +1074,7 @@ def test_a_constant_decay_is_the_papers(tmp_path):
         0.9999,
         0.9999,
     ]
-    start = TrainState.create(TINY, World("cpu"))
+    start = TrainState.create(TINY, SELDOM, World("cpu"))
     constant = run_tiny(tmp_path / "constant", steps=1, ema_warmup=False)
     growing = run_tiny(tmp_path / "growing", steps=1)
     (first, *_), (moved, *_), (grown, *_), (model, *_) = (
@@ -1102,7 +1116,7 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
 def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
     data = write_images(tmp_path / "images", 1, count=32)
     model = replace(TINY.model, num_classes=2, in_channels=3)
-    config = replace(TINY, model=model, data=data, workers=4, steps=3)
+    config = replace(TINY, model=model, data=data, steps=3)
     meeting = threading.Barrier(4, timeout=60)
 
     class Meeting(ImageFolder):
@@ -1113,8 +1127,9 @@ def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
             return super().__getitem__(index)
 
     folder, model = ImageFolder(data, 8, flip=False), DiffuSSM(config.model)
-    together = list(training_batches(Meeting(data, 8, flip=False), model, config, 0))
-    one_by_one = list(training_batches(folder, model, replace(config, workers=1), 0))
+    meet = Meeting(data, 8, flip=False)
+    together = list(training_batches(meet, model, config, 0, workers=4))
+    one_by_one = list(training_batches(folder, model, config, 0, workers=1))
     for a, b in zip(together, one_by_one, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -1137,11 +1152,11 @@ def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
     from diffussm import cli
 
     for name in cli.recipe_files():
-        config = cli.read_recipe(name)
+        config, _ = cli.read_recipe(name)
         if config.model.d_model == 1152:
             assert config.clip == 1.0 and not config.ema_warmup, name
-    config = cli.read_recipe("imagenet256")
-    (step,) = config.keep_steps
+    config, execution = cli.read_recipe("imagenet256")
+    (step,) = execution.keep_steps(config.batch_size)
     assert (
         (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size
         and step < config.steps
