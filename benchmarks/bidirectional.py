@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.common import command, report, require_agreement, speed_row
 from diffussm.bidirectional import BidirectionalSSM
-from diffussm.convolution import fft_conv, vandermonde, vandermonde_two_level
+from diffussm.convolution import fft_conv, vandermonde
+from diffussm.two_level import vandermonde_two_level
 
 D_STATE = 64
 LIMIT = 3.0  # against the layer as it is usually put together

@@ -36,8 +36,8 @@ from benchmarks.references import awake, require_right
 from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
 from benchmarks.train_step import make_loss, make_model, make_step
-from diffussm.bidirectional import BidirectionalSSM, convolve
-from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
+from diffussm.bidirectional import BidirectionalSSM
+from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.distributed import peak_flops
 from diffussm.efficiency import (
     DiTBlock,
@@ -46,8 +46,10 @@ from diffussm.efficiency import (
     explicit_attention,
     time_by_kind,
 )
+from diffussm.fft_convolution import convolve
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.two_level import vandermonde_two_level
 
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """The two-level kernel against the direct one: ``python -m benchmarks.kernel``.
 
 At the paper's width, D = 1152 channels with N = 64 states, for the lengths of its two resolutions. The sides
-are `diffussm.convolution.vandermonde` (every exponential) and `vandermonde_two_level`, on the same system.
+are `convolution.vandermonde` (every exponential) and `two_level.vandermonde_two_level`,
+on the same system.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.common import (
     require_agreement,
     speed_row,
 )
-from diffussm.convolution import S4DKernel, vandermonde, vandermonde_two_level
+from diffussm.convolution import S4DKernel, vandermonde
+from diffussm.two_level import vandermonde_two_level
 
 D_MODEL, D_STATE = 1152, 64
 SPEED_LIMITS = {1024: 12.0, 4096: 30.0}

@@ -6,12 +6,19 @@ Generated from book/12_convolution.md by `make export`: edit there.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from diffussm.guards import (
+    expect,
+    expect_int,
+    expect_number,
+    expect_one_of,
+    expect_real,
+)
 from diffussm.state_space import (
     discretize_bilinear,
     discretize_zoh,
@@ -21,17 +28,26 @@ from diffussm.state_space import (
 )
 
 __all__ = [
+    "check_kernel",
     "vandermonde",
+    "without_autocast",
     "fft_conv",
-    "vandermonde_two_level",
+    "later",
     "INITIALISATIONS",
     "DISCRETIZATIONS",
     "S4DKernel",
 ]
 
 
+def check_kernel(log_dA: Tensor, weights: Tensor, length: int) -> None:
+    """Refuse what is no kernel's: the same shape (D, N/2) twice, and a length from 1 on."""
+    D, N = expect("log_dA", log_dA, "D N")
+    expect("weights", weights, "D N", D=D, N=N)
+    expect_int("length", length, least=1)
+
+
 def vandermonde(log_dA: Tensor, weights: Tensor, length: int) -> Tensor:
-    """The kernel K_l = 2 Re sum_n weights_n exp(l log_dA_n), written as it is read: memory D x N/2 x L.
+    """The kernel K_l = 2 Re sum_n weights_n exp(l log_dA_n), written as it is read.
 
     Args:
         log_dA: Logarithms of the discrete eigenvalues, complex (D, N/2).
@@ -39,150 +55,81 @@ def vandermonde(log_dA: Tensor, weights: Tensor, length: int) -> Tensor:
         length: L, the number of lags, starting at 0.
 
     Returns:
-        Real (D, L).
+        Real (D, L); memory on the way D x N/2 x L.
 
     Raises:
-        ValueError: the shapes differ, or ``length`` is not a positive integer.
+        ValueError: the shapes differ, or `length` is not positive.
 
-    Source: chapter 2, equation eq-convolution-vandermonde. The reference for vandermonde_two_level.
+    Source: eq-convolution-vandermonde.
     """
-    _check_kernel(log_dA, weights, length)
+    check_kernel(log_dA, weights, length)
     lags = torch.arange(length, device=log_dA.device)
     powers = torch.exp(log_dA[:, :, None] * lags)  # (D, N/2, L)
     return 2 * torch.einsum("dn,dnl->dl", weights, powers).real  # (D, L)
 
 
-def _check_kernel(log_dA: Tensor, weights: Tensor, length: int) -> None:
-    if log_dA.ndim != 2 or log_dA.shape != weights.shape:
-        raise ValueError(
-            f"log_dA has shape {tuple(log_dA.shape)} and weights {tuple(weights.shape)}: "
-            "expected the same (D, N/2)"
-        )
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(
-            f"length={length!r}: expected a positive integer, the number of positions"
-        )
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast switched off for one device; does nothing where there is no autocast, as on meta."""
-    if (
-        device.type == "meta"
-    ):  # asking torch.amp which devices have it would break a compiled graph
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off for one device; nothing where there is none, as on meta."""
+    if device.type == "meta":  # asking torch.amp would break a compiled graph
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def fft_conv(u: Tensor, k: Tensor) -> Tensor:
-    """Causal convolution y_i = sum_{l <= i} k_l u_{i-l} by FFT, padded to 2L so that nothing wraps around.
+    """Causal convolution y_i = sum_{l <= i} k_l u_{i-l} by FFT, padded to 2L.
 
     Computed in float32 (float64 for float64 inputs), also under autocast.
 
     Args:
         u: Input, real (..., D, L).
-        k: Kernel, real (D, L): the last dimensions of ``u``.
+        k: Kernel, real (D, L): the last dimensions of `u`.
 
     Returns:
-        (..., D, L), in the dtype of ``u``.
+        (..., D, L), in the dtype of `u`.
 
     Raises:
         ValueError: the shapes do not fit.
-        TypeError: ``u`` or ``k`` is not a real floating-point tensor.
+        TypeError: `u` or `k` is not a real floating-point tensor.
 
-    Source: chapter 2, equations eq-convolution-causal and eq-convolution-wrap (section 3.1 of the paper).
+    Source: eq-convolution-causal, eq-convolution-wrap (section 3.1 of the paper).
     """
-    for name, tensor in (("u", u), ("k", k)):
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}: expected a real floating-point tensor"
-            )
-    if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
-        raise ValueError(
-            f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) and (D, L); "
-            "build the kernel with the length of the input, kernel(u.shape[-1])"
-        )
+    _check_convolution(u, k)
     if u.numel() == 0:  # there are libraries that refuse to transform nothing
         return (u * k).to(u.dtype)
-    length = u.shape[-1]
-    with _without_autocast(u.device):
-        dtype = torch.promote_types(
-            torch.promote_types(u.dtype, k.dtype), torch.float32
+    length, dtype = u.shape[-1], torch.promote_types(u.dtype, k.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    with without_autocast(u.device):
+        u_f = torch.fft.rfft(u.to(dtype), n=2 * length)  # (..., D, L + 1)
+        y_f = u_f * torch.fft.rfft(k.to(dtype), n=2 * length)  # (..., D, L + 1)
+        y: Tensor = torch.fft.irfft(y_f, n=2 * length)[..., :length]
+        return y.to(u.dtype)
+
+
+def _check_convolution(u: Tensor, k: Tensor) -> None:
+    expect_real(u=u, k=k)
+    if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
+        raise ValueError(
+            f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) "
+            "and (D, L); build the kernel with the length of the input, "
+            "kernel(u.shape[-1])"
         )
-        spectrum = torch.fft.rfft(u.to(dtype), n=2 * length)  # (..., D, L + 1)
-        spectrum = spectrum * torch.fft.rfft(
-            k.to(dtype), n=2 * length
-        )  # (..., D, L + 1)
-        return torch.fft.irfft(spectrum, n=2 * length)[..., :length].to(u.dtype)
 
 
-def vandermonde_two_level(log_dA: Tensor, weights: Tensor, length: int) -> Tensor:
-    """The kernel of :func:`vandermonde` from 2 sqrt(L), not L, exponentials per state and a matrix product.
-
-    A lag is written with two digits, l = i b + j, so that exp(l z) = exp(i b z) exp(j z). Arguments, result
-    and errors are those of :func:`vandermonde`; memory is D x N x 2 sqrt(L) and the result.
-    Differentiable once.
-
-    On GPUs the matrix product obeys ``torch.set_float32_matmul_precision``: with TensorFloat-32 allowed, the
-    kernel keeps three digits.
-
-    Source: chapter 2, equation eq-convolution-two-level.
-    """
-    _check_kernel(log_dA, weights, length)
-    block = 2 ** math.ceil(math.log2(length) / 2)  # about sqrt(L)
-    kernel = _TwoLevel.apply(log_dA, weights, block, -(-length // block))  # (D, I, J)
-    return kernel.flatten(1)[:, :length]  # (D, L)
+def _log_bilinear(z: Tensor) -> Tensor:
+    """log((1 + z/2) / (1 - z/2)) without cancellation near 0: eq-convolution-log-bilinear."""
+    a, b = z.real / 2, z.imag / 2
+    ratio = 4 * a / ((1 - a) ** 2 + b**2)
+    # z = -2 exactly would give log 0; forgotten to 1e-4 in one step is forgotten
+    decay = 0.5 * torch.log1p(ratio.clamp_min(torch.finfo(ratio.dtype).eps - 1))
+    return torch.complex(decay, torch.atan2(2 * b, 1 - a**2 - b**2))
 
 
-class _TwoLevel(torch.autograd.Function):
-    """2 Re(P Q) and its gradients (chapter 2, eq-convolution-two-level and eq-convolution-backward)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, log_dA: Tensor, weights: Tensor, block: int, n_blocks: int
-    ) -> Tensor:
-        i = block * torch.arange(n_blocks, device=log_dA.device)
-        j = torch.arange(block, device=log_dA.device)
-        E = _exp(log_dA[:, None, :] * i[:, None])  # (D, I, N/2)
-        Q_conj = _exp(log_dA.conj()[:, None, :] * j[:, None])  # (D, J, N/2)
-        ctx.save_for_backward(weights, E, Q_conj)
-        ctx.block = block
-        return (_pairs(weights[:, None, :] * E) @ _pairs(Q_conj).mT).mul_(
-            2
-        )  # (D, I, J)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        weights, E, Q_conj = ctx.saved_tensors
-        with _without_autocast(
-            grad.device
-        ):  # backward may be called where autocast is on
-            G = 2 * grad  # (D, I, J)
-            i = ctx.block * torch.arange(E.shape[1], device=E.device).to(E.dtype)
-            j = torch.arange(Q_conj.shape[1], device=E.device).to(E.dtype)
-            g = _complex(G @ _pairs(Q_conj)).mul_(E.conj())  # (D, I, N/2)
-            grad_weights = g.sum(1)  # (D, N/2)
-            grad_log_dA = weights.conj() * torch.einsum("din,i->dn", g, i)  # (D, N/2)
-            g = _complex(G.mT @ _pairs(weights[:, None, :] * E)).mul_(
-                Q_conj.conj()
-            )  # (D, J, N/2)
-            grad_log_dA = (
-                grad_log_dA + torch.einsum("djn,j->dn", g, j).conj()
-            )  # (D, N/2)
-        return grad_log_dA, grad_weights, None, None
-
-
-def _exp(z: Tensor) -> Tensor:
-    # the real functions run vectorised on a CPU where the complex exponential does not
-    return torch.polar(torch.exp(z.real), z.imag)
-
-
-def _pairs(z: Tensor) -> Tensor:
-    return torch.view_as_real(z).flatten(-2)  # (..., N/2) -> (..., N)
-
-
-def _complex(pairs: Tensor) -> Tensor:
-    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))  # (..., N) -> (..., N/2)
+def later(place: str) -> Callable[..., Any]:
+    """A function of a later chapter, "module:function", whose module is imported now."""
+    module, _, function = place.partition(":")
+    home = import_module(f"{__package__ or 'diffussm'}.{module}")
+    found: Callable[..., Any] = getattr(home, function)
+    return found
 
 
 INITIALISATIONS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
@@ -190,25 +137,26 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 class S4DKernel(nn.Module):
-    """The convolution kernels of D diagonal state space systems: ``kernel(length)`` is real (D, L).
+    """The convolution kernels of D diagonal systems: `kernel(length)` is real (D, L).
 
-    Kept and computed in float32, or in float64 after ``.double()``. Neither autocast nor a conversion of the
-    model to half precision changes that: phases and decays would lose the digits they need.
+    Kept and computed in float32, or in float64 after `.double()`, whatever autocast or
+    a conversion to half precision would have.
 
     Args:
         d_model: D, the number of channels, each with a system of its own.
-        d_state: N, the real size of each state; even, because N/2 conjugate pairs are stored.
-        init: "lin", "inv" or "legs": the initial eigenvalues (chapter 1).
+        d_state: N, the real size of each state; even: N/2 conjugate pairs are stored.
+        init: "lin", "inv" or "legs": the initial eigenvalues.
         discretization: "zoh" or "bilinear".
         dt_min, dt_max: The steps start log-uniform between these, in time per position.
 
-    Parameters, all real:
-        log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2).
+    Attributes:
+        log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2): parameters.
+        vandermonde: How the kernel is computed; `vandermonde` is the direct way.
 
     Raises:
         ValueError: an argument outside the above.
 
-    Source: chapter 2 (Gu et al., S4D, 2022; section 3.1 of the paper).
+    Source: Gu et al., S4D, 2022; section 3.1 of the paper.
     """
 
     def __init__(
@@ -222,50 +170,26 @@ class S4DKernel(nn.Module):
         dt_max: float = 1e-1,
     ) -> None:
         super().__init__()
-        if isinstance(d_model, bool) or not isinstance(d_model, int) or d_model < 1:
-            raise ValueError(
-                f"d_model={d_model!r}: expected a positive integer, the number of channels"
-            )
-        if init not in INITIALISATIONS:
-            raise ValueError(
-                f"init={init!r}: expected one of {', '.join(map(repr, INITIALISATIONS))}"
-            )
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(
-                f"discretization={discretization!r}: expected one of {', '.join(map(repr, DISCRETIZATIONS))}"
-            )
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(
-                f"dt_min={dt_min}, dt_max={dt_max}: expected 0 < dt_min <= dt_max, e.g. 1e-3 and 1e-1"
-            )
-        A = INITIALISATIONS[init](d_state)  # (N/2,)
+        expect_int("d_model", d_model, least=1)
+        expect_one_of("discretization", discretization, DISCRETIZATIONS)
+        expect_number("dt_max", dt_max, least=expect_number("dt_min", dt_min, above=0))
+        A = INITIALISATIONS[expect_one_of("init", init, INITIALISATIONS)](d_state)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        log_dt = torch.empty(d_model, dtype=dtype).uniform_(
-            math.log(dt_min), math.log(dt_max)
-        )
-        self.discretization = discretization
+        log_dt = torch.empty(d_model, dtype=dtype)
+        log_dt.uniform_(math.log(dt_min), math.log(dt_max))
+        C = torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2)
         self.log_dt = nn.Parameter(log_dt)
         self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype).repeat(d_model, 1))
         self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(d_model, 1))
-        self.C = nn.Parameter(
-            torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2)
+        self.C = nn.Parameter(C)
+        self.discretization = discretization
+        self.vandermonde: Callable[..., Tensor] = later(
+            "two_level:vandermonde_two_level"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What .to(), .half() and .cuda() do to every tensor, but never below float32."""
-
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return tensor.to(moved.device, torch.float32)
-            return moved
-
-        applied: Self = super()._apply(at_least_float32, recurse)
-        return applied
-
     def discrete(self) -> tuple[Tensor, Tensor]:
-        """The discrete system as the kernel needs it: (log dA, C dB), complex (D, N/2) each, with B = 1."""
-        # at least float32: there is no complex bfloat16, should a checkpoint have been assigned in it
+        """The discrete system, (log dA, C dB), complex (D, N/2) each, with B = 1."""
+        # at least float32: there is no complex bfloat16, should a checkpoint be in it
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         A = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
         dt = torch.exp(self.log_dt.to(dtype))[:, None]  # (D, 1)
@@ -275,20 +199,24 @@ class S4DKernel(nn.Module):
         return _log_bilinear(dt * A), C * discretize_bilinear(A, 1.0, dt)[1]
 
     def forward(self, length: int) -> Tensor:
-        """The first ``length`` values of each kernel: real (D, L)."""
-        with _without_autocast(self.C.device):
-            return vandermonde_two_level(*self.discrete(), length)  # (D, L)
+        """The first `length` values of each kernel: real (D, L)."""
+        with without_autocast(self.C.device):
+            return self.vandermonde(*self.discrete(), length)  # (D, L)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        module: Any = nn.Module  # whose _apply has no types
+        applied: Self = module._apply(self, at_least_float32, recurse)
+        return applied
 
     def extra_repr(self) -> str:
-        """What ``print(kernel)`` shows."""
-        d_model, half_state, _ = self.C.shape
-        return f"d_model={d_model}, d_state={2 * half_state}, discretization={self.discretization!r}"
-
-
-def _log_bilinear(z: Tensor) -> Tensor:
-    """log((1 + z/2) / (1 - z/2)) without cancellation near 0 (chapter 2, eq-convolution-log-bilinear)."""
-    a, b = z.real / 2, z.imag / 2
-    ratio = 4 * a / ((1 - a) ** 2 + b**2)
-    # z = -2 exactly would give log 0; a state that is forgotten to 1e-4 in one step is forgotten
-    decay = 0.5 * torch.log1p(ratio.clamp_min(torch.finfo(ratio.dtype).eps - 1))
-    return torch.complex(decay, torch.atan2(2 * b, 1 - a**2 - b**2))
+        """What `print(kernel)` shows."""
+        D, half, _ = self.C.shape
+        return (
+            f"d_model={D}, d_state={2 * half}, discretization={self.discretization!r}"
+        )

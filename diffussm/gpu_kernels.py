@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.bidirectional import convolve, operator
+from diffussm.fft_convolution import convolve, operator
 
 __all__ = [
     "LENGTHS",
@@ -322,7 +322,7 @@ class _OnChip(torch.autograd.Function):
 
 
 def on_chip_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> Tensor:
-    """:func:`diffussm.bidirectional.convolve` without leaving the chip between the transforms, in Triton.
+    """:func:`diffussm.fft_convolution.convolve` without leaving the chip between the transforms, in Triton.
 
     First derivatives only; a second one is refused.
 
@@ -351,7 +351,7 @@ def on_chip_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> T
     ):
         raise TypeError(
             f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected float32, bfloat16 or float16, and "
-            "complex64; for others use diffussm.bidirectional.convolve"
+            "complex64; for others use diffussm.fft_convolution.convolve"
         )
     if u.ndim != 3 or spectra.shape != (2, u.shape[2], u.shape[1] + 1):
         raise ValueError(
@@ -361,7 +361,7 @@ def on_chip_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> T
     if u.shape[1] not in LENGTHS:
         raise ValueError(
             f"L={u.shape[1]}: the kernels on the chip are written for {', '.join(map(str, LENGTHS))}; for "
-            "other lengths use diffussm.bidirectional.convolve"
+            "other lengths use diffussm.fft_convolution.convolve"
         )
     y: Tensor = _OnChip.apply(u, spectra, precision)
     return y
@@ -466,7 +466,7 @@ def choose_convolution(
 
     Tried are the kernels on the chip, with products of single TF32 and of three. One is accepted if in
     float32 its errors are within TOLERANCE, in half precision at most twice that of the output of
-    :func:`~diffussm.bidirectional.convolve` (its rounding), and if it is faster. Whatever goes wrong (a
+    :func:`~diffussm.fft_convolution.convolve` (its rounding), and if it is faster. Whatever goes wrong (a
     kernel that does not compile, memory that does not suffice, wrong numbers) is a reason to stay with the
     FFT, not an error.
 

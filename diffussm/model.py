@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from diffussm.convolution import _without_autocast
+from diffussm.convolution import without_autocast
 from diffussm.hourglass import HourglassBlock
 
 __all__ = [
@@ -370,7 +370,7 @@ class DiffuSSM(nn.Module):
                 x = checkpoint(block, x, c, use_reentrant=False)  # (B, J, D)
             else:
                 x = block(x, c, spectra)  # (B, J, D)
-        with _without_autocast(
+        with without_autocast(
             x.device
         ):  # guidance would magnify the rounding of a bfloat16 answer
             modulation = self.final_modulation(F.silu(c.to(dtype)))  # (B, 2D)

@@ -853,6 +853,9 @@ def self_contained_code(
                         need(module, node.id)
 
     need(module, name)
+    if "later" in chosen:  # what modules name in a text instead of importing it
+        need("fft_convolution", "convolve")
+        need("two_level", "vandermonde_two_level")
     order: list[str] = []  # a module after those it imports
 
     def place(module: str) -> None:
@@ -861,7 +864,8 @@ def self_contained_code(
                 place(other)
             order.append(module)
 
-    place(module)
+    for other in (module, "fft_convolution", "two_level"):
+        place(other)
     parts = [
         '"""DiffuSSM, diffusion models without attention, as a pipeline for diffusers, in one file.\n\n'
         f"Written by save_pretrained out of modules of the package diffussm:\n{', '.join(order)}.\n"
@@ -885,7 +889,10 @@ def self_contained_code(
                     ]
                 )
             )
-    return "\n".join(parts)
+    # in the file, a function of a later chapter is one of this file
+    home = "home = import_module(f\"{__package__ or 'diffussm'}.{module}\")"
+    here = "home = import_module(__name__)"
+    return "\n".join(parts).replace(home, here)
 
 
 def _read_evaluation(evaluation: dict[str, Any] | str | Path | None) -> dict[str, Any]:

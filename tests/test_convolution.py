@@ -1,4 +1,4 @@
-"""Chapter 2: the kernel, direct and in two levels, and the FFT convolution, against loops."""
+"""Ch. "The convolution": the kernel and the FFT convolution, against loops."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffussm.convolution import S4DKernel, fft_conv, vandermonde, vandermonde_two_level
+from diffussm.convolution import S4DKernel, fft_conv, vandermonde
 from diffussm.state_space import discretize_bilinear, discretize_zoh, scan
 
 LENGTHS = [1, 2, 3, 5, 16, 31, 64, 100, 257]
@@ -58,46 +58,14 @@ def test_convolution_equals_recurrence(init, rule):
     torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("function", [vandermonde, vandermonde_two_level])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_kernels_equal_powers_by_repeated_multiplication(function, length):
+def test_kernels_equal_powers_by_repeated_multiplication(length):
     log_dA, weights = random_system()
     torch.testing.assert_close(
-        function(log_dA, weights, length),
+        vandermonde(log_dA, weights, length),
         loop_kernel(log_dA, weights, length),
         rtol=1e-11,
         atol=1e-11,
-    )
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_gradients_of_the_two_levels_are_those_of_the_direct_kernel(length):
-    log_dA, weights = (t.requires_grad_() for t in random_system())
-    probe = torch.randn(3, length, dtype=torch.float64)
-    direct, two_level = (
-        torch.autograd.grad(
-            (f(log_dA, weights, length) * probe).sum(), (log_dA, weights)
-        )
-        for f in (vandermonde, vandermonde_two_level)
-    )
-    torch.testing.assert_close(two_level, direct, rtol=1e-9, atol=1e-9)
-
-
-def test_two_level_gradients_match_finite_differences():
-    system = [t.requires_grad_() for t in random_system(2, 2)]
-    assert torch.autograd.gradcheck(
-        lambda z, w: vandermonde_two_level(z, w, 11), system
-    )
-
-
-def test_zero_weights_have_finite_gradients():
-    log_dA, weights = random_system()
-    weights = torch.zeros_like(weights).requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        vandermonde_two_level(log_dA, weights, 50).sum(), weights
-    )
-    assert (
-        torch.isfinite(torch.view_as_real(gradient)).all() and gradient.abs().max() > 0
     )
 
 
@@ -327,16 +295,22 @@ def test_kernel_on_the_meta_device_has_the_right_shape():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"d_model": 0}, "d_model=0.*positive integer"),
+        ({"d_model": 0}, "d_model=0: expected an integer of at least 1"),
         ({"d_model": 4, "d_state": 7}, "n_state=7.*even"),
-        ({"d_model": 4, "init": "hippo"}, "init='hippo'.*'lin', 'inv', 'legs'"),
+        ({"d_model": 4, "init": "hippo"}, r"init='hippo': \(known: lin, inv, legs\)"),
         (
             {"d_model": 4, "discretization": "euler"},
-            "discretization='euler'.*'zoh', 'bilinear'",
+            r"discretization='euler': \(known: zoh, bilinear\)",
         ),
-        ({"d_model": 4, "dt_min": 0.0}, "dt_min=0.0.*0 < dt_min"),
-        ({"d_model": 4, "dt_min": 0.2, "dt_max": 0.1}, "dt_min=0.2, dt_max=0.1"),
-        ({"d_model": 4, "dt_max": float("nan")}, "dt_max=nan"),
+        ({"d_model": 4, "dt_min": 0.0}, "dt_min=0.0: expected a finite number above 0"),
+        (
+            {"d_model": 4, "dt_min": 0.2, "dt_max": 0.1},
+            "dt_max=0.1: expected a finite number of at least 0.2",
+        ),
+        (
+            {"d_model": 4, "dt_max": float("nan")},
+            "dt_max=nan: expected a finite number",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(arguments, message):
@@ -347,7 +321,8 @@ def test_impossible_settings_are_refused(arguments, message):
 def test_impossible_shapes_are_refused():
     kernel = S4DKernel(4, 8)
     for length in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match=f"length={length!r}.*positive integer"):
+        refused = pytest.raises((TypeError, ValueError), match=f"length={length!r}: ")
+        with refused:
             kernel(length)
     with pytest.raises(
         ValueError, match=r"\(4, 10\).*\(4, 12\).*kernel\(u.shape\[-1\]\)"
@@ -357,11 +332,13 @@ def test_impossible_shapes_are_refused():
         ValueError, match=r"\(2, 10, 4\)"
     ):  # (B, L, D) instead of (B, D, L)
         fft_conv(torch.ones(2, 10, 4), torch.ones(4, 10))
-    with pytest.raises(TypeError, match="u has dtype torch.int64"):
+    with pytest.raises(TypeError, match="u is torch.int64"):
         fft_conv(torch.ones(4, 10, dtype=torch.int64), torch.ones(4, 10))
-    with pytest.raises(TypeError, match="k has dtype torch.complex64"):
+    with pytest.raises(TypeError, match="k is torch.complex64"):
         fft_conv(torch.ones(4, 10), torch.ones(4, 10, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"weights has shape \(3, 5\): expected \(D=3, N=4\)"
+    ):
         vandermonde(
             torch.ones(3, 4, dtype=torch.cfloat),
             torch.ones(3, 5, dtype=torch.cfloat),

@@ -17,7 +17,8 @@ if not GPU:
     )
 
 from diffussm import gpu_kernels  # noqa: E402
-from diffussm.bidirectional import BidirectionalSSM, convolve, kernel_spectra  # noqa: E402
+from diffussm.bidirectional import BidirectionalSSM, kernel_spectra  # noqa: E402
+from diffussm.fft_convolution import convolve  # noqa: E402
 from diffussm.gpu_kernels import (  # noqa: E402
     LENGTHS,
     Choice,

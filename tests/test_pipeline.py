@@ -819,6 +819,8 @@ def test_the_one_file_is_complete_and_holds_nothing_idle():
     origins = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert not [origin for origin in origins if origin.startswith(("diffussm", "."))]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    used |= {str(text).partition(":")[2] for text in texts}  # those named for `later`
     for node in tree.body:
         if (
             isinstance(node, ast.FunctionDef | ast.ClassDef)

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import nn
 
 from diffussm import training
-from diffussm.bidirectional import convolve
 from diffussm.data import ImageFolder, TensorData, batch_indices, digits, generator
+from diffussm.fft_convolution import convolve
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,

@@ -1,0 +1,87 @@
+"""Ch. "The kernel in two levels": the direct kernel's values and gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffussm.convolution import S4DKernel, vandermonde
+from diffussm.two_level import vandermonde_two_level
+
+LENGTHS = [1, 2, 3, 5, 16, 31, 64, 100, 257]
+
+
+def random_system(d_model=3, half_state=4):
+    shape = d_model, half_state
+    log_dA = torch.complex(-torch.rand(shape).double(), 3 * torch.randn(shape).double())
+    return log_dA, torch.randn(d_model, half_state, dtype=torch.complex128)
+
+
+def loop_kernel(log_dA, weights, length):
+    """Powers by repeated multiplication, in numpy."""
+    dA, power, rows = (
+        np.exp(log_dA.detach().numpy()),
+        weights.detach().numpy().copy(),
+        [],
+    )
+    for _ in range(length):
+        rows.append(2 * power.real.sum(1))
+        power = power * dA
+    return torch.from_numpy(np.stack(rows, axis=1))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_kernels_equal_powers_by_repeated_multiplication(length):
+    log_dA, weights = random_system()
+    torch.testing.assert_close(
+        vandermonde_two_level(log_dA, weights, length),
+        loop_kernel(log_dA, weights, length),
+        rtol=1e-11,
+        atol=1e-11,
+    )
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_gradients_of_the_two_levels_are_those_of_the_direct_kernel(length):
+    log_dA, weights = (t.requires_grad_() for t in random_system())
+    probe = torch.randn(3, length, dtype=torch.float64)
+    direct, two_level = (
+        torch.autograd.grad(
+            (f(log_dA, weights, length) * probe).sum(), (log_dA, weights)
+        )
+        for f in (vandermonde, vandermonde_two_level)
+    )
+    torch.testing.assert_close(two_level, direct, rtol=1e-9, atol=1e-9)
+
+
+def test_two_level_gradients_match_finite_differences():
+    system = [t.requires_grad_() for t in random_system(2, 2)]
+    assert torch.autograd.gradcheck(
+        lambda z, w: vandermonde_two_level(z, w, 11), system
+    )
+
+
+def test_zero_weights_have_finite_gradients():
+    log_dA, weights = random_system()
+    weights = torch.zeros_like(weights).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        vandermonde_two_level(log_dA, weights, 50).sum(), weights
+    )
+    assert (
+        torch.isfinite(torch.view_as_real(gradient)).all() and gradient.abs().max() > 0
+    )
+
+
+def test_layers_use_it_and_can_be_told_otherwise():
+    kernel = S4DKernel(3, 8).double()
+    assert kernel.vandermonde is vandermonde_two_level
+    fast = kernel(100)
+    kernel.vandermonde = vandermonde
+    torch.testing.assert_close(kernel(100), fast, rtol=1e-11, atol=1e-11)
+
+
+def test_kernels_that_are_none_are_refused():
+    log_dA, weights = random_system()
+    with pytest.raises(ValueError, match=r"weights has shape \(3, 3\): expected"):
+        vandermonde_two_level(log_dA, weights[:, :3], 8)
+    with pytest.raises(ValueError, match="length=0: expected an integer of at least"):
+        vandermonde_two_level(log_dA, weights, 0)
