@@ -1,7 +1,9 @@
-"""Drawing an image with kept kernels, and computing them at every step: ``python -m benchmarks.sampling``.
+"""Drawing an image with kept kernels, and computing them at every step: ``python -m
+benchmarks.sampling``.
 
-Steps of the ancestral sampler on a batch of one, with the same noise on both sides; the images must be the
-same to the last bit. A last row compares guidance in one batch of two with two calls.
+Steps of the ancestral sampler on a batch of one, with the same noise on both sides; the
+images must be the same to the last bit. A last row compares guidance in one batch of
+two with two calls.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def make_job(
 def guided_in_two_calls(
     model: DiffuSSM, scale: float, x: Tensor, t: Tensor, y: Tensor
 ) -> Tensor:
-    """Guidance as its formula reads: the conditional model, then the unconditional one."""
+    """Guidance as its formula reads: the conditional model, then the other."""
     conditional, unconditional = (
         model(x, t, y),
         model(x, t, torch.full_like(y, model.null_label)),
@@ -125,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
             runs=arguments.runs,
         )
         rows.append({**row, "difference": f"{difference:.0e}"})
-    title = f"One image in {arguments.steps} steps, kernels kept against computed at every step, float32"
+    title = (
+        f"One image in {arguments.steps} steps, kernels kept against computed at every "
+        "step, float32"
+    )
     return report("sampling", title, rows, settings=vars(arguments))
 
 

@@ -1,4 +1,6 @@
-"""Chapter 7: moments and modes, reproducible noise, guidance as defined, the trajectory of diffusers."""
+"""Moments and modes, reproducible noise, guidance as defined, the trajectory of
+diffusers.
+"""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import torch
 
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.sampling import ancestral_step, ddim_step, denoise, guided, sample
+from diffussm.sampling import Sampler, denoise, guided, sample
 
 DIFFUSION = GaussianDiffusion.linear(1000)
 CENTRES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.4, -0.9]], dtype=torch.float64)
@@ -18,10 +20,11 @@ SPREAD = 0.15
 
 
 class Mixture:
-    """The exact denoiser by autograd: the noise is -sqrt(1 - alpha-bar) times the gradient of log p(x_t).
+    """The exact denoiser by autograd: the noise is -sqrt(1 - alpha-bar) times the
+    gradient of log p(x_t).
 
-    The covariance of x_0 given x_t is (1 - ab) / ab (1 + (1 - ab) Hessian), so its diagonal follows too.
-    Class k is cluster k, label 3 is none.
+    The covariance of x_0 given x_t is (1 - ab) / ab (1 + (1 - ab) Hessian), so its
+    diagonal follows too. Class k is cluster k, label 3 is none.
     """
 
     config = SimpleNamespace(in_channels=2, height=1, width=1)
@@ -173,38 +176,13 @@ def test_learned_variance_matters_when_steps_are_few():
     assert abs(width(Mixture()) - 1) < 0.1 < width(largest) - 1
 
 
-# Single steps
-
-
-def test_ancestral_step_is_mean_plus_scaled_noise():
-    torch.manual_seed(0)
-    x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
-    got, guess = ancestral_step(smooth, DIFFUSION, x, 400, None, seeded(4))
-    eps, v = smooth(x, torch.tensor([400, 400]), None).chunk(2, 1)
-    ab, before = DIFFUSION.alphas_cumprod[400], DIFFUSION.alphas_cumprod[399]
-    beta = 1 - ab / before
-    share = (v + 1) / 2
-    variance = (beta * (1 - before) / (1 - ab)) ** (1 - share) * beta**share
-    noise = torch.randn(x.shape, generator=seeded(4), dtype=x.dtype)
-    expected = (x - beta / (1 - ab).sqrt() * eps) / (
-        1 - beta
-    ).sqrt() + variance.sqrt() * noise
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(guess, (x - (1 - ab).sqrt() * eps) / ab.sqrt())
-
-
-@pytest.mark.parametrize("step_back", [ancestral_step, ddim_step])
-def test_last_step_adds_no_noise(step_back):
-    x = torch.randn(2, 1, 2, 2, generator=seeded())
-    generator = seeded(5)
-    state = generator.get_state()
-    last, guess = step_back(smooth, DIFFUSION, x, 0, None, generator)
-    assert torch.equal(generator.get_state(), state)
-    torch.testing.assert_close(last, guess, rtol=1e-4, atol=1e-5)
+# Whole chains
 
 
 def test_ddim_moves_one_image_and_one_noise_between_levels():
-    """If the network always names the true noise, every x_t of the chain is a mixture of the same two."""
+    """If the network always names the true noise, every x_t of the chain is a mixture
+    of the same two.
+    """
     image, noise = torch.randn(2, 1, 1, 4, 4, generator=seeded(6), dtype=torch.float64)
     last = DIFFUSION.alphas_cumprod[-1]
     chain = denoise(
@@ -226,18 +204,6 @@ def test_ddim_moves_one_image_and_one_noise_between_levels():
         torch.testing.assert_close(x, ab.sqrt() * image + (1 - ab).sqrt() * noise)
         torch.testing.assert_close(guess, image)
     assert k == 39
-
-
-def test_ddim_with_eta_one_is_ancestral_with_the_smallest_variance():
-    def low(x, t, y):
-        return torch.cat([smooth(x, t, y)[:, :2], -torch.ones_like(x)], 1)
-
-    x = torch.randn(3, 2, 2, 2, generator=seeded(7), dtype=torch.float64)
-    for step in (1, 13, 39):
-        few = DIFFUSION.respace(40)
-        a, _ = ancestral_step(low, few, x, step, None, seeded(8))
-        b, _ = ddim_step(low, few, x, step, None, seeded(8), eta=1.0)
-        torch.testing.assert_close(a, b)
 
 
 # Reproducibility
@@ -272,8 +238,22 @@ def test_sample_is_the_end_of_denoise():
     assert torch.equal(chain[-1][1], draw())
 
 
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_a_sampler_draws_what_sample_draws(method):
+    options = {"cfg_scale": 2.0, "guidance_channels": 1, "clip_denoised": True}
+    sampler, y = Sampler(7, method, **options), torch.tensor([0, 1, 2])
+    images = sampler.draw(
+        smooth, DIFFUSION, y, generator=seeded(), shape=(2, 2, 2), progress=False
+    )
+    assert torch.equal(images, draw(method=method, **options))
+    walked = sampler.walk(smooth, DIFFUSION, y, generator=seeded(), shape=(2, 2, 2))
+    assert torch.equal([x for _, x, _ in walked][-1], images)
+
+
 def test_eta_brings_the_noise_back():
-    """Without eta the end depends on the starting noise alone; with it, on the generator."""
+    """Without eta the end depends on the starting noise alone; with it, on the
+    generator.
+    """
     noise = torch.randn(3, 2, 2, 2, generator=seeded())
     for eta, same in ((0.0, True), (0.5, False)):
         a, b = (
@@ -599,29 +579,33 @@ def test_trajectory_is_that_of_diffusers():
     [
         ({"method": "euler"}, ValueError, "method='euler': expected 'ddpm' or 'ddim'"),
         ({"steps": 1001}, ValueError, "1001 steps: expected 1 to 1000"),
-        ({"steps": 0}, ValueError, "0 steps: expected 1 to 1000"),
+        ({"steps": 0}, ValueError, "steps=0: expected an integer of at least 1"),
         ({"eta": 0.5}, ValueError, "eta belongs to 'ddim'"),
-        ({"eta": 2.0, "method": "ddim"}, ValueError, "eta=2.0: expected 0"),
+        (
+            {"eta": 2.0, "method": "ddim"},
+            ValueError,
+            "eta=2.0: expected a number from 0 to 1",
+        ),
         (
             {"cfg_scale": -1.0},
             ValueError,
-            "cfg_scale=-1.0: expected a finite number of at least 0",
+            "cfg_scale=-1.0: expected a number of at least 0",
         ),
         ({"cfg_scale": float("nan")}, ValueError, "cfg_scale=nan"),
         (
             {"cfg_scale": 2.0, "guidance_channels": 0},
             ValueError,
-            "guidance_channels=0: expected None",
+            "guidance_channels=0: expected",
         ),
         (
             {"cfg_scale": 2.0, "guidance_channels": 3},
             ValueError,
-            "guidance_channels=3: the images have 2",
+            "guidance_channels=3: expected an integer of at most 2",
         ),
         (
             {"y": torch.tensor([[1]])},
             ValueError,
-            r"y has shape \(1, 1\): expected \(B,\)",
+            r"y has shape \(1, 1\): expected \(B\)",
         ),
         (
             {"y": torch.tensor([0.5])},
@@ -638,12 +622,12 @@ def test_trajectory_is_that_of_diffusers():
             TypeError,
             "y is ndarray of float64: expected an integer tensor",
         ),
-        ({"y": 1}, ValueError, r"y has shape \(\): expected \(B,\)"),
-        ({"steps": 2.0}, TypeError, "2.0 steps: expected an integer"),
+        ({"y": 1}, ValueError, r"y has shape \(\): expected \(B\)"),
+        ({"steps": 2.0}, ValueError, "steps=2.0: expected an integer"),
         (
             {"noise": torch.zeros(4, 2, 2, 2)},
             ValueError,
-            r"noise has shape \(4, 2, 2, 2\): expected \(3, 2, 2, 2\)",
+            r"noise has shape \(4, 2, 2, 2\): expected \(B=3, C=2, H=2, W=2\)",
         ),
         (
             {"noise": torch.zeros(3, 2, 2)},
@@ -653,7 +637,7 @@ def test_trajectory_is_that_of_diffusers():
         (
             {"noise": torch.zeros(3, 2, 2, 2, dtype=torch.long)},
             TypeError,
-            "noise has dtype torch.int64",
+            "noise is torch.int64: expected a real floating-point tensor",
         ),
         ({"shape": None}, ValueError, r"shape=None: expected \(C, H, W\)"),
     ],
@@ -670,6 +654,22 @@ def test_options_are_refused_before_the_first_step():
     for options in ({"steps": 5000}, {"method": "x"}, {"cfg_scale": 2.0}, {"eta": 0.1}):
         with pytest.raises(ValueError):
             denoise(never, DIFFUSION, torch.tensor([0]), shape=(1, 2, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"method": "euler"}, "method='euler': expected 'ddpm' or 'ddim'"),
+        ({"eta": 0.5}, "eta belongs to 'ddim'"),
+        ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
+        ({"guidance_channels": 0}, "guidance_channels=0"),
+        ({"clip_denoised": "yes"}, "clip_denoised='yes': expected true or false"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_refused_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**options)
 
 
 def test_missing_labels_and_missing_null_class_are_explained():
