@@ -38,6 +38,13 @@ def ancestral_step(
     return p["mean"] + torch.exp(0.5 * p["log_variance"]) * noise, p["pred_xstart"]
 
 
+def _largest_sigma(diffusion: GaussianDiffusion, step: int) -> float:
+    """sigma_t for eta = 1 (equation eq-sampling-ddim): the root of beta-tilde."""
+    ab = diffusion.alphas_cumprod[step].item()
+    ab_prev = diffusion.alphas_cumprod_prev[step].item()
+    return math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))
+
+
 @torch.no_grad()
 def ddim_step(
     model: Callable[..., Tensor],
@@ -56,11 +63,8 @@ def ddim_step(
     """
     t = torch.full((len(x_t),), step, device=x_t.device)  # (B,)
     p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
-    ab, ab_prev = (
-        table[step].item()
-        for table in (diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev)
-    )
-    sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))
+    ab_prev = diffusion.alphas_cumprod_prev[step].item()
+    sigma = eta * _largest_sigma(diffusion, step)
     x = math.sqrt(ab_prev) * p["pred_xstart"]
     x = x + math.sqrt(1 - ab_prev - sigma**2) * p["eps"]
     if sigma > 0:

@@ -55,9 +55,8 @@ def guided(
 
     def guided_model(x: Tensor, t: Tensor, y: Labels) -> Tensor:
         y = as_labels(y).to(x.device)
-        n = expect_int(
-            "guidance_channels", guidance_channels or x.shape[1], most=x.shape[1]
-        )
+        n = guidance_channels or x.shape[1]
+        expect_int("guidance_channels", n, most=x.shape[1])
         both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
         # A difference of nearby numbers, magnified: not in bf16.
@@ -68,6 +67,22 @@ def guided(
         return torch.cat([eps, conditional[:, n:]], dim=1)  # (B, 2C, H, W)
 
     return guided_model
+
+
+def _check_guidance(
+    model: Callable[..., Tensor], cfg_scale: float, guidance_channels: int | None
+) -> int:
+    """The label for "no class", if guidance can work (0 where none is needed)."""
+    expect_number("cfg_scale", cfg_scale, least=0)
+    if guidance_channels is not None:
+        expect_int("guidance_channels", guidance_channels, least=1)
+    null_label = find_attribute(model, "null_label")
+    if cfg_scale != 1 and null_label is None:
+        raise ValueError(
+            f"cfg_scale={cfg_scale}: this model has no label for 'no class' "
+            "(null_label), hence nothing to guide away from; use cfg_scale=1"
+        )
+    return null_label or 0
 
 
 @dataclass(frozen=True)
@@ -99,22 +114,12 @@ class Sampler:
                 "ddpm learns its variance"
             )
 
-    def step_back(
-        self,
-        model: Callable[..., Tensor],
-        diffusion: GaussianDiffusion,
-        x_t: Tensor,
-        step: int,
-        y: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
-        """x_{t-1} and the predicted x_0, (B, C, H, W) each; arguments as for
-        `ancestral_step`.
-        """
-        arguments = model, diffusion, x_t, step, y, generator, self.clip_denoised
+    def step_back(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """One step: arguments and results as for `ancestral_step`."""
+        options: dict[str, Any] = {"clip_denoised": self.clip_denoised}
         if self.method == "ddpm":
-            return ancestral_step(*arguments)
-        return ddim_step(*arguments, self.eta)
+            return ancestral_step(*arguments, **options)
+        return ddim_step(*arguments, **options, eta=self.eta)
 
     def walk(
         self,
@@ -124,15 +129,11 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
-        shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """From noise to images, one step per item: arguments and items as for
-        `denoise`.
-        """
+        """From noise to images, step by step: arguments and items as for `denoise`."""
         y = None if y is None else as_labels(y)
-        x = _start(
-            model, y, generator, noise, _check_start(self, model, y, noise, shape)
-        )
+        x = _start(self, model, y, generator, noise, shape)
         y = None if y is None else y.to(x.device)
         chain = diffusion.respace(self.steps)
         predict = guided(model, self.cfg_scale, self.guidance_channels)
@@ -151,17 +152,14 @@ class Sampler:
         diffusion: GaussianDiffusion,
         y: Labels | None,
         *,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        shape: tuple[int, int, int] | None = None,
         progress: bool = True,
+        **start: Any,
     ) -> Tensor:
-        """Images (B, C, H, W), not clipped; arguments as for `denoise`, `progress`
-        shows a bar on stderr.
+        """Images (B, C, H, W), not clipped.
+
+        `progress` shows a bar on stderr; the other arguments are those of `walk`.
         """
-        chain = self.walk(
-            model, diffusion, y, generator=generator, noise=noise, shape=shape
-        )
+        chain = self.walk(model, diffusion, y, **start)
         title = f"sampling ({self.method})"
         bar = tqdm(chain, title, self.steps, unit="step", disable=not progress)
         for _, x, _ in bar:
@@ -170,19 +168,20 @@ class Sampler:
 
 
 def _start(
+    sampler: Sampler,
     model: Callable[..., Tensor],
     y: Tensor | None,
     generator: torch.Generator | None,
     noise: Tensor | None,
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | None,
 ) -> Tensor:
     """x_T, (B, C, H, W), on the device of the model."""
+    size = _check_start(sampler, model, y, noise, shape)
     if noise is not None:
         return noise
-    assert y is not None  # says how many
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    device = getattr(next(parameters, None), "device", y.device)
-    return standard_normal((len(y), *shape), generator, device, torch.float32)
+    where: Any = next(parameters, y)
+    return standard_normal(size, generator, where.device, torch.float32)
 
 
 def denoise(
@@ -215,10 +214,8 @@ def denoise(
     Raises:
         ValueError, TypeError: options that cannot work, before the first step.
     """
-    sampler = Sampler(**_plain(options))
-    return sampler.walk(
-        model, diffusion, y, generator=generator, noise=noise, shape=shape
-    )
+    start: dict[str, Any] = {"generator": generator, "noise": noise, "shape": shape}
+    return Sampler(**_plain(options)).walk(model, diffusion, y, **start)
 
 
 def sample(
@@ -230,46 +227,21 @@ def sample(
     cfg_scale: float = 1.0,
     generator: torch.Generator | None = None,
     progress: bool = True,
-    *,
-    noise: Tensor | None = None,
-    shape: tuple[int, int, int] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draw images, (B, C, H, W), not clipped: the last item of `denoise`, whose
-    arguments these are.
+    """Images (B, C, H, W), not clipped: the last item of `denoise`, whose arguments
+    these are.
     """
+    given = [key for key in ("noise", "shape") if key in options]
+    start: dict[str, Any] = {key: options.pop(key) for key in given}
+    start |= {"generator": generator, "progress": progress}
     options |= {"steps": steps, "method": method, "cfg_scale": cfg_scale}
-    sampler = Sampler(**_plain(options))
-    return sampler.draw(
-        model,
-        diffusion,
-        y,
-        generator=generator,
-        noise=noise,
-        shape=shape,
-        progress=progress,
-    )
+    return Sampler(**_plain(options)).draw(model, diffusion, y, **start)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Numbers of NumPy as Python's."""
     return {k: v.item() if hasattr(v, "item") else v for k, v in options.items()}
-
-
-def _check_guidance(
-    model: Callable[..., Tensor], cfg_scale: float, guidance_channels: int | None
-) -> int:
-    """The label for "no class", if guidance can work (0 where none is needed)."""
-    expect_number("cfg_scale", cfg_scale, least=0)
-    if guidance_channels is not None:
-        expect_int("guidance_channels", guidance_channels, least=1)
-    null_label = find_attribute(model, "null_label")
-    if cfg_scale != 1 and null_label is None:
-        raise ValueError(
-            f"cfg_scale={cfg_scale}: this model has no label for 'no class' "
-            "(null_label), hence nothing to guide away from; use cfg_scale=1"
-        )
-    return null_label or 0
 
 
 def _check_start(
@@ -279,29 +251,26 @@ def _check_start(
     noise: Tensor | None,
     shape: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
-    """(C, H, W), if labels, noise and shape agree."""
+    """(B, C, H, W), if labels, noise and shape agree."""
     if y is None and sampler.cfg_scale != 1:
         raise ValueError(
             f"cfg_scale={sampler.cfg_scale} without labels: guidance needs y, "
             "use cfg_scale=1"
         )
-    if y is None and noise is None:
-        raise ValueError(
-            "y=None and no noise: pass noise (B, C, H, W) to say how many images "
-            "to draw"
-        )
     sizes = {} if y is None else {"B": expect("y", y, "B")[0]}
     config = find_attribute(model, "config")
     if shape is None and noise is None and config is not None:
         shape = (config.in_channels, config.height, config.width)
-    if shape is not None and len(shape) == 3:
-        sizes |= dict(zip("CHW", shape, strict=True))
-    if noise is not None:
-        expect_real(noise=noise)
-        return expect("noise", noise, "B C H W", **sizes)[1:]
-    if len(sizes) != 4:
+    if y is None and noise is None:
         raise ValueError(
-            f"shape={shape}: expected (C, H, W) of one image; a model with a config "
-            "knows it"
+            "y=None and no noise: pass noise (B, C, H, W) to say how many to draw"
         )
-    return tuple(shape or ())
+    if len(shape or ()) != 3 and (noise is None or shape is not None):
+        raise ValueError(
+            f"shape={shape}: expected (C, H, W); a model with a config knows it"
+        )
+    sizes |= dict(zip("CHW", shape or (), strict=False))
+    if noise is None:
+        return tuple(sizes.values())
+    expect_real(noise=noise)
+    return expect("noise", noise, "B C H W", **sizes)
