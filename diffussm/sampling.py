@@ -119,7 +119,7 @@ class Sampler:
         options: dict[str, Any] = {"clip_denoised": self.clip_denoised}
         if self.method == "ddpm":
             return ancestral_step(*arguments, **options)
-        return ddim_step(*arguments, **options, eta=self.eta)
+        return ddim_step(*arguments, **options | {"eta": self.eta})
 
     def walk(
         self,
