@@ -37,14 +37,14 @@ def _imported_files(root: Path, source: str, package: str | None = None) -> set[
             )
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     for name in names:
-        path = (
-            root / "book" / "plotting.py"
-            if name == "plotting"
-            else root / f"{name.replace('.', '/')}.py"
-        )
-        if path.is_file():
-            found.add(path)
-        elif name.count(".") == 1 and name.startswith(
+        here = [
+            root / folder / f"{name.replace('.', '/')}.py" for folder in ("book", ".")
+        ]
+        files = [path for path in here if path.is_file()]
+        found |= set(files)
+        if files:
+            continue
+        if name.count(".") == 1 and name.startswith(
             "diffussm."
         ):  # the package's own names live anywhere
             found |= set((root / "diffussm").glob("*.py"))

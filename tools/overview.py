@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.book import ROOT, read_chapter
+from tools.book import ROOT, Chapter, read_chapter
 
 __all__ = ["draw", "main", "parts"]
 
@@ -26,18 +26,17 @@ BOX, GAP, MARGIN = (112, 50), (12, 34), 8  # pixels: width and height
 LETTERS = 14  # that fit into a box
 
 
-def parts(root: Path = ROOT) -> list[tuple[str, list[str]]]:
-    """The numbered parts of the book with their chapters' titles, without subtitles."""
+def parts(root: Path = ROOT) -> list[tuple[str, list[Chapter]]]:
+    """The numbered parts of the book with their chapters, in the order of reading."""
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
     return [
-        (part["caption"], [_title(root, page["file"]) for page in part["chapters"]])
+        (
+            part["caption"],
+            [read_chapter(root / f"{p['file']}.md", root) for p in part["chapters"]],
+        )
         for part in toc["parts"]
         if part.get("numbered")
     ]
-
-
-def _title(root: Path, page: str) -> str:
-    return read_chapter(root / f"{page}.md", root).title.partition(":")[0]
 
 
 def draw(root: Path = ROOT) -> str:
@@ -45,12 +44,12 @@ def draw(root: Path = ROOT) -> str:
     body: list[str] = []
     column = row = number = 0
     before: tuple[int, int] | None = None
-    for color, (caption, titles) in zip(
+    for color, (caption, pages) in zip(
         itertools.cycle(COLORS), parts(root), strict=False
     ):
-        if column and column + len(titles) > COLUMNS:
+        if column and column + len(pages) > COLUMNS:
             column, row = 0, row + 1
-        for index, title in enumerate(titles):
+        for index, page in enumerate(pages):
             if column == COLUMNS:
                 column, row = 0, row + 1
             x = MARGIN + column * (BOX[0] + GAP[0])
@@ -64,7 +63,7 @@ def draw(root: Path = ROOT) -> str:
                     f'<text x="{x + shift}" y="{y - 8}" fill="{color}" '
                     f'font-weight="600">{escape(caption)}</text>'
                 )
-            body += _box(x, y, color, number, title)
+            body += _box(x, y, color, number, page.title.partition(":")[0])
             before = x, y
     width = 2 * MARGIN + COLUMNS * BOX[0] + (COLUMNS - 1) * GAP[0]
     height = 30 + row * (BOX[1] + GAP[1]) + BOX[1] + MARGIN
