@@ -4,7 +4,9 @@ Each module comes out of one chapter of `book/`. The names that most programs ne
 rest is in the modules.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
@@ -22,6 +24,12 @@ __all__ = [
     "sample",
     "train",
 ]
+
+# What earlier versions called otherwise
+_RENAMED = {
+    "TrainConfig": "Recipe (what is learnt) and Execution (how it is carried out)",
+    "on_chip": "diffussm.gpu_kernels",
+}
 
 if TYPE_CHECKING:
     from diffussm.diffusion import GaussianDiffusion as GaussianDiffusion
@@ -49,6 +57,8 @@ else:  # the same names, imported on first use: `diffussm --help` does not wait 
     }
 
     def __getattr__(name):
+        if name in _RENAMED:
+            raise ImportError(f"diffussm.{name} is now {_RENAMED[name]}")
         if name not in _HOMES:
             raise AttributeError(f"module 'diffussm' has no attribute {name!r}")
         return getattr(import_module(f"diffussm.{_HOMES[name]}"), name)
@@ -56,3 +66,17 @@ else:  # the same names, imported on first use: `diffussm --help` does not wait 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Renamed(MetaPathFinder):
+    """Refuses the module names of earlier versions with the new ones."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        name = fullname.removeprefix("diffussm.")
+        if fullname != name and name in _RENAMED:
+            raise ModuleNotFoundError(
+                f"{fullname} is now {_RENAMED[name]}", name=fullname
+            )
+
+
+sys.meta_path.append(_Renamed())  # after those that find modules

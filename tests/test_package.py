@@ -209,6 +209,23 @@ def test_types_and_names_are_those_that_are_imported() -> None:
         _ = diffussm.nonsense
 
 
+def test_renamed_names_are_refused_with_the_new_ones() -> None:
+    for old, new in diffussm._RENAMED.items():
+        with pytest.raises(
+            ImportError, match=re.escape(f"diffussm.{old} is now {new}")
+        ):
+            exec(f"from diffussm import {old}")
+        with pytest.raises(
+            ImportError, match=re.escape(f"diffussm.{old} is now {new}")
+        ):
+            exec(f"import diffussm.{old}")
+    with pytest.raises(ImportError, match="cannot import name 'on_chp'"):
+        exec("from diffussm import on_chp")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'diffussm.on_chp'"):
+        exec("import diffussm.on_chp")
+    assert not hasattr(diffussm, "on_chp")
+
+
 def test_nothing_waits_for_torch() -> None:
     script = (
         "import sys, diffussm.cli; dir(diffussm); diffussm.cli.main(['--version']); "
