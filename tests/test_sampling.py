@@ -578,7 +578,7 @@ def test_trajectory_is_that_of_diffusers():
     ("options", "error", "message"),
     [
         ({"method": "euler"}, ValueError, "method='euler': expected 'ddpm' or 'ddim'"),
-        ({"steps": 1001}, ValueError, "1001 steps: expected 1 to 1000"),
+        ({"steps": 1001}, ValueError, "steps=1001: expected an integer from 1 to 1000"),
         ({"steps": 0}, ValueError, "steps=0: expected an integer of at least 1"),
         ({"eta": 0.5}, ValueError, "eta belongs to 'ddim'"),
         (

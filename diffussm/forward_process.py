@@ -1,0 +1,166 @@
+"""The forward process: from data to noise.
+
+Generated from book/30_forward_process.md by `make export`: edit there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffussm.guards import expect, expect_real
+
+__all__ = ["ForwardProcess", "working_dtype", "readable", "check_batch"]
+
+
+class ForwardProcess:
+    """The fixed Markov chain q that turns data into noise (paper, equation 1); nothing
+    here is learned.
+
+    Args:
+        betas: Variance added at each step, floating point (T,), each strictly between 0
+            and 1.
+
+    Its tables, float64 (T,) on the CPU: `betas`, `alphas_cumprod`,
+    `alphas_cumprod_prev`, `posterior_variance`, `posterior_log_variance_clipped`.
+    Timestep t of the code is step t + 1 of the paper.
+
+    Raises:
+        ValueError, TypeError: `betas` is not such a vector.
+    """
+
+    def __init__(self, betas: Tensor) -> None:
+        _check_betas(betas)
+        self.betas = betas.detach().to("cpu", torch.float64)
+        self.num_timesteps = len(betas)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+        ones = self.betas.new_ones(1)
+        self.alphas_cumprod_prev = torch.cat([ones, self.alphas_cumprod[:-1]])
+        self._tabulate_posterior()
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entries t of a table, (B, 1, 1, 1), in precision and on the device of
+        `like`.
+        """
+        key = name, like.device, working_dtype(like)
+        if key not in self._tables:
+            self._tables[key] = getattr(self, name).to(key[2]).to(key[1])
+        return self._tables[key][t.to(like.device)].view(-1, 1, 1, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle takes no tables along that lie on somebody's GPU."""
+        return {**self.__dict__, "_tables": {}}
+
+    def _noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t given x_0 in one jump (equation eq-diffusion-jump)."""
+        alpha_bar = self._at("alphas_cumprod", t, x0)  # (B, 1, 1, 1)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise  # (B, C, H, W)
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Draw x_t given x_0 (equation eq-diffusion-jump, the paper's equation 1).
+
+        Args:
+            x0: Images or latents, floating point (B, C, H, W).
+            t: Timesteps from 0 to T - 1, integer (B,).
+            noise: Standard normal, as `x0`.
+
+        Returns:
+            (B, C, H, W).
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit, NaN or infinite
+                images, t outside the schedule.
+        """
+        check_batch(self.num_timesteps, t, x0=x0, noise=noise)
+        return self._noised(x0, t, noise)
+
+    def _tabulate_posterior(self) -> None:
+        """The letters of eq-diffusion-posterior, (T,) each."""
+        before, after = self.alphas_cumprod_prev, self.alphas_cumprod
+        self.posterior_variance = self.betas * (1 - before) / (1 - after)
+        clipped = self.posterior_variance.clone()
+        clipped[0] = clipped[1] if self.num_timesteps > 1 else self.betas[0]
+        self.posterior_log_variance_clipped = clipped.log()
+        self.posterior_x0_factor = self.betas * before.sqrt() / (1 - after)
+        self.posterior_x_t_factor = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
+
+    def _posterior(
+        self, x0: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance (equation eq-diffusion-posterior)."""
+        mean = self._at("posterior_x0_factor", t, x0) * x0
+        mean = mean + self._at("posterior_x_t_factor", t, x0) * x_t  # (B, C, H, W)
+        variance = self._at("posterior_variance", t, x0)
+        return mean, variance, self._at("posterior_log_variance_clipped", t, x0)
+
+    def q_posterior(
+        self, x0: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step back when x_0 is known: q(x_{t-1} | x_t, x_0)
+        (eq-diffusion-posterior).
+
+        Returns:
+            Mean (B, C, H, W), variance and clipped log-variance (B, 1, 1, 1).
+
+        Raises:
+            ValueError, TypeError: as for `q_sample`.
+        """
+        check_batch(self.num_timesteps, t, x0=x0, x_t=x_t)
+        return self._posterior(x0, x_t, t)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The precision of x, or float32 if that is lower."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _check_betas(betas: Tensor) -> None:
+    expect("betas", betas, "T")
+    expect_real(betas=betas)
+    if not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
+        reach = f"{betas.min():.3g} to {betas.max():.3g}" if len(betas) else "nothing"
+        raise ValueError(
+            f"betas reach from {reach}: expected each, the variance of a step, "
+            "strictly between 0 and 1"
+        )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a look at values is cheap: it stalls a GPU and breaks a compiled
+    graph.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_batch(num_timesteps: int, t: Tensor, **images: Tensor) -> None:
+    """Refuse images (B, C, H, W) and timesteps (B,) that do not fit each other."""
+    sizes: dict[str, int] = {}
+    for name, x in images.items():
+        sizes = dict(zip("BCHW", expect(name, x, "B C H W", **sizes), strict=True))
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name} is {x.dtype}: expected floating point, images scaled to "
+                "[-1, 1]"
+            )
+    name, x = next(iter(images.items()))
+    if readable(x) and not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name} has NaN or infinite values in samples {bad[:10]} of the batch: "
+            "leave these images out, or find what made them so"
+        )
+    _check_timesteps(t, sizes["B"], num_timesteps)
+
+
+def _check_timesteps(t: Tensor, batch: int, num_timesteps: int) -> None:
+    expect("t", t, "B", B=batch)
+    if t.is_floating_point() or t.dtype == torch.bool:
+        raise TypeError(
+            f"t is {t.dtype}: expected integers from 0 to {num_timesteps - 1}"
+        )
+    if readable(t) and len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_timesteps:
+        raise ValueError(
+            f"t reaches from {int(t.min())} to {int(t.max())}: expected 0 to "
+            f"{num_timesteps - 1}, the timesteps of this schedule"
+        )
