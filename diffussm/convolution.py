@@ -33,6 +33,7 @@ __all__ = [
     "without_autocast",
     "fft_conv",
     "later",
+    "Kernel",
     "INITIALISATIONS",
     "DISCRETIZATIONS",
     "S4DKernel",
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def check_kernel(log_dA: Tensor, weights: Tensor, length: int) -> None:
-    """Refuse what is no kernel's: the same shape (D, N/2) twice, and a length from 1 on."""
+    """Refuse other shapes than (D, N/2) twice, and a length below 1."""
     D, N = expect("log_dA", log_dA, "D N")
     expect("weights", weights, "D N", D=D, N=N)
     expect_int("length", length, least=1)
@@ -75,6 +76,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def _check_convolution(u: Tensor, k: Tensor) -> None:
+    expect_real(u=u, k=k)
+    if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
+        raise ValueError(
+            f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L)"
+            " and (D, L); make the kernel as long as the input, kernel(u.shape[-1])"
+        )
+
+
 def fft_conv(u: Tensor, k: Tensor) -> Tensor:
     """Causal convolution y_i = sum_{l <= i} k_l u_{i-l} by FFT, padded to 2L.
 
@@ -105,18 +115,8 @@ def fft_conv(u: Tensor, k: Tensor) -> Tensor:
         return y.to(u.dtype)
 
 
-def _check_convolution(u: Tensor, k: Tensor) -> None:
-    expect_real(u=u, k=k)
-    if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
-        raise ValueError(
-            f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) "
-            "and (D, L); build the kernel with the length of the input, "
-            "kernel(u.shape[-1])"
-        )
-
-
 def _log_bilinear(z: Tensor) -> Tensor:
-    """log((1 + z/2) / (1 - z/2)) without cancellation near 0: eq-convolution-log-bilinear."""
+    """log((1 + z/2) / (1 - z/2)), accurate near 0: eq-convolution-log-bilinear."""
     a, b = z.real / 2, z.imag / 2
     ratio = 4 * a / ((1 - a) ** 2 + b**2)
     # z = -2 exactly would give log 0; forgotten to 1e-4 in one step is forgotten
@@ -125,13 +125,14 @@ def _log_bilinear(z: Tensor) -> Tensor:
 
 
 def later(place: str) -> Callable[..., Any]:
-    """A function of a later chapter, "module:function", whose module is imported now."""
+    """A function of a later chapter, "module:function"; its module is imported now."""
     module, _, function = place.partition(":")
     home = import_module(f"{__package__ or 'diffussm'}.{module}")
     found: Callable[..., Any] = getattr(home, function)
     return found
 
 
+Kernel = Callable[[Tensor, Tensor, int], Tensor]  # (log_dA, weights, length)
 INITIALISATIONS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -152,9 +153,6 @@ class S4DKernel(nn.Module):
     Attributes:
         log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2): parameters.
         vandermonde: How the kernel is computed; `vandermonde` is the direct way.
-
-    Raises:
-        ValueError: an argument outside the above.
 
     Source: Gu et al., S4D, 2022; section 3.1 of the paper.
     """
@@ -183,9 +181,7 @@ class S4DKernel(nn.Module):
         self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(d_model, 1))
         self.C = nn.Parameter(C)
         self.discretization = discretization
-        self.vandermonde: Callable[..., Tensor] = later(
-            "two_level:vandermonde_two_level"
-        )
+        self.vandermonde: Kernel = later("two_level:vandermonde_two_level")
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """The discrete system, (log dA, C dB), complex (D, N/2) each, with B = 1."""

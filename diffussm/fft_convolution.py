@@ -119,7 +119,7 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
 
     Args:
         u: Input, real (B, L, D).
-        spectra: Of `kernel_spectra`, complex (2, D, L + 1); computed in their precision.
+        spectra: Of `kernel_spectra`, complex (2, D, L + 1); theirs is the precision.
 
     Returns:
         (B, L, 2D) in the dtype of `u`: the forward direction, then the backward one.

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from diffussm.guards import expect_int, expect_number
+
 __all__ = [
     "discretize_zoh",
     "discretize_bilinear",
@@ -20,29 +22,39 @@ __all__ = [
 
 
 def _expm1(z: Tensor) -> Tensor:
-    """exp(z) - 1 for complex z, accurate near z = 0 (chapter 1, equation eq-state-space-expm1)."""
+    """exp(z) - 1 for complex z, accurate near z = 0: eq-state-space-expm1."""
     real = torch.expm1(z.real) * torch.cos(z.imag) - 2 * torch.sin(z.imag / 2) ** 2
     return torch.complex(real, torch.exp(z.real) * torch.sin(z.imag))
+
+
+def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
+    if not torch.is_complex(A):
+        raise TypeError(
+            f"A is {A.dtype}: expected the complex diagonal of a state matrix, e.g. "
+            "s4d_lin(64); a real one becomes torch.complex(A, torch.zeros_like(A))"
+        )
+    if not isinstance(dt, Tensor):
+        expect_number("dt", dt, above=0)
 
 
 def discretize_zoh(
     A: Tensor, B: Tensor | float, dt: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Zero-order hold: the exact step of x' = A x + B u while the input holds one value.
+    """Zero-order hold: the exact step of x' = A x + B u for an input that holds.
 
     Args:
         A: Diagonal of the state matrix, complex (..., N/2), in 1/time.
-        B: Input map, complex or real, broadcastable to ``A``.
-        dt: Step, real and positive, broadcastable to ``A``, in time per position.
+        B: Input map, complex or real, broadcastable to `A`.
+        dt: Step, positive, broadcastable to `A`, in time per position.
 
     Returns:
-        ``(dA, dB)`` with dA = exp(dt A) and dB = (exp(dt A) - 1) / A * B, the limit dt B where A = 0.
+        dA = exp(dt A) and dB = (exp(dt A) - 1) / A * B, the limit dt B where A = 0.
 
     Raises:
-        TypeError: ``A`` is not complex.
-        ValueError: ``dt`` is a number that is not positive.
+        TypeError: `A` is not complex.
+        ValueError: `dt` is a number that is not positive.
 
-    Source: chapter 1, equation eq-state-space-zoh.
+    Source: eq-state-space-zoh.
     """
     _check_discretization(A, dt)
     z = dt * A
@@ -51,68 +63,53 @@ def discretize_zoh(
     return torch.exp(z), growth * dt * B
 
 
-def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
-    if not torch.is_complex(A):
-        raise TypeError(
-            f"A has dtype {A.dtype}: expected the complex diagonal of a state matrix, "
-            "e.g. s4d_lin(64); convert a real diagonal with torch.complex(A, torch.zeros_like(A))"
-        )
-    if isinstance(dt, int | float) and not dt > 0:
-        raise ValueError(f"dt={dt}: expected a positive step, e.g. dt=0.01")
-
-
 def discretize_bilinear(
     A: Tensor, B: Tensor | float, dt: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Bilinear (trapezoid, Tustin) rule: a step of x' = A x + B u that maps stable to stable.
+    """Bilinear (trapezoid, Tustin) rule: a step that maps stable to stable.
 
-    Args:
-        A: Diagonal of the state matrix, complex (..., N/2), in 1/time.
-        B: Input map, complex or real, broadcastable to ``A``.
-        dt: Step, real and positive, broadcastable to ``A``, in time per position.
+    Arguments and errors are those of `discretize_zoh`.
 
     Returns:
-        ``(dA, dB)`` with dA = (1 + dt A / 2) / (1 - dt A / 2) and dB = dt B / (1 - dt A / 2).
+        dA = (1 + dt A / 2) / (1 - dt A / 2) and dB = dt B / (1 - dt A / 2).
 
-    Raises:
-        TypeError: ``A`` is not complex.
-        ValueError: ``dt`` is a number that is not positive.
-
-    Source: chapter 1, equation eq-state-space-bilinear.
+    Source: eq-state-space-bilinear.
     """
     _check_discretization(A, dt)
     half = dt * A / 2
     return (1 + half) / (1 - half), dt * B / (1 - half)
 
 
+def _check_system(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> None:
+    sizes = [tuple(t.shape) for t in (dA, dB, C)]
+    if len({shape[-1] for shape in sizes if shape}) != 1 or () in sizes:
+        shown = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"dA, dB, C have shapes {shown}: expected (..., N/2) with the same N/2"
+        )
+    if torch.is_complex(u):
+        raise ValueError(f"u is {u.dtype}: expected a real input of shape (..., L)")
+
+
 def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
-    """Run the recurrence x_k = dA x_{k-1} + dB u_k, y_k = 2 Re(C x_k) from x = 0: the slow truth.
+    """Run x_k = dA x_{k-1} + dB u_k, y_k = 2 Re(C x_k) from x = 0: the slow truth.
 
     The factor 2 Re adds the conjugate half of the state, which is not stored.
 
     Args:
         dA, dB, C: Complex (..., N/2), one system per leading index.
-        u: Input, real (..., L); its leading dimensions broadcast with those of the systems.
+        u: Input, real (..., L); its leading sizes broadcast with the systems'.
 
     Returns:
         Output y, real (..., L), in the precision of the arguments.
 
     Raises:
-        ValueError: ``dA``, ``dB`` and ``C`` do not have the same number of states, or ``u`` is complex.
+        ValueError: the numbers of states differ, or `u` is complex.
 
-    Source: chapter 1, equation eq-state-space-recurrence (section 3.1 of the paper).
+    Source: eq-state-space-recurrence (section 3.1 of the paper).
     """
-    sizes = [tuple(t.shape) for t in (dA, dB, C)]
-    if len({shape[-1] for shape in sizes if shape}) != 1 or () in sizes:
-        raise ValueError(
-            f"dA, dB, C have shapes {sizes[0]}, {sizes[1]}, {sizes[2]}: expected (..., N/2) with the same N/2"
-        )
-    if torch.is_complex(u):
-        raise ValueError(
-            f"u has dtype {u.dtype}: expected a real input of shape (..., L)"
-        )
-    x = torch.zeros_like(dA * dB * u[..., :1])  # (..., N/2)
-    y = []
+    _check_system(dA, dB, C, u)
+    x, y = torch.zeros_like(dA * dB * u[..., :1]), []  # (..., N/2)
     for k in range(u.shape[-1]):
         x = dA * x + dB * u[..., k : k + 1]  # (..., N/2)
         y.append(2 * (C * x).sum(-1).real)  # (...)
@@ -122,58 +119,45 @@ def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
 def hippo_legs(n_state: int) -> Tensor:
     """The HiPPO-LegS state matrix, dense and lower triangular: real float64 (N, N).
 
-    Its input map is B_n = sqrt(2n + 1). Raises ValueError when ``n_state`` is not a positive integer.
+    Its input map is B_n = sqrt(2n + 1). ValueError unless `n_state` is positive.
 
-    Source: chapter 1, equation eq-state-space-legs (Gu et al., "HiPPO", 2020).
+    Source: eq-state-space-legs (Gu et al., "HiPPO", 2020).
     """
-    if isinstance(n_state, bool) or not isinstance(n_state, int) or n_state < 1:
-        raise ValueError(
-            f"n_state={n_state!r}: expected a positive integer, e.g. n_state=64"
-        )
-    n = torch.arange(n_state, dtype=torch.float64)
+    n = torch.arange(expect_int("n_state", n_state, least=1), dtype=torch.float64)
     root = torch.sqrt(2 * n + 1)
     return -torch.tril(root[:, None] * root[None, :], diagonal=-1) - torch.diag(n + 1)
 
 
 def _check_state_size(n_state: int) -> None:
-    if (
-        isinstance(n_state, bool)
-        or not isinstance(n_state, int)
-        or n_state < 2
-        or n_state % 2
-    ):
+    if expect_int("n_state", n_state, least=2) % 2:
         raise ValueError(
-            f"n_state={n_state!r}: the states of S4D come in conjugate pairs, so expected a positive even "
-            "integer, e.g. n_state=64"
+            f"n_state={n_state}: the states of S4D come in conjugate pairs; expected a "
+            "positive even integer, e.g. n_state=64"
         )
 
 
 def s4d_legs(n_state: int) -> Tensor:
-    """S4D-LegS: eigenvalues of the normal part of HiPPO-LegS, complex128 (N/2,), slowest first.
+    """S4D-LegS: eigenvalues of the normal part of HiPPO-LegS, complex128 (N/2,).
 
-    The half with positive imaginary part; all real parts are -1/2.
-    Raises ValueError when ``n_state`` is not a positive even integer.
+    Slowest first; those with positive imaginary part. All real parts are -1/2.
+    ValueError unless `n_state` is positive and even.
 
-    Source: chapter 1, equation eq-state-space-nplr (Gu et al., S4D, 2022).
+    Source: eq-state-space-nplr (Gu et al., S4D, 2022).
     """
     _check_state_size(n_state)
     p = torch.sqrt(torch.arange(n_state, dtype=torch.float64) + 0.5)
-    skew = (
-        hippo_legs(n_state)
-        + p[:, None] * p[None, :]
-        + 0.5 * torch.eye(n_state, dtype=torch.float64)
-    )
-    # i * skew is Hermitian: its eigenvalues are real, ascending, and accurate to round-off
+    half = 0.5 * torch.eye(n_state, dtype=torch.float64)
+    skew = hippo_legs(n_state) + p[:, None] * p[None, :] + half
+    # i * skew is Hermitian: its eigenvalues are real, ascending, accurate to round-off
     frequencies = -torch.linalg.eigvalsh(1j * skew)[: n_state // 2].flip(0)
     return torch.complex(torch.full_like(frequencies, -0.5), frequencies)
 
 
 def s4d_lin(n_state: int) -> Tensor:
-    """S4D-Lin: the frequencies of a Fourier series, A_n = -1/2 + i pi n, complex128 (N/2,), slowest first.
+    """S4D-Lin: the frequencies of a Fourier series, complex128 (N/2,), slowest first.
 
-    Raises ValueError when ``n_state`` is not a positive even integer.
-
-    Source: chapter 1, equation eq-state-space-lin (Gu et al., S4D, 2022).
+    ValueError unless `n_state` is positive and even.
+    Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
     _check_state_size(n_state)
     n = torch.arange(n_state // 2, dtype=torch.float64)
@@ -181,14 +165,12 @@ def s4d_lin(n_state: int) -> Tensor:
 
 
 def s4d_inv(n_state: int) -> Tensor:
-    """S4D-Inv: inverse-law frequencies, A_n = -1/2 + i N/pi (N/(2n+1) - 1), complex128 (N/2,), fastest first.
+    """S4D-Inv: inverse-law frequencies, complex128 (N/2,), fastest first.
 
-    Raises ValueError when ``n_state`` is not a positive even integer.
-
-    Source: chapter 1, equation eq-state-space-lin (Gu et al., S4D, 2022).
+    ValueError unless `n_state` is positive and even.
+    Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
     _check_state_size(n_state)
     n = torch.arange(n_state // 2, dtype=torch.float64)
-    return torch.complex(
-        torch.full_like(n, -0.5), n_state / math.pi * (n_state / (2 * n + 1) - 1)
-    )
+    frequencies = n_state / math.pi * (n_state / (2 * n + 1) - 1)
+    return torch.complex(torch.full_like(n, -0.5), frequencies)

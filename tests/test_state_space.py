@@ -1,4 +1,4 @@
-"""Chapter 1: continuous systems, two discretisations, three initialisations, the recurrence."""
+"""Ch. "State spaces": two discretisations, three initialisations, the recurrence."""
 
 import math
 
@@ -176,18 +176,22 @@ def test_scan_broadcasts_over_batch_and_channels():
 @pytest.mark.parametrize("n_state", [0, -2, 3, 64.0, True, "64"])
 def test_odd_or_empty_states_are_refused(init, n_state):
     with pytest.raises(
-        ValueError, match=rf"n_state={n_state!r}.*positive even integer"
+        (TypeError, ValueError), match=rf"n_state={n_state!r}: .*integer"
     ):
         init(n_state)
 
 
 def test_bad_arguments_are_refused_with_advice():
-    with pytest.raises(ValueError, match="n_state=0.*positive integer"):
+    with pytest.raises(
+        ValueError, match="n_state=0: expected an integer of at least 1"
+    ):
         hippo_legs(0)
     for rule in RULES:
-        with pytest.raises(TypeError, match="float32.*complex"):
+        with pytest.raises(TypeError, match="A is torch.float32: expected the complex"):
             rule(torch.ones(3), 1.0, 0.1)
-        with pytest.raises(ValueError, match="dt=-0.1.*positive"):
+        with pytest.raises(
+            ValueError, match="dt=-0.1: expected a finite number above 0"
+        ):
             rule(A3, 1.0, -0.1)
     with pytest.raises(ValueError, match=r"\(3,\), \(3,\), \(2,\).*same N/2"):
         scan(A3, A3, C3[:2], torch.ones(5))
