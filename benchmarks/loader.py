@@ -1,14 +1,14 @@
 """The latent store against one ``.npy`` per image: ``python -m benchmarks.loader``.
 
-Both hold the same moments, mean and log-variance in float16, of an image and of its mirror image, for latents
-as large as at 256 and 512 pixels. Both are read in the same random order into batches of 256, from files that
-lie in the system's cache: the ratio is what the form of storage costs, not the disk.
+Both hold the same moments, mean and log-variance in float16, of an image and of its
+mirror image, for latents as large as at 256 and 512 pixels. Both are read in the same
+random order into batches of 256, from files that lie in the system's cache: the ratio
+is what the form of storage costs, not the disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -20,13 +20,8 @@ from torch import Tensor
 
 from benchmarks.common import command, report, require_agreement, speed_row
 from diffussm.data import batch_flips, batch_indices
-from diffussm.latents import (
-    FORMAT,
-    LatentStore,
-    npy_header,
-    sign_manifest,
-    verify_store,
-)
+from diffussm.files import sha256
+from diffussm.latents import FORMAT, LatentStore, verify_store, with_checksum
 
 LIMIT = 10.0
 BATCH = 256
@@ -44,15 +39,13 @@ def write_both(folder: Path, side: int, images: int) -> tuple[LatentStore, Path]
     for number, indices in enumerate(np.array_split(np.arange(images), SHARDS)):
         shape = (len(indices), 2, 2, 4, side, side)
         block = generator.standard_normal(shape, np.float32).astype(np.float16)
-        content = npy_header(shape) + block.tobytes()
         name = f"shard-{number:05d}.npy"
-        (store / name).write_bytes(content)
-        digest = hashlib.sha256(content).hexdigest()
+        np.save(store / name, block)
         shards.append(
             {
                 "name": name,
                 "images": len(indices),
-                "sha256": digest,
+                "sha256": sha256(store / name),
                 "labels": [[0, len(indices)]],
             }
         )
@@ -68,7 +61,7 @@ def write_both(folder: Path, side: int, images: int) -> tuple[LatentStore, Path]
         "classes": [],
         "shards": shards,
     }
-    (store / "manifest.json").write_text(json.dumps(sign_manifest(manifest)))
+    (store / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     if problems := verify_store(store):
         raise RuntimeError(f"the store for the benchmark is not sound: {problems}")
     return LatentStore(store), files
@@ -135,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 row[name] += f", {rate:,.0f} images/s"
             rows.append(row)
-    title = f"Reading moments in random order, batches of {BATCH}, files in the system's cache"
+    title = f"Reading moments in random order, batches of {BATCH}, files in the cache"
     settings = {
         "batch": BATCH,
         "shards": SHARDS,

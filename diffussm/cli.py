@@ -298,7 +298,8 @@ def _vae(arguments: Sequence[str]) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
 
-    from diffussm.latents import images_from, train_vae
+    from diffussm.autoencoder import train_vae
+    from diffussm.latents import images_from
     from diffussm.model import apply_umask
 
     source = images_from(images, options.size, exif_rotate=options.exif_rotate)
@@ -378,14 +379,9 @@ def _encode(arguments: Sequence[str]) -> int:
             "--size, --batch_size, --shard_size and --workers are at least 1"
         )
 
-    from diffussm.latents import (
-        LatentStore,
-        LmdbImages,
-        encode,
-        images_from,
-        load_vae,
-        verify_store,
-    )
+    from diffussm.autoencoder import load_vae
+    from diffussm.encoding import encode
+    from diffussm.latents import LatentStore, LmdbImages, images_from, verify_store
 
     conditional = False if options.no_classes else None
     source = images_from(
@@ -759,7 +755,7 @@ def _decoder(
     vae_name: str, device: Any, made_by: dict[str, Any] | None
 ) -> "tuple[Callable[[Tensor], Tensor], dict[str, Any]]":
     """What turns latents into images, and its identity; ValueError if another encoder made the latents."""
-    from diffussm.latents import check_encoder, decode, load_vae, vae_identity
+    from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
 
     vae = load_vae(vae_name, device)
     identity = vae_identity(vae, vae_name)

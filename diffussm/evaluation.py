@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffussm.autoencoder import full_precision
 from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, random_bits
-from diffussm.latents import LmdbImages, full_precision, images_from
+from diffussm.latents import LmdbImages, images_from
 from diffussm.metrics import (
     NEAREST,
     PART,

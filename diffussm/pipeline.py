@@ -704,9 +704,9 @@ def _load_run(
 ) -> dict[str, Any]:
     """The arguments of DiffuSSMPipeline."""
     try:  # looked up here: a saved pipeline has no training in its one file
-        training, latents = (
+        training, autoencoder = (
             import_module("diffussm.training"),
-            import_module("diffussm.latents"),
+            import_module("diffussm.autoencoder"),
         )
     except ModuleNotFoundError as error:
         raise ImportError(
@@ -726,13 +726,13 @@ def _load_run(
         facts["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
     if vae is not None:
         name, vae = (
-            (str(vae), latents.load_vae(vae))
+            (str(vae), autoencoder.load_vae(vae))
             if isinstance(vae, str | Path)
             else ("a module", vae)
         )
-        identity = latents.vae_identity(vae, name)
+        identity = autoencoder.vae_identity(vae, name)
         if made_by is not None:
-            latents.check_encoder(made_by, identity, f"the latents of {run}")
+            autoencoder.check_encoder(made_by, identity, f"the latents of {run}")
         facts["vae"] = _without_place(identity, "encoder_sha256", "decoder_sha256")
     names = (
         {str(number): name for number, name in enumerate(classes)}

@@ -9,7 +9,7 @@ import time
 
 import torch.distributed
 
-from diffussm import cli, latents, samples
+from diffussm import autoencoder, cli, encoding, samples
 from diffussm.diffusion import GaussianDiffusion
 
 LAST = os.environ["RANK"] == "1"
@@ -24,8 +24,8 @@ def fail(*_: object, **__: object) -> None:
 def main() -> int:
     """Run the command, with what breaks it."""
     torch.distributed.destroy_process_group = lambda *_: time.sleep(600)
-    latents.load_vae = lambda *_: None
-    latents.encode = fail if LAST else lambda *_, **__: None
+    autoencoder.load_vae = lambda *_: None
+    encoding.encode = fail if LAST else lambda *_, **__: None
     if LAST:
         honest, calls = GaussianDiffusion.losses, []
 

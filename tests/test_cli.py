@@ -22,14 +22,9 @@ import torch
 from PIL import Image
 
 from diffussm import cli
+from diffussm.autoencoder import load_vae
 from diffussm.data import BadImage, ImageFolder, TensorData, batch_indices, digits
-from diffussm.latents import (
-    LatentStore,
-    load_vae,
-    read_manifest,
-    sign_manifest,
-    verify_store,
-)
+from diffussm.latents import LatentStore, read_manifest, verify_store, with_checksum
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
@@ -927,12 +922,12 @@ def interrupting(*_, **__):
 
 INTERRUPTED = [
     (
-        "diffussm.latents.train_vae",
+        "diffussm.autoencoder.train_vae",
         "vae {w}/images {t}/new --size 16",
         "nothing is kept",
     ),
     (
-        "diffussm.latents.load_vae",
+        "diffussm.autoencoder.load_vae",
         "encode {w}/images {w}/latents --vae {w}/vae --size 16",
         "2 finished shards",
     ),
@@ -1542,7 +1537,7 @@ def test_250_fuzzed_manifests_are_read_or_refused(work, tmp_path):
         )
         place[rng.choice(list(place))] = nonsense(rng)
         values = json.loads(json.dumps(values))  # keys become strings
-        text = json.dumps(sign_manifest(values) if turn % 2 else values).encode()
+        text = json.dumps(with_checksum(values) if turn % 2 else values).encode()
         if turn % 5 == 0:
             where = rng.randrange(len(text))
             text = (

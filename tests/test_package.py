@@ -24,7 +24,7 @@ from typing import NoReturn
 import pytest
 
 import diffussm
-from diffussm import cli, evaluation, latents, training
+from diffussm import autoencoder, cli, encoding, evaluation, latents, metrics, training
 from tools.book import ROOT
 
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
@@ -398,15 +398,16 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(training, "load_run", load_run)
     monkeypatch.setattr(latents, "images_from", lambda *given, **options: [])
-    monkeypatch.setattr(latents, "load_vae", load_vae)
-    monkeypatch.setattr(latents, "encode", reach)
+    monkeypatch.setattr(autoencoder, "load_vae", load_vae)
+    monkeypatch.setattr(encoding, "encode", reach)
     monkeypatch.setattr(cli, "open_data", lambda config: [])
     monkeypatch.setattr(cli, "_train_here", reach)
     world = SimpleNamespace(device="cpu", once=lambda function: function())
     monkeypatch.setattr(cli, "_cluster", lambda *given, **options: nullcontext(world))
     monkeypatch.setattr(cli, "doctor_questions", reach)
-    for name in ("evaluate", "save_statistics", "self_test"):
+    for name in ("evaluate", "save_statistics"):
         monkeypatch.setattr(evaluation, name, reach)
+    monkeypatch.setattr(metrics, "self_test", reach)
 
 
 def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

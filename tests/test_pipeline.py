@@ -1070,10 +1070,10 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     tmp_path, monkeypatch
 ):
     """Of a run on latents; the encoder must be theirs, the decoder may be another."""
-    from diffussm import latents, training
+    from diffussm import autoencoder, training
 
     vae = small_vae()
-    made_by = latents.vae_identity(vae, "/data/models/sd-vae")
+    made_by = autoencoder.vae_identity(vae, "/data/models/sd-vae")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text(json.dumps({"vae": made_by}))
     (tmp_path / "config.json").touch()

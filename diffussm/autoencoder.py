@@ -1,0 +1,306 @@
+"""Autoencoder.
+
+Generated from book/53_autoencoder.md by `make export`: edit there.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffussm.data import Dataset, batch_indices, generator, load_batch
+from diffussm.guards import expect_int, expect_number
+
+__all__ = [
+    "train_vae",
+    "measure_scale",
+    "load_vae",
+    "vae_identity",
+    "check_encoder",
+    "full_precision",
+    "moments",
+    "decode",
+]
+
+
+def _vae_loss(vae: Any, x: Tensor, kl_weight: float, noise: torch.Generator) -> Tensor:
+    """eq-latents-vae of images (B, 3, H, W): the mean over their numbers, a scalar."""
+    posterior = vae.encode(x).latent_dist
+    error = vae.decode(posterior.sample(noise)).sample - x
+    kl = posterior.kl().mean() / x[0].numel()  # lambda weighs sums over an image
+    loss: Tensor = error.abs().mean() + 3 * error.square().mean() + kl_weight * kl
+    return loss
+
+
+def _new_vae(
+    channels: Sequence[int], latent_channels: int, side: int, seed: int
+) -> Any:
+    from diffusers import AutoencoderKL  # imported here: it costs seconds
+
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator(seed, "weights", 0).get_state())
+        vae: Any = AutoencoderKL(  # type: ignore[no-untyped-call]
+            block_out_channels=tuple(channels),
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+            sample_size=side,
+        )
+    return vae.to(memory_format=torch.channels_last)  # faster on a CPU
+
+
+@torch.no_grad()
+def _start_as_identity(vae: Any) -> None:
+    """Pass colours on, so that a few hundred steps are enough."""
+    for name, module in vae.named_modules():
+        if name.endswith("conv2"):  # the end of a residual branch
+            module.weight.zero_()
+        elif isinstance(module, torch.nn.Conv2d) and not name.endswith("conv1"):
+            identity = torch.nn.init.dirac_(torch.empty_like(module.weight))
+            module.weight.mul_(0.5).add_(identity)
+    # A posterior of standard deviation 0.05: with 1, the decoder would first learn to
+    # ignore the latents.
+    vae.quant_conv.bias[vae.config.latent_channels :] -= 6
+
+
+def _random_crop(x: Tensor, crop: int, draws: torch.Generator) -> Tensor:
+    """The same square of `crop` pixels of all images: (B, 3, H, W) -> (B, 3, c, c)."""
+    top, left = (
+        int(torch.randint(n - crop + 1, (), generator=draws)) for n in x.shape[-2:]
+    )
+    x = x[..., top : top + crop, left : left + crop]
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def train_vae(
+    source: Dataset,
+    *,
+    channels: Sequence[int] = (8, 16, 32),
+    latent_channels: int = 4,
+    steps: int = 380,
+    batch_size: int = 4,
+    crop: int = 32,
+    lr: float = 4e-3,
+    kl_weight: float = 1e-6,
+    seed: int = 0,
+    progress: bool = True,
+) -> Any:
+    """Train a small `diffusers.AutoencoderKL` on RGB images; returned as by `load_vae`.
+
+    `channels` has one entry for each resolution, a multiple of 4; latents are
+    2**(len - 1) times smaller than images. The same arguments give the same weights on
+    the same machine. `kl_weight` is lambda of eq-latents-vae. Raises ValueError for
+    sizes that do not fit.
+    """
+    expect_number("lr", lr, above=0)
+    expect_number("kl_weight", kl_weight, least=0)
+    expect_int("steps", steps, least=1)
+    side = min(source[0][0].shape[-2:])
+    _check_crop(side, channels, crop)
+    vae = _new_vae(channels, latent_channels, side, seed)
+    _start_as_identity(vae)
+    optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
+    for step in tqdm(range(steps), unit="step", disable=not progress):
+        rise, fall = (step + 1) / 10, (steps - step) / (0.6 * steps)
+        optimizer.param_groups[0]["lr"] = lr * min(rise, fall, 1)
+        x, _ = load_batch(source, batch_indices(len(source), batch_size, step, seed))
+        x = _random_crop(x, crop, generator(seed, "crops", step))
+        loss = _vae_loss(vae, x, kl_weight, generator(seed, "posterior", step))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+    vae.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
+    vae.register_to_config(scaling_factor=measure_scale(vae, source))
+    return vae
+
+
+def _check_crop(side: int, channels: Sequence[int], crop: int) -> None:
+    factor = 2 ** (len(channels) - 1)
+    if crop > side or crop % factor or any(width % 4 for width in channels):
+        raise ValueError(
+            f"{crop=}, channels={tuple(channels)}: expected crops of {side} pixels at "
+            f"most and a multiple of {factor}, and channels that are multiples of 4"
+        )
+
+
+@torch.no_grad()
+def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
+    """f of eq-latents-scale, from some images; ValueError if they are all alike."""
+    indices = batch_indices(len(source), min(images, len(source)), 0, 0)
+    means = []
+    for part in torch.split(indices, 16):
+        x, _ = load_batch(source, part)
+        means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
+    std = torch.cat(means).std().item()
+    if not 0 < std < math.inf:
+        raise ValueError(
+            f"the latents have a standard deviation of {std}; are the images all alike?"
+        )
+    return round(1 / std, 5)
+
+
+def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """A frozen `diffusers.AutoencoderKL`: float32, evaluation mode, no gradients.
+
+    `name_or_path` is a folder with `config.json` and weights in safetensors (or with
+    such a folder called `vae` in it), or a name on the Hugging Face hub, such as
+    `stabilityai/sd-vae-ft-ema`.
+
+    Raises FileNotFoundError where there is no such folder, ValueError when what is
+    there cannot be used, OSError when the hub does not give it.
+    """
+    folder = Path(name_or_path)
+    if (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    local = folder.is_dir()
+    _check_place(folder, local, name_or_path)
+    vae, found = _from_pretrained(folder, local, name_or_path)
+    _check_fit(vae, found, folder)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def _check_place(folder: Path, local: bool, name: str | Path) -> None:
+    if local and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json; expected the folder of an AutoencoderKL"
+        )
+    if not local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise FileNotFoundError(
+            f"there is no folder {name}; expected one with config.json and safetensors "
+            "weights, or a name on the hub such as stabilityai/sd-vae-ft-ema"
+        )
+
+
+def _from_pretrained(folder: Path, local: bool, name: str | Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder),
+            local_files_only=local,
+            use_safetensors=True,  # never a pickle
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the hub's client raises what it likes
+        if local:
+            raise ValueError(
+                f"{folder} is no usable AutoencoderKL in safetensors: {error}"
+            ) from error
+        raise OSError(
+            f"there is no folder {name}, and the Hugging Face hub does not give it: "
+            f"{error}. Download it where there is a network, and pass the folder"
+        ) from error
+
+
+def _check_fit(vae: Any, found: dict[str, Any], folder: Path) -> None:
+    if wrong := [key for keys in found.values() for key in keys]:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {len(wrong)} are "
+            f"missing, unknown or of another shape, such as {wrong[0]}"
+        )
+    if getattr(vae.config, "shift_factor", None):
+        raise ValueError(
+            f"{folder} shifts its latents (shift_factor); "
+            "only a scaling_factor is supported"
+        )
+
+
+def _half_sha256(vae: Any, encoder: bool) -> str:
+    """Of one half's names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(vae.state_dict().items()):
+        if key.startswith(("encoder.", "quant_conv.")) == encoder:
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def vae_identity(vae: Any, name: str | Path) -> dict[str, Any]:
+    """Which autoencoder this is: checksums of its two halves, what its latents are."""
+    return {
+        "name": str(name),
+        "class": type(vae).__name__,
+        "encoder_sha256": _half_sha256(vae, encoder=True),
+        "decoder_sha256": _half_sha256(vae, encoder=False),
+        "scaling_factor": float(vae.config.scaling_factor),
+        "latent_channels": vae.config.latent_channels,
+        "downsampling": 2 ** (len(vae.config.block_out_channels) - 1),
+    }
+
+
+def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) -> None:
+    """Refuse latents of another encoder: ValueError; another decoder is welcome.
+
+    Both are of `vae_identity`: `made_by` of the autoencoder that made the latents,
+    `identity` of the one to use. `what` names the latents in the message.
+    """
+    if "encoder_sha256" not in made_by:
+        raise ValueError(
+            f"the record of the autoencoder of {what} names no encoder "
+            "(encoder_sha256): an older version wrote it, which did not tell encoder "
+            "and decoder apart. Encode the images again"
+        )
+    for key in ("encoder_sha256", "scaling_factor"):
+        if made_by[key] != identity[key]:
+            raise ValueError(
+                f"{what}: made by the encoder of {made_by.get('name')!r} "
+                f"({key} {made_by[key]}). {identity['name']!r} has another "
+                f"({key} {identity[key]}), to which these latents mean nothing. Use the "
+                "autoencoder that made them, or one that differs in the decoder only"
+            )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32, which only newer GPUs have."""
+    backends: Any = torch.backends  # no type checker knows its members
+    settings = backends.cudnn.conv, backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+@torch.no_grad()
+def moments(vae: Any, images: Tensor) -> Tensor:
+    """Mean and log-variance of q(z | image), eq-latents-posterior; float16 on the CPU.
+
+    images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w). Raises ValueError if a moment is
+    no finite float16.
+    """
+    with full_precision():
+        posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
+    if not stored.isfinite().all():
+        raise ValueError(
+            "the autoencoder gave moments beyond float16 (65504) or not a number; are "
+            "the images in [-1, 1], and is it the right autoencoder?"
+        )
+    return stored
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
+    """Scaled latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], on the CPU."""
+    parts = torch.split(latents / vae.config.scaling_factor, batch_size)
+    images = [
+        vae.decode(part.to(vae.device, vae.dtype)).sample.clamp(-1, 1).float().cpu()
+        for part in parts
+    ]
+    return torch.cat(images)
