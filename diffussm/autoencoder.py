@@ -44,9 +44,10 @@ def _new_vae(
 ) -> Any:
     from diffusers import AutoencoderKL  # imported here: it costs seconds
 
+    kind: Any = AutoencoderKL
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(seed, "weights", 0).get_state())
-        vae: Any = AutoencoderKL(  # type: ignore[no-untyped-call]
+        vae = kind(
             block_out_channels=tuple(channels),
             down_block_types=("DownEncoderBlock2D",) * len(channels),
             up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -115,9 +116,10 @@ def train_vae(
         optimizer.param_groups[0]["lr"] = lr * min(rise, fall, 1)
         x, _ = load_batch(source, batch_indices(len(source), batch_size, step, seed))
         x = _random_crop(x, crop, generator(seed, "crops", step))
-        loss = _vae_loss(vae, x, kl_weight, generator(seed, "posterior", step))
+        noise = generator(seed, "posterior", step)
+        loss: Any = _vae_loss(vae, x, kl_weight, noise)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
     vae.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
@@ -185,8 +187,9 @@ def _check_place(folder: Path, local: bool, name: str | Path) -> None:
 def _from_pretrained(folder: Path, local: bool, name: str | Path) -> Any:
     from diffusers import AutoencoderKL
 
+    kind: Any = AutoencoderKL
     try:
-        return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        return kind.from_pretrained(
             str(folder),
             local_files_only=local,
             use_safetensors=True,  # never a pickle
@@ -279,7 +282,7 @@ def full_precision() -> Iterator[None]:
 
 @torch.no_grad()
 def moments(vae: Any, images: Tensor) -> Tensor:
-    """Mean and log-variance of q(z | image), eq-latents-posterior; float16 on the CPU.
+    """Mean and log-variance of q(z | image), eq-latents-posterior; float16, CPU.
 
     images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w). Raises ValueError if a moment is
     no finite float16.

@@ -96,10 +96,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         unfinished = (Path(path) / "plan.json").is_file()
         advice = "it is unfinished: run the same encode again" if unfinished else ""
         raise FileNotFoundError(f"there is no {file}; {advice or 'is it a store?'}")
-    manifest = read_json(file, "the manifest")
+    manifest: dict[str, Any] = read_json(file, "the manifest")
     if wrong := next(_flaws(manifest), None):
         raise ValueError(f"{file}: {wrong}")
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
 OLD_FORMAT = "diffussm-latents-1"
