@@ -20,7 +20,7 @@ define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
 endef
 
-.PHONY: help venv export fresh render book chapters test rehearsal lint house tidy lab bench clean
+.PHONY: help venv export fresh render book page chapters test check rehearsal lint house tidy lab bench clean
 
 help: ## say what each command does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ render: fresh
 book: render ## export, execute all chapters (those that changed), render; prints the page to open
 	@echo "open file://$(PAGE)"
 
+page: fresh ## execute and render one page: make page P=training
+	@$(RUN) -m tools.page "$(P)"
+
 # Two at a time: the longest chapter, which trains, uses one thread. Threads that wait must not spin then.
 chapters: fresh
 	$(call timed,chapters,OMP_WAIT_POLICY=passive $(RUN) -m pytest --nbmake --nbmake-timeout 900 -n 2 --keep-outputs $(CACHE) book)
@@ -63,6 +66,11 @@ test: chapters ## everything that must hold: chapters, unit tests, export, lint,
 
 rehearsal: export ## the whole road at full scale, walked small: encode, train, crash, resume, sample, score
 	@$(RUN) -m tools.rehearsal
+
+# For every change. What takes longer is marked `slow` or `end_to_end` and belongs to `make test`.
+check: lint ## in a minute: lint, types, package in step with the book, fast tests
+	@$(RUN) -m tools.export --check
+	$(call timed,check,OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 -m "not slow and not end_to_end")
 
 lint: venv ## ruff and mypy
 	@$(RUN) -m ruff check .

@@ -19,6 +19,8 @@ import pytest
 
 from tools.book import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 CHAPTER = "book/21_hourglass.md"
 PLAIN = ("README.md", "book/index.md", "book/notation.md")
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"

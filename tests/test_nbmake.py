@@ -12,6 +12,8 @@ import pytest
 
 from tools.book import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 CHAPTER = """\
 ---
 jupytext:

@@ -134,14 +134,22 @@ def files_below(folder: Path) -> set[str]:
 def test_source_archive_holds_the_project(archives: Archives) -> None:
     with tarfile.open(archives.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    parts = (".ci", ".jupyter", "benchmarks", "book", "diffussm", "tests", "tools")
+    parts = (
+        *(".ci", ".github", ".jupyter", "benchmarks"),
+        *("book", "diffussm", "tests", "tools"),
+    )
     project = {
         name for name in files_below(archives.source) if name.split("/")[0] in parts
     }
     project |= {
+        ".pre-commit-config.yaml",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
         "README.md",
+        "SECURITY.md",
         "_config.yml",
         "_toc.yml",
         "conftest.py",

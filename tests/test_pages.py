@@ -21,6 +21,8 @@ from browsers import absent
 
 from tools.book import ROOT, Chapter, read_chapter
 
+pytestmark = pytest.mark.end_to_end
+
 HTML = ROOT / "_build" / "html"
 PHONE = 390
 
