@@ -299,8 +299,8 @@ def _vae(arguments: Sequence[str]) -> int:
         raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
 
     from diffussm.autoencoder import train_vae
+    from diffussm.files import apply_umask
     from diffussm.latents import images_from
-    from diffussm.model import apply_umask
 
     source = images_from(images, options.size, exif_rotate=options.exif_rotate)
     with _interruptible(_nothing):

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from diffussm.embeddings import sincos_positions, timestep_features
 from diffussm.hourglass import linear_macs
-from diffussm.model import DiffuSSMConfig, sincos_positions, timestep_features
+from diffussm.model import DiffuSSMConfig
 
 __all__ = [
     "convolution_macs",
@@ -149,7 +150,7 @@ class DiT(nn.Module):
         super().__init__()
         D, numbers = config.d_model, config.in_channels * config.patch_size**2
         self.config = config
-        self.recompute = False
+        self.activation_checkpointing = False
         self.null_label = config.num_classes if config.num_classes else None
         self.embed_x = nn.Linear(numbers, D)
         self.embed_t = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
@@ -179,7 +180,7 @@ class DiT(nn.Module):
         if self.embed_y is not None and y is not None:
             c = c + self.embed_y(y)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, c, use_reentrant=False)
             else:
                 x = block(x, c)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffussm.bidirectional import BidirectionalSSM
+from diffussm.guards import expect, expect_int
 
 __all__ = ["PositionLinear", "HourglassBlock", "linear_macs"]
 
@@ -26,7 +27,7 @@ class PositionLinear(nn.Module):
         weight: (M, out, in), each map Xavier-uniform by itself.
         bias: (M, out), zero.
 
-    Source: chapter 4, equation eq-hourglass-down (the W-down with subscript k of section 3.2).
+    Source: ch. "The hourglass block", eq-hourglass-down; section 3.2 of the paper.
     """
 
     def __init__(self, n_positions: int, in_features: int, out_features: int) -> None:
@@ -45,38 +46,26 @@ class PositionLinear(nn.Module):
 class HourglassBlock(nn.Module):
     """The paper's block: gated, bidirectional, long only where it is cheap.
 
-    The stream has J = L / M positions. Inside, every position becomes M, the state space model runs over all
-    L, and M outputs are folded into one again. A new block is the identity.
+    The stream has J = L / M positions. Inside, every position becomes M, the state
+    space model runs over all L, and M outputs are folded into one again.
 
     Args:
         d_model: D, width of the stream.
         d_state: N, real state size of the state space model, even.
         downsample: M, a divisor of 2D. 1 switches the hourglass off.
 
-    Attributes:
-        w0, w1, w2, w3, w_up, w_down: The paper's maps (chapter 4 has the table of their shapes).
-        modulation: Scale and shift from the condition.
-        ssm: The state space model, at full length.
-
     Raises:
-        ValueError: a size is not a positive integer, or M does not divide 2D.
+        ValueError: a size is not positive, or M does not divide 2D.
 
-    Source: chapter 4, equations eq-hourglass-norm to eq-hourglass-out; section 3.2 of the paper.
+    Source: ch. "The hourglass block"; section 3.2 of the paper.
     """
 
     def __init__(self, d_model: int, d_state: int = 64, downsample: int = 2) -> None:
         super().__init__()
-        D, M = d_model, downsample
-        for name, size in (("d_model", D), ("downsample", M)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r}: expected a positive integer")
-        if 2 * D % M:
-            raise ValueError(
-                f"downsample={M} does not divide 2 * d_model = {2 * D}: each of the M pieces has width 2D/M"
-            )
+        D, M = _checked_sizes(d_model, downsample)
         self.downsample = M
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(D, 2 * D)
+        self.modulation = nn.Linear(D, 2 * D)  # scale and shift
         self.w0 = nn.Linear(D, D)
         self.w_up = nn.Linear(D, M * D)
         self.ssm = BidirectionalSSM(D, d_state)
@@ -84,11 +73,7 @@ class HourglassBlock(nn.Module):
         self.w1 = nn.Linear(D, 2 * D)
         self.w2 = nn.Linear(2 * D, 2 * D)
         self.w3 = nn.Linear(2 * D, D)
-        for linear in (self.modulation, self.w0, self.w_up, self.w1, self.w2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.w3.weight)  # a new block adds nothing
-        nn.init.zeros_(self.w3.bias)
+        self._initialize()
 
     def forward(self, x: Tensor, c: Tensor, spectra: Tensor | None = None) -> Tensor:
         """One step of the residual stream.
@@ -96,7 +81,7 @@ class HourglassBlock(nn.Module):
         Args:
             x: The stream, (B, J, D), for any J.
             c: The condition, (B, D): embeddings of timestep and class, added.
-            spectra: What ``ssm.spectra(L)`` returns, if it is known (chapter 3); None computes it.
+            spectra: What `ssm.spectra(L)` returns, if it is known; None computes it.
 
         Returns:
             (B, J, D).
@@ -104,22 +89,37 @@ class HourglassBlock(nn.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        D, M = self.w0.in_features, self.downsample
-        if x.ndim != 3 or x.shape[2] != D or c.shape != (x.shape[0], D):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)} and c {tuple(c.shape)}: expected (B, J, {D}) and (B, {D})"
-            )
+        B, _, D = expect("x", x, "B J D", D=self.w0.in_features)
+        expect("c", c, "B D", B=B, D=D)
         shift, scale = (
             self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)
-        )  # (B, 1, D) each
+        )  # (B, 1, D)
         I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
         U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
-        U = rearrange(U, "b j (k d) -> b (j k) d", k=M)  # (B, L, D)
+        U = rearrange(U, "b j (k d) -> b (j k) d", k=self.downsample)  # (B, L, D)
         Y = self.ssm(U, spectra)  # (B, L, 2D)
-        Y = rearrange(Y, "b (j k) e -> b j k e", k=M)  # (B, J, M, 2D)
+        Y = rearrange(Y, "b (j k) e -> b j k e", k=self.downsample)  # (B, J, M, 2D)
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
-        O = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)
+        O: Tensor = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)
         return x + O
+
+    def _initialize(self) -> None:
+        for linear in (self.modulation, self.w0, self.w_up, self.w1, self.w2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.w3.weight)  # a new block adds nothing
+        nn.init.zeros_(self.w3.bias)
+
+
+def _checked_sizes(d_model: int, downsample: int) -> tuple[int, int]:
+    D = expect_int("d_model", d_model, least=1)
+    M = expect_int("downsample", downsample, least=1)
+    if 2 * D % M:
+        raise ValueError(
+            f"downsample={M} does not divide 2 * d_model = {2 * D}: each of the M "
+            "pieces has width 2D/M"
+        )
+    return D, M
 
 
 def linear_macs(config: Any, length: int | None = None) -> float:
@@ -129,7 +129,8 @@ def linear_macs(config: Any, length: int | None = None) -> float:
         config: Sizes of a model: `n_blocks`, `d_model`, `downsample`, `seq_len`.
         length: L, positions of the sequence; by default the configuration's.
 
-    Source: chapter 4, equation eq-hourglass-flops.
+    Source: ch. "The hourglass block", eq-hourglass-flops.
     """
     L, M, D = length or config.seq_len, config.downsample, config.d_model
-    return config.n_blocks * (13 * L / M + L) * D**2
+    macs: float = config.n_blocks * (13 * L / M + L) * D**2
+    return macs

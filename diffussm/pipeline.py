@@ -26,7 +26,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffussm.model import DiffuSSM, apply_umask
+from diffussm.files import apply_umask
+from diffussm.model import DiffuSSM
 from diffussm.sampling import guided
 
 __all__ = [

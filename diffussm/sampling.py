@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.diffusion import GaussianDiffusion, find_attribute, standard_normal
+from diffussm.embeddings import Labels, as_labels
 from diffussm.guards import (
     bounded,
     check_fields,
@@ -21,7 +22,6 @@ from diffussm.guards import (
     expect_number,
     expect_real,
 )
-from diffussm.model import Labels, as_labels
 from diffussm.reverse_process import ancestral_step, ddim_step
 
 __all__ = ["guided", "Sampler", "denoise", "sample"]

@@ -44,8 +44,9 @@ from diffussm.data import (
     load_batch,
 )
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.files import apply_umask
 from diffussm.guards import bounded, check_fields, nearest
-from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig, apply_umask
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
 __all__ = [
     "Recipe",
@@ -580,7 +581,7 @@ class TrainState:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator(config.seed, "weights", 0).get_state())
             model = DiffuSSM(config.model).to(world.device)
-        model.recompute = execution.activation_checkpointing
+        model.activation_checkpointing = execution.activation_checkpointing
         _choose_convolution(model, config, execution, world)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         for module in (model, ema):

@@ -175,7 +175,7 @@ def test_dit_has_the_interface_of_a_diffussm(patch):
     )
     torch.testing.assert_close(output, alone, rtol=1e-4, atol=1e-4)
     gradients = torch.autograd.grad(output.square().sum(), list(model.parameters()))
-    model.recompute = True
+    model.activation_checkpointing = True
     again = torch.autograd.grad(model(x, t, y).square().sum(), list(model.parameters()))
     for one, other in zip(gradients, again, strict=True):
         torch.testing.assert_close(one, other)

@@ -1,12 +1,13 @@
-"""Chapter 4: the block, against a loop over positions and against the paper's counts."""
+"""Ch. "The hourglass block": against a loop over positions and the paper's counts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffussm.hourglass import HourglassBlock, PositionLinear
+from diffussm.hourglass import HourglassBlock, PositionLinear, linear_macs
 
 DENSE = ("w0", "w1", "w2", "w3", "w_up", "w_down")
 
@@ -31,7 +32,7 @@ def sigma(z):
 
 
 def ssm_by_sums(ssm, U):
-    """Both directions of one image (L, D), as sums over lags of the kernels; the skip apart."""
+    """Both directions of one image (L, D), as sums over lags; the skip apart."""
     L, D = U.shape
     k_forward, k_backward = ssm.forward_kernel(L), ssm.backward_kernel(L)
     Y = ssm.skip * torch.cat([U, U], dim=1)
@@ -44,7 +45,7 @@ def ssm_by_sums(ssm, U):
 
 
 def block_by_subscripts(block, x, c):
-    """Section 3.2 of the paper for one image, x (J, D), c (D,): no reshaping, only subscripts."""
+    """Section 3.2 of the paper for one image, x (J, D), c (D,): only subscripts."""
     w = dict(block.named_parameters())
     M, (J, D) = block.downsample, x.shape
     L, D_m = J * M, 2 * D // M
@@ -142,7 +143,7 @@ def test_new_block_can_learn():
 
 @pytest.mark.parametrize("M", [1, 2, 4])
 def test_parameters_and_multiply_adds_of_the_dense_maps(M):
-    """9 D^2 + M D^2 + 4 D^2 parameters; the paper's 13 (L/M) D^2 + L D^2 multiply-adds (section 3.2)."""
+    """(13 + M) D^2 parameters; the paper's 13 (L/M) D^2 + L D^2 multiply-adds."""
     D, J = 24, 10
     with torch.device("meta"):
         block = HourglassBlock(D, 4, M)
@@ -156,6 +157,19 @@ def test_parameters_and_multiply_adds_of_the_dense_maps(M):
     )
     L = J * M
     assert multiply_adds == 13 * L // M * D**2 + L * D**2
+
+
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_linear_macs_are_those_that_pytorch_counts(M):
+    D, J = 24, 10
+    with torch.device("meta"):
+        block, x, c = HourglassBlock(D, 4, M), torch.empty(1, J, D), torch.empty(1, D)
+    sizes = SimpleNamespace(n_blocks=3, seq_len=J * M, downsample=M, d_model=D)
+    with FlopCounterMode(display=False, depth=None) as counter:
+        block(x, c)
+    counts = counter.get_flop_counts()
+    seen = sum(sum(counts[f"HourglassBlock.{name}"].values()) for name in DENSE) / 2
+    assert linear_macs(sizes) == 3 * seen and linear_macs(sizes, 2 * J * M) == 6 * seen
 
 
 def test_interface_of_the_maps():
@@ -215,27 +229,27 @@ def test_state_dict_has_only_real_tensors():
     ("arguments", "message"),
     [
         ((8, 4, 3), "downsample=3 does not divide 2"),
-        ((8, 4, 0), "downsample=0: expected a positive integer"),
-        ((8.0, 4, 2), "d_model=8.0: expected a positive integer"),
+        ((8, 4, 0), "downsample=0: expected an integer of at least 1"),
+        ((8.0, 4, 2), "d_model=8.0: expected an integer"),
         ((8, 5, 2), "5"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         HourglassBlock(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("x", "c"),
+    ("x", "c", "message"),
     [
-        ((2, 6, 7), (2, 8)),
-        ((2, 6, 8), (3, 8)),
-        ((6, 8), (6, 8)),
-        ((2, 6, 8), (2, 6, 8)),
+        ((2, 6, 7), (2, 8), r"x has shape \(2, 6, 7\): expected \(B, J, D=8\)"),
+        ((6, 8), (6, 8), r"x has shape \(6, 8\): expected \(B, J, D=8\)"),
+        ((2, 6, 8), (3, 8), r"c has shape \(3, 8\): expected \(B=2, D=8\)"),
+        ((2, 6, 8), (2, 6, 8), r"c has shape \(2, 6, 8\): expected \(B=2, D=8\)"),
     ],
 )
-def test_wrong_shapes_are_refused(x, c):
-    with pytest.raises(ValueError, match=r"expected \(B, J, 8\) and \(B, 8\)"):
+def test_wrong_shapes_are_refused(x, c, message):
+    with pytest.raises(ValueError, match=message):
         HourglassBlock(8, 4)(torch.zeros(x), torch.zeros(c))
 
 
@@ -244,7 +258,7 @@ def test_wrong_shapes_are_refused(x, c):
     "known", [False, True], ids=["kernels inside", "spectra given"]
 )
 def test_compiled_block_is_one_graph_with_the_same_values(precision, known):
-    """Traced and differentiated as by torch.compile, without generating code; fullgraph forbids breaks."""
+    """Traced and differentiated as by torch.compile; fullgraph forbids breaks."""
     block = awake().float()
     spectra = block.ssm.spectra(20).detach() if known else None
     inputs = [torch.randn(2, 10, 8), torch.randn(2, 8), *block.parameters()]
