@@ -1,4 +1,4 @@
-"""``pytest --nbmake book/`` runs the chapters straight from their text; nothing is written beside them."""
+"""`pytest --nbmake book/` runs chapters from their text, and writes nothing beside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option with which `make test` spares the pages a second run of the chapters."""
+    """Add the option with which `make test` runs the chapters only once."""
     parser.addoption(
         "--keep-outputs",
         metavar="CACHE",
-        help="store what the chapters put out in this execution cache, where the book build finds it",
+        help="store what the chapters put out in this execution cache, where the "
+        "book build finds it",
     )
 
 
@@ -53,7 +54,7 @@ def pytest_collect_file(
     from nbmake.pytest_items import NotebookFailedException, NotebookFile, NotebookItem
 
     class Text:
-        """Stands for the chapter: read from a temporary notebook, executed in the chapter's folder."""
+        """Stands for the chapter: its notebook is elsewhere, its folder is here."""
 
         def __init__(self, notebook: Path) -> None:
             self.notebook = notebook
@@ -80,7 +81,8 @@ def pytest_collect_file(
                 cells = result.nb.cells[: result.error.failing_cell_index + 1]
                 number = sum(cell.cell_type == "code" for cell in cells)
                 place = f"{file_path.name}, cell {number}"
-                # The kernel's traceback is coloured for a terminal; the line in the summary is for everyone.
+                # The kernel's traceback is coloured for a terminal; the line in the
+                # summary is for everyone.
                 plain = re.sub(r"\x1b\[[0-9;]*m", "", result.error.summary)
                 result.error.summary = f"{place}: {plain}"
                 result.error.trace = f"{place}\n{result.error.trace}"

@@ -1,7 +1,8 @@
-"""For `make lab`: to look at a text notebook changes nothing, and a text that had no header is saved without.
+"""For `make lab`: to look at a text notebook changes nothing.
 
-JupyterLab marks a notebook as changed when its kernel tells it about the language; so chapters are handed out
-with what this kernel will say. jupytext does not write it into the file.
+JupyterLab marks a notebook as changed when its kernel tells it about the language; so
+chapters are handed out with what this kernel will say. jupytext does not write it into
+the file.
 """
 
 import re
@@ -22,7 +23,7 @@ HEADER = {
 
 
 class TextNotebooks(AsyncTextFileContentsManager):
-    """Notebooks stored as text, as jupytext reads them, complete with kernel and language."""
+    """Notebooks stored as text, complete with kernel and language."""
 
     async def get(self, path, content=True, type=None, *arguments, **options):
         """As in any contents manager."""
@@ -35,7 +36,7 @@ class TextNotebooks(AsyncTextFileContentsManager):
 
 
 def keep_without_header(model, path, contents_manager, **_):
-    """Drop the header that jupytext is about to write into a README, a page without cells or a module."""
+    """Drop jupytext's new header from a page without cells or a module."""
     header = HEADER.get(Path(path).suffix)
     if (
         header is None

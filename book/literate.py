@@ -1,7 +1,8 @@
-"""A class of a chapter continues over its cells: what the exporter does to the text, done to the running notebook.
+"""A class continues over cells: what the exporter does, in the notebook.
 
-The exporter moves a function under ``@method_of(Class)`` into the body of the class; here the class gets it as an
-attribute, so objects that were made before have it too. Chapters import it in a cell that is not exported.
+The exporter moves a function under ``@method_of(Class)`` into the body of the class;
+here the class gets it as an attribute, so objects that were made before have it too.
+Chapters import it in a cell that is not exported.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ Member = TypeVar("Member")
 
 
 def method_of(cls: type) -> Callable[[Member], Member]:
-    """Decorator, the first above a ``def``: makes the function (or property, class method, ...) one of ``cls``.
+    """Decorator, the first above a `def`: makes the function one of `cls`.
 
-    The notebook's own name, a function ``sample`` beside a method ``sample``, keeps what it meant.
+    The notebook's own name, a function ``sample`` beside a method ``sample``, keeps
+    what it meant.
     """
     if not isinstance(cls, type):
         raise TypeError(
@@ -34,7 +36,8 @@ def method_of(cls: type) -> Callable[[Member], Member]:
         functions = list(_functions(member))
         if isinstance(member, type) or not functions:
             raise TypeError(
-                f"@method_of({cls.__name__}) stands above {member!r}: expected a function"
+                f"@method_of({cls.__name__}) stands above {member!r}: expected a "
+                "function"
             )
         name = functions[0].__name__
         for function in functions:
@@ -56,7 +59,7 @@ def method_of(cls: type) -> Callable[[Member], Member]:
 
 
 def _functions(member: Any) -> list[Any]:
-    """The functions inside a property, a class method, a cached property, or a decorator's wrapper."""
+    """The functions in a property, a class method, or a decorator's wrapper."""
     inner = [
         getattr(member, a, None)
         for a in ("fget", "fset", "fdel", "func", "__func__", "__wrapped__")
@@ -70,7 +73,7 @@ def _functions(member: Any) -> list[Any]:
 
 
 def _call_after_init(cls: Any) -> None:
-    """A dataclass made without ``__post_init__`` does not call the one that it gets later; this one does."""
+    """Make a dataclass call the `__post_init__` that it gets late."""
     init = cls.__init__
 
     @functools.wraps(init)

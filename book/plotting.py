@@ -1,6 +1,7 @@
-"""Figures of the book: one palette, one style, grids of images, and a player for precomputed frames.
+"""Figures of the book: palette, style, grids of images, a player for frames.
 
-Importing this module sets the style. Everything a page needs is written into the page: no network, no kernel.
+Importing this module sets the style. Everything a page needs is written into the page:
+no network, no kernel.
 """
 
 from __future__ import annotations
@@ -101,11 +102,12 @@ def image_grid(
     vmin: float = -1.0,
     vmax: float = 1.0,
 ) -> Figure:
-    """Images in rows of ``ncols``, drawn as one picture; finish the cell with ``plt.show()``.
+    """Images in rows of ``ncols``, drawn as one picture.
 
-    images: (n, H, W), (n, 1, H, W) or (n, 3, H, W), values from ``vmin`` (black) to ``vmax`` (white).
-    row_labels stand left of the rows, titles above the columns. ``cell`` is the width of an image in
-    inches, ``gap`` the space between images in image pixels.
+    images: (n, H, W), (n, 1, H, W) or (n, 3, H, W), values from ``vmin`` (black) to
+    ``vmax`` (white). row_labels stand left of the rows, titles above the columns.
+    ``cell`` is the width of an image in inches, ``gap`` the space between images in
+    image pixels. Finish the cell with ``plt.show()``.
     """
     pixels = _channels_last(_as_array(images))
     pixels = np.clip((pixels - vmin) / (vmax - vmin), 0.0, 1.0)
@@ -118,10 +120,12 @@ def image_grid(
     ):
         if given is not None and len(given) != expected:
             raise ValueError(
-                f"{what}: got {len(given)}, the grid is {rows} rows by {columns} columns"
+                f"{what}: got {len(given)}, the grid is {rows} rows by {columns} "
+                "columns"
             )
 
-    # Whole screen pixels per image pixel: browsers would smooth an 8 x 8 image otherwise.
+    # Whole screen pixels per image pixel: browsers would smooth an 8 x 8 image
+    # otherwise.
     scale = max(1, round(cell * 120 / width))
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     step_y, step_x, space = (height + gap) * scale, (width + gap) * scale, gap * scale
@@ -150,12 +154,13 @@ def image_grid(
 
 
 def _png(frame: Any, upscale: int, dpi: int) -> bytes:
-    """One frame as a PNG file: an array with values in [0, 1], or a matplotlib figure (then closed)."""
+    """One frame as a PNG file: an array in [0, 1], or a figure, then closed."""
     buffer = io.BytesIO()
     if isinstance(frame, Figure):
         frame.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
         plt.close(frame)
-        # A palette of 256 colours is indistinguishable for line art and a third of the size.
+        # A palette of 256 colours is indistinguishable for line art and a third of the
+        # size.
         picture = (
             Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
         )
@@ -164,7 +169,8 @@ def _png(frame: Any, upscale: int, dpi: int) -> bytes:
         values = _as_array(frame)
         if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] != 3):
             raise ValueError(
-                f"a frame is (H, W), (H, W, 3) or a figure, got an array of {values.shape}"
+                "a frame is (H, W), (H, W, 3) or a figure, got an array of "
+                f"{values.shape}"
             )
         values = np.rint(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
         picture = Image.fromarray(
@@ -217,7 +223,8 @@ _PLAYER = """\
   }});
   range.addEventListener("input", () => {{ stop(); show(); }});
   // Someone who asked for less motion moves through the frames by hand.
-  if (window.matchMedia("(prefers-reduced-motion: reduce)").matches) button.hidden = true;
+  if (window.matchMedia("(prefers-reduced-motion: reduce)").matches)
+      button.hidden = true;
   show();
 }})();
 </script>
@@ -236,12 +243,13 @@ def frame_player(
     interval: int = 500,
     dpi: int = 96,
 ) -> HTML:
-    """Precomputed frames with a slider and a play button; moves on the static page, without a kernel.
+    """Precomputed frames with a slider and a play button; needs no kernel.
 
-    frames: arrays (H, W) or (H, W, 3) with values in [0, 1], or matplotlib figures (closed afterwards).
-    labels: one short text a frame, shown beside the slider. ``start`` is the frame seen first (negative
-    counts from the end), ``upscale`` repeats every pixel, ``interval`` is the time per frame in
-    milliseconds. Leave ``caption`` empty where the cell's metadata has one.
+    frames: arrays (H, W) or (H, W, 3) with values in [0, 1], or matplotlib figures
+    (closed afterwards). labels: one short text a frame, shown beside the slider.
+    ``start`` is the frame seen first (negative counts from the end), ``upscale``
+    repeats every pixel, ``interval`` is the time per frame in milliseconds. Leave
+    ``caption`` empty where the cell's metadata has one.
     """
     if not len(frames) or len(frames) != len(labels):
         raise ValueError(
@@ -249,7 +257,8 @@ def frame_player(
         )
     if not alt:
         raise ValueError(
-            "alt: say in a sentence what the frames show, for someone who cannot see them"
+            "alt: say in a sentence what the frames show, for someone who cannot "
+            "see them"
         )
     files = [_png(frame, upscale, dpi) for frame in frames]
     width, height = Image.open(io.BytesIO(files[0])).size

@@ -22,7 +22,9 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """A browser for all tests of this process: Playwright's loop runs once in a process."""
+    """A browser for all tests of this process: Playwright's loop runs once in a
+    process.
+    """
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         absent("no Chromium on this machine", "DIFFUSSM_REQUIRE_BROWSER")

@@ -1,4 +1,6 @@
-"""The exporter: what it writes, what it refuses, and that the committed package is what the book says."""
+"""The exporter: what it writes, what it refuses, and that the committed package is what
+the book says.
+"""
 
 from __future__ import annotations
 
@@ -84,14 +86,17 @@ def test_module_reads_as_if_written_by_hand(root: Path) -> None:
         "01_alpha",
         "import os\nimport math\n\nSCALE = 2.0  # why two",
         "#!\nprint('not exported')",
-        "# Why numpy.\nimport numpy as np\nfrom math import pi\n\n\ndef twice(x):\n    '''Twice.'''\n"
+        "# Why numpy.\nimport numpy as np\nfrom math import pi\n\n\ndef twice(x):\n "
+        "   '''Twice.'''\n"
         "    # a reason\n    return np.asarray(SCALE * math.floor(pi) * x)",
-        "class _Hidden:\n    pass\n\n# Stays in front of its function.\ndef last(): return _Hidden()",
+        "class _Hidden:\n    pass\n\n# Stays in front of its function.\ndef last(): "
+        "return _Hidden()",
         title="Alpha and omega",
     )
     assert main(["--root", str(root)]) == 0
     assert (root / "diffussm" / "alpha.py").read_text() == (
-        '"""Alpha and omega.\n\nGenerated from book/01_alpha.md by `make export`: edit there.\n"""\n\n'
+        '"""Alpha and omega.\n\nGenerated from book/01_alpha.md by `make export`: '
+        'edit there.\n"""\n\n'
         "import math\nfrom math import pi\n\n# Why numpy.\nimport numpy as np\n\n"
         '__all__ = ["SCALE", "twice", "last"]\n\n'
         "SCALE = 2.0  # why two\n\n\n"
@@ -106,7 +111,8 @@ def test_typing_imports_stay_apart(root: Path) -> None:
     chapter(
         root,
         "01_alpha",
-        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from torch import Tensor\n\n\n"
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from torch "
+        "import Tensor\n\n\n"
         "def f(x: 'Tensor') -> 'Tensor':\n    return x",
     )
     text = build(root)[root / "diffussm" / "alpha.py"]
@@ -455,7 +461,8 @@ def test_refused_with_chapter_cell_and_line(
     chapter(
         root,
         "01_alpha",
-        "import os\nfrom pathlib import Path\n\n\ndef f():\n    return Path(os.sep)\n\n\n"
+        "import os\nfrom pathlib import Path\n\n\ndef f():\n    return "
+        "Path(os.sep)\n\n\n"
         "class Box:\n    side: int\n\n    def size(self):\n        pass",
         "#!\npass",
         cell,

@@ -1,4 +1,6 @@
-"""What helps the next person: commands that are named exist, files that others read are well formed."""
+"""What helps the next person: commands that are named exist, files that others read are
+well formed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The house: which way imports go, one name for a chapter, its module and its tests, and how long things are."""
+"""The house: which way imports go, one name for a chapter, its module and its tests,
+and how long things are.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def test_figures_are_those_counted_by_hand(tmp_path: Path) -> None:
     page(
         tmp_path,
         "01_alpha",
-        ':tags: [export]\n\nimport os\n\n\ndef f():\n    """One line,\n\n    and more."""\n'
+        ':tags: [export]\n\nimport os\n\n\ndef f():\n    """One line,\n\n    and '
+        'more."""\n'
         "    # why\n    return os.sep",  # 2 lines
         f":tags: [export]\n\ndef g(x):\n{long}\n    return x",  # 26
         ":tags: [export, hide-input]\n\ndef h():\n    return 7",  # 2, folded
@@ -53,7 +56,8 @@ def test_figures_are_those_counted_by_hand(tmp_path: Path) -> None:
         tmp_path,
         "alpha",
         "from diffussm.guards import expect\n\n\ndef f(x):\n"  # 2 lines of code
-        "    # chapter 3\n    if x < 0:\n        x = 0\n        raise ValueError(x)\n"  # 3 guards
+        # 3 guards
+        "    # chapter 3\n    if x < 0:\n        x = 0\n        raise ValueError(x)\n"
         "    expect(x)\n    y = expect(x)\n    return y\n",  # 1 guard, 2 lines
     )
     figures = measure(tmp_path).figures
@@ -89,7 +93,8 @@ def test_names_that_nobody_takes_are_found(tmp_path: Path) -> None:
     module(
         tmp_path,
         "alpha",
-        '__all__ = ["a", "b", "c", "d", "e", "F"]\n\n\ndef b(x: "F"): ...\n\n\na = e = 1\n',
+        '__all__ = ["a", "b", "c", "d", "e", "F"]\n\n\ndef b(x: "F"): ...\n\n\na = '
+        "e = 1\n",
     )
     for name in ("beta", "gamma"):
         module(tmp_path, name, "__all__ = []\n")

@@ -1,4 +1,6 @@
-"""`make lab` in a real browser: looking at a file changes nothing, and saving a chapter adds nothing."""
+"""`make lab` in a real browser: looking at a file changes nothing, and saving a chapter
+adds nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ MODULES = ("book/plotting.py", "diffussm/hourglass.py")
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what JupyterLab is shown, so that a fault cannot touch the real files."""
+    """A copy of what JupyterLab is shown, so that no fault touches the real files."""
     folder = tmp_path_factory.mktemp("checkout")
     for part in ("book", "diffussm", ".jupyter"):
         shutil.copytree(
@@ -99,7 +101,9 @@ def lab(checkout: Path) -> Iterator[str]:
 
 
 def opened(browser: Any, lab: str, path: str) -> Any:
-    """A tab of the browser in which JupyterLab has opened a file as a double click does."""
+    """A tab of the browser in which JupyterLab has opened a file as a double click
+    does.
+    """
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(240_000)
     page.goto(f"{lab}/lab/workspaces/{Path(path).stem}/tree/{path}?reset")
@@ -146,7 +150,8 @@ def test_a_chapter_that_was_run_is_saved_as_it_was(
     cells = len(re.findall(r"^```\{code-cell\}", before, re.MULTILINE))
     choose(page, "Run", "runmenu:run-all")
     page.wait_for_function(
-        f"() => {PROMPTS}.length && {PROMPTS}.every(p => /\\[\\d+\\]/.test(p.textContent))"
+        f"() => {PROMPTS}.length && {PROMPTS}.every(p => "
+        "/\\[\\d+\\]/.test(p.textContent))"
     )
     assert cells >= 3 and dirty(page)
     choose(page, "File", "docmanager:save")

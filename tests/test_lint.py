@@ -90,6 +90,8 @@ def test_glue_keys_are_unique_in_the_book() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_fences_open(path: Path) -> None:
-    """CommonMark: after ``` the line may hold no backtick, or all that follows is plain text."""
+    """CommonMark: after ``` the line may hold no backtick, or all that follows is plain
+    text.
+    """
     for line in path.read_text(encoding="utf-8").splitlines():
         assert not (line.startswith("```") and "`" in line.lstrip("`")), line

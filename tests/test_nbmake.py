@@ -1,4 +1,4 @@
-"""``pytest --nbmake book/`` runs chapters from their text and says which cell failed."""
+"""``pytest --nbmake book/`` runs chapters from their text, and names failing cells."""
 
 from __future__ import annotations
 

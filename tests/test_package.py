@@ -1,4 +1,6 @@
-"""The package as others get it: its archives, its types, its version; and the commands that are printed."""
+"""The package as others get it: its archives, its types, its version; and the commands
+that are printed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ import diffussm
 from diffussm import autoencoder, cli, encoding, evaluation, latents, metrics, training
 from tools.book import ROOT
 
-BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+BUILD = (
+    "import sys; from setuptools import build_meta; getattr(build_meta, "
+    "sys.argv[1])(sys.argv[2])"
+)
 
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
@@ -44,7 +49,9 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
 
 @dataclass
 class Installed:
-    """An environment of its own that holds the package; all else comes from the one that runs the tests."""
+    """An environment of its own that holds the package; all else comes from the one
+    that runs the tests.
+    """
 
     python: Path
 
@@ -80,7 +87,9 @@ class Archives:
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
-    """Built as a release is: the source archive from a checkout, the wheel from the source archive."""
+    """Built as a release is: the source archive from a checkout, the wheel from the
+    source archive.
+    """
     work = tmp_path_factory.mktemp("archives")
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
     source = shutil.copytree(
@@ -120,7 +129,8 @@ def installed(
     return Installed.from_wheel(getattr(archives, request.param), folder)
 
 
-# --- what is in the archives ------------------------------------------------------------------------------
+# --- what is in the archives
+# ------------------------------------------------------------------------------
 
 
 def files_below(folder: Path) -> set[str]:
@@ -191,7 +201,8 @@ def test_build_leaves_nothing_that_git_shows() -> None:
     assert {"/build/", "*.egg-info/"} <= set((ROOT / ".gitignore").read_text().split())
 
 
-# --- types and names --------------------------------------------------------------------------------------
+# --- types and names
+# --------------------------------------------------------------------------------------
 
 
 def test_types_and_names_are_those_that_are_imported() -> None:
@@ -243,7 +254,8 @@ def test_nothing_waits_for_torch() -> None:
 
 
 USER = """\
-from diffussm import DiffuSSM, DiffuSSMConfig, GaussianDiffusion, Recipe, evaluate, sample, train
+from diffussm import DiffuSSM, DiffuSSMConfig, GaussianDiffusion, Recipe
+from diffussm import evaluate, sample, train
 
 model = DiffuSSM(DiffuSSMConfig(input_size=8, d_model=16, n_blocks=1))
 diffusion = GaussianDiffusion.linear(1000)
@@ -265,7 +277,8 @@ WRONG = [
 ]
 REVEALED = USER.count("reveal_type")
 
-# The types of torch and its like are left out here: to read them takes mypy a minute, and they are not ours.
+# The types of torch and its like are left out here: to read them takes mypy a minute,
+# and they are not ours.
 MYPY = "[mypy]\nfollow_imports = skip\n[mypy-diffussm.*]\nfollow_imports = normal\n"
 
 
@@ -319,7 +332,8 @@ def test_pyright_finds_the_wrong_lines_of_a_user(
     )
 
 
-# --- the commands that README and chapter 14 print --------------------------------------------------------
+# --- the commands that README and chapter 14 print
+# --------------------------------------------------------
 
 STUB = """\
 #!{python}
@@ -340,7 +354,7 @@ PROGRAMS = (
 
 
 def blocks(page: Path) -> list[str]:
-    """The commands of a page, block by block: fenced, or indented below an empty line."""
+    """The commands of a page, by blocks: fenced, or indented below an empty line."""
     text = page.read_text(encoding="utf-8")
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -348,7 +362,7 @@ def blocks(page: Path) -> list[str]:
 
 
 def carried_out(block: str, folder: Path) -> list[list[str]]:
-    """Let bash read a block, with programs that only write down how they were called."""
+    """Let bash read a block, with programs that only note how they were called."""
     record = folder / "called"
     record.unlink(missing_ok=True)
     for name in PROGRAMS:
@@ -381,7 +395,9 @@ def reach(*arguments: object, **options: object) -> NoReturn:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every command stops where its options are read; runs have the recipe that their name says."""
+    """Every command stops where its options are read; runs have the recipe that their
+    name says.
+    """
 
     def load_run(
         run: Path, weights: str, step: int | None
@@ -419,7 +435,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A printed command is understood: by our own parsers, by the Makefile, by torchrun."""
+    """A printed command is understood: by our own parsers, by the Makefile, by
+    torchrun.
+    """
     name, *arguments = command
     if name == "make":
         targets = re.findall(
@@ -489,7 +507,8 @@ def test_printed_programs_must_exist(tmp_path: Path) -> None:
         carried_out("dissufm train", tmp_path)
 
 
-# --- what README says of measurements and files -----------------------------------------------------------
+# --- what README says of measurements and files
+# -----------------------------------------------------------
 
 
 def results(name: str) -> dict:
@@ -505,8 +524,8 @@ def test_readme_says_what_was_measured() -> None:
     ratios = [row["ratio"] for row in results("block")["rows"]]
     assert ratios[0] > 1 and ratios == sorted(ratios)
     assert (
-        "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused attention"
-        in text
+        "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused "
+        "attention" in text
     )
     gpu = results("gpu")
     assert "H100" in gpu["environment"]["gpu"]
@@ -570,7 +589,9 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def small_model(name: str, given: dict) -> diffussm.DiffuSSM:
-    """Stands for XL, which is too large for a test; its name and options must be right all the same."""
+    """Stands for XL, which is too large for a test; its name and options must be right
+    all the same.
+    """
     assert name in diffussm.PRESETS
     small = {"d_model": 16, "n_blocks": 1, "d_state": 4}
     return diffussm.DiffuSSM(diffussm.DiffuSSMConfig(**given | small))

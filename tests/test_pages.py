@@ -1,7 +1,9 @@
-"""Every page of the rendered book, opened in a real browser, over a server on this machine.
+"""Every page of the rendered book, opened in a real browser, over a server on this
+machine.
 
-`make test` builds the book first. A plain `pytest` skips these tests where the book is not built or is older
-than its text, or where there is no Chromium; DIFFUSSM_REQUIRE_BOOK and DIFFUSSM_REQUIRE_BROWSER forbid that.
+`make test` builds the book first. A plain `pytest` skips these tests where the book is
+not built or is older than its text, or where there is no Chromium;
+DIFFUSSM_REQUIRE_BOOK and DIFFUSSM_REQUIRE_BROWSER forbid that.
 """
 
 from __future__ import annotations
@@ -119,7 +121,9 @@ def visit(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator
 
 
 def prose(visit: Visit) -> str:
-    """A page's text without its header, its code and what stands in backticks (but for `{math}` blocks)."""
+    """A page's text without its header, its code and what stands in backticks (but for
+    `{math}` blocks).
+    """
     text = re.sub(r"\A---\n.*?\n---\n", "", visit.source, flags=re.DOTALL)
     text = re.sub(
         r"^(`{3,})\{code-cell\}.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE
@@ -144,7 +148,8 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
     for name in named:
         figure = visit.tab.locator(f"article figure[id='{name}']")
         assert figure.count() == 1, f"{name} is not on the page"
-        # text_content, not inner_text: a figure may lie in a solution that is folded away
+        # text_content, not inner_text: a figure may lie in a solution that is folded
+        # away
         assert (figure.locator("figcaption").first.text_content() or "").strip(), (
             f"{name} has no caption"
         )
@@ -158,11 +163,12 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
         state = image.evaluate(
             """async e => {
                 if (e.tagName === "IMG") await e.decode().catch(() => null);
-                const hidden = e.offsetParent === null && e.tagName === "IMG" && e.complete;
+                const img = e.tagName === "IMG";
+                const hidden = e.offsetParent === null && img && e.complete;
                 const box = e.getBoundingClientRect();
                 return {
                     alt: e.getAttribute("alt") || e.getAttribute("aria-label") || "",
-                    size: e.tagName === "IMG" ? Math.min(e.naturalWidth, e.naturalHeight) : box.width,
+                    size: img ? Math.min(e.naturalWidth, e.naturalHeight) : box.width,
                     drawn: hidden || (box.width > 0 && box.height > 0),
                     what: e.outerHTML.slice(0, 120),
                 };
@@ -296,7 +302,8 @@ def test_front_page_leads_to_the_book(browser: Any, server: str) -> None:
     tab, _, elsewhere = open_page(browser, server, "index.html")
     tab.wait_for_url(f"**/{PAGES[0]}.html")
     links = tab.evaluate(
-        "[...document.querySelectorAll('nav.bd-links a')].map(a => a.href.split('#')[0])"
+        "[...document.querySelectorAll('nav.bd-links a')].map(a => "
+        "a.href.split('#')[0])"
     )
     assert [f"{server}/{page}.html" in links for page in PAGES[1:]] == [True] * (
         len(PAGES) - 1

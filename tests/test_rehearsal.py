@@ -1,4 +1,6 @@
-"""The whole road at full scale, walked small: the commands of the book, one after the other."""
+"""The whole road at full scale, walked small: the commands of the book, one after the
+other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the pages may say: nothing that another run on a busier machine would say otherwise."""
+"""What the pages may say: nothing that another run on a busier machine would say
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import pytest
 from tools.book import chapters
 
 CLOCKS = {
-    "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "thread_time", "time_ns",
+    "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time",
+    "thread_time", "time_ns",
     "default_timer", "timeit", "elapsed_time", "time_by_kind", "getrusage",
 }  # fmt: skip
 # What the log of a run and a measurement hold beside their results
@@ -37,10 +40,12 @@ def clocks(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def published(tree: ast.AST) -> list[str]:
-    """The clocks of a cell whose value can reach the page: all but those that only end a loop or a wait.
+    """The clocks of a cell whose value can reach the page: all but those that only end
+    a loop or a wait.
 
-    A deadline may be a variable; it must then be read in the tests of loops and conditions only. A profile
-    may be asked which kinds of work it found, by a comparison with zero.
+    A deadline may be a variable; it must then be read in the tests of loops and
+    conditions only. A profile may be asked which kinds of work it found, by a
+    comparison with zero.
     """
     harmless: set[ast.AST] = set()
     for node in ast.walk(tree):
@@ -80,8 +85,10 @@ def test_the_search_tells_a_published_clock_from_a_deadline() -> None:
     ):
         assert published(ast.parse(text)), text
     for text in (
-        "deadline = time.monotonic() + 300\nwhile time.monotonic() < deadline and busy():\n    pass",
-        "found = {kind for kind, spent in time_by_kind(job).items() if spent > 0}\nprint(found)",
+        "deadline = time.monotonic() + 300\nwhile time.monotonic() < deadline and "
+        "busy():\n    pass",
+        "found = {kind for kind, spent in time_by_kind(job).items() if spent > "
+        "0}\nprint(found)",
         "times = [3]\nprint(times)",
     ):
         assert not published(ast.parse(text)), text
@@ -89,7 +96,9 @@ def test_the_search_tells_a_published_clock_from_a_deadline() -> None:
 
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda chapter: chapter.path.stem)
 def test_no_clock_reaches_the_page(chapter) -> None:
-    """A busy machine publishes the same sentences as a quiet one: timings come from `benchmarks/results`."""
+    """A busy machine publishes the same sentences as a quiet one: timings come from
+    `benchmarks/results`.
+    """
     faults = []
     for number, cell in enumerate(jupytext.read(chapter.path).cells):
         if cell.cell_type != "code":
@@ -101,7 +110,8 @@ def test_no_clock_reaches_the_page(chapter) -> None:
             re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.MULTILINE)
         )
         if "export" in cell.metadata.get("tags", []):
-            continue  # the package may look at a clock: its trainer logs images per second
+            # the package may look at a clock: its trainer logs images per second
+            continue
         faults += [f"cell {number}, {fault}" for fault in published(tree)]
         if "recorded(" not in cell.source and "benchmarks" not in cell.source:
             looked_up = {

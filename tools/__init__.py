@@ -1,1 +1,1 @@
-"""What only the makers of the book need: the exporter and the care of the execution cache."""
+"""What only the makers of the book need."""

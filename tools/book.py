@@ -1,4 +1,4 @@
-"""Read the chapters: their front matter, their title, and their code cells with line numbers."""
+"""Read the chapters: front matter, title, and code cells with their lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _PARSER = MarkdownIt("commonmark").use(front_matter_plugin)
 
 @dataclass(frozen=True)
 class Cell:
-    """A code cell. ``number`` counts the chapter's code cells from 1, ``line`` is where its code starts."""
+    """A code cell.
+
+    ``number`` counts the chapter's code cells from 1, ``line`` is where its code
+    starts.
+    """
 
     number: int
     line: int
@@ -35,7 +39,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A page of the book. ``name`` is relative to the root, for messages: ``book/11_state_space.md``."""
+    """A page of the book.
+
+    ``name`` is relative to the root, for messages: ``book/11_state_space.md``.
+    """
 
     path: Path
     name: str
@@ -55,7 +62,7 @@ class Chapter:
 
 
 def read_chapter(path: Path, root: Path = ROOT) -> Chapter:
-    """Read one MyST Markdown page; its cells are those that jupytext finds (a test compares)."""
+    """Read one MyST Markdown page; its cells are those that jupytext finds."""
     front_matter: dict[str, Any] = {}
     title = ""
     cells: list[Cell] = []
@@ -77,7 +84,7 @@ def read_chapter(path: Path, root: Path = ROOT) -> Chapter:
 
 
 def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
-    """A cell's metadata (a YAML block, or lines ``:key: value``), the number of its lines, and the code."""
+    """A cell's metadata (YAML, or lines `:key: value`), its lines, and the code."""
     lines = content.splitlines()
     start = 0
     options: list[str] = []

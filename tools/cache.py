@@ -1,8 +1,9 @@
 """Forget the outputs of chapters whose imported code has changed.
 
-The book's execution cache compares the code of a chapter, not the code that it imports. This compares the
-rest: the modules of the package that a chapter imports, directly or not, the book's plotting helpers, and the
-pinned requirements. Where they differ from the last time, the chapter's outputs are removed: it runs again.
+The book's execution cache compares the code of a chapter, not the code that it imports.
+This compares the rest: the modules of the package that a chapter imports, directly or
+not, the book's plotting helpers, and the pinned requirements. Where they differ from
+the last time, the chapter's outputs are removed: it runs again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["forget_changed", "fingerprint"]
 
 
 def _imported_files(root: Path, source: str, package: str | None = None) -> set[Path]:
-    """The files of this project that a piece of code imports, at its top or within functions."""
+    """The files of this project that a piece of code imports, anywhere."""
     found: set[Path] = set()
     try:
         tree = ast.parse(source)
@@ -72,7 +73,7 @@ def fingerprint(chapter: Chapter, root: Path = ROOT) -> str:
 
 
 def forget_changed(root: Path = ROOT) -> list[str]:
-    """Remove the outputs of chapters whose imports changed since the last call; returns their names."""
+    """Remove the outputs of chapters whose imports have changed; returns names."""
     build = root / "_build"
     ledger = build / "imported_code.json"
     old: dict[str, str] = json.loads(ledger.read_text()) if ledger.exists() else {}

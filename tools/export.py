@@ -1,7 +1,8 @@
-"""Write the package: the cells tagged ``export`` of every chapter become ``diffussm/<module>.py``.
+"""Write the package: tagged cells of every chapter become its module.
 
-``python -m tools.export`` writes what differs, ``--check`` only reports it. Every chapter is read and judged
-before anything is written; if one of them is refused, nothing is. Name chapters to export only those.
+``python -m tools.export`` writes what differs, ``--check`` only reports it. Every
+chapter is read and judged before anything is written; if one of them is refused,
+nothing is. Name chapters to export only those.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _where(chapter: Chapter, cell: Cell, lineno: int | None = 1) -> str:
 
 
 def _diffussm_modules(node: Import) -> Iterator[str]:
-    """The modules of the package that an import names; '' stands for the package itself."""
+    """The modules that an import names; '' stands for the package itself."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif node.module == PACKAGE:
@@ -95,7 +96,8 @@ class _Module:
         for i, line in enumerate(cell.source.splitlines(), 1):
             if re.match(r"\s*(%|!|\?)", line):
                 self.faults.append(
-                    f"{_where(self.chapter, cell, i)}: an IPython command in an exported cell"
+                    f"{_where(self.chapter, cell, i)}: an IPython command in an "
+                    "exported cell"
                 )
                 return
         try:
@@ -120,7 +122,8 @@ class _Module:
         for node in tree.body:
             if node.lineno <= last:
                 self.faults.append(
-                    f"{_where(self.chapter, cell, node.lineno)}: two statements on one line"
+                    f"{_where(self.chapter, cell, node.lineno)}: two statements on "
+                    "one line"
                 )
             last = node.end_lineno or node.lineno
             self._judge(cell, node)
@@ -161,7 +164,8 @@ class _Module:
             self._judge_assignment(node, where)
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             self.faults.append(
-                f"{where}: `{ast.unparse(node).splitlines()[0]}` would run on import; only imports, "
+                f"{where}: `{ast.unparse(node).splitlines()[0]}` would run on "
+                "import; only imports, "
                 "functions, classes and constants are exported"
             )
 
@@ -173,12 +177,13 @@ class _Module:
                 self._define(target.id, where)
             else:
                 self.faults.append(
-                    f"{where}: `{ast.unparse(target)} = ...` at the top of a module; only constants "
+                    f"{where}: `{ast.unparse(target)} = ...` at the top of a "
+                    "module; only constants "
                     "(UPPER_CASE) and type aliases (CamelCase) are exported"
                 )
 
     def _judge_method(self, cell: Cell, node: ast.stmt) -> None:
-        """A method must belong to a class of an exported cell above, and be the only one of its name."""
+        """A method needs a class of an exported cell above, and a name of its own."""
         faults = [
             f"{_where(self.chapter, cell, line)}: {message}"
             for line, message in folding.faults(node)
@@ -201,7 +206,8 @@ class _Module:
             earlier = self.members[name].setdefault(node.name, where)
             if earlier != where:
                 self.faults.append(
-                    f"{where}: `{name}.{node.name}` is defined twice; first at {earlier}"
+                    f"{where}: `{name}.{node.name}` is defined twice; first at "
+                    f"{earlier}"
                 )
 
     def _define(self, name: str, where: str) -> None:
@@ -221,7 +227,8 @@ class _Module:
         home = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
         if (home or "").partition(".")[0] in self.helpers:
             self.faults.append(
-                f"{where}: `{home}` belongs to the book and not to the package; import it in a cell "
+                f"{where}: `{home}` belongs to the book and not to the package; "
+                "import it in a cell "
                 "that is not exported"
             )
         for alias in node.names:
@@ -250,7 +257,8 @@ class _Module:
             earlier = self.imported.setdefault(name, (origin, where))
             if earlier[0] != origin:
                 self.faults.append(
-                    f"{where}: `{name}` is imported twice, from {earlier[0]} ({earlier[1]}) and from {origin}"
+                    f"{where}: `{name}` is imported twice, from {earlier[0]} "
+                    f"({earlier[1]}) and from {origin}"
                 )
 
     def source(self) -> str:
@@ -264,7 +272,8 @@ class _Module:
             if self.typing_imports
             else []
         )
-        # A comment in front of the very first import would not move with it when imports are sorted.
+        # A comment in front of the very first import would not move with it when
+        # imports are sorted.
         imports = sorted(
             dict.fromkeys(self.imports), key=lambda text: text.startswith("#")
         )
@@ -279,14 +288,15 @@ class _Module:
 
 
 def _order_faults(book: list[Chapter], complete: bool) -> Iterator[tuple[Chapter, str]]:
-    """Imports, in any cell, of the chapter's own module, of a later one, or (in a complete book) of none."""
+    """Imports of the chapter's own module, of a later one, or of none."""
     position = {chapter.module: i for i, chapter in enumerate(book) if chapter.module}
     for i, chapter in enumerate(book):
         for cell in chapter.cells:
             try:
                 tree = ast.parse(cell.source)
             except SyntaxError:
-                continue  # refused elsewhere if exported; otherwise its execution says so
+                # refused elsewhere if exported; otherwise its execution says so
+                continue
             for node in ast.walk(tree):
                 if not isinstance(node, Import) or (
                     isinstance(node, ast.ImportFrom) and node.level
@@ -303,7 +313,8 @@ def _order_faults(book: list[Chapter], complete: bool) -> Iterator[tuple[Chapter
                         later = book[position[module]].name
                         yield (
                             chapter,
-                            f"{where}: imports {PACKAGE}.{module} of a later chapter, {later}",
+                            f"{where}: imports {PACKAGE}.{module} of a later "
+                            f"chapter, {later}",
                         )
                     elif (
                         complete
@@ -312,7 +323,8 @@ def _order_faults(book: list[Chapter], complete: bool) -> Iterator[tuple[Chapter
                     ):
                         yield (
                             chapter,
-                            f"{where}: imports {PACKAGE}.{module}, which no chapter exports",
+                            f"{where}: imports {PACKAGE}.{module}, which no chapter "
+                            "exports",
                         )
 
 
@@ -327,7 +339,7 @@ def _ruff(root: Path, *arguments: str, source: str) -> str:
 
 
 def _format(root: Path, module: _Module) -> str:
-    """Sort and merge imports, drop unused ones, format; refuse names that nothing exported defines."""
+    """Sort imports, drop unused ones, format; refuse undefined names."""
     name = f"--stdin-filename={PACKAGE}/{module.chapter.module}.py"
     fix = ["check", "--quiet", "--fix-only", "--select=I,F401", name]
     text = _ruff(root, "format", name, source=_ruff(root, *fix, source=module.source()))
@@ -351,7 +363,8 @@ def _format(root: Path, module: _Module) -> str:
             i for i, s in enumerate(cell.source.splitlines(), 1) if undefined in s
         )
         module.faults.append(
-            f"{_where(module.chapter, cell, line)}: `{undefined}` is used, but no exported cell of this "
+            f"{_where(module.chapter, cell, line)}: `{undefined}` is used, but no "
+            "exported cell of this "
             "chapter defines or imports it"
         )
     return text
@@ -364,7 +377,8 @@ def _chapter_faults(chapter: Chapter) -> Iterator[str]:
         target = cell.metadata.get("export-to", module)
         if target is None or str(target).removeprefix(f"{PACKAGE}.") != module:
             yield (
-                f"{_where(chapter, cell)}: exports to {target}, but the module of the chapter, `module:` "
+                f"{_where(chapter, cell)}: exports to {target}, but the module of "
+                "the chapter, `module:` "
                 f"in its front matter, is {module}"
             )
     if not module:
@@ -374,16 +388,18 @@ def _chapter_faults(chapter: Chapter) -> Iterator[str]:
         yield f"{chapter.name}: `module: {module}`, expected {expected}"
     if not chapter.title:
         yield (
-            f"{chapter.name}: no title (a line `# ...`), it becomes the module's docstring"
+            f"{chapter.name}: no title (a line `# ...`), it becomes the module's "
+            "docstring"
         )
     if not chapter.exported:
         yield f"{chapter.name}: `module: {module}`, but no cell is tagged `export`"
 
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
-    """The text of every module of the package, by path; ``only`` names chapters, such as ``11_state_space``.
+    """The text of every module, by path; `only` names chapters (`11_state_space`).
 
-    Raises ExportError with all that is wrong, each fault with its chapter, cell and line.
+    Raises ExportError with all that is wrong, each fault with its chapter, cell and
+    line.
     """
     book = chapters(root)
     pages = read_book(root)
@@ -403,7 +419,8 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
             earlier = owners.setdefault(chapter.module, chapter.name)
             if earlier != chapter.name:
                 faults.append(
-                    f"{chapter.name}: exports to {PACKAGE}.{chapter.module}, as does {earlier}"
+                    f"{chapter.name}: exports to {PACKAGE}.{chapter.module}, as "
+                    f"does {earlier}"
                 )
         if chapter.path.stem not in selected:
             continue
@@ -427,7 +444,7 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interrupted export leaves no half of a module."""
+    """Replace a file in one step: no half of a module is ever there."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")

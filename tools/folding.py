@@ -67,7 +67,8 @@ def is_accessor(node: Method) -> bool:
 def faults(node: ast.stmt) -> Iterator[tuple[int, str]]:
     """What is wrong with a marked definition itself, each with its line.
 
-    What would mean one thing in a notebook's cell and another in the body of a class is refused as well.
+    What would mean one thing in a notebook's cell and another in the body of a class is
+    refused as well.
     """
     if not isinstance(node, Method):
         yield node.lineno, f"`@{MARK}` makes methods of functions, this is a class"
@@ -75,7 +76,8 @@ def faults(node: ast.stmt) -> Iterator[tuple[int, str]]:
     if not owner(node) or [_called(d) for d in node.decorator_list].count(MARK) > 1:
         yield (
             node.lineno,
-            f"write `@{MARK}(Class)`, once, with the name of a class, as the first decorator",
+            f"write `@{MARK}(Class)`, once, with the name of a class, as the first "
+            "decorator",
         )
     for inner in ast.walk(node):
         if isinstance(inner, ast.Call) and ast.unparse(inner) == "super()":
@@ -92,7 +94,7 @@ def faults(node: ast.stmt) -> Iterator[tuple[int, str]]:
 
 
 def fold(text: str) -> str:
-    """The module with every marked function at the end of its class, in the order in which they stand."""
+    """The module with every marked function at the end of its class, in order."""
     lines = text.split("\n")
     methods: dict[str, list[str]] = {}
     dropped: set[int] = set()
@@ -118,7 +120,7 @@ def fold(text: str) -> str:
 
 
 def _extent(node: Method, lines: list[str]) -> tuple[int, int]:
-    """The first line of a function, with decorators and the comments right above them, and the last."""
+    """The first line of a function, comments above included, and the last."""
     first = min(d.lineno for d in node.decorator_list)
     while first > 1 and lines[first - 2].startswith("#"):
         first -= 1
@@ -126,7 +128,7 @@ def _extent(node: Method, lines: list[str]) -> tuple[int, int]:
 
 
 def _as_method(node: Method, lines: list[str], first: int) -> str:
-    """The function's text without the mark, as deep as a class's body; no string changes but docstrings."""
+    """The function without the mark, indented; of strings only docstrings are."""
     mark = node.decorator_list[0]
     docstrings = {
         inner.body[0].value
@@ -154,7 +156,7 @@ def _as_method(node: Method, lines: list[str], first: int) -> str:
 
 
 def _open(node: ast.ClassDef, lines: list[str]) -> set[int]:
-    """Make room in a class: the lines of its `pass` or `...`, and its body on lines of its own."""
+    """Make room in a class: drop its `pass` or `...`, open a one-line body."""
     start, column = node.body[0].lineno, node.body[0].col_offset
     head = lines[start - 1].encode()[:column].decode()
     placeholders = [

@@ -1,6 +1,7 @@
-"""The house in figures: how long cells, pages and modules are, what share of the code guards.
+"""The house in figures: lengths of cells, pages, modules, and guards.
 
-``python -m tools.house`` prints them with their limits; ``tests/test_house.py`` holds them.
+``python -m tools.house`` prints them with their limits; ``tests/test_house.py`` holds
+them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LIMITS: dict[str, tuple[float, str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures, by the names of LIMITS, and where the largest are: (lines, place), longest first."""
+    """The figures, named as in LIMITS, and the largest: (lines, place)."""
 
     figures: dict[str, float]
     cells: list[tuple[int, str]]
@@ -52,7 +53,8 @@ class Measured:
     def broken(self) -> list[str]:
         """The limits that do not hold."""
         return [
-            f"{name}: {value:{LIMITS[name][1]}}, at most {LIMITS[name][0]:{LIMITS[name][1]}}"
+            f"{name}: {value:{LIMITS[name][1]}}, at most "
+            f"{LIMITS[name][0]:{LIMITS[name][1]}}"
             for name, value in self.figures.items()
             if value > LIMITS[name][0]
         ]
@@ -100,7 +102,7 @@ def _imports(tree: ast.Module) -> Iterator[int]:
 
 
 def _guards(tree: ast.Module) -> Iterator[int]:
-    """Lines that refuse: raise, assert, the `if` that leads there, handlers, and calls of `guards`."""
+    """Lines that refuse: raise, assert, the `if` before, handlers, calls of guards."""
     helpers = {
         alias.asname or alias.name
         for node in ast.walk(tree)

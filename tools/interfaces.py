@@ -29,7 +29,7 @@ def imports(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def _imported(node: ast.AST) -> Iterator[str]:
-    """The full names that an import of the package binds: ``diffussm.model.DiffuSSM``."""
+    """The full names that an import of the package binds."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -40,7 +40,7 @@ def _imported(node: ast.AST) -> Iterator[str]:
 
 
 def unused_names(root: Path = ROOT) -> list[str]:
-    """Public names that nobody outside the module imports, nor any public signature in it mentions."""
+    """Public names that nobody imports and no public signature mentions."""
     used: dict[str, set[str]] = {}  # "model.DiffuSSM" -> where
     for folder in ("diffussm", "book", "tests", "tools", "benchmarks", "."):
         for path in (root / folder).glob("*.*"):
@@ -70,7 +70,7 @@ def _public(tree: ast.Module) -> list[str]:
 
 
 def _told(tree: ast.Module) -> Iterator[str]:
-    """The names in bases, in annotations of fields, and in signatures of public functions."""
+    """The names in bases, fields, and signatures of public functions."""
     for node in ast.walk(tree):
         told: list[ast.expr | None] = []
         if isinstance(node, ast.ClassDef):

@@ -1,7 +1,8 @@
 """The oldest versions that pyproject.toml allows, as constraints for pip.
 
-``python -m tools.oldest > oldest.txt; pip install -c oldest.txt -e ".[book]"``: then the fast
-tests say whether the lower bounds are true. It needs nothing that is not Python's own.
+``python -m tools.oldest > oldest.txt; pip install -c oldest.txt -e ".[book]"``: then
+the fast tests say whether the lower bounds are true. It needs nothing that is not
+Python's own.
 """
 
 from __future__ import annotations

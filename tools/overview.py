@@ -80,11 +80,12 @@ def draw(root: Path = ROOT) -> str:
 
 
 def _box(x: int, y: int, color: str, number: int, title: str) -> list[str]:
-    """A rounded box with the chapter's number in its corner and its title in the middle."""
+    """A rounded box: the number in its corner, the title in the middle."""
     lines = textwrap.wrap(title, LETTERS)
     top = y + BOX[1] / 2 + 6 - 7 * (len(lines) - 1)
     return [
-        f'<rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6" fill="{color}" '
+        f'<rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6" '
+        f'fill="{color}" '
         f'fill-opacity="0.08" stroke="{color}" stroke-width="1.4"/>',
         f'<text x="{x + 5}" y="{y + 11}" font-size="9" fill="{color}">{number}</text>',
         *(
@@ -101,7 +102,10 @@ def _arrow(x0: int, y0: int, x1: int, y1: int) -> str:
         path = f"M{x0 + BOX[0]} {y0 + BOX[1] // 2} H{x1 - 3} m-4 -4 l4 4 l-4 4"
     else:
         middle = BOX[0] // 2
-        path = f"M{x0 + middle} {y0 + BOX[1]} v8 H{x1 + middle} V{y1 - 3} m-4 -4 l4 4 l4 -4"
+        path = (
+            f"M{x0 + middle} {y0 + BOX[1]} v8 H{x1 + middle} V{y1 - 3} m-4 -4 l4 "
+            "4 l4 -4"
+        )
     return f'<path d="{path}" stroke="#555" fill="none"/>'
 
 

@@ -1,7 +1,7 @@
 """Execute and render one page of the book, quickly: ``make page P=training``.
 
-References to other pages stay open; ``make book`` resolves them. What the page puts out is
-kept, so that ``make book`` need not run it again.
+References to other pages stay open; ``make book`` resolves them. What the page puts out
+is kept, so that ``make book`` need not run it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the package says about the book: titles and labels, which must exist, and never a number."""
+"""What the package says about the book: titles and labels that exist."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Book:
                 if found[0] not in self.labels:
                     yield (
                         line + text.count("\n", 0, found.start()),
-                        f"the book has no label {found[0]}{_nearest(found[0], self.labels)}",
+                        "the book has no label "
+                        f"{found[0]}{_nearest(found[0], self.labels)}",
                     )
 
     def numbers(self, source: str) -> Iterator[tuple[int, str]]:
@@ -54,8 +55,8 @@ class Book:
             )
 
 
-def _nearest(word: str, known: object) -> str:
-    near = difflib.get_close_matches(word, list(known), 1, 0.0)  # type: ignore[call-overload]
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.0)
     return f"; the nearest is {near[0]}" if near else ""
 
 
@@ -71,7 +72,7 @@ def read_book(root: Path = ROOT) -> Book:
 
 
 def _prose(source: str) -> Iterator[tuple[int, str, int]]:
-    """The comments and plain strings of a module: line, text, and where in the source it starts."""
+    """The comments and plain strings of a module: line, text, offset."""
     starts = [0]
     for text in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(text))
@@ -84,7 +85,7 @@ def _prose(source: str) -> Iterator[tuple[int, str, int]]:
 
 
 def resolve(source: str, book: Book) -> str:
-    """Roles of the page become words: {ref} to a chapter its title, all others the label that they name."""
+    """Roles become words: {ref} to a chapter its title, others their label."""
 
     def words(role: re.Match[str]) -> str:
         label = role[2]

@@ -1,6 +1,7 @@
-"""Format the chapters' code, and store them as jupytext does, so that a save from JupyterLab adds nothing.
+"""Format the chapters' code, and store them as jupytext does.
 
-``python -m tools.tidy`` rewrites what differs, ``--check`` only reports it. Name chapters to tidy only those.
+``python -m tools.tidy`` rewrites what differs, ``--check`` only reports it. Name
+chapters to tidy only those.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KERNEL = {
 
 
 def tidied(path: Path) -> str:
-    """A chapter's text as jupytext writes it, with every caption and alternative text as one paragraph."""
+    """A chapter as jupytext writes it; each caption is one paragraph."""
     config = load_jupytext_config(str(path))
     notebook = jupytext.read(path, config=config)
     notebook.metadata["kernelspec"] = dict(KERNEL)

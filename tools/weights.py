@@ -1,7 +1,9 @@
-"""Put the averaged weights of a run into the package: ``python -m tools.weights RUN NAME``.
+"""Put the averaged weights of a run into the package.
 
-Writes ``diffussm/weights/NAME``: config.json, model.safetensors in half precision, and record.json, which
-says how they were made and what they can do. The digits come from ``diffussm train digits --out RUN``.
+``python -m tools.weights RUN NAME`` writes ``diffussm/weights/NAME``: config.json,
+model.safetensors in half precision, and record.json, which says how they were made and
+what they can do. The digits come from
+``diffussm train digits --out RUN``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ PRECISE = (*DYNAMICS, "kernel.C")
 
 
 def figures_of_digits(model: DiffuSSM) -> dict[str, Any]:
-    """What the stored weights draw: the share that a classifier recognises, the distance to real digits."""
+    """What the stored weights draw: what a classifier makes of it, and distances."""
     from sklearn.svm import SVC
 
     images, labels = digits("train")
@@ -34,8 +36,9 @@ def figures_of_digits(model: DiffuSSM) -> dict[str, Any]:
     judge = SVC(C=10, gamma=0.02).fit(images.flatten(1).numpy(), labels.numpy())
     y = torch.arange(10).repeat_interleave(EACH)
     drawn = sample(
-        model, GaussianDiffusion.linear(1000), y, steps=STEPS, method="ddim", cfg_scale=SCALE,
-        clip_denoised=True, generator=torch.Generator().manual_seed(0), progress=False,
+        model, GaussianDiffusion.linear(1000), y,
+        steps=STEPS, method="ddim", cfg_scale=SCALE, clip_denoised=True,
+        generator=torch.Generator().manual_seed(0), progress=False,
     )  # fmt: skip
 
     def nearest(some: torch.Tensor) -> float:
@@ -47,7 +50,8 @@ def figures_of_digits(model: DiffuSSM) -> dict[str, Any]:
         )
 
     return {
-        "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, clipped, {EACH} of each class, seed 0",
+        "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, clipped, {EACH} of "
+        "each class, seed 0",
         "recognised by a support vector machine": float(
             (judge.predict(drawn.flatten(1)) == y.numpy()).mean()
         ),
@@ -67,7 +71,8 @@ def main() -> int:
     parser.add_argument(
         "weights",
         type=Path,
-        help="folder with config.json and model.safetensors: RUN/checkpoints/step_X/ema",
+        help="folder with config.json and model.safetensors: "
+        "RUN/checkpoints/step_X/ema",
     )
     parser.add_argument("name", choices=["digits"], help="what the package calls them")
     parser.add_argument(
@@ -81,7 +86,8 @@ def main() -> int:
     out = ROOT / "diffussm" / "weights" / options.name
     out.mkdir(parents=True, exist_ok=True)
     weights = safetensors.torch.load_file(options.weights / "model.safetensors")
-    # what half precision would change too much: the parameters that the state spaces keep in float32
+    # what half precision would change too much: the parameters that the state spaces
+    # keep in float32
     half = {
         name: tensor if name.endswith(PRECISE) else tensor.half()
         for name, tensor in weights.items()
@@ -99,10 +105,12 @@ def main() -> int:
     }
     record = {
         "command": f"diffussm train {options.name} --out RUN --device cpu",
-        "weights": "moving average of the last step, in float16; log dt, A and C of the kernels in float32",
+        "weights": "moving average of the last step, in float16; log dt, A and C of "
+        "the kernels in float32",
         "seed": 0,
         **(made | numbers),
-        "data": "the handwritten digits of E. Alpaydin and C. Kaynak (UCI), as scikit-learn has them",
+        "data": "the handwritten digits of E. Alpaydin and C. Kaynak (UCI), as "
+        "scikit-learn has them",
         "figures": figures_of_digits(DiffuSSM.from_pretrained(out)),
     }
     (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -12,7 +12,8 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 class AddBadges(SphinxPostTransform):
     """Put a small text node in front of the code of each exported cell of a page.
 
-    It comes after cells that are folded have been: myst-nb looks for the code in the first place.
+    It comes after cells that are folded have been: myst-nb looks for the code in the
+    first place.
     """
 
     default_priority = 250

@@ -1,6 +1,7 @@
 """Pages that ask no other host for anything.
 
-MathJax comes out of an installed package, and the scripts that would start a kernel elsewhere are left out.
+MathJax comes out of an installed package, and the scripts that would start a kernel
+elsewhere are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def copy_mathjax(app: Sphinx) -> None:
 def drop_thebe(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
-    """Jupyter Book always adds Thebe, which names a CDN, and on pages without cells declares it twice."""
+    """Leave out Thebe, which names a CDN and which Jupyter Book always adds."""
     context["script_files"] = [
         script
         for script in context.get("script_files", [])
