@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffussm.data import Dataset, batch_indices, generator, load_batch
+from diffussm.data import Dataset, batch_indices, generator
 from diffussm.guards import expect_int, expect_number
 
 __all__ = [
@@ -114,7 +114,7 @@ def train_vae(
     for step in tqdm(range(steps), unit="step", disable=not progress):
         rise, fall = (step + 1) / 10, (steps - step) / (0.6 * steps)
         optimizer.param_groups[0]["lr"] = lr * min(rise, fall, 1)
-        x, _ = load_batch(source, batch_indices(len(source), batch_size, step, seed))
+        x, _ = source.batch(batch_indices(len(source), batch_size, step, seed))
         x = _random_crop(x, crop, generator(seed, "crops", step))
         noise = generator(seed, "posterior", step)
         loss: Any = _vae_loss(vae, x, kl_weight, noise)
@@ -142,7 +142,7 @@ def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
     indices = batch_indices(len(source), min(images, len(source)), 0, 0)
     means = []
     for part in torch.split(indices, 16):
-        x, _ = load_batch(source, part)
+        x, _ = source.batch(part)
         means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
     std = torch.cat(means).std().item()
     if not 0 < std < math.inf:

@@ -300,7 +300,7 @@ def _vae(arguments: Sequence[str]) -> int:
 
     from diffussm.autoencoder import train_vae
     from diffussm.files import apply_umask
-    from diffussm.latents import images_from
+    from diffussm.formats import images_from
 
     source = images_from(images, options.size, exif_rotate=options.exif_rotate)
     with _interruptible(_nothing):
@@ -381,7 +381,8 @@ def _encode(arguments: Sequence[str]) -> int:
 
     from diffussm.autoencoder import load_vae
     from diffussm.encoding import encode
-    from diffussm.latents import LatentStore, LmdbImages, images_from, verify_store
+    from diffussm.formats import LmdbImages, images_from
+    from diffussm.latents import LatentStore, verify_store
 
     conditional = False if options.no_classes else None
     source = images_from(
@@ -473,7 +474,8 @@ def open_data(config: "Recipe") -> "Dataset":
 
     Raises ValueError or OSError for what does not exist, is damaged, or cannot be what the model takes.
     """
-    from diffussm.latents import LatentStore, images_from
+    from diffussm.formats import images_from
+    from diffussm.latents import LatentStore
     from diffussm.training import load_dataset
 
     latents = _is_latent(config)

@@ -20,8 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.autoencoder import moments, vae_identity
-from diffussm.data import BadImage, Dataset, Skipped, StoredImages
+from diffussm.data import Dataset
 from diffussm.files import differences, read_json, sha256, whole_file, write_json
+from diffussm.folders import Skipped, StoredImages
+from diffussm.images import BadImage
 from diffussm.latents import (
     ENCODE_AGAIN,
     FORMAT,

@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffussm.autoencoder import full_precision
-from diffussm.data import BadImage, ImageFolder, Skipped, center_crop, random_bits
-from diffussm.latents import LmdbImages, images_from
+from diffussm.data import random_bits
+from diffussm.folders import ImageFolder, Skipped
+from diffussm.formats import LmdbImages, images_from
+from diffussm.images import BadImage, center_crop
 from diffussm.metrics import (
     NEAREST,
     PART,
@@ -155,7 +157,7 @@ class ImageSet:
 
     Args:
         source: where they are; batches are uint8 (B, 3, H, W).
-        size: crop to size x size as ADM does (`diffussm.data.center_crop`); None: as they are.
+        size: crop to size x size as ADM does (`diffussm.images.center_crop`); None: as they are.
         exif_rotate: turn pictures as EXIF asks, which ADM does not.
 
     `left_out` lists what is not in the set, and why; it is complete when the batches have been read.

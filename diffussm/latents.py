@@ -7,26 +7,16 @@ import hashlib
 import io
 import json
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffussm.autoencoder import check_encoder, vae_identity
-from diffussm.data import (
-    EXTENSIONS,
-    WHITE,
-    BadImage,
-    ImageFolder,
-    StoredImages,
-    is_folder,
-    visible,
-)
+from diffussm.data import Dataset, Fetch
 from diffussm.files import read_json, sha256
 
 __all__ = [
@@ -40,8 +30,6 @@ __all__ = [
     "ENCODE_AGAIN",
     "shard_flaws",
     "LatentStore",
-    "LmdbImages",
-    "images_from",
     "verify_store",
 ]
 
@@ -171,7 +159,7 @@ def shard_flaws(shard: Any, number: int, classes: int) -> Iterator[str]:
         yield f"the labels of {name} are not as many as its images"
 
 
-class LatentStore:
+class LatentStore(Dataset):
     """The latents of a data set, drawn anew at each visit: a `Dataset`.
 
     Attributes:
@@ -193,6 +181,7 @@ class LatentStore:
         self.classes = tuple(self.manifest["classes"])
         self.num_classes = len(self.classes)
         self.fingerprint: str = self.manifest["checksum"]
+        self.levels = None  # latents have no grey levels
         self._open(self.manifest["shards"])
 
     def __len__(self) -> int:
@@ -229,12 +218,17 @@ class LatentStore:
         return torch.from_numpy(out)
 
     def batch(
-        self, indices: Tensor, flips: Tensor | None, noise: Tensor
+        self,
+        indices: Tensor,
+        flips: Tensor | None = None,
+        noise: Tensor | None = None,
+        fetch: Fetch = map,
     ) -> tuple[Tensor, Tensor]:
         """A draw: int64 (B,), bool (B,), normal (B, C, h, w) -> x0, labels (B,)."""
-        mean, log_variance = self.moments(indices, flips).float().unbind(1)
-        x0 = (mean + torch.exp(log_variance / 2) * noise) * self.scale
-        return x0, self.labels[indices]
+        x, log_variance = self.moments(indices, flips).float().unbind(1)
+        if noise is not None:
+            x = x + torch.exp(log_variance / 2) * noise
+        return x * self.scale, self.labels[indices]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]
@@ -245,149 +239,6 @@ class LatentStore:
         """Refuse an autoencoder with another encoder: ValueError."""
         identity = vae_identity(vae, "this autoencoder")
         check_encoder(self.vae, identity, f"the latents in {self.path}")
-
-
-class LmdbImages(StoredImages):
-    """The images of an LMDB, keys to encoded files, as LSUN distributes them: a `Dataset` without classes.
-
-    They come in the order of their keys. A broken record is stepped over and listed in ``skipped`` by its
-    key, see :class:`diffussm.data.StoredImages`. Reads are safe from several threads, and the object can be
-    pickled: it opens the database again where it arrives. Needs the package ``lmdb``.
-
-    Raises FileNotFoundError, OSError, ValueError: no LMDB there, a damaged one, an empty one.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        size: int | None,
-        flip: bool = False,
-        *,
-        background: tuple[int, int, int] = WHITE,
-        exif_rotate: bool = False,
-    ) -> None:
-        super().__init__(root, size, flip, background, exif_rotate)
-        self._env = _open_lmdb(self.root)
-        with self._env.begin() as reading:
-            keys = list(reading.cursor().iternext(keys=True, values=False))
-        if not keys:
-            raise ValueError(f"{self.root} is an empty LMDB; expected encoded images")
-        # One block of bytes: LSUN's bedrooms have three million keys.
-        self._keys = b"".join(keys)
-        self._ends = np.cumsum([0] + [len(key) for key in keys])
-        self.labels = torch.zeros(len(keys), dtype=torch.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_env"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._env = _open_lmdb(self.root)
-
-    def key(self, index: int) -> bytes:
-        """The key of image `index`."""
-        index = range(len(self))[index]
-        return self._keys[self._ends[index] : self._ends[index + 1]]
-
-    def name(self, index: int) -> str:
-        """The key of image `index` as text."""
-        return self.key(index).decode(errors="backslashreplace")
-
-    def _content(self, index: int) -> bytes:
-        import lmdb
-
-        try:
-            with self._env.begin() as reading:
-                content = reading.get(self.key(index))
-        except lmdb.Error as error:
-            raise OSError(
-                f"record {self.name(index)!r} of {self.root} cannot be read: {error}"
-            ) from error
-        if content is None:
-            raise BadImage("no longer there")
-        return bytes(content)
-
-    def _facts(self) -> Iterator[bytes]:
-        yield self._keys
-        yield self._ends.astype("<i8").tobytes()
-
-
-# LMDB opens a file only once in a process; whoever asks again shares it.
-_OPEN: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
-
-
-def _open_lmdb(root: str) -> Any:
-    import lmdb
-
-    data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
-    if not data.is_file():
-        raise FileNotFoundError(f"there is no {data}; expected the folder of an LMDB")
-    _check_lmdb(data)
-    file = (data.stat().st_dev, data.stat().st_ino)
-    try:
-        environment = _OPEN.get(file)
-        if environment is None:
-            environment = lmdb.open(
-                str(data), subdir=False, readonly=True, lock=False, readahead=False
-            )
-            _OPEN[file] = environment
-    except lmdb.Error as error:
-        raise OSError(f"{data} cannot be read as an LMDB: {error}") from error
-    return environment
-
-
-def _check_lmdb(file: Path) -> None:
-    """OSError for a file shorter than its header says: LMDB would end the whole process (bus error)."""
-    with file.open("rb") as opened:
-        head = opened.read(2 << 16)
-    try:
-        (page,) = struct.unpack_from("<I", head, 40)
-        # The two headers take turns; the newer transaction is the valid one. (magic, last page, transaction)
-        metas = [
-            struct.unpack_from("<I116xQQ", head, start + 16) for start in (0, page)
-        ]
-    except struct.error:
-        metas = [(0, 0, 0)]
-    if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
-        raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
-    size, needed = (
-        file.stat().st_size,
-        (max(metas, key=lambda meta: meta[2])[1] + 1) * page,
-    )
-    if size < needed:
-        raise OSError(f"{file} is truncated: {size} of {needed} bytes")
-
-
-def images_from(
-    path: str | Path,
-    size: int | None,
-    *,
-    flip: bool = False,
-    conditional: bool | None = None,
-    exif_rotate: bool = False,
-) -> ImageFolder | LmdbImages:
-    """The images below `path`, whatever it is: an LMDB, class folders as in ImageNet, or one plain folder.
-
-    `conditional` says whether the sub-folders are classes; None: they are if no image lies beside them.
-    `size` and `exif_rotate`: see :class:`diffussm.data.StoredImages`.
-    """
-    path = Path(path)
-    if path.suffix == ".mdb" or (path / "data.mdb").is_file():
-        if conditional:
-            raise ValueError(
-                f"{path} is an LMDB, which has no classes; omit conditional"
-            )
-        return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
-    if conditional is None and path.is_dir():
-        loose = any(
-            Path(e.name).suffix.lower() in EXTENSIONS
-            for e in visible(path)
-            if not is_folder(e)
-        )
-        conditional = not loose and any(is_folder(entry) for entry in visible(path))
-    return ImageFolder(
-        path, size, flip=flip, conditional=bool(conditional), exif_rotate=exif_rotate
-    )
 
 
 def verify_store(path: str | Path) -> list[str]:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -35,13 +35,11 @@ from diffussm.data import (
     RANDOM,
     Dataset,
     Fetch,
-    ImageFolder,
     TensorData,
     batch_flips,
     batch_indices,
     digits,
     generator,
-    load_batch,
 )
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.files import apply_umask
@@ -62,7 +60,6 @@ __all__ = [
     "ema_decay_at",
     "update_ema",
     "Batch",
-    "Drawn",
     "training_batch",
     "training_batches",
     "Meter",
@@ -83,7 +80,6 @@ __all__ = [
     "open_run",
     "RunConfig",
     "read_run",
-    "facts_of",
     "encoder_of",
     "load_run",
     "load_dataset",
@@ -348,21 +344,6 @@ class Batch(NamedTuple):
         )
 
 
-@runtime_checkable
-class Drawn(Protocol):
-    """A data set whose images are themselves random, such as the latents of chapter 10.
-
-    ``batch(indices (B,), flips (B,), noise (B, C, H, W))`` -> images (B, C, H, W), labels (B,), with all
-    randomness out of `noise`, standard normal.
-    """
-
-    def batch(
-        self, indices: Tensor, flips: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See above."""
-        ...
-
-
 def training_batch(
     dataset: Dataset,
     model: DiffuSSM,
@@ -395,12 +376,10 @@ def training_batch(
         batch_indices(*position)[mine],
         batch_flips(*position)[mine] & config.flip,
     )
-    if isinstance(dataset, Drawn):
-        x0, labels = dataset.batch(
-            indices, flips, torch.randn(shape, generator=draw("posterior"))[mine]
-        )
-    else:
-        x0, labels = load_batch(dataset, indices, flips, fetch)
+    xi = None
+    if dataset.levels is None:  # latents, which are drawn
+        xi = torch.randn(shape, generator=draw("posterior"))[mine]
+    x0, labels = dataset.batch(indices, flips, xi, fetch)
     if model.null_label is None:
         return Batch(x0, t[mine], None, noise[mine])
     everyone = torch.zeros(config.batch_size, dtype=torch.int64)
@@ -918,7 +897,7 @@ def open_run(
     _chooser(
         execution.convolution
     )  # a name that does not exist is refused before there is a folder
-    facts = json.loads(json.dumps(facts_of(dataset)))  # tuples become lists
+    facts = dataset.identity
     encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
@@ -992,16 +971,6 @@ def _write_config(run: Path, config: RunConfig) -> None:
         "random": config.random,
     }
     _write_json(run / "config.json", values)
-
-
-def facts_of(dataset: Dataset) -> dict[str, Any]:
-    """What a run remembers of its data: how many images, the classes, a checksum if the data set has one."""
-    fingerprint = getattr(dataset, "fingerprint", None)
-    return {
-        "images": len(dataset),
-        "classes": dataset.classes,
-        "fingerprint": fingerprint,
-    }
 
 
 def _differing(ours: Recipe, theirs: Recipe) -> list[str]:
@@ -1197,17 +1166,16 @@ def load_run(
 
 
 def load_dataset(config: Recipe) -> Dataset:
-    """The training images that `config.data` names: the digits, or an image folder."""
+    """The digits; other data are opened by `diffussm.cli.open_data` and handed over."""
+    if config.data != "digits":
+        raise ValueError(
+            f"data={config.data!r}: only the digits come by their name; open other "
+            "images and pass them as dataset=, for example ImageFolder(path, size)"
+        )
+    images, labels = digits("train")
     conditional = config.model.num_classes > 0
-    if config.data == "digits":
-        images, labels = digits("train")
-        return TensorData(images, labels if conditional else None, flip=config.flip)
-    return ImageFolder(
-        config.data,
-        config.model.height,
-        flip=config.flip,
-        conditional=conditional,
-        exif_rotate=config.exif_rotate,
+    return TensorData(
+        images, labels if conditional else None, flip=config.flip, levels=17
     )
 
 

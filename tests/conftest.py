@@ -1,13 +1,15 @@
-"""The browser that the tests of the pages and of JupyterLab share."""
+"""What several tests share: a browser, and a folder of images."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from browsers import absent
+from pictures import encoded, noise_image, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
@@ -34,3 +36,13 @@ def browser() -> Iterator[Any]:
         instance = playwright.chromium.launch(executable_path=executable, args=FLAGS)
         yield instance
         instance.close()
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """Three classes of three images, whose folders are not in the order of their names."""
+    for c, name in enumerate(("b_second", "a_first", "c_third")):
+        for k in range(3):
+            picture = encoded(noise_image(40, 30, 10 * c + k), "JPEG")
+            write(tmp_path / "zoo" / name / f"{k}.JPEG", picture)
+    return tmp_path / "zoo"

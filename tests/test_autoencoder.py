@@ -16,7 +16,7 @@ from diffussm.autoencoder import (
     train_vae,
     vae_identity,
 )
-from diffussm.data import TensorData, load_batch
+from diffussm.data import TensorData
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,7 +179,7 @@ def test_training_an_autoencoder_lowers_its_error_and_sets_its_scale():
     data = TensorData(quarters.repeat_interleave(8, 2).repeat_interleave(8, 3))
     options = {"channels": (4, 8), "crop": 16, "batch_size": 8, "progress": False}
     before, after = (train_vae(data, steps=steps, **options) for steps in (1, 150))
-    x, _ = load_batch(data, torch.arange(64))
+    x, _ = data.batch(torch.arange(64))
     error = [
         (vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean()
         for vae in (before, after)

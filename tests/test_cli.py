@@ -23,7 +23,9 @@ from PIL import Image
 
 from diffussm import cli
 from diffussm.autoencoder import load_vae
-from diffussm.data import BadImage, ImageFolder, TensorData, batch_indices, digits
+from diffussm.data import TensorData, batch_indices, digits
+from diffussm.folders import ImageFolder
+from diffussm.images import BadImage
 from diffussm.latents import LatentStore, read_manifest, verify_store, with_checksum
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
@@ -1076,7 +1078,7 @@ def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypat
         """busy"""
         with tqdm(total=3, mininterval=0) as bar:
             bar.update()
-            logging.getLogger("diffussm.data").warning("a line")
+            logging.getLogger("diffussm.folders").warning("a line")
         return 0
 
     monkeypatch.setitem(cli.COMMANDS, "train", busy)

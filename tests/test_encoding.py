@@ -22,9 +22,11 @@ from stores import OPTIONS, SIZE, content, draw_images, make_vae
 
 from diffussm import files
 from diffussm.autoencoder import check_encoder, vae_identity
-from diffussm.data import ImageFolder, TensorData
+from diffussm.data import TensorData
 from diffussm.encoding import encode, make_plan
-from diffussm.latents import LatentStore, images_from, read_manifest, verify_store
+from diffussm.folders import ImageFolder
+from diffussm.formats import images_from
+from diffussm.latents import LatentStore, read_manifest, verify_store
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +111,7 @@ def test_file_that_vanished_is_left_out_and_a_disk_that_fails_stops_the_encoding
     def failing(*_):
         raise OSError(errno.EIO, "Input/output error", "disk")
 
-    monkeypatch.setattr("diffussm.data._file_content", failing)
+    monkeypatch.setattr("diffussm.images.file_content", failing)
     with pytest.raises(OSError, match="Input/output"):
         encode(folder, tmp_path / "p", vae, "t", **OPTIONS)
     assert not (tmp_path / "p" / "manifest.json").exists()
@@ -123,7 +125,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from stores import OPTIONS, SIZE, make_vae
 from diffussm import encoding
-from diffussm.data import ImageFolder
+from diffussm.folders import ImageFolder
 
 def work(root, out, rank, size, fuse):
     vae, plain, events = make_vae(), encoding.moments, 0

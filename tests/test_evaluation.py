@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffussm.data import center_crop, read_image
 from diffussm.evaluation import (
     Inception,
     Statistics,
@@ -24,6 +23,7 @@ from diffussm.evaluation import (
     scores,
     statistics,
 )
+from diffussm.images import center_crop, read_image
 from diffussm.metrics import precision_recall
 from tools.rehearsal import random_inception
 

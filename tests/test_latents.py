@@ -13,22 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pictures import write_lsun
 from stores import OPTIONS, SIZE, content, draw_images, make_vae
 
 from diffussm.autoencoder import vae_identity
-from diffussm.data import BadImage, ImageFolder
 from diffussm.encoding import encode
+from diffussm.folders import ImageFolder
+from diffussm.formats import images_from
+from diffussm.images import BadImage
 from diffussm.latents import (
     LatentStore,
-    LmdbImages,
-    images_from,
     npy_header,
     open_shard,
     read_manifest,
     verify_store,
     with_checksum,
 )
-from diffussm.training import Drawn
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +90,7 @@ def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(
 
 def test_store_is_a_data_set_that_training_draws_from(whole):
     store = LatentStore(whole)
-    assert isinstance(store, Drawn)
+    assert store.levels is None  # latents: drawn, from noise
     assert (
         store.classes == ("cats", "dogs")
         and store.num_classes == 2
@@ -463,116 +463,7 @@ def test_arbitrary_bytes_are_no_manifest(copy, noise):
 
 @pytest.fixture(scope="module")
 def lsun(root, tmp_path_factory) -> Path:
-    """The good images of `root` and a broken one as an LMDB; keys are hashes."""
-    import hashlib
-
-    import lmdb
-
-    path = tmp_path_factory.mktemp("lsun") / "church_outdoor_train_lmdb"
-    with (
-        lmdb.open(str(path), map_size=1 << 22) as env,
-        env.begin(write=True) as writing,
-    ):
-        for file in sorted(root.glob("*/*.png")):
-            writing.put(
-                hashlib.sha1(file.name.encode()).hexdigest().encode(), file.read_bytes()
-            )
-    (path / "lock.mdb").unlink()
-    return path
-
-
-def test_lmdb_equals_the_folder(root, lsun):
-    import hashlib
-
-    images = images_from(lsun, SIZE)
-    folder = {
-        hashlib.sha1(file.name.encode()).hexdigest(): file
-        for file in root.glob("*/*.png")
-        if "a" not in file.stem
-    }
-    assert isinstance(images, LmdbImages) and images.num_classes == 0
-    assert len(images) == len(folder) + 2
-    seen = 0
-    for i in range(len(images)):
-        name = images.key(i).decode()
-        if name in folder:
-            expected = ImageFolder(folder[name].parent, SIZE, conditional=False)
-            where = [Path(expected.path(k)) for k in range(len(expected))].index(
-                folder[name]
-            )
-            assert torch.equal(images[i][0], expected[where][0]) and images[i][1] == 0
-            seen += 1
-        else:
-            with pytest.raises(BadImage):
-                images.read(i)
-    assert seen == len(folder)
-    assert sorted(path.name for path in lsun.iterdir()) == ["data.mdb"], (
-        "reading left a file behind"
-    )
-    with pytest.raises(ValueError, match="no classes; omit conditional"):
-        images_from(lsun, SIZE, conditional=True)
-
-
-def test_a_broken_record_is_listed_by_its_key_and_stepped_over(root, tmp_path, caplog):
-    import lmdb
-
-    good = sorted(root.glob("cats/*.png"))[:3]
-    with (
-        lmdb.open(str(tmp_path / "db"), map_size=1 << 22) as env,
-        env.begin(write=True) as writing,
-    ):
-        for k, file in enumerate(good):
-            writing.put(b"%d" % (2 * k), file.read_bytes())
-        writing.put(b"1 broken", b"no image at all")
-        writing.put(b"\xff bytes", b"")
-    for order in (
-        (0, 1, 2, 3, 4),
-        (4, 3, 2, 1, 0),
-    ):  # whoever meets it first, the substitute is the same
-        images = images_from(tmp_path / "db", SIZE)
-        seen = {i: images[i][0] for i in order}
-        assert torch.equal(seen[1], images.read(2)) and torch.equal(
-            seen[4], images.read(0)
-        )
-        assert sorted(name for name, _ in images.skipped) == ["1 broken", "\\xff bytes"]
-        _ = [images[i] for i in order]
-        assert len(images.skipped) == 2 and images.name(1) == "1 broken"
-    assert len(caplog.records) == 4 and "1 broken" in caplog.text
-    for i in (1, 4):
-        with pytest.raises(BadImage):
-            images.read(i)
-    everything = images_from(tmp_path / "db", None)
-    assert everything[0][0].shape == (3, SIZE, SIZE + 4)
-
-
-def test_lmdb_travels_to_a_worker_and_is_opened_twice(lsun):
-    images = images_from(lsun, SIZE, flip=True, exif_rotate=True)
-    sent = pickle.dumps(images)
-    twin = LmdbImages(lsun, SIZE)  # in the same process, which LMDB itself refuses
-    arrived = pickle.loads(sent)
-    assert torch.equal(arrived[3][0], images[3][0]) and torch.equal(
-        twin[3][0], images[3][0]
-    )
-    assert arrived.flip and arrived.exif_rotate and arrived.key(3) == images.key(3)
-    assert arrived.fingerprint == images.fingerprint != twin.fingerprint
-
-
-def test_the_fingerprint_of_an_lmdb_is_of_its_keys(lsun, tmp_path):
-    import lmdb
-
-    def prints(*keys):
-        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        with (
-            lmdb.open(str(folder), map_size=1 << 20) as env,
-            env.begin(write=True) as writing,
-        ):
-            for key in keys:
-                writing.put(key, b"x")
-        return images_from(folder, SIZE).fingerprint
-
-    assert (
-        prints(b"a", b"b") == prints(b"b", b"a") != prints(b"ab") != prints(b"a", b"c")
-    )
+    return write_lsun(root, tmp_path_factory.mktemp("lsun") / "church_train_lmdb")
 
 
 def test_lmdb_is_encoded_without_classes(vae, lsun, tmp_path):
@@ -590,25 +481,6 @@ def raises(images, i) -> bool:
     except BadImage:
         return True
     return False
-
-
-def test_damaged_lmdb_is_refused(lsun, tmp_path):
-    data = (lsun / "data.mdb").read_bytes()
-    for noise in (b"", b"x" * 5000, data[:100], data[: len(data) // 2]):
-        (tmp_path / "data.mdb").write_bytes(noise)
-        with pytest.raises((OSError, ValueError)):
-            images_from(tmp_path, SIZE)
-    with pytest.raises(FileNotFoundError):
-        LmdbImages(tmp_path / "nothing", SIZE)
-
-
-def test_any_folder_of_images_is_understood(root, tmp_path):
-    assert images_from(root, SIZE).classes == ("cats", "dogs")
-    assert images_from(root / "cats", SIZE).num_classes == 0
-    assert images_from(root, SIZE, conditional=False).num_classes == 0
-    assert len(images_from(root, SIZE, conditional=False)) == 22
-    with pytest.raises(FileNotFoundError):
-        images_from(tmp_path / "nothing", SIZE)
 
 
 def test_open_shard_maps_and_does_not_read(tmp_path):

@@ -26,7 +26,7 @@ from typing import NoReturn
 import pytest
 
 import diffussm
-from diffussm import autoencoder, cli, encoding, evaluation, latents, metrics, training
+from diffussm import autoencoder, cli, encoding, evaluation, formats, metrics, training
 from tools.book import ROOT
 
 BUILD = (
@@ -177,7 +177,10 @@ def test_wheel_holds_the_package_and_nothing_else(archives: Archives) -> None:
     assert held == {
         f"diffussm/{name}" for name in files_below(archives.source / "diffussm")
     }
-    assert {"diffussm/py.typed", "diffussm/configs/digits.yaml"} <= held
+    assert {
+        f"diffussm/{name}"
+        for name in ("py.typed", "configs/digits.yaml", "openmoji.json")
+    } <= held
     assert "diffussm/weights/digits/model.safetensors" in held
     assert (
         "\nLicense-Expression: Apache-2.0\n" in metadata
@@ -421,7 +424,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in ("data", "models", "runs"):
         (tmp_path / folder).mkdir()
     monkeypatch.setattr(training, "load_run", load_run)
-    monkeypatch.setattr(latents, "images_from", lambda *given, **options: [])
+    monkeypatch.setattr(formats, "images_from", lambda *given, **options: [])
     monkeypatch.setattr(autoencoder, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
     monkeypatch.setattr(cli, "open_data", lambda config: [])

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import nn
 
 from diffussm import training
-from diffussm.data import ImageFolder, TensorData, batch_indices, digits, generator
+from diffussm.data import TensorData, batch_indices, digits, generator
 from diffussm.fft_convolution import convolve
+from diffussm.folders import ImageFolder
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.training import (
     RECIPES,
@@ -71,7 +72,10 @@ def changed(changes):
 
 def run_tiny(folder, **changes):
     recipe, execution = changed(changes)
-    return train(recipe, folder, execution, device="cpu", progress=False)
+    images = None
+    if recipe.data != "digits":
+        images = ImageFolder(recipe.data, recipe.model.height)
+    return train(recipe, folder, execution, "cpu", progress=False, dataset=images)
 
 
 def log_of(run):
@@ -583,8 +587,8 @@ def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(
     ):
         with pytest.raises(ValueError, match=message):
             run_tiny(tmp_path / "run", model=model)
-    with pytest.raises(FileNotFoundError):
-        run_tiny(tmp_path / "run", data=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="pass them as dataset="):
+        train(replace(TINY, data=str(tmp_path)), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
@@ -868,7 +872,8 @@ def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
         run_tiny(run, model=model, data=two, steps=4)
     assert (run / "config.json").read_bytes() == before
     config = replace(TINY, model=model, data=two, steps=4)
-    assert train(config, run, SELDOM, "cpu", progress=False, other_data=True).step == 4
+    told = {"dataset": ImageFolder(two, 8), "other_data": True}
+    assert train(config, run, SELDOM, "cpu", progress=False, **told).step == 4
     facts = json.loads((run / "config.json").read_text())["data"]
     assert facts["earlier"] == [
         json.loads(before)["data"]

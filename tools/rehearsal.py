@@ -102,8 +102,8 @@ def steps_logged(run_folder: Path) -> list[int]:
 
 def rehearse(folder: Path, steps: int, count: int) -> None:
     """All of it, in an empty folder."""
-    from diffussm.data import draw_openmoji
     from diffussm.latents import LatentStore, verify_store
+    from diffussm.openmoji import draw_openmoji
 
     images, vae, store = folder / "openmoji", folder / "vae", folder / "latents"
     print("1. images", flush=True)

@@ -1,0 +1,357 @@
+"""Folders.
+
+Generated from book/51_folders.md by `make export`: edit there.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffussm.data import Dataset
+from diffussm.guards import expect_int
+from diffussm.images import (
+    EXTENSIONS,
+    WHITE,
+    BadImage,
+    check_colour,
+    file_size,
+    image_tensor,
+    listed_content,
+)
+
+__all__ = [
+    "LOG",
+    "Skipped",
+    "StoredImages",
+    "PATIENCE",
+    "NameList",
+    "visible",
+    "ImageFolder",
+    "is_folder",
+]
+
+LOG = logging.getLogger("diffussm.folders")
+
+
+class Skipped(NamedTuple):
+    """A file that is not used, and why."""
+
+    path: str
+    reason: str
+
+
+class StoredImages(Dataset):
+    """Images that lie encoded somewhere, decoded one at a time.
+
+    A subclass gives `name`, `_content` and `_facts`, and sets `labels`, int64 (n,),
+    ascending. `skipped` lists what is not used. See `decode_image` for the options.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...] = ()
+    num_classes = 0
+    levels: int | None = 256
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | None,
+        flip: bool,
+        background: tuple[int, int, int],
+        exif_rotate: bool,
+    ) -> None:
+        if size is not None:
+            expect_int("size", size, least=1)
+        check_colour(background)
+        self.root, self.size, self.flip = os.fspath(root), size, flip
+        self.background, self.exif_rotate = background, exif_rotate
+        self.skipped: list[Skipped] = []
+
+    def name(self, index: int) -> str:
+        """What image `index` is called."""
+        raise NotImplementedError
+
+    def _content(self, index: int) -> bytes:
+        """The file's bytes; BadImage where there is none."""
+        raise NotImplementedError
+
+    def _facts(self) -> Iterator[bytes]:
+        """What tells these images from others, without reading them."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Where image `index` lies."""
+        return self.name(index)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Tensor:
+        """Image `index` itself, float32 (3, H, W) in [-1, 1]; BadImage if it is broken."""
+        content = self._content(index)
+        return image_tensor(content, self.size, self.background, self.exif_rotate)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names and sizes of files, or of keys, and of the options."""
+        digest = hashlib.sha256()
+        for fact in self._facts():
+            digest.update(b"%d\n%b" % (len(fact), fact))
+        if self.exif_rotate:
+            digest.update(b"exif_rotate")
+        if self.background != WHITE:
+            digest.update(b"background %d %d %d" % self.background)
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = range(len(self))[index]  # IndexError, and negative numbers as in a list
+        label = int(self.labels[index])
+        first = int(torch.searchsorted(self.labels, label))
+        last = int(torch.searchsorted(self.labels, label, right=True))
+        for candidate in islice(
+            chain(range(index, last), range(first, index)), PATIENCE
+        ):
+            try:
+                return self.read(candidate), label
+            except BadImage as error:
+                self._skip(candidate, str(error))
+        raise BadImage(
+            f"none of the {min(last - first, PATIENCE)} images from {self.name(index)!r} "
+            f"of {self.root!r} on can be decoded; the last reason: {self.skipped[-1].reason}"
+        )
+
+    def _skip(self, index: int, reason: str) -> None:
+        path = self.path(index)
+        with _RECORDING:
+            if any(path == known for known, _ in self.skipped):
+                return
+            self.skipped.append(Skipped(path, reason))
+        LOG.warning("skipped %s: %s", path, reason)
+
+
+PATIENCE = 100  # so many broken ones in a row, and it is not the images that are broken
+
+
+_RECORDING = threading.Lock()  # several threads may meet the same broken image
+
+
+class NameList:
+    """Names as one block of bytes and the places where they end."""
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        parts = list(names)
+        self.block = b"".join(parts)
+        self.ends = np.cumsum([0] + [len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        return self.block[self.ends[index] : self.ends[index + 1]]
+
+
+def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What lies in a folder, sorted by name, without what systems hide there."""
+    with os.scandir(folder) as entries:
+        seen = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name != "__MACOSX"
+        ]
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _walk(
+    folder: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
+    """All visible files below, sorted by name."""
+    here = _place(folder)
+    if here in above:
+        return
+    for entry in visible(folder):
+        if is_folder(entry):
+            yield from _walk(entry.path, above | {here})
+        else:
+            yield entry
+
+
+def _place(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+class ImageFolder(StoredImages):
+    """A folder of images, read lazily: `root/<class>/**/<name>.jpg` as in ImageNet.
+
+    The constructor lists names and opens no file. What is left out by its name is
+    announced once and listed in `skipped`.
+
+    Args:
+        size: images come out as size x size pixels (`center_crop`); None: as they are.
+        flip: whether a mirrored image is as good as the image.
+        conditional: False takes all images below root as one unlabelled set.
+        background, exif_rotate: see `decode_image`.
+
+    Raises:
+        OSError, ValueError: no folder, no classes or no images.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        size: int | None,
+        flip: bool = False,
+        *,
+        conditional: bool = True,
+        background: tuple[int, int, int] = WHITE,
+        exif_rotate: bool = False,
+    ) -> None:
+        super().__init__(root, size, flip, background, exif_rotate)
+        _check_folder(self.root)
+        folders = self._class_folders() if conditional else [("", self.root)]
+        above = frozenset({_place(self.root)} if conditional else ())
+        found = [self._images_below(path, above) for _, path in folders]
+        self._announce(any(found))
+        self.classes = tuple(name for name, _ in folders) if conditional else ()
+        self.num_classes = len(self.classes)
+        labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
+        self._keep(chain.from_iterable(found), labels.tolist())
+
+    def _images_below(self, path: str, above: frozenset[tuple[int, int]]) -> list[str]:
+        found = [
+            os.path.relpath(entry.path, self.root)
+            for entry in _walk(path, above)
+            if self._by_name(entry)
+        ]
+        if not found:
+            LOG.warning("class folder %s holds no images", path)
+        return found
+
+    def _keep(self, names: Iterable[str], labels: Sequence[int]) -> None:
+        self._names = NameList(map(os.fsencode, names))
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def name(self, index: int) -> str:
+        """The path of image `index` below the root."""
+        return os.fsdecode(self._names[index])
+
+    def path(self, index: int) -> str:
+        """Where image `index` lies."""
+        return os.path.join(self.root, self.name(index))
+
+    def _content(self, index: int) -> bytes:
+        return listed_content(self.path(index))
+
+    def _facts(self) -> Iterator[bytes]:
+        def sizes(part: np.ndarray) -> list[int]:
+            return [file_size(self.path(i)) for i in part.tolist()]
+
+        parts = np.array_split(np.arange(len(self)), max(len(self) // 1000, 1))
+        with ThreadPoolExecutor(16) as pool:
+            found = list(chain.from_iterable(pool.map(sizes, parts)))
+        yield self._names.block
+        for numbers in (self._names.ends, self.labels.numpy(), found):
+            yield np.asarray(numbers, "<i8").tobytes()
+
+    def without(self, bad: Iterable[Skipped]) -> "ImageFolder":
+        """The same folder with these files taken out, the names of the classes unchanged."""
+        bad = list(bad)
+        paths = {path for path, _ in bad}
+        kept = [i for i in range(len(self)) if self.path(i) not in paths]
+        _check_left(self, kept)
+        other = object.__new__(ImageFolder)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("fingerprint", None)
+        other._keep([self.name(i) for i in kept], self.labels[kept].tolist())
+        other.skipped = list(dict.fromkeys([*self.skipped, *bad]))
+        return other
+
+    def _by_name(self, entry: os.DirEntry[str]) -> bool:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        reason = None
+        if suffix not in EXTENSIONS:
+            reason = f"not an image by its name ({suffix or 'no ending'})"
+        elif not entry.is_symlink() and not entry.is_file():
+            # a pipe would be waited for without end
+            reason = "neither a file nor a link to one"
+        if reason:
+            self.skipped.append(Skipped(entry.path, reason))
+        return reason is None
+
+    def _class_folders(self) -> list[tuple[str, str]]:
+        folders = []
+        for entry in visible(self.root):
+            if is_folder(entry):
+                folders.append((entry.name, entry.path))
+            elif self._by_name(entry):
+                reason = "lies beside the class folders, in none of them"
+                self.skipped.append(Skipped(entry.path, reason))
+        _check_classes(self.root, [name for name, _ in folders])
+        return folders
+
+    def _announce(self, found: bool) -> None:
+        """Say what was left out by its name; ValueError if nothing else is there."""
+        count = len(self.skipped)
+        first = [
+            f"{os.path.relpath(path, self.root)!r} {reason}"
+            for path, reason in self.skipped[:3]
+        ]
+        more = [f"and {count - 3} more"] * (count > 3)
+        files = f"{count} files are" if count > 1 else "1 file is"
+        left_out = f"{files} left out: {', '.join(first + more)}"
+        if not found:
+            raise ValueError(
+                f"no images below {self.root!r}; expected files ending in "
+                f"{', '.join(sorted(EXTENSIONS))}{f'. {left_out}' if count else ''}"
+            )
+        if count:
+            LOG.warning("%s: %s", self.root, left_out)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or leads to one; a link to itself does not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _check_folder(root: str) -> None:
+    if not os.path.exists(root):
+        raise FileNotFoundError(
+            f"there is no folder {root!r}; expected a folder of images"
+        )
+    if not os.path.isdir(root):
+        raise NotADirectoryError(f"{root!r} is a file; expected a folder of images")
+
+
+def _check_classes(root: str, names: list[str]) -> None:
+    if not names:
+        raise ValueError(
+            f"{root!r} has no sub-folders; expected one folder of images for each "
+            "class. For images without classes pass conditional=False"
+        )
+    if set(names) <= {"train", "val", "test"}:
+        raise ValueError(
+            f"{root!r} holds {', '.join(names)}, which are splits and not classes. "
+            f"Pass one of them, as in {os.path.join(root, names[0])!r}"
+        )
+
+
+def _check_left(folder: ImageFolder, kept: list[int]) -> None:
+    if not kept:
+        raise ValueError(
+            f"all {len(folder)} images of {folder.root!r} would be taken out; "
+            "nothing is left"
+        )

@@ -1,0 +1,202 @@
+"""Formats.
+
+Generated from book/52_formats.md by `make export`: edit there.
+"""
+
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from diffussm.folders import (
+    ImageFolder,
+    NameList,
+    Skipped,
+    StoredImages,
+    is_folder,
+    visible,
+)
+from diffussm.guards import expect_int
+from diffussm.images import EXTENSIONS, WHITE, BadImage
+
+__all__ = ["LmdbImages", "images_from", "find_broken_images"]
+
+
+class LmdbImages(StoredImages):
+    """The images of an LMDB, keys to encoded files, as LSUN has them: no classes.
+
+    They come in the order of their keys. Reads are safe from several threads. Needs the
+    package `lmdb`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: no LMDB, a damaged one, an empty one.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | None,
+        flip: bool = False,
+        *,
+        background: tuple[int, int, int] = WHITE,
+        exif_rotate: bool = False,
+    ) -> None:
+        super().__init__(root, size, flip, background, exif_rotate)
+        self._env = _open_lmdb(self.root)
+        with self._env.begin() as reading:
+            self._keys = NameList(reading.cursor().iternext(keys=True, values=False))
+        if not len(self._keys):
+            raise ValueError(f"{self.root} is an empty LMDB; expected encoded images")
+        self.labels = torch.zeros(len(self._keys), dtype=torch.int64)
+
+    def key(self, index: int) -> bytes:
+        """The key of image `index`."""
+        return self._keys[index]
+
+    def name(self, index: int) -> str:
+        """The key of image `index` as text."""
+        return self.key(index).decode(errors="backslashreplace")
+
+    def _content(self, index: int) -> bytes:
+        what = f"record {self.name(index)!r} of {self.root} cannot be read"
+        with _naming(what), self._env.begin() as reading:
+            content = reading.get(self.key(index))
+        if content is None:
+            raise BadImage("no longer there")
+        return bytes(content)
+
+    def _facts(self) -> Iterator[bytes]:
+        yield self._keys.block
+        yield self._keys.ends.astype("<i8").tobytes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_env"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._env = _open_lmdb(self.root)
+
+
+_OPEN: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
+
+
+def _open_lmdb(root: str) -> Any:
+    import lmdb
+
+    data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
+    _check_lmdb(data)
+    file = (data.stat().st_dev, data.stat().st_ino)
+    environment = _OPEN.get(file)
+    if environment is None:
+        how = {"subdir": False, "readonly": True, "lock": False, "readahead": False}
+        with _naming(f"{data} cannot be read as an LMDB"):
+            environment = lmdb.open(str(data), **how)
+        _OPEN[file] = environment
+    return environment
+
+
+def images_from(
+    path: str | Path,
+    size: int | None,
+    *,
+    flip: bool = False,
+    conditional: bool | None = None,
+    exif_rotate: bool = False,
+) -> ImageFolder | LmdbImages:
+    """The images at `path`, whatever it is: an LMDB, class folders, or a plain folder.
+
+    `conditional` says whether the sub-folders are classes; None: they are if no image
+    lies beside them. The other options are those of `ImageFolder`.
+    """
+    path = Path(path)
+    if path.suffix == ".mdb" or (path / "data.mdb").is_file():
+        if conditional:
+            raise ValueError(
+                f"{path} is an LMDB, which has no classes; omit conditional"
+            )
+        return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
+    if conditional is None:
+        conditional = path.is_dir() and _holds_classes(path)
+    return ImageFolder(
+        path, size, flip=flip, conditional=conditional, exif_rotate=exif_rotate
+    )
+
+
+def _holds_classes(path: Path) -> bool:
+    """Whether there are sub-folders, and no image beside them."""
+    folders = [entry for entry in visible(path) if is_folder(entry)]
+    beside = {Path(e.name).suffix.lower() for e in visible(path) if not is_folder(e)}
+    return bool(folders) and not beside & EXTENSIONS
+
+
+def find_broken_images(images: StoredImages, workers: int = 0) -> list[Skipped]:
+    """Decode every image once and list those that fail, in their order.
+
+    Args:
+        workers: number of processes; 0 stays in this one.
+    """
+    expect_int("workers", workers, least=0)
+    if workers == 0:
+        found = [_broken(images, i) for i in range(len(images))]
+    else:  # spawn: forking a process that has threads (torch starts some) can hang
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, _receive, (images,)) as pool:
+            numbers = range(len(images))
+            found = list(pool.map(_broken_received, numbers, chunksize=64))
+    return [skipped for skipped in found if skipped]
+
+
+_RECEIVED: list[StoredImages] = []  # in a process that looks through them
+
+
+def _receive(images: StoredImages) -> None:
+    _RECEIVED.append(images)
+
+
+def _broken_received(index: int) -> Skipped | None:
+    return _broken(_RECEIVED[-1], index)
+
+
+def _broken(images: StoredImages, index: int) -> Skipped | None:
+    try:
+        images.read(index)
+    except (BadImage, OSError) as error:
+        return Skipped(images.path(index), str(error))
+    return None
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """An error of LMDB as one that says of what."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.Error as error:
+        raise OSError(f"{what}: {error}") from error
+
+
+def _check_lmdb(file: Path) -> None:
+    """Refuse what is no LMDB, and a file shorter than its header says."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}; expected the folder of an LMDB")
+    with file.open("rb") as opened:
+        head = opened.read(2 << 16)
+    try:
+        (page,) = struct.unpack_from("<I", head, 40)
+        # Two headers take turns, the newer is valid: magic, last page, transaction
+        starts = (16, page + 16)
+        metas = [struct.unpack_from("<I116xQQ", head, start) for start in starts]
+    except struct.error:
+        metas = [(0, 0, 0)]
+    if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
+        raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
+    size, last = file.stat().st_size, max(metas, key=lambda meta: meta[2])[1]
+    if size < (last + 1) * page:
+        raise OSError(f"{file} is truncated: {size} of {(last + 1) * page} bytes")
