@@ -41,10 +41,11 @@ def tidied(path: Path) -> str:
     formatted = _formatted(nbformat.writes(notebook))
     for cell, done in zip(notebook.cells, formatted.cells, strict=True):
         cell.source = done.source
-    return jupytext.writes(notebook, fmt="md:myst", config=config)
+    text: str = jupytext.writes(notebook, fmt="md:myst", config=config)
+    return text
 
 
-def _formatted(notebook: str) -> nbformat.NotebookNode:
+def _formatted(text: str) -> nbformat.NotebookNode:
     """The notebook with its code as ruff formats it."""
     command = [
         find_ruff_bin(),
@@ -54,9 +55,10 @@ def _formatted(notebook: str) -> nbformat.NotebookNode:
         "-",
     ]
     done = subprocess.run(
-        command, input=notebook, capture_output=True, text=True, cwd=ROOT, check=True
+        command, input=text, capture_output=True, text=True, cwd=ROOT, check=True
     )
-    return nbformat.reads(done.stdout, as_version=4)
+    notebook: nbformat.NotebookNode = nbformat.reads(done.stdout, as_version=4)
+    return notebook
 
 
 def main() -> int:
