@@ -1,9 +1,11 @@
-"""The bidirectional layer against two S4D convolutions and a flip: ``python -m benchmarks.bidirectional``.
+"""The bidirectional layer against two S4D convolutions and a flip.
 
-The other side is the layer as it is usually put together from a public S4D: for each direction a kernel by
-the direct Vandermonde product and a convolution of its own, with the sequence flipped before and after the
-second. Kernels are part of the work on both sides. A second row gives the other side our two-level kernel as
-well, so that only the shared transform and the adjoint are compared.
+Run `python -m benchmarks.bidirectional`. The other side is the layer as it is usually
+put together from a public S4D: for each direction a kernel by the direct Vandermonde
+product and a convolution of its own, with the sequence flipped before and after the
+second. Kernels are part of the work on both sides. A second row gives the other side
+our two-level kernel as well, so that only the shared transform and the adjoint are
+compared.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Kernel = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def two_convolutions(layer: BidirectionalSSM, u: Tensor, kernel: Kernel) -> Tensor:
-    """What `layer` computes, (B, L, D) -> (B, L, 2D), from two causal S4D layers and two flips."""
+    """What `layer` computes, from two causal S4D layers and two flips."""
     length = u.shape[1]
     x = u.transpose(1, 2)
     skip_forward, skip_backward = layer.skip[:, None].chunk(2)
@@ -41,7 +43,7 @@ def two_convolutions(layer: BidirectionalSSM, u: Tensor, kernel: Kernel) -> Tens
 def make_job(
     layer: Callable[[Tensor], Tensor], inputs: list[Tensor], probe: Tensor
 ) -> Callable[[], list[Tensor]]:
-    """A function that computes output and gradients (input first, then parameters) anew at every call."""
+    """A function that computes output and gradients anew at every call."""
 
     def job() -> list[Tensor]:
         y = layer(inputs[0])
@@ -96,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             runs=arguments.runs,
         )
         rows.append({**row, "difference": f"{error:.0e}"})
-    title = f"Bidirectional layer, forward + backward, kernels included: B = {B}, L = {L}, D = {D}, N = {D_STATE}"
+    title = (
+        "Bidirectional layer, forward + backward, kernels included: "
+        f"B = {B}, L = {L}, D = {D}, N = {D_STATE}"
+    )
     return report("bidirectional", title, rows, settings=vars(arguments))
 
 

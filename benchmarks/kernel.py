@@ -1,8 +1,8 @@
-"""The two-level kernel against the direct one: ``python -m benchmarks.kernel``.
+"""The two-level kernel against the direct one: `python -m benchmarks.kernel`.
 
-At the paper's width, D = 1152 channels with N = 64 states, for the lengths of its two resolutions. The sides
-are `convolution.vandermonde` (every exponential) and `two_level.vandermonde_two_level`,
-on the same system.
+At the paper's width, D = 1152 channels with N = 64 states, for the lengths of its two
+resolutions. The sides are `convolution.vandermonde` (every exponential) and
+`two_level.vandermonde_two_level`, on the same system.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def discrete_system(d_model: int) -> tuple[Tensor, Tensor]:
 def make_job(
     side: str, d_model: int, length: int, backward: bool
 ) -> Callable[[], list[Tensor]]:
-    """A function that computes the kernel, or the kernel and its gradients, anew at every call."""
+    """A function that computes the kernel (and its gradients) anew at every call."""
     kernel = SIDES[side]
     log_dA, weights = (
         tensor.requires_grad_(backward) for tensor in discrete_system(d_model)
@@ -61,9 +61,8 @@ def make_job(
             return [result]
         return [result.detach(), *torch.autograd.grad(result, (log_dA, weights), probe)]
 
-    if (
-        d_model > 2
-    ):  # a small call first, so that libraries it loads do not count as the kernel's memory
+    # a small call first: libraries that it loads are not the kernel's memory
+    if d_model > 2:
         make_job(side, 2, 16, backward)()
     return job
 
@@ -120,7 +119,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"peak memory, {what}", peaks[0], peaks[1], at_least=MEMORY_LIMIT
                 )
             )
-    title = f"Kernel of D = {D_MODEL} channels, N = {D_STATE}, float32: two levels against direct"
+    title = (
+        f"Kernel of D = {D_MODEL} channels, N = {D_STATE}, float32: "
+        "two levels against direct"
+    )
     settings = {
         "d_model": D_MODEL,
         "d_state": D_STATE,

@@ -1,7 +1,8 @@
-"""What the fast blocks are held against: the same functions, written as they are defined, in float64.
+"""What the fast blocks are held against: the same functions, as they are defined.
 
-A benchmark that compares times first has to know that both sides compute what they should. These are slow
-and short: kernels by the direct Vandermonde product, convolutions by autograd, attention with its matrix.
+A benchmark that compares times first has to know that both sides compute what they
+should. These are slow and short, in float64: kernels by the direct Vandermonde product,
+convolutions by autograd, attention with its matrix.
 """
 
 from __future__ import annotations
@@ -13,32 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import require_agreement
+from diffussm.bidirectional import convolve_reference
 from diffussm.convolution import vandermonde
 from diffussm.efficiency import DiTBlock, explicit_attention
 from diffussm.hourglass import HourglassBlock
-
-
-def clear_convolution(u: Tensor, spectra: Tensor) -> Tensor:
-    """`diffussm.bidirectional.convolve` in four operations, differentiated by autograd."""
-    length = u.shape[1]
-    u_f = torch.fft.rfft(u.to(spectra.real.dtype), n=2 * length, dim=1).transpose(
-        1, 2
-    )  # (B, D, L + 1)
-    y = torch.fft.irfft(u_f[:, None] * spectra, n=2 * length)[
-        ..., :length
-    ]  # (B, 2, D, L)
-    return y.flatten(1, 2).transpose(1, 2).to(u.dtype)
 
 
 def clear_twin(block: nn.Module) -> nn.Module:
     """A copy in float64 that takes no short cut."""
     twin = copy.deepcopy(block).double()
     if isinstance(twin, HourglassBlock):
-        twin.ssm.convolution = clear_convolution
+        twin.ssm.convolution = convolve_reference
         for kernel in (twin.ssm.forward_kernel, twin.ssm.backward_kernel):
-            kernel.forward = lambda length, kernel=kernel: vandermonde(
-                *kernel.discrete(), length
-            )
+            kernel.vandermonde = vandermonde
     elif isinstance(twin, DiTBlock):
         twin.attention = explicit_attention
     return twin
@@ -57,9 +45,10 @@ def outputs(block: nn.Module, inputs: Iterable[Tensor], probe: Tensor) -> list[T
 def require_right(
     what: str, block: nn.Module, d_model: int, length: int, tolerance: float = 1e-4
 ) -> float:
-    """Compare a block with its clear twin: output within a tenth of ``tolerance``, gradients within it.
+    """Compare a block with its clear twin: gradients within tolerance, output a tenth.
 
-    Returns the largest error, relative to the largest entry of each tensor. Raises Disagreement.
+    Returns the largest error, relative to the largest entry of each tensor; or raises
+    Disagreement.
     """
     parameter = next(block.parameters())
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +73,7 @@ def require_right(
 
 
 def awake(block: nn.Module) -> nn.Module:
-    """The block with random numbers where a new one has zeros: it would be the identity."""
+    """The block with random numbers where a new one has zeros, as an identity has."""
     with torch.no_grad():
         for parameter in block.parameters():
             if not parameter.any():

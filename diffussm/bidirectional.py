@@ -100,8 +100,8 @@ class BidirectionalSSM(nn.Module):
     def spectra(self, length: int) -> Tensor:
         """The spectra of both kernels with their skips, for sequences of a length L.
 
-        Complex (2, D, L + 1). They depend on the parameters only: between two changes of
-        the weights they may be computed once and passed to `forward`.
+        Complex (2, D, L + 1). They depend on the parameters only: between two changes
+        of the weights they may be computed once and passed to `forward`.
 
         Source: eq-bidirectional-skip.
         """

@@ -15,7 +15,7 @@ from diffussm.convolution import fft_conv
 
 
 def two_sums(u, k_forward, k_backward):
-    """The definition: y_i = sum_l k_l u_{i-l}, and y_i = sum_l k_l u_{i+l}, as matrices of shifts."""
+    """The sums of k_l u_{i-l} and of k_l u_{i+l}, as matrices of shifts."""
     L = u.shape[1]
     i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
     past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)

@@ -142,7 +142,7 @@ def test_autocast_changes_neither_kernel_nor_gradients():
         kernel.zero_grad()
         k = kernel(512)
         y = fft_conv(u, k)
-        y.square().sum().backward()  # inside autocast too, as careless training code does
+        y.square().sum().backward()  # inside autocast too, as careless code does it
         return k.detach(), y.detach(), [p.grad.clone() for p in kernel.parameters()]
 
     plain = run()
@@ -172,7 +172,7 @@ def test_half_precision_module_still_computes_in_float32():
 
 
 def swapped(kernel):
-    """Converted the other way that torch has: parameters exchanged instead of their data."""
+    """Converted torch's other way: parameters exchanged instead of their data."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         return kernel.bfloat16()

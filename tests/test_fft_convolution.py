@@ -14,7 +14,7 @@ from diffussm.fft_convolution import bidirectional_conv, convolve
 
 
 def two_sums(u, k_forward, k_backward):
-    """The definition: y_i = sum_l k_l u_{i-l}, and y_i = sum_l k_l u_{i+l}, as matrices of shifts."""
+    """The sums of k_l u_{i-l} and of k_l u_{i+l}, as matrices of shifts."""
     L = u.shape[1]
     i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
     past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)
@@ -160,11 +160,13 @@ for _ in range(2):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     same(sys.modules[type(pipe.denoiser).__module__], u, spectra)
 x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 7]), torch.tensor([1, 2])
-for version in (pipe.denoiser, torch.compile(pipe.denoiser, fullgraph=True, backend="aot_eager")):
+compiled = torch.compile(pipe.denoiser, fullgraph=True, backend="aot_eager")
+for version in (pipe.denoiser, compiled):
     torch.testing.assert_close(version(x, t, y), model(x, t, y))
 
 file = Path(sys.argv[1], "copied.py")
-for module, name in (("fft_convolution", "convolve"), ("gpu_kernels", "on_chip_convolve")):
+functions = {"fft_convolution": "convolve", "gpu_kernels": "on_chip_convolve"}
+for module, name in functions.items():
     file.write_text(self_contained_code(module, name))
     for number in range(10):
         spec = importlib.util.spec_from_file_location(f"{module}_{number}", file)
@@ -180,7 +182,7 @@ print("alive")
 
 
 def test_copies_of_the_code_leave_the_operators_of_the_others_alone(tmp_path):
-    """A saved pipeline with trust_remote_code, ten copies, a reload: no registered operator is replaced."""
+    """A saved pipeline, ten copies, a reload: no registered operator is replaced."""
     command = [sys.executable, "-X", "dev", "-c", COPIES, tmp_path]
     environment = os.environ | {"HF_HOME": str(tmp_path), "TRITON_INTERPRET": "1"}
     done = subprocess.run(

@@ -26,7 +26,7 @@ C3 = torch.tensor([0.4 - 1j, 0.8 + 0.1j, -0.6j], dtype=torch.complex128)
 
 
 def solve(u, t_end, pieces=1):
-    """y(t_end) by an adaptive Runge-Kutta method on the differential equation; u(t, piece)."""
+    """y(t_end) by an adaptive Runge-Kutta method; the input is u(t, piece)."""
     x, width = np.zeros(3, complex), t_end / pieces
     for p in range(pieces):
         x = scipy.integrate.solve_ivp(
