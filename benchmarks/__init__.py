@@ -1,1 +1,1 @@
-"""Ratios measured side by side, one command each: ``python -m benchmarks.kernel`` and its siblings."""
+"""Ratios measured side by side, one command each, such as `python -m benchmarks.kernel`."""

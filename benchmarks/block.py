@@ -1,8 +1,10 @@
-"""A block of DiffuSSM against a block of DiT, forward and backward: ``python -m benchmarks.block``.
+"""A block of DiffuSSM against a block of DiT, forward and backward.
 
-Same width, same length of sequence, same batch, same precision, each as fast as it goes: attention is
-PyTorch's fused `scaled_dot_product_attention`. The DiT block has 18 D^2 parameters, ours with M = 2 has
-15 D^2 and the kernels.
+Command: ``python -m benchmarks.block``.
+
+Same width, same length of sequence, same batch, same precision, each as fast as it
+goes: attention is PyTorch's fused `scaled_dot_product_attention`. The DiT block has 18
+D^2 parameters, ours with M = 2 has 15 D^2 and the kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ CASES = (
 
 
 def make_job(block: nn.Module, batch: int, length: int) -> Callable[[], object]:
-    """A function that runs the block forwards and backwards on the same input at every call."""
+    """A function that runs the block forwards and backwards on the same input at every
+    call.
+    """
     parameter = next(block.parameters())
     d_model = (
         block.norm.normalized_shape[0]
@@ -63,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [case for case in CASES if case[0] in arguments.lengths]
     if min(D, arguments.runs) < 1 or D % 16 or len(cases) < len(arguments.lengths):
         parser.error(
-            "--width must be a multiple of 16, --runs positive, --lengths among 1024, 4096, 16384"
+            "--width must be a multiple of 16, --runs positive, --lengths among "
+            "1024, 4096, 16384"
         )
 
     keep_freed_memory()
@@ -86,7 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             runs=arguments.runs,
         )
         rows.append({**row, "difference": f"{max(errors):.0e}", "length": L})
-    title = f"A block, forward + backward, against a DiT block: D = {D}, N = 64, M = 2, 16 heads, float32"
+    title = (
+        f"A block, forward + backward, against a DiT block: D = {D}, N = 64, M "
+        "= 2, 16 heads, float32"
+    )
     return report("block", title, rows, settings=vars(arguments))
 
 

@@ -1,8 +1,9 @@
 """How long training stands still for a checkpoint: ``python -m benchmarks.checkpoint``.
 
-A synchronous save (snapshot, write, flush, read back, checksums, rename) against what is left of it when a
-thread writes (chapter 11): the snapshot alone. The state is that of a DiffuSSM-S with its average and AdamW's
-moments. Both sides write the same bytes, which is checked.
+A synchronous save (snapshot, write, flush, read back, checksums, rename) against what
+is left of it when a thread writes (chapter 11): the snapshot alone. The state is that
+of a DiffuSSM-S with its average and AdamW's moments. Both sides write the same bytes,
+which is checked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def make_state(preset: str, world: Cluster) -> tuple[Recipe, TrainState]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write benchmarks/results/checkpoint.{md,json}; 1 if the limit is not reached."""
+    """Measure, print, write benchmarks/results/checkpoint.{md,json}; 1 if the limit is
+    not reached.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="DiffuSSM-S")
     parser.add_argument("--runs", type=int, default=5)

@@ -1,12 +1,15 @@
-"""What every benchmark shares: fair timing, honest memory, and a report that refuses to flatter.
+"""What the benchmarks share: fair timing, honest memory, a report that cannot flatter.
 
 A ratio is only as good as its two sides, so
 
-- both sides run in one process, alternating, and each is summed up by its median (:func:`alternate`);
-- the two results are compared before anything is reported (:func:`require_agreement`);
-- runs that differ too much among themselves are not reported either (:func:`require_quiet`);
-- peak memory is taken in a fresh process for each side (:func:`peak_memory`);
-- the report names the processor, the thread count and the versions, as Markdown and as JSON (:func:`report`).
+- both sides run in one process, alternating, and each is summed up by its median
+  (`alternate`);
+- the two results are compared before anything is reported (`require_agreement`);
+- runs that differ too much among themselves are not reported either
+  (`require_quiet`);
+- peak memory is taken in a fresh process for each side (`peak_memory`);
+- the report names the processor, the thread count and the versions, as Markdown and as
+  JSON (`report`).
 """
 
 from __future__ import annotations
@@ -38,11 +41,15 @@ NOISE = (
 
 
 class Noise(RuntimeError):
-    """The runs of one side differ so much among themselves that their median says little."""
+    """The runs of one side differ so much among themselves that their median says
+    little.
+    """
 
 
 class Disagreement(RuntimeError):
-    """The two sides of a comparison do not compute the same thing, so their speeds must not be compared."""
+    """The two sides of a comparison do not compute the same thing, so their speeds must
+    not be compared.
+    """
 
 
 def require_agreement(
@@ -51,9 +58,11 @@ def require_agreement(
     candidate: Tensor | Iterable[Tensor],
     tolerance: float,
 ) -> float:
-    """Largest difference relative to the reference's largest entry, over all tensors given.
+    """Largest difference relative to the reference's largest entry, over all tensors
+    given.
 
-    Raises Disagreement when shapes differ, when anything is not finite, or when the difference exceeds
+    Raises Disagreement when shapes differ, when anything is not finite, or when the
+    difference exceeds
     ``tolerance``.
     """
     pairs = [
@@ -62,13 +71,15 @@ def require_agreement(
     ]
     if len(pairs[0]) != len(pairs[1]):
         raise Disagreement(
-            f"{what}: {len(pairs[0])} tensors against {len(pairs[1])}; nothing is reported"
+            f"{what}: {len(pairs[0])} tensors against {len(pairs[1])}; nothing is "
+            "reported"
         )
     worst = 0.0
     for index, (a, b) in enumerate(zip(*pairs, strict=True)):
         if a.shape != b.shape:
             raise Disagreement(
-                f"{what}: tensor {index} has shape {tuple(a.shape)} against {tuple(b.shape)}"
+                f"{what}: tensor {index} has shape {tuple(a.shape)} against "
+                f"{tuple(b.shape)}"
             )
         wide = torch.promote_types(a.dtype, torch.float64)  # complex stays complex
         a, b = a.detach().to(wide), b.detach().to(wide)
@@ -78,7 +89,8 @@ def require_agreement(
         )
         if not error <= tolerance:  # also catches NaN
             raise Disagreement(
-                f"{what}: the two sides differ by {error:.1e} of the largest entry (tensor {index}), "
+                f"{what}: the two sides differ by {error:.1e} of the largest entry "
+                f"(tensor {index}), "
                 f"more than the {tolerance:.0e} allowed; nothing is reported"
             )
         worst = max(worst, error)
@@ -88,7 +100,9 @@ def require_agreement(
 def alternate(
     sides: Mapping[str, Callable[[], object]], *, runs: int = 3, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each side, taken in turns so that a slow moment hits all sides."""
+    """Seconds of each run of each side, taken in turns so that a slow moment hits all
+    sides.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for run in range(-warmup, runs):
         for name, side in sides.items():
@@ -105,11 +119,13 @@ def alternate(
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the pages of freed tensors, as the caching allocator of a GPU does.
+    """Let glibc keep the pages of freed tensors, as the caching allocator of a GPU
+    does.
 
-    By default each tensor of more than 32 MiB is mapped afresh and filled with zeros by the system, page by
-    page: a cost that falls on whichever side makes the larger tensors (here DiT's), not on what they
-    compute. Elsewhere than on glibc this does nothing.
+    By default each tensor of more than 32 MiB is mapped afresh and filled with zeros by
+    the system, page by page: a cost that falls on whichever side makes the larger
+    tensors (here DiT's), not on what they compute. Elsewhere than on glibc this does
+    nothing.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -121,9 +137,11 @@ def keep_freed_memory() -> None:
 
 
 def require_quiet(what: str, seconds: Mapping[str, list[float]]) -> float:
-    """The largest distance between the quartiles of a side's runs, relative to its median.
+    """The largest distance between the quartiles of a side's runs, relative to its
+    median.
 
-    Raises Noise where it exceeds NOISE: something else was running, and a ratio of such medians is luck.
+    Raises Noise where it exceeds NOISE: something else was running, and a ratio of such
+    medians is luck.
     """
     worst = 0.0
     for name, values in seconds.items():
@@ -134,8 +152,10 @@ def require_quiet(what: str, seconds: Mapping[str, list[float]]) -> float:
         if not spread <= NOISE:
             runs = ", ".join(f"{value:.3g}" for value in values)
             raise Noise(
-                f"{what}: the runs of {name} took {runs} s; their quartiles lie {spread:.0%} of the median "
-                f"apart, more than the {NOISE:.0%} allowed; nothing is reported. Close what else is running, "
+                f"{what}: the runs of {name} took {runs} s; their quartiles lie "
+                f"{spread:.0%} of the median "
+                f"apart, more than the {NOISE:.0%} allowed; nothing is reported. "
+                "Close what else is running, "
                 "or raise --runs"
             )
         worst = max(worst, spread)
@@ -150,7 +170,9 @@ def quiet_runs(
     warmup: int = 1,
     tries: int = 3,
 ) -> tuple[dict[str, list[float]], float]:
-    """What :func:`alternate` returns and its spread; a noisy round is measured again before it is refused."""
+    """What `alternate` returns and its spread; a noisy round is measured again
+    before it is refused.
+    """
     for left in reversed(range(tries)):
         seconds = alternate(sides, runs=runs, warmup=warmup)
         try:
@@ -170,7 +192,9 @@ def speed_row(
     runs: int = 3,
     warmup: int = 1,
 ) -> dict[str, Any]:
-    """One row of the report: how many times faster ``candidate`` is (each side a ``(name, function)``)."""
+    """One row of the report: how many times faster ``candidate`` is (each side a
+    ``(name, function)``).
+    """
     seconds, spread = quiet_runs(
         what, dict([reference, candidate]), runs=runs, warmup=warmup
     )
@@ -192,9 +216,9 @@ def speed_row(
 def peak_memory(function: str, *arguments: object) -> int:
     """Bytes by which a job raised the resident memory of its process, at the peak.
 
-    ``function`` is "package.module:name". It is called in a fresh process (so that neither side inherits the
-    other's pages) and returns the job to measure as a callable: whatever that factory builds, inputs
-    included, counts as already there.
+    ``function`` is "package.module:name". It is called in a fresh process (so that
+    neither side inherits the other's pages) and returns the job to measure as a
+    callable: whatever that factory builds, inputs included, counts as already there.
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
@@ -210,7 +234,8 @@ def peak_memory(function: str, *arguments: object) -> int:
     process.join()
     if peak is None or process.exitcode != 0:
         raise RuntimeError(
-            f"measuring the memory of {function}{arguments} failed (exit code {process.exitcode})"
+            f"measuring the memory of {function}{arguments} failed (exit code "
+            f"{process.exitcode})"
         )
     return peak
 
@@ -222,7 +247,9 @@ def memory_row(
     *,
     at_least: float,
 ) -> dict[str, Any]:
-    """One row of the report: how many times less memory ``candidate`` needs (each ``(name, bytes)``)."""
+    """One row of the report: how many times less memory ``candidate`` needs (each
+    ``(name, bytes)``).
+    """
     ratio = reference[1] / max(candidate[1], 1)
     return {
         "what": what,
@@ -242,9 +269,11 @@ def report(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> int:
-    """Print the rows as a Markdown table, write ``results/<name>.json`` and ``.md``, return the exit status.
+    """Print the rows as a Markdown table, write ``results/<name>.json`` and ``.md``,
+    return the exit status.
 
-    A row is a mapping from column to text or number; lists and mappings go to the JSON only. A row whose
+    A row is a mapping from column to text or number; lists and mappings go to the JSON
+    only. A row whose
     ``reached`` is false makes the exit status 1.
     """
     if not rows:
@@ -283,7 +312,9 @@ def report(
 
 
 def command(main: Callable[[], int]) -> int:
-    """Run a benchmark's main; a comparison that must not be reported ends with its reason, no traceback."""
+    """Run a benchmark's main; a comparison that must not be reported ends with its
+    reason, no traceback.
+    """
     try:
         return main()
     except (Disagreement, Noise) as error:
@@ -292,7 +323,9 @@ def command(main: Callable[[], int]) -> int:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to judge a number: processor, threads, versions (and the GPU if there is one)."""
+    """What a reader needs to judge a number: processor, threads, versions (and the GPU
+    if there is one).
+    """
     machine = {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
@@ -328,7 +361,9 @@ def _measure_peak(
     module, _, attribute = function.partition(":")
     job = getattr(importlib.import_module(module), attribute)(*arguments)
     gc.collect()
-    try:  # glibc: pages of freed tensors that the process still holds must not count as already there
+    # glibc: pages of freed tensors that the process still holds must not count as
+    # already there
+    try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         pass
@@ -344,7 +379,9 @@ def _measure_peak(
 
 
 def _resident(field: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at most so far (VmHWM; without /proc always this)."""
+    """Resident bytes of this process, now (VmRSS) or at most so far (VmHWM; without
+    /proc always this).
+    """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):

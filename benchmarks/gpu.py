@@ -1,9 +1,10 @@
-"""All that a GPU can tell about the efficiency of the model, as one JSON: run ``benchmarks/gpu.sh``.
+"""All that a GPU can tell about the efficiency of the model, as one JSON.
 
-bfloat16 by autocast, blocks compiled, for both kinds of model. Every section checks its two sides before it
-compares them; one that cannot be measured (too little memory, noise, a wrong result) is recorded with its
-reason, and the others go on. ``--rehearse`` walks the same way with tiny sizes, on any machine, and writes
-nothing: its figures mean nothing.
+Run ``benchmarks/gpu.sh``. bfloat16 by autocast, blocks compiled, for both kinds of model. Every section checks its
+two sides before it compares them; one that cannot be measured (too little memory,
+noise, a wrong result) is recorded with its reason, and the others go on. ``--rehearse``
+walks the same way with tiny sizes, on any machine, and writes nothing: its figures mean
+nothing.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def ratio(
 
 
 def peak_bytes(job: Callable[[], object], device: torch.device) -> int | None:
-    """The peak of memory on a GPU while a job runs, less what was there before; None elsewhere."""
+    """The peak of memory on a GPU while a job runs, less what was there before; None
+    elsewhere.
+    """
     if device.type != "cuda":
         job()
         return None
@@ -167,7 +170,9 @@ def kernel(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def bidirectional(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """The bidirectional layer against two S4D layers and a flip, with direct kernels as S4D has them."""
+    """The bidirectional layer against two S4D layers and a flip, with direct kernels as
+    S4D has them.
+    """
     length = sizes.lengths[-1]
     torch.manual_seed(0)
     layer = BidirectionalSSM(sizes.width).to(device)
@@ -186,7 +191,9 @@ def bidirectional(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Which long convolution is chosen, with the times and errors of all that were tried."""
+    """Which long convolution is chosen, with the times and errors of all that were
+    tried.
+    """
     try:
         from diffussm.gpu_kernels import choose_convolution
     except ImportError as error:
@@ -229,7 +236,9 @@ def block_job(
 
 
 def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """A block against a DiT block, with attention fused and as it is defined; the exponent of the cost."""
+    """A block against a DiT block, with attention fused and as it is defined; the
+    exponent of the cost.
+    """
     torch.manual_seed(0)
     ours, theirs = (
         awake(kind(sizes.width).to(device)) for kind in (HourglassBlock, DiTBlock)
@@ -279,7 +288,9 @@ def attempt(
 
 
 def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Training of XL: images/s and memory against batch, for DiT at equal length and with patches; MFU."""
+    """Training of XL: images/s and memory against batch, for DiT at equal length and
+    with patches; MFU.
+    """
     for size in sizes.sizes:
         for kind, patch in (("DiffuSSM", 1), ("DiT", 1), ("DiT", 2)):
             depth = (sizes.blocks or {"DiffuSSM": 29, "DiT": 28})[kind]
@@ -324,7 +335,9 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def checked_model(
     kind: str, config: DiffuSSMConfig, batch: int, sizes: Sizes, device: torch.device
 ) -> tuple[nn.Module, str]:
-    """A network, compiled if `sizes` says so, whose loss and gradient are those that it has uncompiled."""
+    """A network, compiled if `sizes` says so, whose loss and gradient are those that it
+    has uncompiled.
+    """
     free_memory(device)
     model = make_model(kind, config, str(device))
     convolution = convolve
@@ -347,7 +360,9 @@ def checked_model(
 def loss_and_norm(
     model: nn.Module, batch: int, device: torch.device
 ) -> tuple[float, float]:
-    """Of one batch under bfloat16; the weights stay as they are and no gradient is left."""
+    """Of one batch under bfloat16; the weights stay as they are and no gradient is
+    left.
+    """
     loss = make_loss(model, batch, "bf16")()
     loss.backward()
     norm = nn.utils.get_total_norm(
@@ -368,10 +383,13 @@ def free_memory(device: torch.device) -> None:
 def one_training(
     model: nn.Module, batch: int, sizes: Sizes, device: torch.device
 ) -> Row:
-    """Images/s, memory, MFU and the share outside matrix products of one model at one batch.
+    """Images/s, memory, MFU and the share outside matrix products of one model at one
+    batch.
 
-    The peak of memory is that of warmed-up steps: what compiling and checking took is forgotten.
-    `held_bytes` is what lies in memory between two steps: weights, their average, the optimiser's moments.
+    The peak of memory is that of warmed-up steps: what compiling and checking took is
+    forgotten.
+    `held_bytes` is what lies in memory between two steps: weights, their average, the
+    optimiser's moments.
     """
     free_memory(device)
     step = make_step(model, batch, "bf16")
@@ -405,7 +423,9 @@ def one_training(
 
 
 def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """One image with kept kernels against computing them at every step; images/s of guided batches."""
+    """One image with kept kernels against computing them at every step; images/s of
+    guided batches.
+    """
     depth = (sizes.blocks or {"DiffuSSM": 29})["DiffuSSM"]
     for size in sizes.sizes:
         config = DiffuSSMConfig(
@@ -428,7 +448,8 @@ def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             seconds = alternate({"guided": job}, runs=2)["guided"]
             per_second = batch / statistics.median(seconds) * sizes.steps / 250
             yield {
-                "what": f"sampling, {size} x {size}, batch {batch}, guided, as of 250 steps",
+                "what": f"sampling, {size} x {size}, batch {batch}, guided, as of "
+                "250 steps",
                 "images_per_second": per_second,
                 "seconds": seconds,
                 "batch": batch,
@@ -447,7 +468,9 @@ SECTIONS = {
 
 
 def measured(name: str, sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """The rows of a section, and a last one that says why there are no more if something went wrong."""
+    """The rows of a section, and a last one that says why there are no more if
+    something went wrong.
+    """
     try:
         yield from SECTIONS[name](sizes, device)
     except Exception as error:
@@ -489,7 +512,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.rehearse:
         print(
-            "error: PyTorch sees no GPU here; --rehearse walks the same way with tiny sizes",
+            "error: PyTorch sees no GPU here; --rehearse walks the same way with "
+            "tiny sizes",
             file=sys.stderr,
         )
         return 2

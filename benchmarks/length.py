@@ -1,8 +1,10 @@
-"""How the cost of a block grows with the length, beside attention's: ``python -m benchmarks.length``.
+"""How the cost of a block grows with the length, beside attention's.
 
-Forward and backward of one block of each kind, L from 256 to 16384 at one image. The exponent is the slope of
-a straight line through log(time) against log(L), by least squares over L = 1024 and more. 1 is linear;
-attention tends to 2.
+Command: ``python -m benchmarks.length``.
+
+Forward and backward of one block of each kind, L from 256 to 16384 at one image. The
+exponent is the slope of a straight line through log(time) against log(L), by least
+squares over L = 1024 and more. 1 is linear; attention tends to 2.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ def main(argv: list[str] | None = None) -> int:
                 },
             }
         )
-    title = f"Cost of a block, forward + backward, against the length: B = {B}, D = {D}, float32"
+    title = (
+        f"Cost of a block, forward + backward, against the length: B = {B}, D = "
+        f"{D}, float32"
+    )
     return report("length", title, rows, settings=vars(arguments))
 
 

@@ -1,9 +1,12 @@
-"""What bounds the parts of a block on this machine, operations or bytes: ``python -m benchmarks.roofline``.
+"""What bounds the parts of a block on this machine, operations or bytes.
 
-The roof is the best matrix product and the best copy that can be measured. Under it lie the parts of a block
-of XL width on one image, in single precision. A second table takes a block's forward pass apart: what the
-kernels' spectra cost, which a sampler keeps, and how much of the rest are matrix products. The chapter on
-efficiency draws both from what this command wrote.
+Command: ``python -m benchmarks.roofline``.
+
+The roof is the best matrix product and the best copy that can be measured. Under it lie
+the parts of a block of XL width on one image, in single precision. A second table takes
+a block's forward pass apart: what the kernels' spectra cost, which a sampler keeps, and
+how much of the rest are matrix products. The chapter on efficiency draws both from what
+this command wrote.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ Part = tuple[float, float, Callable[[], object]]
 
 
 def parts_of_a_block(L: int, D: int) -> dict[str, Part]:
-    """Name -> operations (a multiply-add is two), bytes that must be read or written, and the work itself."""
+    """Name -> operations (a multiply-add is two), bytes that must be read or written,
+    and the work itself.
+    """
     torch.manual_seed(0)
     stream, wide, weight = (
         torch.randn(L, D),
@@ -80,7 +85,8 @@ def ceilings() -> dict[str, Part]:
 
 @torch.no_grad()
 def kept_spectra(L: int, D: int, runs: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a block's forward pass on one image with and without kept spectra, and of the spectra.
+    """Seconds of a block's forward pass on one image with and without kept spectra, and
+    of the spectra.
 
     The last number is the share of matrix products in the pass with kept spectra.
     """

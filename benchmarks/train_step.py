@@ -1,9 +1,10 @@
 """A whole training step, and where its time goes: ``python -m benchmarks.train_step``.
 
-Loss with both its terms, gradients, AdamW and the moving average, of a network with blocks of XL width. Only
-few blocks, so that it fits into main memory; every block costs the same. Rows: the share of the step that is
-no matrix product; the step of a DiT of the same width, depth and length; what the fused optimiser and the
-average in one call bring; and what it costs in time, and brings in memory, to compute activations again.
+Loss with both its terms, gradients, AdamW and the moving average, of a network with
+blocks of XL width. Only few blocks, so that it fits into main memory; every block costs
+the same. Rows: the share of the step that is no matrix product; the step of a DiT of
+the same width, depth and length; what the fused optimiser and the average in one call
+bring; and what it costs in time, and brings in memory, to compute activations again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ Job = Callable[[], torch.Tensor]
 
 
 def make_model(kind: str, config: DiffuSSMConfig, device: str = "cpu") -> nn.Module:
-    """A network of either kind with random numbers where a new one has zeros, the same for every call."""
+    """A network of either kind with random numbers where a new one has zeros, the same
+    for every call.
+    """
     torch.manual_seed(0)
     return awake(KINDS[kind](config)).to(device)
 
@@ -65,7 +68,7 @@ def make_loss(model: nn.Module, batch: int, precision: str = "float32") -> Job:
 def make_step(
     model: nn.Module, batch: int, precision: str = "float32", fused: bool = True
 ) -> Job:
-    """A function that trains the model on one and the same batch; it returns the loss."""
+    """A function that trains the model on one batch, always the same; returns the loss."""
     loss_of = make_loss(model, batch, precision)
     ema = copy.deepcopy(model).requires_grad_(False)
     groups = parameter_groups(model, 1e-4, 1e-3)
@@ -95,7 +98,9 @@ def make_memory_job(config: DiffuSSMConfig, batch: int, recompute: bool) -> Job:
 
 
 def kernel_job(model: DiffuSSM, length: int) -> Callable[[], object]:
-    """The spectra of all kernels and their gradients: the part of a step that no image is needed for."""
+    """The spectra of all kernels and their gradients: the part of a step that no image
+    is needed for.
+    """
     layers = [block.ssm for block in model.blocks]
 
     def job() -> None:
@@ -109,7 +114,9 @@ def kernel_job(model: DiffuSSM, length: int) -> Callable[[], object]:
 
 
 def where_time_goes(model: DiffuSSM, batch: int, runs: int) -> dict[str, float]:
-    """Medians of the seconds of a step by kind, with all that belongs to the kernels of the S4D apart."""
+    """Medians of the seconds of a step by kind, with all that belongs to the kernels of
+    the S4D apart.
+    """
     step, kernels = make_step(model, batch), kernel_job(model, model.config.seq_len)
     step(), kernels()
     samples: list[dict[str, float]] = []
@@ -134,7 +141,9 @@ def share_outside(seconds: dict[str, float]) -> float:
 
 
 def optimizer_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
-    """A step of AdamW for all parameters, as default and fused, and how much the results differ."""
+    """A step of AdamW for all parameters, as default and fused, and how much the
+    results differ.
+    """
     optimizers = []
     for fused in (False, True):
         twin = copy.deepcopy(model)
@@ -155,7 +164,9 @@ def optimizer_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
 
 
 def average_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
-    """A step of the moving average, in a loop and in one call, and how much the results differ."""
+    """A step of the moving average, in a loop and in one call, and how much the results
+    differ.
+    """
     slow, fast = (copy.deepcopy(model).requires_grad_(False) for _ in range(2))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -228,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         {
             "what": "share of the step outside matrix products",
             "reference": f"{1e3 * sum(seconds.values()):,.0f} ms in all",
-            "candidate": f"{1e3 * (1 - share) * sum(seconds.values()):,.0f} ms matrix products",
+            "candidate": f"{1e3 * (1 - share) * sum(seconds.values()):,.0f} ms "
+            "matrix products",
             "ratio": round(share, 3),
             "limit": f"at most {SHARE_LIMIT:g}",
             "reached": share <= SHARE_LIMIT,
@@ -276,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     rows.append(
         memory_row(
-            f"memory with kept against recomputed activations, {deep.n_blocks} blocks, D = {deep.d_model}",
+            f"memory with kept against recomputed activations, {deep.n_blocks} "
+            f"blocks, D = {deep.d_model}",
             ("reference", peaks[0]),
             ("candidate", peaks[1]),
             at_least=1.0,
@@ -284,7 +297,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     for row in rows:
         row["difference"] = f"{max(errors):.0e}"
-    title = f"A training step of XL width with {config.n_blocks} blocks: B = {B}, L = {L}, D = {D}, float32"
+    title = (
+        f"A training step of XL width with {config.n_blocks} blocks: B = {B}, L "
+        f"= {L}, D = {D}, float32"
+    )
     return report("train_step", title, rows, settings=vars(arguments))
 
 
