@@ -7,324 +7,283 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.data import RANDOM, generator, random_bits
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.files import differences, read_json, whole_file, write_json
+from diffussm.guards import bounded, check_fields
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.sampling import denoise
+from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
+from diffussm.sampling import Sampler
 from diffussm.training import Preempted, World
 
 __all__ = [
-    "SampleConfig",
+    "SampleSet",
     "SAMPLE_PRESETS",
-    "draw_batch",
-    "precision",
-    "draw_samples",
     "SAMPLES_FORMAT",
-    "to_uint8",
+    "draw_batch",
+    "draw_samples",
     "SampleFiles",
 ]
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Everything that decides a set of samples; the defaults are those of ``paper-fid`` (chapter "Sets of samples").
+_DIT = Sampler(cfg_scale=1.5, guidance_channels=3)
 
-    `labels` is ``"random"`` (uniform, by `seed`) or ``"balanced"`` (each class as often as any other), among
-    `classes` (numbers; None: all). `guidance_channels` guides the first so many channels (None, or more than
-    there are: all). `precision` is ``"float32"``, ``"tf32"`` (a GPU rounds the factors of matrix products;
-    on a CPU the same as float32) or ``"bf16"`` (autocast). `batch_size` matters: each batch has a random
-    stream of its own. Raises ValueError for values that cannot work.
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Everything that decides a set of samples; the defaults are those of `paper-fid`.
+
+    `labels` are random, or each class as often as any other, among `classes` (numbers;
+    None: all). `precision`: with "tf32" a GPU rounds the factors of matrix products.
+    `batch_size` matters: each batch has a random stream of its own.
     """
 
-    count: int = 50_000
-    labels: str = "random"
+    count: int = bounded(50_000, least=1)
+    labels: Literal["random", "balanced"] = "random"
     classes: tuple[int, ...] | None = None
-    steps: int = 250
-    method: str = "ddpm"
-    cfg_scale: float = 1.5
-    guidance_channels: int | None = 3
-    clip_denoised: bool = False
-    precision: str = "tf32"
-    batch_size: int = 64
-    seed: int = 0
+    precision: Literal["float32", "tf32", "bf16"] = "tf32"
+    batch_size: int = bounded(64, least=1)
+    seed: int = bounded(0, least=0)
+    sampler: Sampler = _DIT
 
-    def __post_init__(self) -> None:
-        for name in ("count", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
-        choices = {
-            "labels": ("random", "balanced"),
-            "method": ("ddpm", "ddim"),
-            "precision": ("float32", "tf32", "bf16"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}"
-                )
-        if self.classes is not None and not (
-            self.classes
-            and min(self.classes) >= 0
-            and len(set(self.classes)) == len(self.classes)
-        ):
-            raise ValueError(
-                f"classes={self.classes}: expected class numbers, each once, or None for all"
-            )
-
-    def label(self, indices: range, num_classes: int) -> Tensor:
-        """The labels of these samples, int64 (n,): a pure function of the configuration."""
-        among = (
-            torch.arange(num_classes)
-            if self.classes is None
-            else torch.tensor(self.classes)
-        )
+    def label(self, indices: range, num_classes: int) -> Tensor | None:
+        """The labels of these samples, int64 (n,); None for a model without classes."""
+        if not num_classes:
+            return None
+        among = torch.tensor(self.classes or range(num_classes))
         numbers = np.arange(indices.start, indices.stop)
         if self.labels == "random":
             numbers = random_bits(self.seed, "labels", numbers)
         chosen = numbers % numbers.dtype.type(len(among))
         return among[torch.from_numpy(chosen.astype(np.int64))]
 
-    def of(self, model: DiffuSSMConfig) -> "SampleConfig":
-        """What of this applies to a model; ValueError for classes that it does not have."""
-        if self.classes is not None and max(self.classes) >= model.num_classes:
-            has = (
-                f"classes 0 to {model.num_classes - 1}"
-                if model.num_classes
-                else "no classes"
+    def of(self, model: DiffuSSMConfig) -> "SampleSet":
+        """What of this applies to a model; ValueError for classes that it lacks."""
+        _check_classes(self.classes, model.num_classes)
+        scale = self.sampler.cfg_scale if model.num_classes else 1.0
+        channels = self.sampler.guidance_channels
+        if scale == 1 or (channels is not None and channels >= model.in_channels):
+            channels = None  # nothing is guided, or all of it
+        sampler = replace(self.sampler, cfg_scale=scale, guidance_channels=channels)
+        return replace(self, sampler=sampler)
+
+    def record(self, num_classes: int) -> dict[str, Any]:
+        """How the set is drawn, as one flat mapping that JSON can hold."""
+        how = asdict(self)
+        sampler = how.pop("sampler")
+        if not sampler["eta"]:
+            del sampler["eta"]  # DDIM without noise: sets of earlier versions
+        labels = self.labels if num_classes else "none"
+        return {**how, **sampler, "labels": labels}
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        chosen = self.classes
+        if chosen is not None and (
+            not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen)
+        ):
+            raise ValueError(
+                f"classes={chosen}: expected class numbers, each once, or None for all"
             )
-            raise ValueError(f"classes={self.classes}: this model has {has}")
-        channels = self.guidance_channels
-        if channels is not None and channels >= model.in_channels:
-            channels = None
-        if model.num_classes == 0 or self.cfg_scale == 1:
-            channels = None  # nothing is guided
-        return replace(
-            self,
-            guidance_channels=channels,
-            cfg_scale=self.cfg_scale if model.num_classes else 1.0,
-        )
 
 
 SAMPLE_PRESETS = {
-    "paper-fid": SampleConfig(),
-    "paper-fid-all": SampleConfig(labels="balanced", guidance_channels=None),
-    "paper-fid-unguided": SampleConfig(cfg_scale=1.0),
-    "pretty": SampleConfig(
+    "paper-fid": SampleSet(),
+    "paper-fid-all": SampleSet(labels="balanced", sampler=Sampler(cfg_scale=1.5)),
+    "paper-fid-unguided": SampleSet(sampler=Sampler(guidance_channels=3)),
+    "pretty": SampleSet(
         count=64,
         labels="balanced",
-        cfg_scale=4.0,
-        guidance_channels=None,
         precision="float32",
         batch_size=16,
+        sampler=Sampler(cfg_scale=4.0),
     ),
 }
-
-
-def draw_batch(
-    model: DiffuSSM,
-    diffusion: GaussianDiffusion,
-    config: SampleConfig,
-    number: int,
-    *,
-    world: World,
-    decode: Callable[[Tensor], Tensor] | None = None,
-) -> np.ndarray | None:
-    """Batch `number` of a set, uint8 (n, H, W, 3); None if `world` was asked to stop before it was done.
-
-    A pure function of the weights, `config` and `number`. See `draw_samples` for the arguments.
-    """
-    first = number * config.batch_size
-    shape = (
-        config.batch_size,
-        model.config.in_channels,
-        model.config.height,
-        model.config.width,
-    )
-    draws = generator(config.seed, "samples", number)
-    y = None
-    if model.null_label is not None:
-        y = config.label(
-            range(first, first + config.batch_size), model.config.num_classes
-        ).to(world.device)
-    chain = denoise(
-        model,
-        diffusion,
-        y,
-        steps=config.steps,
-        method=config.method,
-        cfg_scale=config.cfg_scale,
-        guidance_channels=config.guidance_channels,
-        clip_denoised=config.clip_denoised,
-        generator=draws,
-        noise=torch.randn(shape, generator=draws).to(world.device),
-    )
-    with precision(config.precision, world.device):
-        for _, latest, _ in chain:
-            x = latest  # (B, C, H, W)
-            if world.stopping:
-                return None
-    x = x.float()[: config.count - first]
-    return to_uint8(x if decode is None else decode(x))
-
-
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """A context in which a network computes as `SampleConfig.precision` says."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def draw_samples(
-    model: DiffuSSM,
-    diffusion: GaussianDiffusion,
-    config: SampleConfig,
-    out: str | Path,
-    *,
-    world: World,
-    facts: dict[str, Any],
-    decode: Callable[[Tensor], Tensor] | None = None,
-    progress: bool = True,
-) -> Path:
-    """Draw a set of samples as PNG files in a folder, or into one ``.npz``; resumes an interrupted one.
-
-    Args:
-        model: called as it is, on `world.device`.
-        out: a folder (``000000.png`` ..., ``samples.json`` and, for a model with classes, ``labels.json``:
-            ``{"000000.png": 3, ...}``), or a name that ends in ``.npz`` (``arr_0`` uint8 (n, H, W, 3),
-            ``arr_1`` labels; the facts lie beside it as ``.json``).
-        facts: what else decided the set (which weights, of which step; what decodes): stored, and compared
-            on resume, all but the name of the autoencoder ``facts["vae"]["name"]``.
-        decode: latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]; None for a model of pixels.
-
-    Raises:
-        ValueError: `out` holds another set of samples, or something else; nothing is written.
-        Preempted: the world was told to stop; the batches that are done are kept.
-    """
-    config = config.of(model.config)
-    how = (
-        asdict(config)
-        if model.config.num_classes
-        else asdict(config) | {"labels": "none"}
-    )
-    files = SampleFiles(
-        Path(out),
-        json.loads(
-            json.dumps({"format": SAMPLES_FORMAT, "random": RANDOM} | how | facts)
-        ),
-    )
-    if world.once(files.claim):
-        return files.out
-    batches = math.ceil(config.count / config.batch_size)
-    missing = world.once(lambda: files.missing(batches))
-    drawn = 0
-    with tqdm(
-        total=batches,
-        unit="batch",
-        disable=not progress or world.rank > 0,
-        dynamic_ncols=True,
-    ) as bar:
-        for number in world.deal(missing):
-            bar.update(number - bar.n)
-            images = draw_batch(
-                model, diffusion, config, number, world=world, decode=decode
-            )
-            if images is not None:
-                files.keep(number, number * config.batch_size, images)
-                drawn += 1
-        world.barrier()
-        done = batches - len(missing) + int(world.sum(torch.tensor([drawn])))
-        bar.update(done - bar.n)
-    if done < batches:
-        raise world.together(
-            Preempted(f"asked to stop: {done} of {batches} batches are drawn and kept")
-        )
-    labels = (
-        config.label(range(config.count), model.config.num_classes)
-        if model.config.num_classes
-        else None
-    )
-    world.once(lambda: files.complete(batches, config.count, labels))
-    return files.out
 
 
 SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (n, 1 or 3, H, W) in [-1, 1] as RGB, uint8 (n, H, W, 3), rounded to the nearest level.
+def draw_batch(
+    model: DiffuSSM,
+    diffusion: GaussianDiffusion,
+    wanted: SampleSet,
+    number: int,
+    *,
+    world: World,
+    decode: Decode | None = None,
+) -> np.ndarray | None:
+    """Batch `number` of a set, uint8 (n, H, W, 3); None if asked to stop before.
 
-    Raises ValueError for latents, which have to be decoded first, and for images that are not finite.
+    A pure function of the weights, `wanted` and `number`.
     """
-    if images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"these samples have {images.shape[1]} channels: latents, which an autoencoder must decode; "
-            "pass --vae"
-        )
-    if not bool(images.isfinite().all()):
-        raise ValueError(
-            "the model drew images that are not finite; its weights have probably diverged"
-        )
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    first, size = number * wanted.batch_size, wanted.batch_size
+    y = wanted.label(range(first, first + size), model.config.num_classes)
+    y = None if y is None else y.to(world.device)
+    draws = generator(wanted.seed, "samples", number)
+    noise = torch.randn(size, *image_shape(model), generator=draws).to(world.device)
+    chain = wanted.sampler.walk(model, diffusion, y, generator=draws, noise=noise)
+    with computing_in(wanted.precision, world.device):
+        for _, latest, _ in chain:
+            x = latest  # (B, C, H, W)
+            if world.stopping:
+                return None
+    x = x.float()[: wanted.count - first]
+    return to_uint8(x if decode is None else decode(x))
 
 
-class SampleFiles(NamedTuple):
-    """The files of a set of samples: `out`, a folder or a ``.npz`` file, and `how` it is drawn (JSON)."""
+def draw_samples(
+    model: DiffuSSM,
+    diffusion: GaussianDiffusion,
+    wanted: SampleSet,
+    out: str | Path,
+    *,
+    world: World,
+    facts: dict[str, Any],
+    decode: Decode | None = None,
+    progress: bool = True,
+) -> Path:
+    """Draw a set into a folder of PNG files or one `.npz`; resumes an interrupted one.
+
+    Args:
+        model: called as it is, on `world.device`.
+        out: a folder (`000000.png` ..., `samples.json` and, with classes,
+            `labels.json`), or a name that ends in `.npz` (`arr_0` uint8 (n, H, W, 3),
+            `arr_1` labels; the record lies beside it as `.json`).
+        facts: what else decided the set (which weights, what decodes): recorded, and
+            compared on resume, all but the name of the autoencoder `facts["vae"]`.
+        decode: latents (B, C, h, w) -> images (B, 3, H, W); None for a model of pixels.
+
+    Raises:
+        ValueError: `out` holds something else; nothing is written.
+        Preempted: asked to stop; the batches that are done are kept.
+    """
+    wanted, classes = wanted.of(model.config), model.config.num_classes
+    how = {"format": SAMPLES_FORMAT, "random": RANDOM, **wanted.record(classes)}
+    files = SampleFiles(Path(out), how | facts)
+    if world.once(files.claim):
+        return files.out
+    batches = math.ceil(wanted.count / wanted.batch_size)
+    draw = partial(draw_batch, model, diffusion, wanted, world=world, decode=decode)
+    _draw_missing(draw, files, batches, wanted.batch_size, world, progress)
+    labels = wanted.label(range(wanted.count), classes)
+    world.once(lambda: files.complete(batches, wanted.count, labels))
+    return files.out
+
+
+def _draw_missing(
+    draw: Callable[[int], np.ndarray | None],
+    files: "SampleFiles",
+    batches: int,
+    size: int,
+    world: World,
+    progress: bool,
+) -> None:
+    """Share the batches that are missing; Preempted if asked to stop before."""
+    missing, drawn = world.once(lambda: files.missing(batches)), 0
+    quiet = not progress or world.rank > 0
+    with tqdm(total=batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
+        for number in world.deal(missing):
+            bar.update(number - bar.n)
+            images = draw(number)
+            if images is not None:
+                files.keep(number, number * size, images)
+                drawn += 1
+        world.barrier()
+        done = batches - len(missing) + int(world.sum(torch.tensor([drawn])))
+        bar.update(done - bar.n)
+    if done < batches:
+        told = f"asked to stop: {done} of {batches} batches are drawn and kept"
+        raise world.together(Preempted(told))
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """The files of a set: `out`, a folder or a `.npz` file, and `how` it is drawn."""
 
     out: Path
     how: dict[str, Any]
 
     @property
     def packed(self) -> bool:
-        """One ``.npz`` file?"""
+        """One `.npz` file?"""
         return self.out.suffix == ".npz"
 
     @property
     def record(self) -> Path:
         """Where `how` is written."""
-        return (
-            self.out.with_suffix(".json") if self.packed else self.out / "samples.json"
-        )
+        beside = self.out.with_suffix(".json")
+        return beside if self.packed else self.out / "samples.json"
 
     @property
     def parts(self) -> Path:
         """The folder of the batches that are done."""
         return self.out.with_suffix(".parts") if self.packed else self.out / ".parts"
 
+    def claim(self) -> bool:
+        """Begin the set, or go on with it; True if it is complete."""
+        if not self.record.exists():
+            self._check_free()
+            self.parts.mkdir(parents=True, exist_ok=True)
+            write_json(self.record, {**self.how, "complete": False})
+            return False
+        complete = self._check_same(read_json(self.record, "the record of the set"))
+        if complete:  # and then killed, perhaps, before all was tidy
+            shutil.rmtree(self.parts, ignore_errors=True)
+        else:
+            self.parts.mkdir(exist_ok=True)
+        return complete
+
     def part(self, number: int) -> Path:
-        """The file of a batch that is done: its images, or nothing if they are PNG files already."""
+        """The file of a batch that is done: its images, or nothing beside PNG files."""
         return self.parts / f"{number:06d}.npy"
 
-    def claim(self) -> bool:
-        """Begin the set, or go on with it; True if it is complete. ValueError if something else is there."""
-        if self.record.exists():
-            return self._go_on()
-        drafts = {
-            self.parts,
-            self.record.with_name(f".{self.record.name}.tmp"),
-        }  # of a start that was killed
-        if self.out.is_file() or (
-            self.out.exists() and set(self.out.iterdir()) - drafts
-        ):
+    def missing(self, batches: int) -> list[int]:
+        """The batches that are not done."""
+        done = {path.name for path in self.parts.iterdir()}
+        return [i for i in range(batches) if self.part(i).name not in done]
+
+    def keep(self, number: int, first: int, images: np.ndarray) -> None:
+        """Write a batch, uint8 (n, H, W, 3), whose first image is number `first`."""
+        if not self.packed:
+            for index, image in enumerate(images, first):
+                with whole_file(self.out / f"{index:06d}.png") as draft:
+                    Image.fromarray(image).save(draft, format="PNG")
+        with whole_file(self.part(number)) as draft, draft.open("wb") as file:
+            np.save(file, images if self.packed else np.zeros(0, np.uint8))
+
+    def complete(self, batches: int, count: int, labels: Tensor | None) -> None:
+        """All batches are done: put them together, with the labels, and tidy up."""
+        if self.packed:
+            parts = [self.part(number) for number in range(batches)]
+            _write_npz(self.out, parts, count, labels)
+        else:
+            names = [f"{index:06d}.png" for index in range(count)]
+            if labels is not None:
+                of_each = dict(zip(names, labels.tolist(), strict=True))
+                write_json(self.out / "labels.json", of_each)
+            for stale in self.out.glob(".*.tmp"):  # of a process that was killed
+                stale.unlink()
+        write_json(self.record, {**self.how, "complete": True})
+        shutil.rmtree(self.parts)
+
+    def _check_free(self) -> None:
+        """ValueError unless nothing is there but what a start left that was killed."""
+        there = list(self.out.iterdir()) if self.out.is_dir() else []
+        strange = [p for p in there if p != self.parts and not p.match(".*.tmp")]
+        if strange or self.out.is_file():
             raise ValueError(
                 f"{self.out} exists and is no set of samples; choose another name"
             )
@@ -332,113 +291,48 @@ class SampleFiles(NamedTuple):
             raise ValueError(
                 f"{self.parts} is left of a set of samples without a record; remove it"
             )
-        self.parts.mkdir(parents=True, exist_ok=True)
-        self._write_json(self.record, {**self.how, "complete": False})
-        return False
 
-    def _go_on(self) -> bool:
-        try:
-            theirs = json.loads(self.record.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{self.record} is damaged ({error}); choose another name"
-            ) from error
+    def _check_same(self, theirs: dict[str, Any]) -> bool:
+        """Is it complete? ValueError unless the set that is there is this one."""
         complete = bool(theirs.get("complete"))
         if not complete and theirs.get("random", 1) != RANDOM:
             raise ValueError(
-                f"{self.out} was begun by a version that drew its random numbers in another way, so that "
-                "the rest would not belong to the same set; choose another name, or finish it with that version"
+                f"{self.out} was begun by a version that drew its random numbers in "
+                "another way, so that the rest would not belong to the same set; choose "
+                "another name, or finish it with that version"
             )
-        there, asked = _deciding(theirs), _deciding(self.how)
-        different = [
-            f"{key} (there {there.get(key)!r}, asked {asked.get(key)!r})"
-            for key in sorted({*there, *asked})
-            if there.get(key) != asked.get(key)
-        ]
-        if different:
+        ours = json.loads(json.dumps(self.how))
+        if different := differences(_deciding(ours), _deciding(theirs)):
             raise ValueError(
-                f"{self.out} holds other samples, which differ in {'; '.join(different)}; choose another name"
+                f"{self.out} holds other samples, which differ in "
+                f"{'; '.join(different)}; choose another name"
             )
-        if complete:  # and then killed, perhaps, before all was tidy
-            shutil.rmtree(self.parts, ignore_errors=True)
-        else:
-            self.parts.mkdir(exist_ok=True)
         return complete
 
-    def missing(self, batches: int) -> list[int]:
-        """The batches that are not done."""
-        done = {path.name for path in self.parts.iterdir()}
-        return [
-            number for number in range(batches) if self.part(number).name not in done
-        ]
 
-    def keep(self, number: int, first: int, images: np.ndarray) -> None:
-        """Write a batch, images uint8 (n, H, W, 3), the first of which is image `first` of the set."""
-        if not self.packed:
-            _write_pngs(self.out, first, images)
-        draft = self.parts / f".{number:06d}.tmp"
-        with draft.open("wb") as file:
-            np.save(file, images if self.packed else np.zeros(0, np.uint8))
-        draft.replace(self.part(number))
-
-    def complete(self, batches: int, count: int, labels: Tensor | None) -> None:
-        """All batches are done: put them together, with the labels int64 (count,), and tidy up."""
-        if self.packed:
-            parts = [self.part(number) for number in range(batches)]
-            _write_npz(
-                self.out,
-                parts,
-                count,
-                torch.zeros(count).long() if labels is None else labels,
-            )
-        elif labels is not None:
-            names = {
-                f"{index:06d}.png": label for index, label in enumerate(labels.tolist())
-            }
-            self._write_json(self.out / "labels.json", names)
-        if not self.packed:
-            for stale in self.out.glob(".*.tmp"):  # of a process that was killed
-                stale.unlink()
-        self._write_json(self.record, {**self.how, "complete": True})
-        shutil.rmtree(self.parts)
-
-    @staticmethod
-    def _write_json(path: Path, value: dict[str, Any]) -> None:
-        draft = path.with_name(f".{path.name}.tmp")
-        draft.write_text(json.dumps(value, indent=2) + "\n")
-        draft.replace(path)
-
-
-def _deciding(how: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same to go on with a set: an autoencoder may have moved."""
-    kept = {
-        key: value for key, value in how.items() if key not in ("complete", "random")
-    }
-    if isinstance(vae := kept.get("vae"), dict):
-        kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
-    return kept
-
-
-def _write_pngs(folder: Path, first: int, images: np.ndarray) -> None:
-    from PIL import Image
-
-    for index, image in enumerate(images, first):
-        draft = folder / f".{index:06d}.tmp"
-        Image.fromarray(image).save(draft, format="PNG")
-        draft.replace(folder / f"{index:06d}.png")
-
-
-def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor) -> None:
-    draft = out.with_name(f".{out.name}.tmp")
-    with zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open(
-            "arr_0.npy", "w", force_zip64=True
-        ) as file:  # never whole in memory
-            shape = (count, *np.load(parts[0], allow_pickle=False).shape[1:])
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor | None) -> None:
+    """`arr_0` from the parts, never whole in memory; `arr_1`, the labels or zeros."""
+    shape = (count, *np.load(parts[0], allow_pickle=False).shape[1:])
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    classes = torch.zeros(count).long() if labels is None else labels
+    with whole_file(out) as draft, zipfile.ZipFile(draft, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
                 file.write(np.load(part, allow_pickle=False).tobytes())
         with archive.open("arr_1.npy", "w") as file:
-            np.lib.format.write_array(file, labels.numpy())
-    draft.replace(out)
+            np.lib.format.write_array(file, classes.numpy())
+
+
+def _check_classes(classes: tuple[int, ...] | None, known: int) -> None:
+    if classes is not None and max(classes) >= known:
+        has = f"classes 0 to {known - 1}" if known else "no classes"
+        raise ValueError(f"classes={classes}: this model has {has}")
+
+
+def _deciding(how: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same to go on with a set: an autoencoder may have moved."""
+    kept = {k: v for k, v in how.items() if k not in ("complete", "random")}
+    if isinstance(vae := kept.get("vae"), dict):
+        kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
+    return kept

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from browsers import absent
+from commands import plain, work  # noqa: F401 (fixtures)
 from pictures import encoded, noise_image, write
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

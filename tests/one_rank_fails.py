@@ -1,6 +1,7 @@
-"""``torchrun tests/one_rank_fails.py COMMAND ...``: the command line, of which the last process fails.
+"""`torchrun tests/one_rank_fails.py COMMAND ...`: the last process fails.
 
-Closing the process group takes ten minutes here, as NCCL's may when a process waits for another.
+Closing the process group takes ten minutes here, as NCCL's may when a process waits
+for another.
 """
 
 import os

@@ -26,7 +26,21 @@ from typing import NoReturn
 import pytest
 
 import diffussm
-from diffussm import autoencoder, cli, encoding, evaluation, formats, metrics, training
+from diffussm import (
+    autoencoder,
+    bill,
+    cli,
+    doctor,
+    encoding,
+    evaluation,
+    file_commands,
+    formats,
+    metrics,
+    recipes,
+    run_commands,
+    sample_command,
+    training,
+)
 from tools.book import ROOT
 
 BUILD = (
@@ -406,7 +420,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         run: Path, weights: str, step: int | None
     ) -> tuple[object, training.Recipe, list[str]]:
         name = {"xl": "imagenet256", "xl512": "imagenet512"}.get(run.name, run.name)
-        recipe, _ = cli.read_recipe(name)
+        recipe, _ = recipes.read_recipe(name)
         return (
             SimpleNamespace(to=reach),
             recipe,
@@ -426,12 +440,18 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(training, "load_run", load_run)
     monkeypatch.setattr(formats, "images_from", lambda *given, **options: [])
     monkeypatch.setattr(autoencoder, "load_vae", load_vae)
+    monkeypatch.setattr(recipes, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
-    monkeypatch.setattr(cli, "open_data", lambda config: [])
-    monkeypatch.setattr(cli, "_train_here", reach)
+    monkeypatch.setattr(recipes, "open_data", lambda recipe: [])
+    monkeypatch.setattr(run_commands, "decoder_of", reach)
     world = SimpleNamespace(device="cpu", once=lambda function: function())
-    monkeypatch.setattr(cli, "_cluster", lambda *given, **options: nullcontext(world))
-    monkeypatch.setattr(cli, "doctor_questions", reach)
+
+    def start(*given: object, **options: object) -> nullcontext[SimpleNamespace]:
+        return nullcontext(world)
+
+    for module in (file_commands, run_commands, sample_command):
+        monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(doctor, "examine", reach)
     for name in ("evaluate", "save_statistics"):
         monkeypatch.setattr(evaluation, name, reach)
     monkeypatch.setattr(metrics, "self_test", reach)
@@ -462,7 +482,7 @@ def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "/" not in name or (ROOT / name).is_file(), command
 
 
-@pytest.mark.parametrize("page", ["README.md", "book/93_cli.md"])
+@pytest.mark.parametrize("page", ["README.md", "book/99_imagenet.md"])
 def test_printed_commands_are_understood(
     page: str, no_work: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -554,7 +574,7 @@ def test_readme_lists_what_chapter_14_lists() -> None:
         (ROOT / "README.md").read_text(),
         re.M,
     )
-    known = {one.name: (one.size, one.sha256) for one in cli.DOWNLOADS}
+    known = {one.name: (one.size, one.sha256) for one in bill.DOWNLOADS}
     assert len(rows) == 3
     for name, size, sha256 in rows:
         assert known[name] == (int(size.replace(",", "")), sha256)
@@ -567,7 +587,7 @@ def test_readme_figure_is_of_the_weights_that_come_with_it() -> None:
     assert (
         f"after {record['steps']:,} training steps" in (ROOT / "README.md").read_text()
     )
-    assert cli.read_recipe("digits")[0].steps == record["steps"]
+    assert recipes.read_recipe("digits")[0].steps == record["steps"]
 
 
 def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

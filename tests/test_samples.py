@@ -1,6 +1,5 @@
-"""Sets of samples: the same pictures from any number of processes, and after any interruption."""
+"""Sets of samples: the same from any number of processes, after any interruption."""
 
-import contextlib
 import json
 import time
 from dataclasses import replace
@@ -15,14 +14,16 @@ from processes import cluster, together
 from diffussm import samples
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.samples import SAMPLE_PRESETS, SampleConfig, draw_samples, to_uint8
+from diffussm.samples import SAMPLE_PRESETS, SampleSet, draw_samples
+from diffussm.sampling import Sampler
 from diffussm.training import Preempted
 
 MODEL = DiffuSSMConfig(
     input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4
 )
 DIFFUSION = GaussianDiffusion.linear(50)
-FEW = SampleConfig(count=10, labels="balanced", steps=3, batch_size=4, method="ddim")
+QUICK = Sampler(3, "ddim", cfg_scale=1.5, guidance_channels=3)
+FEW = SampleSet(count=10, labels="balanced", batch_size=4, sampler=QUICK)
 
 
 def network():
@@ -96,8 +97,8 @@ def test_an_interrupted_set_is_finished_and_not_begun_again(
             raise KeyboardInterrupt
         return honest(*arguments, **options)
 
-    honest = samples.denoise
-    monkeypatch.setattr(samples, "denoise", counted)
+    honest = Sampler.walk
+    monkeypatch.setattr(Sampler, "walk", counted)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / name)
     draw(tmp_path / name)
@@ -133,7 +134,7 @@ def test_other_samples_are_refused_and_untouched(tmp_path):
 
 
 def draw_unevenly(out):
-    """The second process is in its batch until all others are done, and longer than the group waits."""
+    """The second process is in its batch until all others are done, and longer."""
     honest, mine = samples.draw_batch, []
 
     def draw_batch(*arguments, **options):
@@ -168,9 +169,9 @@ def test_batches_go_to_whoever_is_free_and_the_last_is_waited_for(tmp_path):
 
 def draw_until_stopped(out):
     """The last process is asked to stop in the middle of its second batch."""
-    honest, begun = samples.denoise, []
+    honest, begun = Sampler.walk, []
 
-    def denoise(*arguments, **options):
+    def walk(*arguments, **options):
         begun.append(1)
         if world.rank < world.size - 1:
             time.sleep(0.2)  # or nothing may be left for the others
@@ -178,7 +179,7 @@ def draw_until_stopped(out):
             world.stopping |= len(begun) == 2 and world.rank == world.size - 1
             yield step
 
-    samples.denoise = denoise
+    Sampler.walk = walk
     try:
         with cluster() as world:
             config = replace(FEW, count=40, batch_size=1)
@@ -265,11 +266,13 @@ def test_an_autoencoder_may_have_moved_but_must_be_the_same(tmp_path):
 
 def test_what_does_not_apply_to_a_model_is_not_in_its_record():
     conditional, latents = MODEL, replace(MODEL, in_channels=4)
-    paper = SampleConfig()
-    assert paper.of(latents).guidance_channels == 3
-    assert paper.of(conditional).guidance_channels is None  # one channel: all of it
-    assert replace(paper, cfg_scale=1.0).of(latents).guidance_channels is None
-    unconditional = paper.of(replace(latents, num_classes=0))
+    paper = SampleSet()
+    assert paper.of(latents).sampler.guidance_channels == 3
+    one = paper.of(conditional).sampler
+    assert one.guidance_channels is None  # one channel: all of it
+    plain = SAMPLE_PRESETS["paper-fid-unguided"].of(latents).sampler
+    assert plain.guidance_channels is None
+    unconditional = paper.of(replace(latents, num_classes=0)).sampler
     assert unconditional.cfg_scale == 1.0 and unconditional.guidance_channels is None
     for model, has in (
         (conditional, "classes 0 to 9"),
@@ -280,9 +283,9 @@ def test_what_does_not_apply_to_a_model_is_not_in_its_record():
 
 
 def test_labels_are_balanced_or_random_by_name():
-    balanced = SampleConfig(labels="balanced").label(range(50_000), 1000)
+    balanced = SampleSet(labels="balanced").label(range(50_000), 1000)
     assert (balanced.bincount(minlength=1000) == 50).all()
-    config = SampleConfig(labels="random")
+    config = SampleSet(labels="random")
     random = config.label(range(50_000), 1000)
     counts = random.bincount(minlength=1000).double()
     assert 40 < counts.var() < 60  # Poisson: variance = mean = 50
@@ -294,66 +297,34 @@ def test_labels_are_balanced_or_random_by_name():
 
 def test_presets_are_the_papers():
     paper = SAMPLE_PRESETS["paper-fid"]
-    assert (paper.count, paper.steps, paper.method, paper.cfg_scale) == (
-        50_000,
-        250,
-        "ddpm",
-        1.5,
-    )
-    assert (paper.labels, paper.guidance_channels, paper.classes) == (
-        "random",
-        3,
-        None,
-    )  # as DiT's code
+    how = Sampler(steps=250, method="ddpm", cfg_scale=1.5, guidance_channels=3)
+    assert (paper.count, paper.sampler) == (50_000, how)
+    assert (paper.labels, paper.classes) == ("random", None)  # as DiT's code
     both = SAMPLE_PRESETS["paper-fid-all"]
-    assert both == replace(paper, labels="balanced", guidance_channels=None)
-    assert SAMPLE_PRESETS["paper-fid-unguided"] == replace(paper, cfg_scale=1.0)
+    all_channels = replace(how, guidance_channels=None)
+    assert both == replace(paper, labels="balanced", sampler=all_channels)
+    unguided = replace(paper, sampler=replace(how, cfg_scale=1.0))
+    assert SAMPLE_PRESETS["paper-fid-unguided"] == unguided
 
 
-def test_pixels_are_rounded_and_latents_refused():
-    images = torch.tensor([-1.0, 0.0, 1.0, 3.0]).view(4, 1, 1, 1)
-    assert to_uint8(images)[:, 0, 0].tolist() == [
-        [0] * 3,
-        [128] * 3,
-        [255] * 3,
-        [255] * 3,
-    ]
-    with pytest.raises(ValueError, match="autoencoder"):
-        to_uint8(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="not finite"):
-        to_uint8(torch.full((1, 3, 2, 2), float("nan")))
+def test_the_record_has_the_flat_keys_of_earlier_versions():
+    record = FEW.record(10)
+    assert set(record) == set(
+        "count labels classes steps method cfg_scale guidance_channels clip_denoised "
+        "precision batch_size seed".split()
+    )
+    assert record["steps"] == 3 and FEW.record(0)["labels"] == "none"
+    noisy = replace(FEW, sampler=replace(QUICK, eta=0.5))
+    assert noisy.record(10)["eta"] == 0.5
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        *(
-            {"count": 0},
-            {"labels": "mine"},
-            {"method": "euler"},
-            {"precision": "fp8"},
-            {"seed": -1},
-        ),
+        *({"count": 0}, {"labels": "mine"}, {"precision": "fp8"}, {"seed": -1}),
         *({"classes": ()}, {"classes": (3, -1)}, {"classes": (3, 3)}),
     ],
 )
 def test_sample_options_that_cannot_work_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(FEW, **changes)
-
-
-def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
-    gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    try:
-        torch.set_float32_matmul_precision("highest")
-        for precision, products in (
-            ("float32", "highest"),
-            ("tf32", "high"),
-            ("bf16", "high"),
-        ):
-            with samples.precision(precision, gpu):
-                assert torch.get_float32_matmul_precision() == products
-            assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -70,6 +70,13 @@ def _is_type_checking(node: ast.stmt) -> bool:
     )
 
 
+def _is_program(node: ast.stmt) -> bool:
+    """What `python -m` alone would run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).startswith(
+        "__name__ == '__main__'"
+    )
+
+
 @dataclass
 class _Module:
     """What is collected from one chapter."""
@@ -162,7 +169,10 @@ class _Module:
                 }
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             self._judge_assignment(node, where)
-        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        elif not (
+            _is_program(node)
+            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        ):
             self.faults.append(
                 f"{where}: `{ast.unparse(node).splitlines()[0]}` would run on "
                 "import; only imports, "

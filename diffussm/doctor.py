@@ -1,0 +1,350 @@
+"""Doctor.
+
+Generated from book/93_doctor.md by `make export`: edit there.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+
+from diffussm import evaluation
+from diffussm.bill import VAE_FILE, checkpoints_kept, published
+from diffussm.latents import LatentStore, verify_store
+from diffussm.recipes import open_data, open_decoder, takes_latents
+from diffussm.resources import memory_needed, parameter_count
+from diffussm.training import Execution, Recipe, check_data
+
+__all__ = [
+    "Plan",
+    "Finding",
+    "Skip",
+    "examine",
+    "add_up",
+    "PROBE",
+    "probe_all_reduce",
+    "QUESTIONS",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is about to start; what is None will not be asked for."""
+
+    recipe: Recipe
+    execution: Execution
+    device: torch.device
+    processes: int
+    out: Path = Path(".")
+    vae: str | None = None
+    weights: Path | None = None
+    reference: Path | None = None
+    limit: float = 120.0
+    quick: bool = False
+
+    @classmethod
+    def here(
+        cls,
+        recipe: Recipe,
+        execution: Execution,
+        device: str | None = None,
+        processes: int = 0,
+        **others: Any,
+    ) -> Self:
+        """The plan for this machine; `others` are the other fields."""
+        asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if asked.index is not None and "LOCAL_RANK" in os.environ:
+            raise ValueError(
+                f"--device {asked} is one GPU for all processes; pass --device cuda, "
+                "and each takes its own"
+            )
+        gpus = torch.cuda.device_count() if asked.type == "cuda" else 0
+        if asked.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            asked = torch.device("cuda", asked.index or local)
+        count = int(os.environ.get("WORLD_SIZE", 0)) or processes or gpus or 2
+        return cls(recipe, execution, asked, count, **others)
+
+
+class Finding(NamedTuple):
+    """A line of the report: "pass", "skip" or "FAIL", and what was seen or to do."""
+
+    what: str
+    verdict: str
+    told: str
+
+
+class Skip(Exception):
+    """A question that does not arise here."""
+
+
+def examine(what: str, plan: Plan) -> Finding:
+    """Ask one of `QUESTIONS`."""
+    try:
+        return Finding(what, "pass", QUESTIONS[what](plan))
+    except Skip as reason:
+        return Finding(what, "skip", str(reason))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        return Finding(what, "FAIL", told)
+
+
+def _ask_memory(plan: Plan) -> str:
+    """Does what each process needs fit what is free for it?"""
+    need = memory_needed(plan.recipe, plan.execution, plan.processes)["total"]
+    if plan.device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(plan.device)[0])
+    else:
+        here = os.environ.get("LOCAL_WORLD_SIZE", plan.processes)
+        free = _free_memory() / int(here)
+    told = (
+        f"{_gigabytes(need)} needed for each of {plan.processes} processes (computed), "
+        f"{_gigabytes(free)} free"
+    )
+    if need > free:
+        raise OSError(
+            f"{told}; lower --micro_batch, or pass --activation_checkpointing true or "
+            "--strategy fsdp"
+        )
+    return told
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that are free, as Linux says it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return 1024.0 * int(line.split()[1])
+    raise Skip("this system does not say in /proc/meminfo how much memory is free")
+
+
+def _ask_disk(plan: Plan) -> str:
+    """Is there room for the checkpoints, and may we write there?"""
+    _first_process_only()
+    kept = checkpoints_kept(plan.recipe, plan.execution)
+    need = kept * 4 * 4.0 * parameter_count(plan.recipe.model)
+    out = plan.out.absolute()
+    there = next(path for path in (out, *out.parents) if path.is_dir())
+    if not os.access(there, os.W_OK):
+        raise OSError(f"{there} cannot be written to; choose another --out")
+    free = shutil.disk_usage(there).free
+    told = (
+        f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free at "
+        f"{there}"
+    )
+    if need > free:
+        raise OSError(f"{told}; free some, raise --keep_every, or choose another --out")
+    return told
+
+
+def _ask_data(plan: Plan) -> str:
+    """Are there data that this model can be trained on, every checksum right?"""
+    found = open_data(plan.recipe)
+    check_data(found, plan.recipe)
+    _first_process_only()
+    told = f"{len(found)} images in {found.num_classes} classes"
+    if isinstance(found, LatentStore) and not plan.quick:
+        if problems := verify_store(found.path):
+            raise OSError("; ".join(problems))
+        told += ", every checksum right"
+    return told
+
+
+def _ask_vae(plan: Plan) -> str:
+    """Does the autoencoder decode what the model will draw?"""
+    model = plan.recipe.model
+    if not takes_latents(model):
+        raise Skip("the recipe trains on pixels")
+    if plan.vae is None:
+        raise Skip("say with --vae what decodes the samples")
+    found = open_data(plan.recipe) if plan.recipe.data else None
+    decode, _ = open_decoder(plan.vae, plan.device, getattr(found, "vae", None))
+    shape = (1, model.in_channels, model.height, model.width)
+    image = decode(torch.zeros(shape, device=plan.device))
+    if not bool(image.isfinite().all()):
+        raise ValueError(f"{plan.vae} decodes to numbers that are not finite")
+    (h, w), (height, width) = shape[2:], image.shape[2:]
+    file = Path(plan.vae) / VAE_FILE
+    known = published(file) if _rank() == 0 and file.is_file() else None
+    whose = f"; its weights are those of {known.url}" if known else ""
+    return f"decodes {h} x {w} to {height} x {width} pixels{whose}"
+
+
+def _ask_gpu(plan: Plan) -> str:
+    """Which cards are there?"""
+    if plan.device.type == "cpu":
+        raise Skip("none is used; a CPU is enough for digits and openmoji")
+    gpus, mine = torch.cuda.device_count(), plan.device.index
+    _check_gpus(gpus, mine)
+    seen = [mine] if "LOCAL_RANK" in os.environ else range(gpus)
+    cards = (torch.cuda.get_device_properties(i) for i in seen)
+    return ", ".join(f"{c.name} with {_gigabytes(c.total_memory)}" for c in cards)
+
+
+def _ask_bf16(plan: Plan) -> str:
+    """Does the arithmetic of the recipe work here?"""
+    if plan.recipe.precision != "bf16":
+        raise Skip(f"the recipe trains in {plan.recipe.precision}")
+    if plan.device.type == "cuda":
+        torch.cuda.set_device(plan.device)
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise OSError("this GPU has no bf16; train with --precision float32")
+    x = torch.ones(8, 8, dtype=torch.bfloat16, device=plan.device)
+    if (x @ x).float().sum().item() != 512:
+        raise OSError("a product in bf16 is wrong; train with --precision float32")
+    return "works"
+
+
+def _ask_inception(plan: Plan) -> str:
+    """Are these the weights that the scores are defined by?"""
+    if plan.weights is None:
+        raise Skip("say with --weights where they lie")
+    _first_process_only()
+    evaluation.check_weights(plan.weights)
+    return f"{plan.weights} has the right checksum"
+
+
+def _ask_reference(plan: Plan) -> str:
+    """Is there something to compare with?"""
+    if plan.reference is None:
+        raise Skip("say with --reference what evaluate shall compare with")
+    _first_process_only()
+    if not plan.reference.exists():
+        raise FileNotFoundError(f"there is no {plan.reference}")
+    known = published(plan.reference) if plan.reference.is_file() else None
+    return f"{plan.reference} is {'the published one' if known else 'there'}"
+
+
+def add_up(kind: str) -> None:
+    """What each process of the probe does: add up a tensor with all the others."""
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    n = dist.get_world_size()
+    x = torch.full((1 << 20,), dist.get_rank() + 1.0, device=kind)
+    dist.all_reduce(x)
+    if not x.min().item() == x.max().item() == n * (n + 1) / 2:
+        raise SystemExit("the sum is wrong")
+    dist.destroy_process_group()
+
+
+PROBE = (sys.executable, "-m", "diffussm.doctor")
+
+
+def probe_all_reduce(
+    kind: str, processes: int, limit: float = 120.0, program: Sequence[str] = PROBE
+) -> str:
+    """Let processes add up a tensor, with NCCL ("cuda") or gloo ("cpu"), in `limit` s.
+
+    Returns what to report; raises OSError if they fail or hang, having ended them.
+    """
+    begun, jobs = time.monotonic(), []
+    try:
+        for who in _meeting(processes):
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | who
+            jobs.append(subprocess.Popen([*program, kind], env=environment, **_QUIET))
+        for job in jobs:
+            left = max(limit - (time.monotonic() - begun), 0.01)
+            _, said = job.communicate(timeout=left)
+            _check_ended(job, said.decode(), kind)
+    except subprocess.TimeoutExpired:
+        raise OSError(
+            f"not all of {processes} finished in {limit:g} s; they were ended. "
+            f"{_ADVICE[kind]}"
+        ) from None
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                job.kill()
+                job.communicate()
+    means = "NCCL" if kind == "cuda" else "gloo"
+    return f"{processes} processes added up a tensor with {means}"
+
+
+def _meeting(processes: int) -> list[dict[str, str]]:
+    """What tells each process who it is, and where the others are."""
+    if "WORLD_SIZE" in os.environ:
+        return [{}]  # torchrun has told us already
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks, place["WORLD_SIZE"] = map(str, range(processes)), str(processes)
+    return [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+
+
+_QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+
+
+def _ask_processes(plan: Plan) -> str:
+    """Can the processes talk to each other?"""
+    return probe_all_reduce(plan.device.type, plan.processes, plan.limit)
+
+
+QUESTIONS: dict[str, Callable[[Plan], str]] = {
+    "GPU": _ask_gpu,
+    "memory": _ask_memory,
+    "bf16": _ask_bf16,
+    "processes": _ask_processes,
+    "disk": _ask_disk,
+    "data": _ask_data,
+    "autoencoder": _ask_vae,
+    "Inception": _ask_inception,
+    "reference": _ask_reference,
+}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _first_process_only() -> None:
+    """Skip, in all processes but the first, what is the same for all of them."""
+    if _rank() > 0:
+        raise Skip("the first process looks")
+
+
+def _check_gpus(gpus: int, mine: int) -> None:
+    if not gpus:
+        raise OSError(
+            "torch sees no GPU; see what nvidia-smi says, and whether torch is for CUDA"
+        )
+    if mine >= gpus:
+        raise OSError(
+            f"process {mine} of this machine has no GPU of its own: there are {gpus}"
+        )
+
+
+_ADVICE = {
+    "cuda": "set NCCL_DEBUG=INFO and try again; if it hangs, NCCL_P2P_DISABLE=1 or "
+    "NCCL_IB_DISABLE=1 tell which link is at fault, NCCL_SOCKET_IFNAME names the "
+    "network to use",
+    "cpu": "set GLOO_SOCKET_IFNAME to the network to use, e.g. lo, and see that no "
+    "firewall is between them",
+}
+
+
+def _check_ended(job: "subprocess.Popen[bytes]", said: str, kind: str) -> None:
+    if job.returncode != 0:
+        last = said.strip().splitlines()[-1:] or ["no message"]
+        raise OSError(f"a process failed: {last[0]:.200}; {_ADVICE[kind]}")
+
+
+if __name__ == "__main__" and __spec__ is not None:  # python -m, and no notebook
+    add_up(sys.argv[1])

@@ -1,0 +1,314 @@
+"""Look, then train.
+
+Generated from book/96_run_commands.md by `make export`: edit there.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffussm.command_line import interruptible, refuse_idle, start
+
+if TYPE_CHECKING:
+    from diffussm.data import Dataset
+    from diffussm.model import DiffuSSM
+    from diffussm.training import Execution, Recipe
+
+__all__ = ["doctor", "train", "say", "takes_latents", "board_writer", "decoder_of"]
+
+
+def doctor(
+    recipe: "Recipe",
+    execution: "Execution",
+    given: set[str],
+    *,
+    out: Path = Path("."),
+    vae: str | None = None,
+    weights: Path | None = None,
+    reference: Path | None = None,
+    processes: int = 0,
+    device: str | None = None,
+    limit: float = 120.0,
+    quick: bool = False,
+) -> int:
+    """see whether this machine can carry out a run, before it starts
+
+    Look at all that a run needs. Exit code 1 if something fails.
+
+    Args:
+        out: where the run will be written
+        vae: autoencoder that decodes the samples
+        weights: Inception weights, for evaluate
+        reference: what evaluate compares with
+        processes: 0: as many as there are GPUs, or 2
+        device: DEVICE
+        limit: seconds that the processes may take to talk
+        quick: do not read all of the latents
+    """
+    _check_doctor(recipe, given, processes, limit)
+    from diffussm.doctor import Plan
+
+    files: dict[str, Any] = {
+        "out": out,
+        "vae": vae,
+        "weights": weights,
+        "reference": reference,
+    }
+    how: dict[str, Any] = {
+        "device": device,
+        "processes": processes,
+        "limit": limit,
+        "quick": quick,
+    }
+    return _examine_all(Plan.here(recipe, execution, **files, **how))
+
+
+def _examine_all(plan: Any) -> int:
+    from diffussm.doctor import QUESTIONS, examine
+
+    failed = False
+    for what in QUESTIONS:
+        found = examine(what, plan)
+        failed |= found.verdict == "FAIL"
+        if int(os.environ.get("RANK", 0)) == 0 or found.verdict == "FAIL":
+            print(f"{found.verdict}  {what}: {found.told}", flush=True)
+    return int(failed)
+
+
+def train(
+    recipe: "Recipe",
+    execution: "Execution",
+    given: set[str],
+    *,
+    out: Path,
+    vae: str | None = None,
+    other_data: bool = False,
+    tensorboard: bool = False,
+    device: str | None = None,
+    no_grid: bool = False,
+) -> int:
+    """train a model from a recipe, or resume it
+
+    Train a model, also under torchrun; the same command again resumes a killed run.
+
+    Args:
+        out: folder of the run
+        vae: autoencoder, to draw samples of latents
+        other_data: go on with other images than the run began with
+        tensorboard: write RUN/tensorboard besides the log
+        device: DEVICE
+        no_grid: draw no samples at the end
+    """
+    _check_train(recipe, execution, given, vae, no_grid)
+    from diffussm.recipes import open_data
+
+    data, writer = open_data(recipe), board_writer() if tensorboard else None
+    _check_data_options(given, recipe)
+    goes_on = partial(_goes_on, out)
+    with (
+        interruptible(goes_on),  # looks again once a checkpoint is whole
+        start("train", device, stoppable=True) as world,
+        interruptible(goes_on),  # for a process that leaves alone
+    ):
+        decode = decoder_of(recipe, vae, world.device, data)
+        world.once(lambda: _claim(out, recipe, execution, data, world, other_data))
+        return _carry_out(recipe, execution, data, out, world, decode, writer, no_grid)
+
+
+def _carry_out(
+    recipe: "Recipe",
+    execution: "Execution",
+    data: "Dataset",
+    out: Path,
+    world: Any,
+    decode: Any,
+    writer: Callable[[str], Any] | None,
+    no_grid: bool,
+) -> int:
+    """Train with the processes of `world`; the exit code."""
+    from diffussm import training
+
+    board = writer(str(out / "tensorboard")) if writer and world.rank == 0 else None
+    hooks: dict[str, Any] = {
+        "on_log": partial(_log, board, recipe.steps),
+        "on_samples": partial(_draw_step, recipe, out, decode),
+    }
+    if world.rank == 0:
+        _say_begun(recipe, data)
+    try:
+        state = training.train(
+            recipe, out, execution, world=world, dataset=data, **hooks
+        )
+    except training.Preempted as stop:
+        return _preempted(out, str(stop), world)
+    finally:
+        if board is not None:
+            board.close()
+    if world.rank == 0:
+        _say_done(out, state.step)
+    if (decode or not takes_latents(recipe)) and not no_grid:
+        _draw_last(recipe, out, decode, state, world)
+    return 0
+
+
+def _log(board: Any, steps: int, row: dict[str, Any]) -> None:
+    """A row of the log, for a person and for the board."""
+    for name, value in row.items():
+        if board is not None and isinstance(value, int | float):
+            board.add_scalar(name, value, row["step"])
+    # None: all steps were left out
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    speed = f"{row['images_per_second']:.1f} images/s"
+    left = f"{_duration(row['seconds_left'])} left"
+    say(f"step {row['step']} of {steps}: loss {loss}, {speed}, {left}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
+
+
+def _draw_step(
+    recipe: "Recipe", out: Path, decode: Any, model: "DiffuSSM", step: int
+) -> None:
+    picture = out / "samples" / f"step_{step:08d}.png"
+    picture.parent.mkdir(exist_ok=True)
+    _draw_rows(model, recipe, picture, decode, progress=False)
+
+
+def _draw_rows(
+    model: "DiffuSSM", recipe: "Recipe", picture: Path, decode: Any, progress: bool
+) -> None:
+    from diffussm.pictures import draw_grid
+    from diffussm.training import diffusion_of
+
+    draw_grid(model, diffusion_of(recipe), picture, decode=decode, progress=progress)
+
+
+def _draw_last(
+    recipe: "Recipe", out: Path, decode: Any, state: Any, world: Any
+) -> None:
+    from diffussm.training import whole_ema
+
+    ema, picture = whole_ema(state, world), out / "samples.png"
+    world.once(lambda: _draw_rows(ema, recipe, picture, decode, progress=True))
+    if world.rank == 0:
+        say(f"a grid of samples is in {picture}")
+
+
+def say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _say_begun(recipe: "Recipe", data: "Dataset") -> None:
+    from diffussm.resources import parameter_count
+
+    millions = parameter_count(recipe.model) / 1e6
+    say(f"{millions:.1f} million parameters, {len(data)} images")
+
+
+def _say_done(out: Path, step: int) -> None:
+    weights = out / "checkpoints" / f"step_{step:08d}" / "ema"
+    log = f"{step} steps done; the log is {out / 'log.jsonl'}"
+    say(f"{log}, the averaged weights are in {weights}")
+
+
+def _preempted(out: Path, told: str, world: Any) -> int:
+    from diffussm.distributed import EXIT_PREEMPTED
+
+    world.once(lambda: (out / "preempted").write_text(told + "\n"))
+    if world.rank == 0:
+        print(told, file=sys.stderr)
+    return EXIT_PREEMPTED
+
+
+def _goes_on(run: Path) -> str:
+    """From where an interrupted run will go on."""
+    saved = sorted(folder.name for folder in (run / "checkpoints").glob("step_*"))
+    if not saved:
+        return "no checkpoint was saved, so the same command begins again"
+    return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
+
+
+def takes_latents(recipe: "Recipe") -> bool:
+    """Whether a run is of latents."""
+    from diffussm import recipes
+
+    return recipes.takes_latents(recipe.model)
+
+
+def _check_doctor(
+    recipe: "Recipe", given: set[str], processes: int, limit: float
+) -> None:
+    if processes < 0 or not limit > 0:
+        raise ValueError("--processes is not negative, and --limit is more than 0")
+    if not takes_latents(recipe):
+        refuse_idle(given, "for a model of pixels")
+    if "WORLD_SIZE" in os.environ:
+        refuse_idle(given, "under torchrun")
+
+
+def _check_train(
+    recipe: "Recipe",
+    execution: "Execution",
+    given: set[str],
+    vae: str | None,
+    no_grid: bool,
+) -> None:
+    every = execution.sample_every
+    if every and takes_latents(recipe) and vae is None:
+        raise ValueError(
+            f"sample_every={every}: to draw latents, say with --vae what decodes them"
+        )
+    if no_grid and not every:
+        refuse_idle(given, "where no samples are drawn")
+
+
+def _check_data_options(given: set[str], recipe: "Recipe") -> None:
+    if recipe.data == "digits":
+        refuse_idle(given, "for digits")
+    latents = takes_latents(recipe)
+    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
+
+
+def _claim(
+    out: Path,
+    recipe: "Recipe",
+    execution: "Execution",
+    data: "Dataset",
+    world: Any,
+    other_data: bool,
+) -> None:
+    """Every reason to refuse comes before the first file."""
+    from diffussm.training import check_data, micro_batch_of, open_run
+
+    micro_batch_of(recipe, execution, world.size)
+    check_data(data, recipe)
+    open_run(out, recipe, execution, data, other_data)
+    (out / "preempted").unlink(missing_ok=True)
+
+
+def board_writer() -> Any:
+    """TensorBoard's writer; ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--tensorboard needs the package tensorboard ({error}); omit the option, "
+            "or install it"
+        ) from None
+    return SummaryWriter
+
+
+def decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
+    """What decodes the samples of a run, if anything does."""
+    from diffussm.recipes import open_decoder
+
+    made_by = getattr(data, "vae", None)
+    return open_decoder(vae, device, made_by)[0] if vae else None

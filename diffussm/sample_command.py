@@ -1,0 +1,285 @@
+"""Draw from a run.
+
+Generated from book/97_sample_command.md by `make export`: edit there.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffussm.command_line import interruptible, nothing_kept, refuse_idle, start
+from diffussm.run_commands import takes_latents
+
+if TYPE_CHECKING:
+    from diffussm.model import DiffuSSM
+    from diffussm.samples import SampleSet
+    from diffussm.sampling import Sampler
+    from diffussm.training import Recipe
+
+__all__ = ["sample", "Found", "find", "with_decoder", "parse_classes", "how_many"]
+
+
+def sample(
+    wanted: "SampleSet",
+    given: set[str],
+    *,
+    from_: Path,
+    step: int | None = None,
+    weights: Literal["ema", "model"] = "ema",
+    vae: str | None = None,
+    grid: Path | None = None,
+    out: Path | None = None,
+    classes: str | None = None,
+    per_class: int = 8,
+    device: str | None = None,
+    overwrite: bool = False,
+    preset: str = "paper-fid",
+) -> int:
+    """draw images from a trained run: a grid to look at, or a set to be scored
+
+    Draw a grid of images, one row per class (--grid), or a set of them (--out), from a
+    run. A set is resumed by the same command, and does not depend on the number of
+    processes.
+
+    Args:
+        from_: folder of the run
+        step: the checkpoint to draw from; default: the newest
+        weights: moving average or raw
+        vae: autoencoder that decodes, for a run on latents
+        grid: a PNG file to write
+        out: a folder of PNG files, or a .npz file
+        classes: numbers or names, or 'all'; default: ten for a grid, all for a set
+        per_class: for a grid: images per class
+        device: DEVICE
+        overwrite: replace the grid if it exists
+    """
+    _check_target(grid, out, per_class, overwrite, given)
+    kept = _batches_kept if out is not None else nothing_kept
+    with (
+        start("sample", device, stoppable=out is not None) as world,
+        interruptible(kept),
+    ):
+        run = find(from_, step, weights, world)
+        wanted = _for_run(run, wanted, classes, given, strict=grid is None)
+        run = with_decoder(run, vae, world.device)
+        if out is not None:
+            _check_count(run, wanted, preset, given)
+            return _draw_set(run, wanted, out, world)
+        if grid is not None and world.rank == 0:
+            _draw_picture(run, wanted, grid, per_class, given)
+        return 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint of a run, and what is known of it."""
+
+    run: Path
+    step: int | None
+    weights: str
+    model: "DiffuSSM"
+    recipe: "Recipe"
+    names: Sequence[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    decode: Any = None
+
+
+def find(run: Path, step: int | None, weights: str, world: Any) -> Found:
+    """The weights of a checkpoint; None: the newest."""
+    from diffussm.training import find_checkpoint, load_run
+
+    is_run = (run / "config.json").is_file()
+    found = world.once(lambda: find_checkpoint(run, step) if is_run else None)
+    step = int(found.name.removeprefix("step_")) if found else step
+    return Found(run, step, weights, *load_run(run, weights, step))
+
+
+def with_decoder(found: Found, vae: str | None, device: Any) -> Found:
+    """The same on a device, with what decodes its latents, and what is recorded."""
+    from diffussm.training import encoder_of
+
+    recipe, decode, identity = found.recipe, None, {}
+    made_by = encoder_of(found.run, recipe.data)
+    if made_by is not None or takes_latents(recipe):
+        decode, identity = _open_decoder(found.run, vae, device, made_by)
+    model = found.model.to(device).eval()
+    facts: dict[str, Any] = {"weights": found.weights}
+    facts["checkpoint"] = f"step_{found.step:08d}"
+    facts["ema_decay"] = recipe.ema_decay
+    if identity:
+        kept = ("name", "encoder_sha256", "decoder_sha256")
+        facts["vae"] = {name: identity[name] for name in kept}
+    return replace(found, model=model, facts=facts, decode=decode)
+
+
+def _for_run(
+    run: Found, wanted: "SampleSet", classes: str | None, given: set[str], strict: bool
+) -> "SampleSet":
+    """The set for this run, with its classes; ValueError for what it has no use for."""
+    _check_sampler(run.recipe, wanted.sampler, given)
+    most = run.recipe.timesteps
+    if wanted.sampler.steps > most:
+        _check_steps(wanted.sampler.steps, most, strict or "steps" in given)
+        wanted = replace(wanted, sampler=replace(wanted.sampler, steps=most))
+    if classes is not None:
+        wanted = replace(wanted, classes=tuple(parse_classes(classes, run.names)))
+    return wanted.of(run.recipe.model)
+
+
+def parse_classes(words: str, names: Sequence[str]) -> list[int]:
+    """ "all", or numbers or names separated by commas, as class numbers."""
+    if words == "all":
+        return list(range(len(names)))
+    return [_class_of(word.strip(), words, names) for word in words.split(",")]
+
+
+def _draw_picture(
+    run: Found, wanted: "SampleSet", picture: Path, per_class: int, given: set[str]
+) -> None:
+    from diffussm.pictures import GRID_ROWS, draw_grid
+    from diffussm.training import diffusion_of
+
+    known, sampler = run.recipe.model.num_classes, wanted.sampler
+    rows = len(wanted.classes or range(min(known, GRID_ROWS) or 1))
+    if wanted.classes is None and rows < known:
+        print(f"the first {rows} of {known} classes; name others with --classes")
+    if "clip_denoised" not in given:
+        sampler = replace(sampler, clip_denoised=run.decode is None)
+    images = rows * per_class
+    print(how_many(images, images, sampler), flush=True)
+    draw_grid(
+        run.model,
+        diffusion_of(run.recipe),
+        picture,
+        sampler=sampler,
+        classes=wanted.classes,
+        per_class=per_class,
+        precision=wanted.precision,
+        seed=wanted.seed,
+        decode=run.decode,
+    )
+    print(f"wrote {picture}")
+
+
+def _draw_set(run: Found, wanted: "SampleSet", out: Path, world: Any) -> int:
+    from diffussm import samples
+    from diffussm.distributed import EXIT_PREEMPTED
+    from diffussm.training import Preempted, diffusion_of
+
+    if world.rank == 0:
+        print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
+    how = {"world": world, "facts": run.facts, "decode": run.decode}
+    try:
+        samples.draw_samples(run.model, diffusion_of(run.recipe), wanted, out, **how)
+    except Preempted as stop:
+        if world.rank == 0:
+            print(f"{stop}; the same command draws the others", file=sys.stderr)
+        return EXIT_PREEMPTED
+    if world.rank == 0:
+        print(f"wrote {wanted.count} images to {out}")
+    return 0
+
+
+def how_many(images: int, at_once: int, sampler: "Sampler") -> str:
+    """What is about to be drawn, in words; the last batch is whole too."""
+    batches, guided = math.ceil(images / at_once), sampler.cfg_scale != 1
+    passes = batches * at_once * sampler.steps * (2 if guided else 1)
+    drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
+    both = ", each with and without the class" if guided else ""
+    return (
+        f"{drawn}, {sampler.steps} steps{both}: {passes:,} passes of an image through "
+        "the network"
+    )
+
+
+def _batches_kept() -> str:
+    return "finished batches are kept, and the same command draws the others"
+
+
+def _open_decoder(run: Path, vae: str | None, device: Any, made_by: Any) -> Any:
+    from diffussm.recipes import open_decoder
+
+    if vae is None:
+        source = f", {made_by['name']}" if made_by else ""
+        raise ValueError(
+            f"{run} was trained on latents; say with --vae what decodes them{source}"
+        )
+    return open_decoder(vae, device, made_by)
+
+
+def _check_target(
+    grid: Path | None,
+    out: Path | None,
+    per_class: int,
+    overwrite: bool,
+    given: set[str],
+) -> None:
+    """ValueError unless one picture or one set is asked for, and can be written."""
+    if (grid is None) == (out is None):
+        raise ValueError(
+            "give either --grid FILE.png, for a picture, or --out, for a set of images"
+        )
+    refuse_idle(given, "beside --grid" if out is None else "beside --out")
+    if per_class < 1:
+        raise ValueError(f"--per_class {per_class}: draw at least one image per class")
+    if grid is not None and grid.suffix.lower() != ".png":
+        raise ValueError(
+            f"--grid {grid}: the picture is a PNG; give a name that ends in .png"
+        )
+    if grid is not None and grid.exists() and not overwrite:
+        raise ValueError(f"{grid} exists; give another name, or --overwrite")
+    target = grid or out
+    if target is not None and not target.parent.is_dir():
+        raise ValueError(f"{target}: the folder {target.parent} does not exist")
+
+
+def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> None:
+    model, channels = recipe.model, sampler.guidance_channels or 0
+    if not model.num_classes:
+        refuse_idle(given, "for a run without classes")
+    elif sampler.cfg_scale == 1:
+        refuse_idle(given, "without guidance, at a cfg_scale of 1")
+    if not takes_latents(recipe):
+        refuse_idle(given, "for a model of pixels")
+    elif sampler.clip_denoised:
+        raise ValueError(
+            "--clip_denoised true clamps predicted images to the range of pixels; this "
+            "run makes latents, which go beyond: omit it"
+        )
+    if "guidance_channels" in given and channels > model.in_channels:
+        raise ValueError(
+            f"--guidance_channels {channels}: the model has {model.in_channels}"
+        )
+
+
+def _check_steps(steps: int, most: int, refuse: bool) -> None:
+    if refuse:  # a set is of a protocol: its steps are not lowered without a word
+        raise ValueError(
+            f"--steps {steps}: the run has {most} timesteps; give that many or fewer"
+        )
+
+
+def _check_count(run: Found, wanted: "SampleSet", preset: str, given: set[str]) -> None:
+    from diffussm.training import read_run
+
+    seen = read_run(run.run).data["images"]
+    if "count" not in given and wanted.count > seen:
+        raise ValueError(
+            f"the preset {preset} draws {wanted.count:,} images, and this run has "
+            f"learnt from {seen:,}; say with --count how many to draw"
+        )
+
+
+def _class_of(word: str, words: str, names: Sequence[str]) -> int:
+    if word in names:
+        return list(names).index(word)
+    if word.isdecimal() and len(word) < 10 and int(word) < len(names):
+        return int(word)
+    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    raise ValueError(
+        f"--classes {words}: {word!r} is no class of this model; its {len(names)} are "
+        f"{known}"
+    )

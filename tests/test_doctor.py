@@ -1,0 +1,231 @@
+"""The doctor: questions to a plan, and processes that may be killed."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import diffussm
+
+from diffussm import doctor, recipes
+from diffussm.training import Execution
+
+
+def plan(recipe, execution=None, **options):
+    """The plan that the command line would have made on this machine."""
+    known = {"device": "cpu", "processes": 1, "limit": 60.0} | options
+    return doctor.Plan.here(recipe, execution or Execution(), **known)
+
+
+def test_doctor_passes_what_is_fine_and_skips_what_was_not_asked(work):
+    said = diffussm(
+        "doctor {w}/tiny.yaml --data {w}/latents --vae {w}/vae --out {w}/new "
+        "--device cpu --processes 2",
+        w=work,
+    )
+    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    for what in ("memory", "processes", "disk", "data", "autoencoder"):
+        assert f"pass  {what}" in lines, said
+    for what in ("GPU", "bf16", "Inception", "reference"):
+        assert f"skip  {what}" in lines, said
+    assert (
+        "16 x 16 pixels" in lines["pass  autoencoder"]
+        and "checksum" in lines["pass  data"]
+    )
+    assert not (work / "new").exists()
+
+
+def test_doctor_fails_with_everything_that_is_wrong_at_once(work, tmp_path):
+    said = diffussm(
+        "doctor imagenet512 --data {w}/latents --vae {w}/other --out {t} --device "
+        "cpu --processes 1 "
+        "--limit 0.01 --reference {t}/none --micro_batch 256 --weights {w}/tiny.yaml",
+        1,
+        w=work,
+        t=tmp_path,
+    )
+    for what in (
+        "memory",
+        "processes",
+        "data",
+        "autoencoder",
+        "Inception",
+        "reference",
+    ):
+        assert f"FAIL  {what}" in said, said
+    assert (
+        "--micro_batch" in said
+        and "made by the encoder of" in said
+        and not list(tmp_path.iterdir())
+    )
+
+
+def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
+    diffussm(
+        "encode {w}/images {t}/s --vae {w}/vae --size 16 --device cpu",
+        w=work,
+        t=tmp_path,
+    )
+    shard = tmp_path / "s" / "shard-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    config = replace(
+        recipes.read_recipe(str(work / "tiny.yaml"))[0], data=str(tmp_path / "s")
+    )
+    for quick, verdict in ((True, "pass"), (False, "FAIL")):
+        assert doctor.examine("data", plan(config, quick=quick)).verdict == verdict
+
+
+def test_a_hang_between_processes_is_cut_off_and_ends_them(tmp_path):
+    mark = tmp_path / "pids"
+    program = (
+        f"import os, time; open({str(mark)!r}, 'a').write(f'{{os.getpid()}} '); "
+        "time.sleep(600)"
+    )
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="GLOO_SOCKET_IFNAME"):
+        doctor.probe_all_reduce("cpu", 2, 2.0, [sys.executable, "-c", program])
+    assert time.monotonic() - begun < 30
+    assert not [
+        pid for pid in mark.read_text().split() if Path(f"/proc/{pid}").exists()
+    ]
+
+
+def test_a_process_that_fails_is_reported_with_its_last_words():
+    with pytest.raises(OSError, match="no cable.*NCCL_DEBUG"):
+        program = [sys.executable, "-c", "raise SystemExit('no cable')"]
+        doctor.probe_all_reduce("cuda", 1, 60.0, program)
+
+
+def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
+    large = recipes.read_recipe("imagenet256")
+    run = plan(*large, processes=8, out=tmp_path / "run")
+    usage = type("", (), {"free": 10e9})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    finding = doctor.examine("disk", run)
+    assert finding.verdict == "FAIL" and "10.0 GB free" in finding.told
+    monkeypatch.setattr(doctor.os, "access", lambda path, how: False)
+    assert "cannot be written" in doctor.examine("disk", run).told
+
+
+def as_process(monkeypatch, rank, gpus):
+    """As torchrun would start it, on a machine with so many GPUs."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+
+def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
+    as_process(monkeypatch, rank=5, gpus=8)
+    seen = []
+
+    def memory(device):
+        seen.append(device)
+        return 1e12, 1e12
+
+    def decoder(name, device, made_by):
+        seen.append(device)
+        raise ValueError("no GPU here")
+
+    def card(index):
+        seen.append(torch.device("cuda", index))
+        return SimpleNamespace(name="a card", total_memory=80e9)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", card)
+    monkeypatch.setattr(doctor, "open_decoder", decoder)
+    config = replace(
+        recipes.read_recipe(str(work / "tiny.yaml"))[0],
+        data=str(work / "latents"),
+        batch_size=8,
+    )
+    for what in ("GPU", "memory", "autoencoder"):
+        doctor.examine(what, plan(config, device=None, vae="x"))
+    assert seen == [torch.device("cuda", 5)] * 3
+
+
+def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypatch):
+    as_process(monkeypatch, rank=2, gpus=2)
+    large = recipes.read_recipe("imagenet256")
+    finding = doctor.examine("GPU", plan(*large, device=None))
+    assert finding.verdict == "FAIL" and "there are 2" in finding.told
+
+
+def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
+    from diffussm import evaluation
+
+    read = []
+    monkeypatch.setattr(doctor, "verify_store", lambda path: read.append(path) or [])
+    monkeypatch.setattr(evaluation, "check_weights", read.append)
+    monkeypatch.setattr(doctor, "published", read.append)
+    monkeypatch.setattr(
+        doctor.shutil,
+        "disk_usage",
+        lambda path: read.append(path) or SimpleNamespace(free=1e15),
+    )
+    config = replace(
+        recipes.read_recipe(str(work / "tiny.yaml"))[0], data=str(work / "latents")
+    )
+    paths = {
+        "weights": work / "tiny.yaml",
+        "reference": work / "tiny.yaml",
+        "vae": str(work / "vae"),
+    }
+    for rank, verdict in ((1, "skip"), (0, "pass")):
+        read.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        for what in ("disk", "data", "Inception", "reference"):
+            assert doctor.examine(what, plan(config, **paths)).verdict == verdict
+        doctor.examine("autoencoder", plan(config, **paths))
+        assert len(read) == (5 if rank == 0 else 0)
+    assert "--processes" in diffussm_under_torchrun(
+        monkeypatch, "doctor digits --processes 2"
+    )
+
+
+def diffussm_under_torchrun(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return diffussm(command, 1)
+
+
+def test_doctor_passes_over_the_memory_where_the_system_does_not_tell(monkeypatch):
+    real = Path.read_text
+
+    def read_text(self, *arguments, **options):
+        if str(self) == "/proc/meminfo":
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    digits = plan(*recipes.read_recipe("digits"))
+    assert doctor.examine("memory", digits).verdict == "skip"
+
+
+def test_doctor_takes_the_options_of_the_recipe(plain):
+    words = (
+        f"doctor digits --data {plain.folder}/images --device cpu --processes 1 "
+        "--quick "
+    )
+    assert "FAIL  data" in diffussm(words, 1)
+    said = diffussm(
+        words + "--model.in_channels 3 --model.num_classes 0 --batch_size 4"
+    )
+    assert "pass  data: 6 images" in said
+
+
+def test_the_program_of_the_probe_adds_up_and_says_when_the_sum_is_wrong(monkeypatch):
+    assert (
+        doctor.probe_all_reduce("cpu", 2) == "2 processes added up a tensor with gloo"
+    )
+    monkeypatch.setattr(doctor.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(doctor.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(doctor.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(doctor.dist, "all_reduce", lambda x: None)
+    with pytest.raises(SystemExit, match="the sum is wrong"):
+        doctor.add_up("cpu")

@@ -1,0 +1,214 @@
+"""The command train: what it leaves, says, and goes on with."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+from commands import ALONE, SMALL, diffussm
+from PIL import Image
+
+from diffussm import recipes, run_commands
+from diffussm.data import TensorData, batch_indices, digits
+from diffussm.latents import LatentStore
+
+
+def test_train_leaves_a_log_checkpoints_and_a_picture(work):
+    run = work / "digits"
+    assert [
+        json.loads(line)["step"]
+        for line in (run / "log.jsonl").read_text().splitlines()
+    ] == [4]
+    assert (
+        run / "checkpoints" / "step_00000004" / "ema" / "model.safetensors"
+    ).is_file()
+    assert np.asarray(Image.open(run / "samples.png")).shape == (10 * 52, 8 * 52)
+
+
+def test_training_on_latents_draws_decoded_pictures_and_remembers_the_autoencoder(work):
+    run = work / "latent-run"
+    for picture in (run / "samples.png", run / "samples" / "step_00000004.png"):
+        assert np.asarray(Image.open(picture)).shape == (
+            2 * 52,
+            8 * 52,
+            3,
+        )  # 16 pixels, three times as large
+    assert (
+        json.loads((run / "vae.json").read_text()) == LatentStore(work / "latents").vae
+    )
+    assert list((run / "tensorboard").glob("events.*"))
+
+
+def test_training_says_how_large_how_fast_and_how_long(tmp_path):
+    said = diffussm(f"train digits --out {tmp_path}/run --steps 4 --no_grid {SMALL}")
+    for words in (
+        "million parameters",
+        "dynamics",
+        "images/s",
+        " s left",
+        "4 steps done",
+    ):
+        assert words in said
+
+
+def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
+    tmp_path, monkeypatch
+):
+    class TooLarge(TensorData):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (
+                image + 1e30
+                if index == int(batch_indices(len(self), 8, 1, 0)[0])
+                else image
+            ), label
+
+    seen = []
+    board = SimpleNamespace(
+        add_scalar=lambda name, value, step: seen.append(float(value)),
+        close=lambda: None,
+    )
+    monkeypatch.setattr(run_commands, "board_writer", lambda: lambda folder: board)
+    monkeypatch.setattr(recipes, "open_data", lambda config: TooLarge(*digits("train")))
+    said = diffussm(
+        f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard "
+        f"{SMALL} --log_every 1"
+    )
+    assert "step 2 of 3: loss not finite" in said and len(seen) > 20
+
+
+def test_the_same_command_resumes(work, tmp_path):
+    out = tmp_path / "run"
+    diffussm(f"train digits --out {out} --steps 4 --no_grid {SMALL}")
+    diffussm(f"train digits --out {out} --steps 8 --no_grid {SMALL}")
+    assert [
+        json.loads(line)["step"]
+        for line in (out / "log.jsonl").read_text().splitlines()
+    ] == [4, 8]
+
+
+def test_options_come_from_a_yaml_file_and_are_overruled_by_words(work, tmp_path):
+    words = (
+        "train {w}/tiny.yaml --data {w}/latents --out {t}/run --batch_size 2 "
+        "--device cpu --no_grid"
+    )
+    diffussm(words, w=work, t=tmp_path)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert (stored["steps"], stored["model"]["d_model"], stored["batch_size"]) == (
+        4,
+        16,
+        2,
+    )
+    (tmp_path / "part.yaml").write_text("steps: 2\nmodel:\n  d_model: 8\n")
+    diffussm(
+        words.replace("run", "run2") + " --config {t}/part.yaml", w=work, t=tmp_path
+    )
+    stored = json.loads((tmp_path / "run2" / "config.json").read_text())["recipe"]
+    assert (
+        stored["steps"],
+        stored["model"]["d_model"],
+        stored["model"]["num_classes"],
+    ) == (2, 8, 2)
+
+
+def test_training_takes_an_image_folder_without_classes(work, tmp_path):
+    (tmp_path / "pixels.yaml").write_text(
+        "model: "
+        "{input_size: 8, in_channels: 3, num_classes: 0, "
+        "d_model: 16, n_blocks: 1, d_state: 4}\n"
+        "steps: 2\nbatch_size: 4\n"
+    )
+    words = "train {t}/pixels.yaml --data {w}/images --out {t}/run --device cpu"
+    diffussm(words, w=work, t=tmp_path)
+    assert np.asarray(Image.open(tmp_path / "run" / "samples.png")).shape == (
+        52,
+        8 * 52,
+        3,
+    )
+
+
+def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    def once_shown(line):
+        if line.startswith("step 2 "):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = (
+        f"train digits --out {tmp_path}/run --steps 6 --no_grid {SMALL} --log_every 1"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(run_commands, "say", once_shown)
+        said = diffussm(words, 75)
+    step = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step_00000003" / "state.json").read_text()
+    )["step"]
+    assert step == 3 and "goes on from there" in said and "step 3 of 6" in said
+    assert (tmp_path / "run" / "preempted").read_text().strip() in said
+    assert "6 steps done" in diffussm(words)
+
+
+def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "diffussm",
+        *f"train digits --out {tmp_path}/run --steps 30 {SMALL}".split(),
+    ]
+    job = subprocess.Popen(
+        [*command, "--no_grid"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    job.stdout.close()
+    with job.stderr as stream:
+        said = stream.read().decode()
+    assert job.wait(timeout=400) == 0, said
+    assert (tmp_path / "run" / "checkpoints" / "step_00000030").is_dir()
+    assert "Traceback" not in said and "Broken pipe" not in said
+    assert "step/s" not in said  # nobody watches a bar
+
+
+def test_a_line_of_output_does_not_stick_to_the_bar():
+    from tqdm import tqdm
+
+    stream = io.StringIO()
+    with (
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+        tqdm(total=3) as bar,
+    ):
+        bar.update()
+        run_commands.say("a line")
+    assert ALONE.search(stream.getvalue())[1] == "a line"
+
+
+def test_a_run_goes_on_with_other_pictures_only_when_told(plain, tmp_path):
+    import shutil
+
+    shutil.copytree(plain.run, tmp_path / "run")
+    shutil.copytree(plain.folder / "images", tmp_path / "images")
+    (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "7.png")
+    words = (
+        "train {f}/plain.yaml --data {t}/images --out {t}/run --device cpu --steps 4 "
+        "--no_grid --keep_last 1"
+    )
+    assert "--other_data" in diffussm(words, 1, f=plain.folder, t=tmp_path)
+    assert "4 steps done" in diffussm(
+        words + " --other_data", f=plain.folder, t=tmp_path
+    )
+
+
+def test_the_weights_are_where_the_last_line_says(plain):
+    assert f"{plain.run}/checkpoints/step_00000003/ema" in plain.said
+    assert (
+        plain.run / "checkpoints" / "step_00000003" / "ema" / "model.safetensors"
+    ).is_file()
+
+
+def test_kept_checkpoints_are_named_without_brackets(plain):
+    assert json.loads((plain.run / "config.json").read_text())["execution"]["keep"] == [
+        "1",
+        "2",
+    ]
