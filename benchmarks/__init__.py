@@ -1,1 +1,1 @@
-"""Ratios measured side by side, one command each, such as `python -m benchmarks.kernel`."""
+"""Ratios measured side by side, one command each."""

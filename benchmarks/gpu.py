@@ -1,10 +1,10 @@
 """All that a GPU can tell about the efficiency of the model, as one JSON.
 
-Run ``benchmarks/gpu.sh``. bfloat16 by autocast, blocks compiled, for both kinds of model. Every section checks its
-two sides before it compares them; one that cannot be measured (too little memory,
-noise, a wrong result) is recorded with its reason, and the others go on. ``--rehearse``
-walks the same way with tiny sizes, on any machine, and writes nothing: its figures mean
-nothing.
+Run ``benchmarks/gpu.sh``. bfloat16 by autocast, blocks compiled, for both kinds of
+model. Every section checks its two sides before it compares them; one that cannot be
+measured (too little memory, noise, a wrong result) is recorded with its reason, and the
+others go on. ``--rehearse`` walks the same way with tiny sizes, on any machine, and
+writes nothing: its figures mean nothing.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def make_loss(model: nn.Module, batch: int, precision: str = "float32") -> Job:
 def make_step(
     model: nn.Module, batch: int, precision: str = "float32", fused: bool = True
 ) -> Job:
-    """A function that trains the model on one batch, always the same; returns the loss."""
+    """A function that trains the model on one and the same batch; returns the loss."""
     loss_of = make_loss(model, batch, precision)
     ema = copy.deepcopy(model).requires_grad_(False)
     groups = parameter_groups(model, 1e-4, 1e-3)
