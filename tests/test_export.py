@@ -567,6 +567,7 @@ def test_cells_are_those_that_jupytext_finds(path: Path) -> None:
         assert lines[cell.line - 1] == cell.source.splitlines()[0]
 
 
+@pytest.mark.slow  # `make check` does it by itself
 def test_package_is_what_the_book_says() -> None:
     command = [sys.executable, "-m", "tools.export", "--check"]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_code_is_formatted() -> None:
     run("ruff", "format", "--check", ".")
 
 
+@pytest.mark.slow
 def test_types_hold() -> None:
     run("mypy")
 
@@ -50,22 +52,35 @@ def test_overview_has_a_box_for_each_chapter() -> None:
     assert figure.count("<rect") == 1 + count  # the ground, and the boxes
 
 
+@pytest.mark.slow
 def test_chapters_are_stored_as_jupytext_writes_them() -> None:
     run("tools.tidy", "--check")
 
 
-@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
-def test_cells_use_only_names_that_exist(path: Path, tmp_path: Path) -> None:
-    notebook = tmp_path / f"{path.stem}.ipynb"
-    nbformat.write(jupytext.read(path), notebook)
-    run(
-        "ruff",
-        "check",
-        "--isolated",
-        "--no-cache",
-        "--select=F821,F63,F7,E9",
-        str(notebook),
+@pytest.fixture(scope="module")
+def undefined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What ruff says about the chapters' notebooks, all in one call."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    for path in NUMBERED:
+        nbformat.write(jupytext.read(path), folder / f"{path.stem}.ipynb")
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache"]
+    options = ["--select=F821,F63,F7,E9", "--output-format=json", str(folder)]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False
     )
+    findings: dict[str, list[str]] = {path.stem: [] for path in NUMBERED}
+    for found in json.loads(done.stdout):
+        place = f"cell {found['cell']}, line {found['location']['row']}"
+        name = Path(found["filename"]).stem
+        findings[name].append(f"{place}: {found['message']}")
+    return findings
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NUMBERED])
+def test_cells_use_only_names_that_exist(
+    name: str, undefined: dict[str, list[str]]
+) -> None:
+    assert not undefined[name]
 
 
 def test_labels_are_unique_in_the_book() -> None:

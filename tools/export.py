@@ -423,7 +423,7 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
         if chapter.path.stem in selected
     ]
     owners: dict[str, str] = {}
-    texts: dict[Path, str] = {}
+    modules: list[_Module] = []
     for chapter in book:
         if chapter.module:
             earlier = owners.setdefault(chapter.module, chapter.name)
@@ -439,8 +439,7 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
             module = _Module(chapter, pages, helpers)
             for cell in chapter.exported:
                 module.add(cell)
-            if not module.faults:
-                texts[root / PACKAGE / f"{chapter.module}.py"] = _format(root, module)
+            modules.append(module)
             faults += module.faults
     if only is None:
         faults += [
@@ -448,6 +447,12 @@ def build(root: Path = ROOT, only: list[str] | None = None) -> dict[Path, str]:
             for path in sorted((root / PACKAGE).glob("*.py"))
             if path.stem not in owners and path.name not in HAND_WRITTEN
         ]
+    if not faults:
+        texts = {
+            root / PACKAGE / f"{module.chapter.module}.py": _format(root, module)
+            for module in modules
+        }
+        faults = [fault for module in modules for fault in module.faults]
     if faults:
         raise ExportError(faults)
     return texts
