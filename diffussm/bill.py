@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffussm import evaluation
+from diffussm.features import WEIGHTS
 from diffussm.files import sha256
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSMConfig
@@ -125,9 +125,9 @@ DOWNLOADS = (
         f"{ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz",
     ),
     Download(
-        evaluation.WEIGHTS,
+        WEIGHTS,
         "scores",
-        f"{FIDELITY}/{evaluation.WEIGHTS}",
+        f"{FIDELITY}/{WEIGHTS}",
         95_628_359,
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),

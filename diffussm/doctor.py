@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 
-from diffussm import evaluation
+from diffussm import features
 from diffussm.bill import VAE_FILE, checkpoints_kept, published
 from diffussm.latents import LatentStore, verify_store
 from diffussm.recipes import open_data, open_decoder, takes_latents
@@ -216,7 +216,7 @@ def _ask_inception(plan: Plan) -> str:
     if plan.weights is None:
         raise Skip("say with --weights where they lie")
     _first_process_only()
-    evaluation.check_weights(plan.weights)
+    features.check_weights(plan.weights)
     return f"{plan.weights} has the right checksum"
 
 

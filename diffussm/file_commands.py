@@ -238,10 +238,10 @@ def statistics(
     if data.suffix == ".npz":
         refuse_idle(given, "for .npz files, whose pictures are as they are")
     how = _scoring(weights, size, exif_rotate, batch_size, device)
-    from diffussm import evaluation
+    from diffussm import features
 
     with interruptible(nothing_kept):
-        evaluation.save_statistics(data, out, **how)
+        features.save_statistics(data, out, **how)
     print(f"wrote {out}")
     return 0
 

@@ -1,9 +1,11 @@
 """Metrics.
 
-Generated from book/56_metrics.md by `make export`: edit there.
+Generated from book/50_metrics.md by `make export`: edit there.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,10 @@ __all__ = [
     "precision_recall",
     "PART",
     "inception_score",
+    "FeatureStatistics",
+    "SCORES",
+    "scores",
+    "protocol",
     "self_test",
 ]
 
@@ -183,6 +189,79 @@ def inception_score(logits: Tensor, part: int = PART) -> float:
         divergence = (rows.exp() * (rows - log_marginal)).sum(dim=1)
         scores.append(float(divergence.mean().exp()))
     return float(np.mean(scores))
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What scores need to know of a set of images; float64 moments, float32 features.
+
+    mu (d,), sigma (d, d) of pooled features, mu_s (s,), sigma_s (s, s) of spatial ones;
+    pool (n, d) and logits (n, classes) of all images or of some, in an order that says
+    nothing. `record` says what was read.
+    """
+
+    count: int
+    mu: np.ndarray
+    sigma: np.ndarray
+    mu_s: np.ndarray | None = None
+    sigma_s: np.ndarray | None = None
+    pool: Tensor | None = None
+    logits: Tensor | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+SCORES = ("fid", "sfid", "kid", "inception_score", "precision", "recall")
+
+
+def scores(
+    samples: FeatureStatistics,
+    reference: FeatureStatistics,
+    device: str | torch.device = "cpu",
+) -> dict[str, float | None]:
+    """All of SCORES, computed on `device` where distances between features are."""
+    ours, theirs = samples, reference
+    found: dict[str, float | None] = dict.fromkeys(SCORES)
+    found["fid"] = frechet_distance(ours.mu, ours.sigma, theirs.mu, theirs.sigma)
+    spatial = (ours.mu_s, ours.sigma_s, theirs.mu_s, theirs.sigma_s)
+    if all(moment is not None for moment in spatial):
+        found["sfid"] = frechet_distance(*spatial)  # type: ignore[arg-type]
+    if ours.logits is not None and len(ours.logits) >= 10:
+        found["inception_score"] = inception_score(ours.logits, PART)
+    real, fake = theirs.pool, ours.pool
+    if real is not None and fake is not None and min(len(real), len(fake)) > NEAREST:
+        found["kid"] = kernel_distance(real, fake, BLOCK)
+        covered = precision_recall(real.to(device), fake.to(device), NEAREST)
+        found["precision"], found["recall"] = covered
+    return found
+
+
+def protocol(
+    samples: FeatureStatistics,
+    reference: FeatureStatistics,
+    found: dict[str, float | None],
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """How each of the scores was computed."""
+    how: dict[str, Any] = {
+        "samples": samples.count,
+        "moments": str(samples.sigma.dtype),
+    }
+    if found["inception_score"] is not None and samples.logits is not None:
+        parts = [len(rows) for rows in torch.split(samples.logits, PART)]
+        last = {"part": PART, "last_part": parts[-1]}
+        how["inception_score"] = {"parts": len(parts), **last}
+    if (
+        found["kid"] is not None
+        and reference.pool is not None
+        and samples.pool is not None
+    ):
+        sizes = len(reference.pool), len(samples.pool)
+        block = min(BLOCK, *sizes)
+        how["kid"] = {"block": block, "blocks": min(sizes) // block}
+        distances = f"{reference.pool.dtype} on {torch.device(device).type}"
+        sets = {"reference": sizes[0], "samples": sizes[1]}
+        how["precision_recall"] = {"k": NEAREST, **sets, "distances": distances}
+    return how
 
 
 def _known_answers() -> Iterator[tuple[str, object, object]]:

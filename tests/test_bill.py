@@ -40,8 +40,8 @@ def test_a_file_with_the_name_of_a_published_one_must_be_that_one(
 
 
 def test_published_checksums_agree_with_the_name_and_the_evaluator():
-    from diffussm import evaluation
+    from diffussm import features
 
-    weights = next(one for one in bill.DOWNLOADS if one.name == evaluation.WEIGHTS)
+    weights = next(one for one in bill.DOWNLOADS if one.name == features.WEIGHTS)
     assert weights.sha256[:8] in weights.name
     assert all(one.sha256 is None or len(one.sha256) == 64 for one in bill.DOWNLOADS)

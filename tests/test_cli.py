@@ -241,7 +241,7 @@ INTERRUPTED = [
         "nothing is kept",
     ),
     (
-        "diffussm.evaluation.save_statistics",
+        "diffussm.features.save_statistics",
         "statistics {w}/images {t}/x.npz",
         "nothing is kept",
     ),

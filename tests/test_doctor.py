@@ -158,11 +158,11 @@ def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypat
 
 
 def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
-    from diffussm import evaluation
+    from diffussm import features
 
     read = []
     monkeypatch.setattr(doctor, "verify_store", lambda path: read.append(path) or [])
-    monkeypatch.setattr(evaluation, "check_weights", read.append)
+    monkeypatch.setattr(features, "check_weights", read.append)
     monkeypatch.setattr(doctor, "published", read.append)
     monkeypatch.setattr(
         doctor.shutil,

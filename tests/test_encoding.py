@@ -418,7 +418,7 @@ class Pixels:
 def test_training_encoding_and_scoring_see_the_same_pixels(tmp_path, exif_rotate):
     from test_data import draw_weird
 
-    from diffussm.evaluation import read_images
+    from diffussm.image_sets import read_images
 
     truth = draw_weird(tmp_path / "weird")
     folder = images_from(tmp_path / "weird", 24, exif_rotate=exif_rotate)

@@ -2,77 +2,27 @@
 
 import io
 import json
-import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from scored import Colours, batches, odd_images, some
 
-from diffussm.evaluation import (
-    Inception,
-    Statistics,
-    check_weights,
-    evaluate,
-    load_reference,
-    read_images,
-    save_statistics,
-    scores,
-    statistics,
-)
-from diffussm.images import center_crop, read_image
-from diffussm.metrics import precision_recall
-from tools.rehearsal import random_inception
-
-
-class Colours:
-    """Ten numbers of each image: a cheap extractor whose features are known."""
-
-    name, checksum = "colours", "0"
-
-    def __call__(self, images):
-        x = images.double() / 255
-        pool = torch.cat(
-            [x.mean((2, 3)), x.std((2, 3)), x[:, :, 0, 0], x[:, :1, 1, 1]], dim=1
-        )
-        return {"pool": pool, "spatial": x[:, 0].flatten(1)[:, :8], "logits": pool * 5}
-
-
-def some(n, seed=0, size=4):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, size=(n, size, size, 3), dtype=np.uint8)
-
-
-def batches(images, size=7):
-    return list(torch.from_numpy(images).permute(0, 3, 1, 2).split(size))
+from diffussm.evaluation import evaluate
+from diffussm.features import load_reference, save_statistics, statistics
+from diffussm.images import center_crop
+from diffussm.metrics import SCORES, precision_recall
 
 
 def adm_inception_score(logits, part=5000):
-    """As ADM's evaluator computes it: consecutive parts, the last one short, all of equal weight."""
+    """As ADM computes it: consecutive parts, the last one short, of equal weight."""
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     cut = [p[start : start + part] for start in range(0, len(p), part)]
     return np.mean(
         [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in cut]
     )
-
-
-def test_moments_of_a_stream_are_those_of_the_whole():
-    images = some(50)
-    found = statistics(batches(images), Colours())
-    whole = Colours()(torch.from_numpy(images).permute(0, 3, 1, 2))
-    for name, mu, sigma in (
-        ("pool", found.mu, found.sigma),
-        ("spatial", found.mu_s, found.sigma_s),
-    ):
-        np.testing.assert_allclose(mu, whole[name].numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(
-            sigma, np.cov(whole[name].numpy(), rowvar=False), atol=1e-12
-        )
-    assert found.count == 50
 
 
 def test_folder_npz_and_batches_give_the_same_scores(tmp_path):
@@ -87,48 +37,13 @@ def test_folder_npz_and_batches_give_the_same_scores(tmp_path):
         evaluate(way, tmp_path / "reference.npz", extractor=Colours(), batch_size=7)
         for way in ways
     ]
-    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+    for name in SCORES:
         assert results[0][name] is not None
         assert (
             results[0][name]
             == pytest.approx(results[1][name])
             == pytest.approx(results[2][name])
         )
-
-
-def odd_images(folder):
-    """Files that readers disagree about; returns those that are images to be trained on."""
-    rng = np.random.default_rng(5)
-    folder.mkdir()
-    Image.fromarray((rng.random((16, 16)) * 65535).astype(np.uint16)).save(
-        folder / "16 bits.png"
-    )
-    transparent = np.zeros((16, 16, 4), np.uint8)
-    transparent[4:12, 4:12] = (200, 30, 30, 255)
-    Image.fromarray(transparent).save(folder / "transparent.png")
-    turned = Image.Exif()
-    turned[0x0112] = 3  # upside down
-    Image.fromarray(some(1, 6, 16)[0]).save(folder / "turned.PNG", exif=turned)
-    Image.fromarray(some(1, 7, 16)[0]).convert("P").save(folder / "palette é.gif")
-    Image.fromarray(some(1, 8, 16)[0]).save(folder / ".png.png")
-    for hidden in (".ipynb_checkpoints", "__MACOSX"):
-        (folder / hidden).mkdir()
-        Image.fromarray(some(1, 9, 16)[0]).save(folder / hidden / "copy.png")
-    Image.fromarray(some(1, 8, 16)[0]).save(folder / "plain.png")
-    return sorted(
-        p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")
-    )
-
-
-@pytest.mark.parametrize("exif_rotate", [False, True])
-def test_scoring_sees_the_pixels_that_training_sees(tmp_path, exif_rotate):
-    files = odd_images(tmp_path / "set")
-    seen = torch.cat(list(read_images(tmp_path / "set", 2, exif_rotate=exif_rotate)))
-    training = torch.stack(
-        [read_image(path, 16, exif_rotate=exif_rotate) for path in files]
-    )
-    assert len(seen) == len(files) == 5
-    torch.testing.assert_close(seen / 127.5 - 1, training, atol=1e-6, rtol=0)
 
 
 def test_what_is_hidden_or_broken_does_not_count_and_what_is_broken_is_listed(tmp_path):
@@ -182,7 +97,7 @@ def test_the_result_says_whether_exif_was_obeyed(tmp_path):
 
 
 def of_ten_classes(n):
-    """Images of which `Colours` is certain: class c has one bright channel pattern of its own."""
+    """Images of which `Colours` is certain: each class has one bright pattern."""
     rng = np.random.default_rng(1)
     prototypes = rng.integers(0, 256, size=(10, 4, 4, 3))
     images = np.repeat(prototypes, n // 10, axis=0) + rng.integers(
@@ -192,7 +107,7 @@ def of_ten_classes(n):
 
 
 class Certain(Colours):
-    """Colours whose logits are far apart, so that a part with few classes has a low score."""
+    """Colours with logits far apart, so that a part with few classes scores low."""
 
     def __call__(self, images):
         found = super().__call__(images)
@@ -200,8 +115,8 @@ class Certain(Colours):
 
 
 def test_the_order_of_files_decides_no_score(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffussm.evaluation.PART", 10)
-    monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 20)
+    monkeypatch.setattr("diffussm.metrics.PART", 10)
+    monkeypatch.setattr("diffussm.features.NEIGHBOURS", 20)
     images = of_ten_classes(100)
     names = {
         "sorted": np.arange(100),
@@ -220,7 +135,7 @@ def test_the_order_of_files_decides_no_score(tmp_path, monkeypatch):
             ("reversed.npz", "sorted"),
         )
     ]
-    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+    for name in SCORES:
         values = [result[name] for result in results]
         assert values == pytest.approx([values[0]] * 3, rel=1e-5, abs=1e-6), name
     assert (
@@ -253,7 +168,7 @@ def test_precision_and_recall_take_so_many_images_of_the_reference(
 ):
     others, ours = some(60, 1), some(30)
     np.savez(tmp_path / "images.npz", others)
-    monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 20)
+    monkeypatch.setattr("diffussm.features.NEIGHBOURS", 20)
     save_statistics(
         tmp_path / "images.npz",
         tmp_path / "statistics.npz",
@@ -273,7 +188,7 @@ def test_precision_and_recall_take_so_many_images_of_the_reference(
         assert (result["precision"], result["recall"]) == pytest.approx(expected)
         assert result["protocol"]["precision_recall"]["reference"] == 20
         assert result["reference"]["count"] == 60
-    monkeypatch.setattr("diffussm.evaluation.NEIGHBOURS", 10)
+    monkeypatch.setattr("diffussm.features.NEIGHBOURS", 10)
     with pytest.raises(ValueError, match="20 images .*make it again"):
         load_reference(tmp_path / "statistics.npz", Colours())
 
@@ -284,7 +199,7 @@ def test_distances_are_computed_where_the_extractor_is(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(
-        "diffussm.evaluation.precision_recall",
+        "diffussm.metrics.precision_recall",
         lambda real, fake, k: seen.append((real, fake)) or (0.5, 0.25),
     )
     np.savez(tmp_path / "a.npz", some(20))
@@ -300,7 +215,7 @@ def test_distances_are_computed_where_the_extractor_is(tmp_path, monkeypatch):
 def test_the_protocol_is_computed_from_what_was_done(tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", some(23))
     np.savez(tmp_path / "b.npz", some(40, 1))
-    monkeypatch.setattr("diffussm.evaluation.PART", 10)
+    monkeypatch.setattr("diffussm.metrics.PART", 10)
     result = evaluate(
         tmp_path / "a.npz", tmp_path / "b.npz", extractor=Colours(), batch_size=9
     )
@@ -430,20 +345,6 @@ def test_sets_that_are_not_there_or_not_alike_are_not_averaged_in_silence(tmp_pa
     )
 
 
-@pytest.mark.parametrize(
-    ("array", "says"),
-    [
-        (np.asfortranarray(some(4)), "Fortran order.*ascontiguousarray"),
-        (some(4).astype(np.float32), "holds float32, expected uint8"),
-        (some(4)[..., :2], "shape .4, 4, 4, 2., expected .n, H, W, 3."),
-    ],
-)
-def test_an_npz_that_is_refused_is_told_why(tmp_path, array, says):
-    np.savez(tmp_path / "a.npz", array)
-    with pytest.raises(ValueError, match=says):
-        list(read_images(tmp_path / "a.npz"))
-
-
 def test_a_set_against_itself_is_perfect(tmp_path):
     np.savez(tmp_path / "a.npz", some(40))
     result = evaluate(tmp_path / "a.npz", tmp_path / "a.npz", extractor=Colours())
@@ -451,39 +352,6 @@ def test_a_set_against_itself_is_perfect(tmp_path):
         "sfid"
     ] == pytest.approx(0, abs=1e-6)
     assert (result["precision"], result["recall"]) == (1, 1)
-
-
-def test_every_kind_of_reference_gives_the_same_distance(tmp_path):
-    others = some(40, 1)
-    np.savez(tmp_path / "images.npz", others)
-    (tmp_path / "folder").mkdir()
-    for i, image in enumerate(others):
-        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
-    save_statistics(
-        tmp_path / "images.npz", tmp_path / "statistics.npz", extractor=Colours()
-    )
-    found = statistics(tmp_path / "images.npz", Colours())
-    moments = {
-        "mu": found.mu,
-        "sigma": found.sigma,
-        "mu_s": found.mu_s,
-        "sigma_s": found.sigma_s,
-    }
-    np.savez(
-        tmp_path / "adm.npz", arr_0=others[:10], **moments
-    )  # moments of all, some of the images
-    results = {}
-    for name in ("images.npz", "folder", "statistics.npz", "adm.npz"):
-        kind = name.removesuffix(".npz")
-        assert load_reference(tmp_path / name, Colours())[1] == kind
-        results[kind] = evaluate(
-            batches(some(30)), tmp_path / name, extractor=Colours()
-        )
-        assert results[kind]["fid"] == pytest.approx(results["images"]["fid"], rel=1e-6)
-        assert results[kind]["sfid"] == pytest.approx(
-            results["images"]["sfid"], rel=1e-6
-        )
-    assert results["statistics"]["recall"] == results["images"]["recall"]
 
 
 def test_the_result_says_everything_and_several_seeds_give_a_spread(tmp_path):
@@ -535,138 +403,7 @@ def test_too_few_images_are_noted(tmp_path):
     )
 
 
-def test_statistics_of_another_extractor_are_refused(tmp_path):
-    class Other(Colours):
-        name = "other"
-
-    save_statistics(batches(some(20)), tmp_path / "s.npz", extractor=Other())
-    with pytest.raises(ValueError, match="made with other"):
-        evaluate(batches(some(20)), tmp_path / "s.npz", extractor=Colours())
-
-
-def test_features_that_are_not_finite_are_refused():
-    class Broken(Colours):
-        def __call__(self, images):
-            return {"pool": torch.full((len(images), 3), float("nan"))}
-
-    with pytest.raises(ValueError, match="not finite"):
-        statistics(batches(some(20)), Broken())
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["float", "grey", "sizes", "empty", "text", "missing", "truncated", "pickle"],
-)
-def test_what_is_no_set_of_images_is_refused(tmp_path, what):
-    path = tmp_path / "set.npz"
-    if what == "float":
-        np.savez(path, some(4).astype(np.float32))
-    elif what == "grey":
-        np.savez(path, some(4)[..., 0])
-    elif what == "sizes":
-        path = tmp_path / "set"
-        path.mkdir()
-        for side in (4, 5):
-            Image.new("RGB", (side, side)).save(path / f"{side}.png")
-    elif what == "empty":
-        path = tmp_path / "set"
-        path.mkdir()
-    elif what == "text":
-        path.write_text("no archive")
-    elif what == "truncated":
-        np.savez(path, some(40))
-        path.write_bytes(path.read_bytes()[:-500])
-    elif what == "pickle":
-        with zipfile.ZipFile(path, "w") as archive:
-            content = io.BytesIO()
-            np.lib.format.write_array(
-                content, np.array([{"harm": 1}], dtype=object), allow_pickle=True
-            )
-            archive.writestr("arr_0.npy", content.getvalue())
-    with pytest.raises((ValueError, FileNotFoundError), match="set"):
-        list(read_images(path))
-    with pytest.raises((ValueError, FileNotFoundError), match="set"):
-        load_reference(path, Colours())
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=300), st.integers(0, 2))
-def test_garbage_is_refused_with_a_sentence(tmp_path_factory, content, kind):
-    path = tmp_path_factory.mktemp("fuzz") / "set.npz"
-    if kind == 0:
-        path.write_bytes(content)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("arr_0.npy" if kind == 1 else "mu.npy", content)
-    for read in (
-        lambda: list(read_images(path)),
-        lambda: load_reference(path, Colours()),
-    ):
-        with pytest.raises((ValueError, OSError), match="set"):
-            read()
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    weights = random_inception(tmp_path_factory.mktemp("inception") / "weights.pth")
-    return Inception(weights, starts_with="")
-
-
-def test_spatial_features_lie_position_by_position(inception):
-    images = torch.from_numpy(some(2, size=32)).permute(0, 3, 1, 2)
-    seen = []
-    inception.net.Mixed_6d.branch1x1.register_forward_hook(
-        lambda module, inputs, output: seen.append(output)
-    )
-    found = inception(images)
-    assert {name: tuple(x.shape) for name, x in found.items()} == {
-        "pool": (2, 2048),
-        "spatial": (2, 2023),
-        "logits": (2, 1008),
-    }
-    for row, column, channel in ((0, 0, 0), (3, 11, 6), (16, 16, 2)):
-        place = (row * 17 + column) * 7 + channel
-        assert torch.equal(found["spatial"][:, place], seen[0][:, channel, row, column])
-    assert found["spatial"].std() > 0 and found["pool"].std() > 0
-
-
-def test_inception_scores_a_set_against_itself(inception):
-    images = batches(some(14, size=8))
-    found = statistics(images, inception)
-    result = scores(found, found)
-    size = float(np.trace(found.sigma))
-    assert result["fid"] < 1e-4 * size and (result["precision"], result["recall"]) == (
-        1,
-        1,
-    )
-
-
-def test_weights_are_checked_before_they_are_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--weights"):
-        check_weights(tmp_path / "nowhere.pth")
-    (tmp_path / "other.pth").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match="not with 6726825d"):
-        Inception(tmp_path / "other.pth")
-
-    class Harm:
-        def __reduce__(self):
-            return (pytest.fail, ("a pickle was executed",))
-
-    (tmp_path / "harm.pth").write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(ValueError, match="does not hold the weights"):
-        Inception(tmp_path / "harm.pth", starts_with="")
-    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "few.pth")
-    with pytest.raises((ValueError, RuntimeError), match="fc.weight|does not hold"):
-        Inception(tmp_path / "few.pth", starts_with="")
-
-
 def test_scores_without_weights_say_where_to_get_them(tmp_path):
     np.savez(tmp_path / "a.npz", some(20))
     with pytest.raises(ValueError, match="nothing is downloaded silently"):
         evaluate(tmp_path / "a.npz", tmp_path / "a.npz")
-
-
-def test_statistics_without_spatial_features_have_no_sfid():
-    one = Statistics(9, np.zeros(2), np.eye(2))
-    found = scores(one, one)
-    assert found.pop("fid") == 0 and set(found.values()) == {None}

@@ -80,9 +80,10 @@ class Averages:
 
 @pytest.fixture
 def averages(monkeypatch):
-    from diffussm import evaluation
+    from diffussm import evaluation, features
 
-    monkeypatch.setattr(evaluation, "_inception", lambda weights, device: Averages())
+    for module in (evaluation, features):
+        monkeypatch.setattr(module, "load_inception", lambda *_: Averages())
 
 
 def test_statistics_and_evaluate_give_scores_that_say_how_they_came_about(

@@ -6,11 +6,13 @@ import scipy.linalg
 import torch
 
 from diffussm.metrics import (
+    FeatureStatistics,
     RunningMoments,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
+    scores,
     self_test,
 )
 
@@ -234,3 +236,9 @@ def test_the_metrics_test_themselves_and_notice_a_fault(monkeypatch):
     monkeypatch.setattr("diffussm.metrics.frechet_distance", lambda *_: 0.1)
     with pytest.raises(AssertionError, match="distance 0"):
         self_test()
+
+
+def test_statistics_without_spatial_features_have_no_sfid():
+    one = FeatureStatistics(9, np.zeros(2), np.eye(2))
+    found = scores(one, one)
+    assert found.pop("fid") == 0 and set(found.values()) == {None}

@@ -33,6 +33,7 @@ from diffussm import (
     doctor,
     encoding,
     evaluation,
+    features,
     file_commands,
     formats,
     metrics,
@@ -452,8 +453,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in (file_commands, run_commands, sample_command):
         monkeypatch.setattr(module, "start", start)
     monkeypatch.setattr(doctor, "examine", reach)
-    for name in ("evaluate", "save_statistics"):
-        monkeypatch.setattr(evaluation, name, reach)
+    monkeypatch.setattr(evaluation, "evaluate", reach)
+    monkeypatch.setattr(features, "save_statistics", reach)
     monkeypatch.setattr(metrics, "self_test", reach)
 
 

@@ -267,7 +267,9 @@ def score(folder: Path, images: Path) -> None:
     With random weights in place of Inception's the whole path is walked, and distances still tell drawings
     from what is none; they have nothing to do with FID.
     """
-    from diffussm.evaluation import Inception, evaluate, read_images, save_statistics
+    from diffussm.evaluation import evaluate
+    from diffussm.features import Inception, save_statistics
+    from diffussm.image_sets import read_images
 
     run("evaluate", "--self-test")
     inception = Inception(random_inception(folder / "inception.pth"), starts_with="")
