@@ -15,7 +15,6 @@ from torch import Tensor
 from diffussm.guards import expect, expect_int, expect_number, expect_one_of
 
 __all__ = [
-    "Item",
     "Fetch",
     "Dataset",
     "TensorData",
@@ -30,8 +29,8 @@ __all__ = [
 ]
 
 
-Item = tuple[Tensor, int]
-Fetch = Callable[[Callable[[int], Item], Iterable[int]], Iterable[Item]]
+_Item = tuple[Tensor, int]
+Fetch = Callable[[Callable[[int], _Item], Iterable[int]], Iterable[_Item]]
 
 
 class Dataset(Protocol):
@@ -127,7 +126,7 @@ class TensorData(Dataset):
 
 
 def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray:
-    """64 random bits for each `number` >= 0: a function of (seed, purpose, number) alone.
+    """64 random bits for each `number` >= 0: a function of the three arguments alone.
 
     Two numbers never get the same bits. Returns uint64 in the shape of `number`.
     Source: SplitMix64 (Steele, Lea and Flood, 2014), ch. "Data", eq-data-bits.
@@ -260,8 +259,7 @@ def _check_tensors(
             "subtract 1"
         )
     expect("images", images, "n C H W")
-    if len(images) == 0:
-        raise ValueError("there are no images: expected (n, C, H, W) with n > 0")
+    expect_int("number of images", len(images), least=1)
     low, high = images.min().item(), images.max().item()
     if not (-1 <= low <= high <= 1):  # False for NaN too
         raise ValueError(
@@ -278,22 +276,16 @@ def _check_labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> None
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise TypeError(f"labels are {kind}; expected integers")
     expect("labels, one per image,", labels, "n", n=n)
-    if labels.min() < 0:
-        raise ValueError(f"labels start at {labels.min()}; expected 0 or more")
-    if classes is not None and labels.max() >= len(classes):
-        raise ValueError(
-            f"labels reach {labels.max()}, but there are only {len(classes)} class names"
-        )
+    last = None if classes is None else len(classes) - 1  # as many as there are names
+    for label in (labels.min(), labels.max()):
+        expect_int("label", int(label), least=0, most=last)
 
 
 def _check_batch(n: int, batch_size: int, step: int, seed: int) -> None:
-    for name, value, least in (
-        ("n", n, 1),
-        ("batch_size", batch_size, 1),
-        ("step", step, 0),
-        ("seed", seed, 0),
-    ):
-        expect_int(name, value, least=least)
+    expect_int("n", n, least=1)
+    expect_int("batch_size", batch_size, least=1)
+    expect_int("step", step, least=0)
+    expect_int("seed", seed, least=0)
     if batch_size > n:
         raise ValueError(
             f"batch_size is {batch_size}, but the data set has {n} images: every batch "

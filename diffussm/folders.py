@@ -3,6 +3,7 @@
 Generated from book/51_folders.md by `make export`: edit there.
 """
 
+import copy
 import hashlib
 import logging
 import os
@@ -30,7 +31,6 @@ from diffussm.images import (
 )
 
 __all__ = [
-    "LOG",
     "Skipped",
     "StoredImages",
     "PATIENCE",
@@ -40,7 +40,7 @@ __all__ = [
     "is_folder",
 ]
 
-LOG = logging.getLogger("diffussm.folders")
+_LOG = logging.getLogger("diffussm.folders")
 
 
 class Skipped(NamedTuple):
@@ -81,6 +81,10 @@ class StoredImages(Dataset):
         """What image `index` is called."""
         raise NotImplementedError
 
+    def path(self, index: int) -> str:
+        """Where image `index` lies."""
+        return self.name(index)
+
     def _content(self, index: int) -> bytes:
         """The file's bytes; BadImage where there is none."""
         raise NotImplementedError
@@ -89,15 +93,11 @@ class StoredImages(Dataset):
         """What tells these images from others, without reading them."""
         raise NotImplementedError
 
-    def path(self, index: int) -> str:
-        """Where image `index` lies."""
-        return self.name(index)
-
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> Tensor:
-        """Image `index` itself, float32 (3, H, W) in [-1, 1]; BadImage if it is broken."""
+        """Image `index` itself, float32 (3, H, W) in [-1, 1], or BadImage."""
         content = self._content(index)
         return image_tensor(content, self.size, self.background, self.exif_rotate)
 
@@ -118,25 +118,24 @@ class StoredImages(Dataset):
         label = int(self.labels[index])
         first = int(torch.searchsorted(self.labels, label))
         last = int(torch.searchsorted(self.labels, label, right=True))
-        for candidate in islice(
-            chain(range(index, last), range(first, index)), PATIENCE
-        ):
+        candidates = chain(range(index, last), range(first, index))
+        for candidate in islice(candidates, PATIENCE):
             try:
                 return self.read(candidate), label
             except BadImage as error:
                 self._skip(candidate, str(error))
+        tried, reason = min(last - first, PATIENCE), self.skipped[-1].reason
         raise BadImage(
-            f"none of the {min(last - first, PATIENCE)} images from {self.name(index)!r} "
-            f"of {self.root!r} on can be decoded; the last reason: {self.skipped[-1].reason}"
+            f"none of the {tried} images from {self.name(index)!r} of {self.root!r} on "
+            f"can be decoded; the last reason: {reason}"
         )
 
     def _skip(self, index: int, reason: str) -> None:
         path = self.path(index)
         with _RECORDING:
-            if any(path == known for known, _ in self.skipped):
-                return
-            self.skipped.append(Skipped(path, reason))
-        LOG.warning("skipped %s: %s", path, reason)
+            if all(path != known for known, _ in self.skipped):
+                self.skipped.append(Skipped(path, reason))
+                _LOG.warning("skipped %s: %s", path, reason)
 
 
 PATIENCE = 100  # so many broken ones in a row, and it is not the images that are broken
@@ -221,12 +220,10 @@ class ImageFolder(StoredImages):
         _check_folder(self.root)
         folders = self._class_folders() if conditional else [("", self.root)]
         above = frozenset({_place(self.root)} if conditional else ())
-        found = [self._images_below(path, above) for _, path in folders]
-        self._announce(any(found))
+        self._keep([self._images_below(path, above) for _, path in folders])
+        self._announce()
         self.classes = tuple(name for name, _ in folders) if conditional else ()
         self.num_classes = len(self.classes)
-        labels = np.repeat(np.arange(len(found)), [len(names) for names in found])
-        self._keep(chain.from_iterable(found), labels.tolist())
 
     def _images_below(self, path: str, above: frozenset[tuple[int, int]]) -> list[str]:
         found = [
@@ -235,12 +232,13 @@ class ImageFolder(StoredImages):
             if self._by_name(entry)
         ]
         if not found:
-            LOG.warning("class folder %s holds no images", path)
+            _LOG.warning("class folder %s holds no images", path)
         return found
 
-    def _keep(self, names: Iterable[str], labels: Sequence[int]) -> None:
-        self._names = NameList(map(os.fsencode, names))
-        self.labels = torch.tensor(labels, dtype=torch.int64)
+    def _keep(self, found: Sequence[Sequence[str]]) -> None:
+        self._names = NameList(map(os.fsencode, chain.from_iterable(found)))
+        counts = torch.tensor([len(names) for names in found])
+        self.labels = torch.arange(len(found)).repeat_interleave(counts)
 
     def name(self, index: int) -> str:
         """The path of image `index` below the root."""
@@ -265,29 +263,32 @@ class ImageFolder(StoredImages):
             yield np.asarray(numbers, "<i8").tobytes()
 
     def without(self, bad: Iterable[Skipped]) -> "ImageFolder":
-        """The same folder with these files taken out, the names of the classes unchanged."""
-        bad = list(bad)
-        paths = {path for path, _ in bad}
-        kept = [i for i in range(len(self)) if self.path(i) not in paths]
-        _check_left(self, kept)
-        other = object.__new__(ImageFolder)
-        other.__dict__.update(self.__dict__)
+        """The same folder with these files taken out, and with the same classes."""
+        skipped = list(dict.fromkeys([*self.skipped, *bad]))
+        paths = {path for path, _ in skipped}
+        kept: list[list[str]] = [[] for _ in self.classes or ("",)]
+        for i, label in enumerate(self.labels.tolist()):
+            if self.path(i) not in paths:
+                kept[label].append(self.name(i))
+        other = copy.copy(self)
         other.__dict__.pop("fingerprint", None)
-        other._keep([self.name(i) for i in kept], self.labels[kept].tolist())
-        other.skipped = list(dict.fromkeys([*self.skipped, *bad]))
+        other.skipped = skipped
+        other._keep(kept)
+        if not len(other):
+            raise ValueError(
+                f"all {len(self)} images of {self.root!r} would be taken out"
+            )
         return other
 
     def _by_name(self, entry: os.DirEntry[str]) -> bool:
         suffix = os.path.splitext(entry.name)[1].lower()
-        reason = None
+        if suffix in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
+            return True
+        reason = "neither a file nor a link to one"  # a pipe would be waited for
         if suffix not in EXTENSIONS:
             reason = f"not an image by its name ({suffix or 'no ending'})"
-        elif not entry.is_symlink() and not entry.is_file():
-            # a pipe would be waited for without end
-            reason = "neither a file nor a link to one"
-        if reason:
-            self.skipped.append(Skipped(entry.path, reason))
-        return reason is None
+        self.skipped.append(Skipped(entry.path, reason))
+        return False
 
     def _class_folders(self) -> list[tuple[str, str]]:
         folders = []
@@ -300,7 +301,7 @@ class ImageFolder(StoredImages):
         _check_classes(self.root, [name for name, _ in folders])
         return folders
 
-    def _announce(self, found: bool) -> None:
+    def _announce(self) -> None:
         """Say what was left out by its name; ValueError if nothing else is there."""
         count = len(self.skipped)
         first = [
@@ -310,13 +311,13 @@ class ImageFolder(StoredImages):
         more = [f"and {count - 3} more"] * (count > 3)
         files = f"{count} files are" if count > 1 else "1 file is"
         left_out = f"{files} left out: {', '.join(first + more)}"
-        if not found:
+        if not len(self):
             raise ValueError(
                 f"no images below {self.root!r}; expected files ending in "
                 f"{', '.join(sorted(EXTENSIONS))}{f'. {left_out}' if count else ''}"
             )
         if count:
-            LOG.warning("%s: %s", self.root, left_out)
+            _LOG.warning("%s: %s", self.root, left_out)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -346,12 +347,4 @@ def _check_classes(root: str, names: list[str]) -> None:
         raise ValueError(
             f"{root!r} holds {', '.join(names)}, which are splits and not classes. "
             f"Pass one of them, as in {os.path.join(root, names[0])!r}"
-        )
-
-
-def _check_left(folder: ImageFolder, kept: list[int]) -> None:
-    if not kept:
-        raise ValueError(
-            f"all {len(folder)} images of {folder.root!r} would be taken out; "
-            "nothing is left"
         )

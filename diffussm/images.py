@@ -26,13 +26,12 @@ __all__ = [
     "FORMATS",
     "EXTENSIONS",
     "center_crop",
-    "to_tensor",
     "image_tensor",
     "read_image",
-    "check_colour",
     "file_content",
     "listed_content",
     "file_size",
+    "check_colour",
 ]
 
 
@@ -47,7 +46,7 @@ class BadImage(ValueError):
 def decode_image(
     data: bytes, background: tuple[int, int, int] = WHITE, exif_rotate: bool = False
 ) -> Image.Image:
-    """The bytes of an image file as an 8-bit RGB image: the first frame, on `background`.
+    """The bytes of a file as an 8-bit RGB image: its first frame, on `background`.
 
     Pixels stay in the order in which they are stored, as in ADM's code, unless
     `exif_rotate` asks for the orientation that EXIF states.
@@ -64,6 +63,25 @@ def decode_image(
         _check_size(image)
         image.load()
         return _to_rgb(_upright(image) if exif_rotate else image, background)
+
+
+@contextmanager
+def _every_error_as_bad_image(data: bytes) -> Iterator[None]:
+    if not data:
+        raise BadImage("empty file (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's opinions on odd metadata; what matters raises below
+            warnings.simplefilter("ignore")
+            yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("not an image in any known format") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"more pixels than the limit of {MAX_PIXELS}") from None
+    except Exception as error:  # OSError, SyntaxError, struct.error ...
+        raise BadImage(f"cannot be decoded: {error}") from None
 
 
 _AVIF = find_spec("PIL._avif") is not None  # Pillow is built with it or without
@@ -92,7 +110,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop: halve while it is safe, scale the short side to `size`, cut the middle.
+    """ADM's crop: halve while it is safe, scale to `size`, cut out the middle.
 
     Same arithmetic as `center_crop_arr` of guided-diffusion and DiT, so that FIDs are
     comparable. Source: ch. "Images", eq-data-crop.
@@ -112,7 +130,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB image (H, W) as float32 (3, H, W) in [-1, 1]: level / 127.5 - 1."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return x.to(torch.float32) / 127.5 - 1
@@ -124,13 +142,13 @@ def image_tensor(
     background: tuple[int, int, int] = WHITE,
     exif_rotate: bool = False,
 ) -> Tensor:
-    """The bytes of a file as the model sees them: (3, size, size), or (3, H, W) uncropped.
+    """The bytes of a file as the model sees them: (3, size, size), or all (3, H, W).
 
     Raises:
         BadImage: see `decode_image` and `center_crop`.
     """
     image = decode_image(data, background, exif_rotate)
-    return to_tensor(image if size is None else center_crop(image, size))
+    return _to_tensor(image if size is None else center_crop(image, size))
 
 
 def read_image(
@@ -146,58 +164,6 @@ def read_image(
         OSError: the disk is, or there is no such file.
     """
     return image_tensor(file_content(path), size, background, exif_rotate)
-
-
-@contextmanager
-def _every_error_as_bad_image(data: bytes) -> Iterator[None]:
-    if not data:
-        raise BadImage("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            # Pillow's opinions on odd metadata; what matters raises below
-            warnings.simplefilter("ignore")
-            yield
-    except BadImage:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage("not an image in any known format") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"more pixels than the limit of {MAX_PIXELS}") from None
-    except Exception as error:  # OSError, SyntaxError, struct.error ...
-        raise BadImage(f"cannot be decoded: {error}") from None
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(
-            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
-        )
-
-
-def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
-    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage(
-            f"pixels of mode {mode} have no agreed range; expected 8 or 16 bits"
-        )
-    return levels.astype(np.float64)
-
-
-def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
-    if width * height > max(MAX_PIXELS, size * size):
-        raise BadImage(
-            f"too elongated: {image.width} x {image.height} would become "
-            f"{width} x {height}"
-        )
-
-
-def check_colour(background: tuple[int, int, int]) -> None:
-    """ValueError for what is no colour, before any file is blamed for it."""
-    if len(background) != 3 or not all(
-        type(part) is int and 0 <= part <= 255 for part in background
-    ):
-        raise ValueError(
-            f"background is {background!r}; expected three integers from 0 to 255"
-        )
 
 
 def file_content(path: str | os.PathLike[str]) -> bytes:
@@ -234,3 +200,36 @@ def file_size(path: str) -> int:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise
         return -1
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
+        )
+
+
+def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
+    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise BadImage(
+            f"pixels of mode {mode} have no agreed range; expected 8 or 16 bits"
+        )
+    return levels.astype(np.float64)
+
+
+def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
+    if width * height > max(MAX_PIXELS, size * size):
+        raise BadImage(
+            f"too elongated: {image.width} x {image.height} would become "
+            f"{width} x {height}"
+        )
+
+
+def check_colour(background: tuple[int, int, int]) -> None:
+    """ValueError for what is no colour, before any file is blamed for it."""
+    if len(background) != 3 or not all(
+        type(part) is int and 0 <= part <= 255 for part in background
+    ):
+        raise ValueError(
+            f"background is {background!r}; expected three integers from 0 to 255"
+        )

@@ -80,16 +80,11 @@ def draw_openmoji(
         FileExistsError: root is a file or holds something else.
     """
     root, package = Path(root), _package(size)
-    recipe = {
-        "random": RANDOM,
-        "credit": package.ATTRIBUTION,
-        "version": package.VERSION,
-        "size": size,
-        "background": list(background),
-        "val_share": val_share,
-        "seed": seed,
-        "classes": OPENMOJI_CLASSES,
-    }
+    options = {"size": size, "background": list(background)}
+    split = {"val_share": val_share, "seed": seed}
+    credit = {"credit": package.ATTRIBUTION, "version": package.VERSION}
+    made_by = {"random": RANDOM, "classes": OPENMOJI_CLASSES}
+    recipe = credit | made_by | options | split
     if not _is_drawn(root, recipe):
         with whole_folder(root) as draft:
             _draw_all(draft, recipe, package)

@@ -41,7 +41,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    """Three classes of three images, whose folders are not in the order of their names."""
+    """Three classes of three images, in folders that are not made in order."""
     for c, name in enumerate(("b_second", "a_first", "c_third")):
         for k in range(3):
             picture = encoded(noise_image(40, 30, 10 * c + k), "JPEG")

@@ -60,15 +60,17 @@ def test_order_does_not_depend_on_the_number_of_ranks():
 def test_order_is_the_same_in_another_process_and_touches_no_global_generator():
     code = (
         "from diffussm.data import batch_flips, batch_indices;"
-        "print(batch_indices(50, 20, 7, 3).tolist(), batch_flips(50, 20, 7, 3).int().tolist())"
+        "where = (50, 20, 7, 3);"
+        "print(batch_indices(*where).tolist(), batch_flips(*where).int().tolist())"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     torch.manual_seed(0)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
-    here = f"{batch_indices(50, 20, 7, 3).tolist()} {batch_flips(50, 20, 7, 3).int().tolist()}"
-    assert other.strip() == here
+    where = (50, 20, 7, 3)
+    here = (batch_indices(*where).tolist(), batch_flips(*where).int().tolist())
+    assert other == f"{here[0]} {here[1]}\n"
     assert (
         torch.equal(torch.get_rng_state(), before)
         and (np.random.get_state()[1] == before_numpy).all()
@@ -80,7 +82,7 @@ GOLDEN_BITS = 0xB8EF422D97F05F90
 
 
 def test_random_bits_are_splitmix64():
-    """Plain integers against the arrays, and the published first outputs of SplitMix64 from state 0."""
+    """Plain integers against the arrays, and the published first outputs."""
     mask = (1 << 64) - 1
 
     def mix(z):
@@ -98,13 +100,13 @@ def test_random_bits_are_splitmix64():
     expected = [mix((key + golden * i) & mask) for i in numbers]
     assert random_bits(5, "flips", np.array(numbers, np.uint64)).tolist() == expected
     assert [int(random_bits(5, "flips", i)) for i in numbers] == expected
-    # what a run that lasts for weeks stands on must not move with a version of anything
+    # what a run of weeks stands on must not move with a version of anything
     assert int(random_bits(0, "noise", 17)) == GOLDEN_BITS
     assert generator(0, "noise", 17).initial_seed() == GOLDEN_BITS
 
 
 def test_every_seed_purpose_and_number_has_draws_of_its_own():
-    # sampling once started its batches from the noise of the first training steps, bit for bit
+    # sampling once started its batches from the noise of the first training steps
     words = "timesteps noise posterior samples grid weights crops"
     purposes = [*words.split(), "label dropout"]
     keys = list(itertools.product((0, 1, 10), purposes, (0, 1, 17)))
@@ -222,7 +224,7 @@ def test_the_coin_is_fair_and_independent_of_the_order():
         ),
         (torch.tensor(float("nan")).expand(2, 1, 8, 8), None, ValueError, "nan"),
         (torch.zeros(2, 8, 8), None, ValueError, "expected .n, C, H, W."),
-        (torch.zeros(0, 1, 8, 8), None, ValueError, "n > 0"),
+        (torch.zeros(0, 1, 8, 8), None, ValueError, "number of images=0"),
         (
             torch.zeros(2, 1, 8, 8),
             torch.zeros(3, dtype=torch.int64),
@@ -230,7 +232,7 @@ def test_the_coin_is_fair_and_independent_of_the_order():
             "one per image",
         ),
         (torch.zeros(2, 1, 8, 8), torch.zeros(2), TypeError, "expected integers"),
-        (torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]), ValueError, "start at -1"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]), ValueError, "label=-1"),
     ],
 )
 def test_tensors_that_cannot_be_right_are_refused(images, labels, error, message):

@@ -143,7 +143,7 @@ def test_any_folder_of_images_is_understood(root, tmp_path):
 
 
 def draw_weird(root: Path) -> dict[str, np.ndarray | str | None]:
-    """By name: the pixels (H, W, 3), the reason of a refusal, or None where a file is lossy."""
+    """By name: pixels (H, W, 3), the reason of a refusal, or None: a lossy file."""
     rng = np.random.default_rng(0)
     truth: dict[str, np.ndarray | str | None] = {}
 

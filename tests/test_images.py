@@ -12,9 +12,9 @@ from diffussm.images import BadImage, center_crop, decode_image, read_image
 
 
 def resize_matrix(n_in, n_out, kernel, radius):
-    """How much of each input pixel goes into each output pixel: filter stretched by the scale, normalised.
+    """How much of each input pixel goes into each output pixel.
 
-    Halving 4k + 1 pixels leaves the middle one exactly between two boxes, where round-off decides.
+    Halving 4k + 1 pixels leaves the middle one exactly between two boxes.
     """
     scale = n_in / n_out
     distance = (

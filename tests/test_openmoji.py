@@ -1,4 +1,4 @@
-"""OpenMoji: drawn in the middle, in colour, the same for the same arguments, never over anything."""
+"""OpenMoji: in the middle, in colour, always the same, never over anything."""
 
 from pathlib import Path
 
