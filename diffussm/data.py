@@ -125,6 +125,50 @@ class TensorData(Dataset):
         return digest.hexdigest()
 
 
+def _check_tensors(
+    images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
+) -> None:
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, "
+            "subtract 1"
+        )
+    expect("images", images, "n C H W")
+    expect_int("number of images", len(images), least=1)
+    low, high = images.min().item(), images.max().item()
+    if not (-1 <= low <= high <= 1):  # False for NaN too
+        raise ValueError(
+            f"images span [{low:.3g}, {high:.3g}]; expected finite values in [-1, 1]"
+        )
+    if labels is not None:
+        _check_labels(labels, len(images), classes)
+    elif classes is not None:
+        raise ValueError("class names were given without labels")
+
+
+def _check_labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> None:
+    kind = labels.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise TypeError(f"labels are {kind}; expected integers")
+    expect("labels, one per image,", labels, "n", n=n)
+    last = None if classes is None else len(classes) - 1  # as many as there are names
+    for label in (labels.min(), labels.max()):
+        expect_int("label", int(label), least=0, most=last)
+
+
+def _check_batch(n: int, batch_size: int, step: int, seed: int) -> None:
+    expect_int("n", n, least=1)
+    expect_int("batch_size", batch_size, least=1)
+    expect_int("step", step, least=0)
+    expect_int("seed", seed, least=0)
+    if batch_size > n:
+        raise ValueError(
+            f"batch_size is {batch_size}, but the data set has {n} images: every batch "
+            f"would repeat some. Take a batch_size of {n} at most, or look whether the "
+            "data are where you think"
+        )
+
+
 def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray:
     """64 random bits for each `number` >= 0: a function of the three arguments alone.
 
@@ -248,47 +292,3 @@ def digits(
     train, test = stratified_split(labels, test_size, seed)
     chosen = train if split == "train" else test
     return images[chosen], labels[chosen]
-
-
-def _check_tensors(
-    images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
-) -> None:
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, "
-            "subtract 1"
-        )
-    expect("images", images, "n C H W")
-    expect_int("number of images", len(images), least=1)
-    low, high = images.min().item(), images.max().item()
-    if not (-1 <= low <= high <= 1):  # False for NaN too
-        raise ValueError(
-            f"images span [{low:.3g}, {high:.3g}]; expected finite values in [-1, 1]"
-        )
-    if labels is not None:
-        _check_labels(labels, len(images), classes)
-    elif classes is not None:
-        raise ValueError("class names were given without labels")
-
-
-def _check_labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> None:
-    kind = labels.dtype
-    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise TypeError(f"labels are {kind}; expected integers")
-    expect("labels, one per image,", labels, "n", n=n)
-    last = None if classes is None else len(classes) - 1  # as many as there are names
-    for label in (labels.min(), labels.max()):
-        expect_int("label", int(label), least=0, most=last)
-
-
-def _check_batch(n: int, batch_size: int, step: int, seed: int) -> None:
-    expect_int("n", n, least=1)
-    expect_int("batch_size", batch_size, least=1)
-    expect_int("step", step, least=0)
-    expect_int("seed", seed, least=0)
-    if batch_size > n:
-        raise ValueError(
-            f"batch_size is {batch_size}, but the data set has {n} images: every batch "
-            f"would repeat some. Take a batch_size of {n} at most, or look whether the "
-            "data are where you think"
-        )

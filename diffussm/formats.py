@@ -101,6 +101,37 @@ def _open_lmdb(root: str) -> Any:
     return environment
 
 
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """An error of LMDB as one that says of what."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.Error as error:
+        raise OSError(f"{what}: {error}") from error
+
+
+def _check_lmdb(file: Path) -> None:
+    """Refuse what is no LMDB, and a file shorter than its header says."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}; expected the folder of an LMDB")
+    with file.open("rb") as opened:
+        head = opened.read(2 << 16)
+    try:
+        (page,) = struct.unpack_from("<I", head, 40)
+        # Two headers take turns, the newer is valid: magic, last page, transaction
+        starts = (16, page + 16)
+        metas = [struct.unpack_from("<I116xQQ", head, start) for start in starts]
+    except struct.error:
+        metas = [(0, 0, 0)]
+    if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
+        raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
+    size, last = file.stat().st_size, max(metas, key=lambda meta: meta[2])[1]
+    if size < (last + 1) * page:
+        raise OSError(f"{file} is truncated: {size} of {(last + 1) * page} bytes")
+
+
 def images_from(
     path: str | Path,
     size: int | None,
@@ -169,34 +200,3 @@ def _broken(images: StoredImages, index: int) -> Skipped | None:
     except (BadImage, OSError) as error:
         return Skipped(images.path(index), str(error))
     return None
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """An error of LMDB as one that says of what."""
-    import lmdb
-
-    try:
-        yield
-    except lmdb.Error as error:
-        raise OSError(f"{what}: {error}") from error
-
-
-def _check_lmdb(file: Path) -> None:
-    """Refuse what is no LMDB, and a file shorter than its header says."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}; expected the folder of an LMDB")
-    with file.open("rb") as opened:
-        head = opened.read(2 << 16)
-    try:
-        (page,) = struct.unpack_from("<I", head, 40)
-        # Two headers take turns, the newer is valid: magic, last page, transaction
-        starts = (16, page + 16)
-        metas = [struct.unpack_from("<I116xQQ", head, start) for start in starts]
-    except struct.error:
-        metas = [(0, 0, 0)]
-    if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
-        raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
-    size, last = file.stat().st_size, max(metas, key=lambda meta: meta[2])[1]
-    if size < (last + 1) * page:
-        raise OSError(f"{file} is truncated: {size} of {(last + 1) * page} bytes")

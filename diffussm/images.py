@@ -26,12 +26,12 @@ __all__ = [
     "FORMATS",
     "EXTENSIONS",
     "center_crop",
+    "check_colour",
     "image_tensor",
     "read_image",
     "file_content",
     "listed_content",
     "file_size",
-    "check_colour",
 ]
 
 
@@ -130,6 +130,39 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
+        )
+
+
+def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
+    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise BadImage(
+            f"pixels of mode {mode} have no agreed range; expected 8 or 16 bits"
+        )
+    return levels.astype(np.float64)
+
+
+def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
+    if width * height > max(MAX_PIXELS, size * size):
+        raise BadImage(
+            f"too elongated: {image.width} x {image.height} would become "
+            f"{width} x {height}"
+        )
+
+
+def check_colour(background: tuple[int, int, int]) -> None:
+    """ValueError for what is no colour, before any file is blamed for it."""
+    if len(background) != 3 or not all(
+        type(part) is int and 0 <= part <= 255 for part in background
+    ):
+        raise ValueError(
+            f"background is {background!r}; expected three integers from 0 to 255"
+        )
+
+
 def _to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB image (H, W) as float32 (3, H, W) in [-1, 1]: level / 127.5 - 1."""
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -200,36 +233,3 @@ def file_size(path: str) -> int:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise
         return -1
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(
-            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
-        )
-
-
-def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
-    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage(
-            f"pixels of mode {mode} have no agreed range; expected 8 or 16 bits"
-        )
-    return levels.astype(np.float64)
-
-
-def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
-    if width * height > max(MAX_PIXELS, size * size):
-        raise BadImage(
-            f"too elongated: {image.width} x {image.height} would become "
-            f"{width} x {height}"
-        )
-
-
-def check_colour(background: tuple[int, int, int]) -> None:
-    """ValueError for what is no colour, before any file is blamed for it."""
-    if len(background) != 3 or not all(
-        type(part) is int and 0 <= part <= 255 for part in background
-    ):
-        raise ValueError(
-            f"background is {background!r}; expected three integers from 0 to 255"
-        )
