@@ -20,6 +20,7 @@ __all__ = [
     "expect_one_of",
     "nearest",
     "expect_real",
+    "refuse",
     "bounded",
     "check_fields",
     "from_dict",
@@ -186,6 +187,12 @@ def expect_real(**tensors: Any) -> None:
         if floating is None or not floating():
             kind = getattr(x, "dtype", None) or type(x).__name__
             raise TypeError(f"{name} is {kind}: expected a real floating-point tensor")
+
+
+def refuse(when: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error(message)` where the condition holds."""
+    if when:
+        raise error(message)
 
 
 def bounded(default: Any, *, note: str = "", **limits: float | None) -> Any:

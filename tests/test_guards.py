@@ -21,6 +21,7 @@ from diffussm.guards import (
     expect_one_of,
     expect_real,
     from_dict,
+    refuse,
 )
 
 
@@ -147,6 +148,14 @@ def test_missing_keys_and_no_mapping_are_refused() -> None:
         from_dict(Config, {}, "a config")
     with pytest.raises(ValueError, match="a config is 3: expected names"):
         from_dict(Config, 3, "a config")
+
+
+def test_a_condition_is_refused_with_its_sentence() -> None:
+    refuse(False, "never said")
+    with pytest.raises(ValueError, match="^L=3 is odd$"):
+        refuse(True, "L=3 is odd")
+    with pytest.raises(OSError, match="full"):
+        refuse(True, "full", OSError)
 
 
 def test_guards_need_no_torch() -> None:
