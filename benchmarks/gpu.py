@@ -37,6 +37,7 @@ from benchmarks.references import awake, require_right
 from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
 from benchmarks.train_step import make_loss, make_model, make_step
+from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.distributed import peak_flops
@@ -191,16 +192,11 @@ def bidirectional(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Which long convolution is chosen, with the times and errors of all that were
-    tried.
-    """
-    try:
-        from diffussm.gpu_kernels import choose_convolution
-    except ImportError as error:
-        yield {"what": "convolution", "reason": f"FFT: {error}"}
-        return
+    """Which convolution is chosen, with times and errors of all that were tried."""
     for length, batch in sizes.block_cases:
-        choice = choose_convolution(length, sizes.width, batch, device, torch.bfloat16)
+        choice = autotune_convolution(
+            length, sizes.width, batch, device, torch.bfloat16
+        )
         row = {
             "what": f"convolution, L = {length}, B = {batch}",
             "reason": choice.reason,
@@ -214,11 +210,7 @@ def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def chosen(sizes: Sizes, length: int, batch: int, device: torch.device) -> Any:
     """The convolution that the trainer would choose here."""
-    try:
-        from diffussm.gpu_kernels import choose_convolution
-    except ImportError:
-        return convolve
-    return choose_convolution(
+    return autotune_convolution(
         length, sizes.width, batch, device, torch.bfloat16
     ).convolution
 

@@ -63,6 +63,7 @@ Convolution = Callable[[Tensor, Tensor], Tensor]  # (u, spectra) -> y
 WAYS = {
     "fft": "fft_convolution:convolve",
     "reference": "bidirectional:convolve_reference",
+    "triton": "gpu_kernels:triton_convolve",
 }
 
 

@@ -1,14 +1,10 @@
-"""On the chip.
+"""GPU kernels.
 
 Generated from book/73_gpu_kernels.md by `make export`: edit there.
 """
 
 import functools
 import math
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,30 +13,41 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.fft_convolution import convolve, operator
+from diffussm.fft_convolution import operator
+from diffussm.guards import expect, expect_one_of
 
 __all__ = [
+    "both_in_one",
     "LENGTHS",
     "factors",
     "warps",
     "dft_tables",
     "SLICES",
-    "both_in_one",
-    "on_chip_convolve",
-    "Convolution",
-    "TOLERANCE",
-    "Choice",
-    "relative_errors",
-    "choose_convolution",
+    "triton_convolve",
+    "PRECISIONS",
 ]
 
-LENGTHS = (
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-)  # the transform has twice as many points, N1 x N2
+
+def both_in_one(spectra: Tensor) -> Tensor:
+    """H of all 2L frequencies from two half spectra: complex (2, D, L + 1) -> (D, 2L).
+
+    Source: ch. "GPU kernels", eq-on-chip-both.
+    """
+    forward, backward = torch.cat([spectra, spectra[..., 1:-1].flip(-1).conj()], dim=-1)
+    return forward + 1j * backward
+
+
+def _taken_apart(s: Tensor) -> Tensor:
+    """The gradient of the half spectra from that of H: (D, 2L) -> (2, D, L + 1)."""
+    length = s.shape[1] // 2
+    mirrored = s.roll(-1, 1).flip(1).conj()  # at f: the conjugate of s at -f
+    both = torch.stack([s + mirrored, (s - mirrored) / 1j])  # (2, D, 2L)
+    half = both[..., : length + 1] / 2
+    half[..., 1:-1] *= 2  # all frequencies but two stand for their mirror image too
+    return half / (2 * length)
+
+
+LENGTHS = (256, 512, 1024, 2048, 4096)  # a transform has twice as many points
 
 
 def factors(length: int) -> tuple[int, int]:
@@ -56,13 +63,14 @@ def warps(length: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def dft_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The constants of the four steps as real and imaginary part, float32, made in float64.
+    """The constants of the four steps, real and imaginary part in float32.
 
     Returns:
-        first (2, N1, N1/2): the DFT matrix of N1 points, for those of its columns where the input is not
-        padding; twiddle (2, N1, N2); second (2, N2, N2): the DFT matrix of N2 points.
+        first (2, N1, N1/2): the DFT matrix of N1 points, for those of its columns
+        where the input is not padding; twiddle (2, N1, N2); second (2, N2, N2): the
+        DFT matrix of N2 points.
 
-    Source: chapter 16, equation eq-on-chip-four-steps.
+    Source: ch. "GPU kernels", eq-on-chip-four-steps.
     """
     n1, n2 = factors(length)
 
@@ -92,32 +100,24 @@ def _times(ar, ai, br, bi):
 
 
 @triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def _matmul(ar, ai, br, bi, PRECISION: tl.constexpr):
-    real = tl.dot(ar, br, input_precision=PRECISION) - tl.dot(
-        ai, bi, input_precision=PRECISION
-    )
-    imaginary = tl.dot(ar, bi, input_precision=PRECISION) + tl.dot(
-        ai, br, input_precision=PRECISION
-    )
-    return real, imaginary
+    real = _dot(ar, br, PRECISION) - _dot(ai, bi, PRECISION)
+    return real, _dot(ar, bi, PRECISION) + _dot(ai, br, PRECISION)
 
 
 @triton.jit
 def _transform(
-    x,
-    first,
-    twiddle,
-    second,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The spectrum [k1, k2] of a real tile [N1/2, N2] and as much padding; frequency k1 + N1 k2."""
+    x, first, twiddle, second,
+    N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The spectrum [k1, k2] of a real tile [N1/2, N2] and as much padding."""
     ar, ai = _load(first, N1, N1 // 2), _load(first + N1 * N1 // 2, N1, N1 // 2)
-    tr, ti = (
-        tl.dot(ar, x, input_precision=PRECISION),
-        tl.dot(ai, x, input_precision=PRECISION),
-    )
+    tr, ti = _dot(ar, x, PRECISION), _dot(ai, x, PRECISION)
     tr, ti = _times(tr, ti, _load(twiddle, N1, N2), _load(twiddle + N1 * N2, N1, N2))
     fr, fi = _load(second, N2, N2), _load(second + N2 * N2, N2, N2)
     return _matmul(tr, ti, fr, fi, PRECISION)
@@ -125,16 +125,10 @@ def _transform(
 
 @triton.jit
 def _transform_back(
-    yr,
-    yi,
-    first,
-    twiddle,
-    second,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The first half of the inverse transform, times N1 N2: spectrum [k1, k2] -> complex tile [N1/2, N2]."""
+    yr, yi, first, twiddle, second,
+    N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first half of the inverse, times N1 N2: [k1, k2] -> complex [N1/2, N2]."""
     ar, ai = _load(first, N1, N1 // 2), _load(first + N1 * N1 // 2, N1, N1 // 2)
     fr, fi = _load(second, N2, N2), _load(second + N2 * N2, N2, N2)
     vr, vi = _matmul(yr, yi, fr, -fi, PRECISION)
@@ -144,17 +138,9 @@ def _transform_back(
 
 @triton.jit
 def _forward_kernel(
-    u,
-    h,
-    y,
-    first,
-    twiddle,
-    second,
-    D,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    u, h, y, first, twiddle, second, D,
+    N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One channel of one image: u (B, D, L), h (D, 2, N1, N2) -> y (B, 2, D, L)."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     N: tl.constexpr = N1 * N2
@@ -169,17 +155,9 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_spectrum(
-    grad,
-    b,
-    d,
-    first,
-    twiddle,
-    second,
-    D,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad, b, d, first, twiddle, second, D,
+    N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Of one channel of the gradient (B, 2, D, L): past + i future."""
     N: tl.constexpr = N1 * N2
     past = _load(grad + (b * 2 * D + d) * (N // 2), N1 // 2, N2)
@@ -191,18 +169,10 @@ def _grad_spectrum(
 
 @triton.jit
 def _grad_u_kernel(
-    grad,
-    h,
-    grad_u,
-    first,
-    twiddle,
-    second,
-    D,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One channel of one image: grad (B, 2, D, L), h (D, 2, N1, N2) -> grad_u (B, D, L)."""
+    grad, h, grad_u, first, twiddle, second, D,
+    N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One channel of one image: grad (B, 2, D, L), h as above -> grad_u (B, D, L)."""
     b, d = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     N: tl.constexpr = N1 * N2
     zr, zi = _grad_spectrum(grad, b, d, first, twiddle, second, D, N1, N2, PRECISION)
@@ -217,7 +187,7 @@ def _grad_h_kernel(
     grad, u, s, first, twiddle, second, B, D, SLICES,
     N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One channel of a slice of the batch: grad (B, 2, D, L), u (B, D, L) -> s (SLICES, D, 2, N1, N2)."""
+    """One channel of a slice of the batch: grad, u -> s (SLICES, D, 2, N1, N2)."""
     d, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     N: tl.constexpr = N1 * N2
     sr, si = tl.full((N1, N2), 0.0, tl.float32), tl.full((N1, N2), 0.0, tl.float32)
@@ -234,16 +204,7 @@ def _grad_h_kernel(
     _store(s + (part * D + d) * 2 * N + N, si, N1, N2)
 
 
-SLICES = 2  # of the batch, each with a sum of its own: more programs than channels keep a GPU busy
-
-
-def both_in_one(spectra: Tensor) -> Tensor:
-    """H of all 2L frequencies from the two half spectra: complex (2, D, L + 1) -> (D, 2L).
-
-    Source: chapter 16, equation eq-on-chip-both.
-    """
-    forward, backward = torch.cat([spectra, spectra[..., 1:-1].flip(-1).conj()], dim=-1)
-    return forward + 1j * backward
+SLICES = 2  # of the batch: more programs than channels keep a GPU busy
 
 
 def _tiles(spectra: Tensor) -> Tensor:
@@ -251,284 +212,109 @@ def _tiles(spectra: Tensor) -> Tensor:
     length = spectra.shape[-1] - 1
     n1, n2 = factors(length)
     h = both_in_one(spectra) / (2 * length)  # (D, 2L), the frequency is k1 + N1 k2
-    return torch.view_as_real(h).unflatten(1, (n2, n1)).permute(0, 3, 2, 1).contiguous()
+    tiles = torch.view_as_real(h).unflatten(1, (n2, n1))  # (D, N2, N1, 2)
+    return tiles.permute(0, 3, 2, 1).contiguous()
 
 
-def _on_chip_shape(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
+def _constants(length: int, precision: str) -> dict[str, Any]:
+    n1, n2 = factors(length)
+    return {"N1": n1, "N2": n2, "PRECISION": precision, "num_warps": warps(length)}
+
+
+def _shape(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
 
 
-def _on_chip_backward_shape(
+@operator("triton_convolve", _shape)
+def _triton_convolve(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
+    B, L, D = u.shape
+    x = u.transpose(1, 2).contiguous()  # (B, D, L)
+    y = u.new_empty(B, 2, D, L)
+    tables, constants = dft_tables(L, u.device), _constants(L, precision)
+    _forward_kernel[(B, D)](x, _tiles(spectra), y, *tables, D, **constants)
+    return y.flatten(1, 2).transpose(1, 2).contiguous()  # (B, L, 2D)
+
+
+def _backward_shape(
     grad: Tensor, u: Tensor, spectra: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), torch.empty_like(spectra)
 
 
-@operator("on_chip", _on_chip_shape)
-def _on_chip(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
-    batch, length, d_model = u.shape
-    n1, n2 = factors(length)
-    x = u.transpose(1, 2).contiguous()  # (B, D, L)
-    y = u.new_empty(batch, 2, d_model, length)
-    tables = dft_tables(length, u.device)
-    sizes = {"N1": n1, "N2": n2, "PRECISION": precision, "num_warps": warps(length)}
-    _forward_kernel[(batch, d_model)](x, _tiles(spectra), y, *tables, d_model, **sizes)
-    return y.flatten(1, 2).transpose(1, 2).contiguous()  # (B, L, 2D)
-
-
-@operator("on_chip_backward", _on_chip_backward_shape)
-def _on_chip_backward(
+@operator("triton_convolve_backward", _backward_shape)
+def _triton_convolve_backward(
     grad: Tensor, u: Tensor, spectra: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    batch, length, d_model = u.shape
-    n1, n2 = factors(length)
-    x, g = (
-        u.transpose(1, 2).contiguous(),
-        grad.transpose(1, 2).contiguous(),
-    )  # (B, D, L), (B, 2D, L)
+    (B, L, D), slices = u.shape, min(SLICES, u.shape[0])
+    x = u.transpose(1, 2).contiguous()  # (B, D, L)
+    g = grad.transpose(1, 2).contiguous()  # (B, 2D, L)
     grad_u = torch.empty_like(x)
-    slices = min(SLICES, batch)
-    s = torch.empty(slices, d_model, 2, n1, n2, device=u.device)
-    tables = dft_tables(length, u.device)
-    sizes = {"N1": n1, "N2": n2, "PRECISION": precision, "num_warps": warps(length)}
-    _grad_u_kernel[(batch, d_model)](
-        g, _tiles(spectra), grad_u, *tables, d_model, **sizes
-    )
-    _grad_h_kernel[(d_model, slices)](g, x, s, *tables, batch, d_model, slices, **sizes)
-    s = torch.view_as_complex(
-        s.sum(0).permute(0, 3, 2, 1).flatten(1, 2).contiguous()
-    )  # (D, 2L)
-    mirrored = s.roll(-1, 1).flip(1).conj()  # at f: the conjugate of s at -f
-    half = (
-        torch.stack([s + mirrored, (s - mirrored) / 1j])[..., : length + 1] / 2
-    )  # (2, D, L + 1)
-    half[..., 1:-1] *= 2
-    return grad_u.transpose(1, 2).contiguous(), half / (2 * length)
+    s = torch.empty(slices, D, 2, *factors(L), device=u.device)
+    tables, constants = dft_tables(L, u.device), _constants(L, precision)
+    _grad_u_kernel[(B, D)](g, _tiles(spectra), grad_u, *tables, D, **constants)
+    _grad_h_kernel[(D, slices)](g, x, s, *tables, B, D, slices, **constants)
+    s = s.sum(0).permute(0, 3, 2, 1).flatten(1, 2)  # (D, 2L, 2)
+    grad_spectra = _taken_apart(torch.view_as_complex(s.contiguous()))
+    return grad_u.transpose(1, 2).contiguous(), grad_spectra
 
 
-class _OnChip(torch.autograd.Function):
+class _TritonConvolve(torch.autograd.Function):
     """The two operations, tied together for autograd."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, spectra: Tensor, precision: str) -> Tensor:
         ctx.save_for_backward(u, spectra)
         ctx.precision = precision
-        return _on_chip(u, spectra, precision)
+        return _triton_convolve(u, spectra, precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_on_chip_backward(grad, *ctx.saved_tensors, ctx.precision), None
+        saved = ctx.saved_tensors
+        return *_triton_convolve_backward(grad, *saved, ctx.precision), None
 
 
-def on_chip_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> Tensor:
-    """:func:`diffussm.fft_convolution.convolve` without leaving the chip between the transforms, in Triton.
+def triton_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> Tensor:
+    """`fft_convolution.convolve` without leaving the chip between the transforms.
 
     First derivatives only; a second one is refused.
 
     Args:
         u: Input, (B, L, D), float32 or bfloat16 or float16, L in LENGTHS.
-        spectra: complex64 (2, D, L + 1), see :func:`~diffussm.bidirectional.kernel_spectra`.
-        precision: Of the products on tensor cores: "tf32", "tf32x3" (three products of it, nearly float32) or
-            "ieee" (float32, on no tensor core).
+        spectra: complex64 (2, D, L + 1), of `bidirectional.kernel_spectra`.
+        precision: Of the products on tensor cores: "tf32", "tf32x3" (three products of
+            it, nearly float32) or "ieee" (float32, on no tensor core).
 
     Returns:
-        (B, L, 2D) in the dtype of ``u``.
+        (B, L, 2D) in the dtype of `u`.
 
     Raises:
-        ValueError: a length that is not in LENGTHS, or shapes or a precision that do not fit.
+        ValueError: a length not in LENGTHS, shapes or a precision that do not fit.
         TypeError: dtypes that the kernels do not know.
 
-    Source: chapter 16.
+    Source: ch. "GPU kernels".
     """
-    if precision not in ("tf32", "tf32x3", "ieee"):
-        raise ValueError(
-            f"precision={precision!r}: expected 'tf32', 'tf32x3' or 'ieee'"
-        )
-    if (
-        u.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or spectra.dtype != torch.complex64
-    ):
-        raise TypeError(
-            f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected float32, bfloat16 or float16, and "
-            "complex64; for others use diffussm.fft_convolution.convolve"
-        )
-    if u.ndim != 3 or spectra.shape != (2, u.shape[2], u.shape[1] + 1):
-        raise ValueError(
-            f"u has shape {tuple(u.shape)} and spectra {tuple(spectra.shape)}: expected (B, L, D) and "
-            "(2, D, L + 1)"
-        )
-    if u.shape[1] not in LENGTHS:
-        raise ValueError(
-            f"L={u.shape[1]}: the kernels on the chip are written for {', '.join(map(str, LENGTHS))}; for "
-            "other lengths use diffussm.fft_convolution.convolve"
-        )
-    y: Tensor = _OnChip.apply(u, spectra, precision)
+    _check_kinds(u, spectra, precision)
+    _, L, D = expect("u", u, "B L D")
+    expect("spectra", spectra, "2 D F", D=D, F=L + 1)
+    y: Tensor = _TritonConvolve.apply(u, spectra, precision)
     return y
 
 
-Convolution = Callable[[Tensor, Tensor], Tensor]
-TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_spectra": 1e-4}  # in float32
+PRECISIONS = ("tf32", "tf32x3", "ieee")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which convolution to use on a machine, and why.
-
-    Attributes:
-        convolution: For ``block.ssm.convolution``.
-        reason: A sentence for the log.
-        seconds: Of forward and backward pass of what was timed, by name.
-        errors: Of what was compared, by name; see :func:`relative_errors`.
-    """
-
-    convolution: Convolution
-    reason: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-def _problem(
-    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, spectra of decaying kernels, and a gradient of the output, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(batch, length, d_model, generator=generator)
-    kernels = torch.randn(2, d_model, length, generator=generator) * torch.exp(
-        -torch.arange(length) / 64
-    )
-    spectra = torch.fft.rfft(kernels, n=2 * length)
-    spectra[1].conj_physical_()
-    grad = torch.randn(batch, length, 2 * d_model, generator=generator)
-    return u.to(device, dtype), spectra.to(device), grad.to(device, dtype)
-
-
-def _run(
-    convolution: Convolution, u: Tensor, spectra: Tensor, grad: Tensor
-) -> dict[str, Tensor]:
-    u, spectra = u.detach().requires_grad_(), spectra.detach().requires_grad_()
-    y = convolution(u, spectra)
-    return dict(
-        zip(
-            TOLERANCE,
-            (y.detach(), *torch.autograd.grad(y, (u, spectra), grad)),
-            strict=True,
+def _check_kinds(u: Tensor, spectra: Tensor, precision: str) -> None:
+    expect_one_of("precision", precision, PRECISIONS)
+    real = u.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not real or spectra.dtype != torch.complex64:
+        raise TypeError(
+            f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected float32, "
+            "bfloat16 or float16, and complex64; for others use "
+            "fft_convolution.convolve"
         )
-    )
-
-
-def relative_errors(
-    convolution: Convolution,
-    length: int,
-    d_model: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """How far a convolution is from the same in float64: "output", "grad_u" and "grad_spectra".
-
-    Each is the largest difference relative to the largest entry, NaN if anything is not a number.
-    """
-    u, spectra, grad = _problem(length, d_model, batch, device, dtype)
-    ours = _run(convolution, u, spectra, grad)
-    true = _run(convolve, u.double(), spectra.to(torch.complex128), grad.double())
-    return {
-        name: float((ours[name] - value).abs().max() / value.abs().max())
-        for name, value in true.items()
-    }
-
-
-def _median_seconds(
-    sides: dict[str, Convolution], problem: tuple[Tensor, Tensor, Tensor], runs: int = 5
-) -> dict[str, float]:
-    """Forward and backward, the sides in turns; the first round compiles and does not count."""
-    wait = torch.cuda.synchronize if problem[0].is_cuda else int
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(runs + 1):
-        for name, side in sides.items():
-            wait()
-            start = time.perf_counter()
-            _run(side, *problem)
-            wait()
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def choose_convolution(
-    length: int,
-    d_model: int,
-    batch: int,
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-) -> Choice:
-    """The fastest convolution that is right on this machine: run, compared and timed before it is chosen.
-
-    Tried are the kernels on the chip, with products of single TF32 and of three. One is accepted if in
-    float32 its errors are within TOLERANCE, in half precision at most twice that of the output of
-    :func:`~diffussm.fft_convolution.convolve` (its rounding), and if it is faster. Whatever goes wrong (a
-    kernel that does not compile, memory that does not suffice, wrong numbers) is a reason to stay with the
-    FFT, not an error.
-
-    Args:
-        length: L.
-        d_model: D.
-        batch: Images that one process takes through the network at once.
-        device: Where; anything but a GPU stays with the FFT.
-        dtype: Of the input of the convolution, bfloat16 under autocast.
-
-    Source: chapter 16.
-    """
-    device = torch.device(device)
-    if device.type != "cuda":
-        return Choice(
-            convolve,
-            f"FFT: the kernels on the chip are for a GPU, and this is a {device.type}",
+    if u.ndim == 3 and u.shape[1] not in LENGTHS:
+        raise ValueError(
+            f"L={u.shape[1]}: the kernels are written for "
+            f"{', '.join(map(str, LENGTHS))}; for others use fft_convolution.convolve"
         )
-    return _try_all(length, d_model, batch, device, dtype)
-
-
-def _try_all(
-    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> Choice:
-    if length not in LENGTHS:
-        return Choice(
-            convolve, f"FFT: L = {length} is none of {', '.join(map(str, LENGTHS))}"
-        )
-    try:
-        small = length, min(d_model, 64), min(batch, 3), device, dtype
-        errors = {"FFT": relative_errors(convolve, *small)}
-        allowed = TOLERANCE
-        if (
-            dtype != torch.float32
-        ):  # twice what rounding the output to this precision costs
-            allowed = dict.fromkeys(TOLERANCE, 2 * errors["FFT"]["output"])
-        fastest: dict[str, Convolution] = {"FFT": convolve}
-        faults = []
-        for precision in ("tf32", "tf32x3"):
-            name = f"on the chip, {precision}"
-            candidate = functools.partial(on_chip_convolve, precision=precision)
-            try:
-                errors[name] = relative_errors(candidate, *small)
-            except (
-                Exception
-            ) as error:  # Triton raises many kinds, and none may stop a training
-                faults.append(f"{name}: {type(error).__name__}")
-                continue
-            if all(errors[name][key] <= allowed[key] for key in allowed):
-                fastest[name] = candidate
-            else:
-                worst = max(errors[name][key] / allowed[key] for key in allowed)
-                faults.append(f"{name}: errors {worst:.1f} times what is allowed")
-        seconds = _median_seconds(
-            fastest, _problem(length, d_model, batch, device, dtype)
-        )
-    except Exception as error:
-        return Choice(
-            convolve, f"FFT: trying the others failed ({type(error).__name__}: {error})"
-        )
-    name = min(seconds, key=lambda key: seconds[key])
-    times = ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in seconds.items())
-    return Choice(
-        fastest[name], f"{name}: {'; '.join([times, *faults])}", seconds, errors
-    )

@@ -854,7 +854,7 @@ def _chooser(convolution: str) -> Callable[..., Any] | None:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"convolution={convolution!r} cannot be had ({error}); expected 'fft', or "
-            "'package.module:function' such as 'diffussm.gpu_kernels:choose_convolution', which needs Triton"
+            "'package.module:function' such as 'diffussm.autotuning:autotune_convolution', which needs Triton"
         ) from error
 
 

@@ -135,9 +135,9 @@ from diffusers import DiffusionPipeline
 from diffussm import DiffuSSM, bidirectional, fft_convolution, gpu_kernels
 from diffussm.pipeline import DiffuSSMPipeline, ancestral_scheduler, self_contained_code
 
-names = ["convolve", "convolve_backward", "on_chip", "on_chip_backward"]
+names = ["convolve", "convolve_backward", "triton_convolve", "triton_convolve_backward"]
 ours = [fft_convolution._CONVOLVE, fft_convolution._CONVOLVE_BACKWARD]
-ours += [gpu_kernels._on_chip, gpu_kernels._on_chip_backward]
+ours += [gpu_kernels._triton_convolve, gpu_kernels._triton_convolve_backward]
 handles = [operator._opoverload for operator in ours]
 
 def same(module, u, spectra):
@@ -165,7 +165,7 @@ for version in (pipe.denoiser, compiled):
     torch.testing.assert_close(version(x, t, y), model(x, t, y))
 
 file = Path(sys.argv[1], "copied.py")
-functions = {"fft_convolution": "convolve", "gpu_kernels": "on_chip_convolve"}
+functions = {"fft_convolution": "convolve", "gpu_kernels": "triton_convolve"}
 for module, name in functions.items():
     file.write_text(self_contained_code(module, name))
     for number in range(10):

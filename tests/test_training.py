@@ -641,7 +641,7 @@ def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys
 def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
     pytest.importorskip("triton")
     config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
-    execution = Execution(convolution="diffussm.gpu_kernels:choose_convolution")
+    execution = Execution(convolution="diffussm.autotuning:autotune_convolution")
     state = TrainState.create(config, execution, World("cpu"))
     assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
     assert state.model.blocks[0].ssm.convolution is convolve

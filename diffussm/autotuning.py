@@ -1,0 +1,183 @@
+"""Chosen, not assumed.
+
+Generated from book/74_autotuning.md by `make export`: edit there.
+"""
+
+import functools
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffussm.bidirectional import Convolution
+from diffussm.fft_convolution import convolve
+
+__all__ = ["TOLERANCE", "relative_errors", "Measured", "autotune_convolution"]
+
+
+def _problem(
+    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(batch, length, d_model, generator=generator)
+    kernels = torch.randn(2, d_model, length, generator=generator)
+    kernels = kernels * torch.exp(-torch.arange(length) / 64)
+    spectra = torch.fft.rfft(kernels, n=2 * length)
+    spectra[1].conj_physical_()
+    grad = torch.randn(batch, length, 2 * d_model, generator=generator)
+    return u.to(device, dtype), spectra.to(device), grad.to(device, dtype)
+
+
+TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_spectra": 1e-4}  # in float32
+
+
+def _run(
+    convolution: Convolution, u: Tensor, spectra: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
+    u, spectra = u.detach().requires_grad_(), spectra.detach().requires_grad_()
+    y = convolution(u, spectra)
+    gradients = torch.autograd.grad(y, (u, spectra), grad)
+    return dict(zip(TOLERANCE, (y.detach(), *gradients), strict=True))
+
+
+def relative_errors(
+    convolution: Convolution,
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """How far a convolution is from float64: "output", "grad_u" and "grad_spectra".
+
+    Each is the largest difference relative to the largest entry, NaN if anything is
+    not a number.
+    """
+    u, spectra, grad = _problem(length, d_model, batch, device, dtype)
+    ours = _run(convolution, u, spectra, grad)
+    true = _run(convolve, u.double(), spectra.to(torch.complex128), grad.double())
+    return {
+        name: float((ours[name] - value).abs().max() / value.abs().max())
+        for name, value in true.items()
+    }
+
+
+def _candidates() -> dict[str, Convolution]:
+    from diffussm.gpu_kernels import triton_convolve  # here, for it needs Triton
+
+    return {
+        f"on the chip, {precision}": functools.partial(
+            triton_convolve, precision=precision
+        )
+        for precision in ("tf32", "tf32x3")
+    }
+
+
+def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
+    if dtype == torch.float32:
+        return TOLERANCE
+    return dict.fromkeys(TOLERANCE, 2 * fft["output"])
+
+
+def _right_ones(
+    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Convolution], dict[str, dict[str, float]], list[str]]:
+    """Those that may be timed, the errors of all, and why the others may not."""
+    case = length, min(d_model, 64), min(batch, 3), device, dtype
+    errors = {"FFT": relative_errors(convolve, *case)}
+    allowed = _allowed(dtype, errors["FFT"])
+    right: dict[str, Convolution] = {"FFT": convolve}
+    faults = []
+    for name, candidate in _candidates().items():
+        try:
+            found = errors[name] = relative_errors(candidate, *case)
+        except Exception as error:  # Triton raises many kinds
+            faults.append(f"{name}: {type(error).__name__}")
+            continue
+        if all(found[key] <= allowed[key] for key in allowed):
+            right[name] = candidate
+        else:
+            worst = max(found[key] / allowed[key] for key in allowed)
+            faults.append(f"{name}: errors {worst:.1f} times what is allowed")
+    return right, errors, faults
+
+
+def _median_seconds(
+    sides: dict[str, Convolution], problem: tuple[Tensor, Tensor, Tensor], runs: int = 5
+) -> dict[str, float]:
+    wait = torch.cuda.synchronize if problem[0].is_cuda else int
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(runs + 1):
+        for name, side in sides.items():
+            wait()
+            start = time.perf_counter()
+            _run(side, *problem)
+            wait()
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Which convolution to use on a machine, and why.
+
+    Attributes:
+        convolution: For `block.ssm.convolution`.
+        reason: A sentence for the log.
+        seconds: Of forward and backward pass of what was timed, by name.
+        errors: Of what was compared, by name; see `relative_errors`.
+    """
+
+    convolution: Convolution
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def _try_all(
+    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> Measured:
+    try:
+        from diffussm.gpu_kernels import LENGTHS
+
+        if length not in LENGTHS:
+            known = ", ".join(map(str, LENGTHS))
+            return Measured(convolve, f"FFT: L = {length} is none of {known}")
+        right, errors, faults = _right_ones(length, d_model, batch, device, dtype)
+        problem = _problem(length, d_model, batch, device, dtype)
+        seconds = _median_seconds(right, problem)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        return Measured(convolve, f"FFT: trying the others failed ({why})")
+    name = min(seconds, key=lambda key: seconds[key])
+    times = ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in seconds.items())
+    reason = f"{name}: {'; '.join([times, *faults])}"
+    return Measured(right[name], reason, seconds, errors)
+
+
+def autotune_convolution(
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Measured:
+    """The fastest convolution that is right on this machine: run, compared and timed.
+
+    Args:
+        length: L.
+        d_model: D.
+        batch: Images that one process takes through the network at once.
+        device: Where; anything but a GPU stays with the FFT.
+        dtype: Of the input of the convolution, bfloat16 under autocast.
+
+    Source: ch. "Chosen, not assumed".
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        why = f"the kernels on the chip are for a GPU, and this is a {device.type}"
+        return Measured(convolve, f"FFT: {why}")
+    return _try_all(length, d_model, batch, device, dtype)

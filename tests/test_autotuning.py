@@ -1,0 +1,186 @@
+"""Ch. "Chosen, not assumed": a convolution is chosen where it agreed and won."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not made for this system")
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when the kernels are defined and when they are called
+    )
+
+from diffussm import autotuning, gpu_kernels  # noqa: E402
+from diffussm.autotuning import Measured, autotune_convolution  # noqa: E402
+from diffussm.fft_convolution import convolve  # noqa: E402
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+def close(fast, clear, tolerance):
+    assert fast.shape == clear.shape
+    error = (fast.double().cpu() - clear.cpu()).abs().max()
+    assert error <= tolerance * clear.abs().max()
+
+
+def tf32(x):
+    """The nearest float32 with ten bits behind the point, as a tensor core reads it."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
+def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypatch):
+    """The interpreter multiplies in float32; here its products round as hardware does."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    exact, convert = InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def to_nearest(x, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, rounding_mode)
+        nearest = torch.from_numpy(
+            x.astype("float32")
+        ).bfloat16()  # the interpreter cuts it off
+        return nearest.view(torch.int16).numpy().astype("uint16")
+
+    def rounding(builder, a, b, d, input_precision, max_num_imprecise_acc):
+        if "X3" not in str(input_precision).upper():
+            a, b = (
+                TensorHandle(
+                    tf32(torch.from_numpy(x.data.astype("float32"))).numpy(), x.dtype
+                )
+                for x in (a, b)
+            )
+        return exact(builder, a, b, d, input_precision, max_num_imprecise_acc)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", rounding)
+    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
+    monkeypatch.setattr(
+        autotuning,
+        "_median_seconds",
+        lambda sides, problem: {n: -len(n) for n in sides},
+    )
+    single = autotuning._try_all(1024, 4, 2, DEVICE, torch.float32)
+    assert "tf32: errors" in single.reason and single.convolution.keywords == {
+        "precision": "tf32x3"
+    }
+    assert 1e-5 < single.errors["on the chip, tf32"]["output"] < 2e-3
+    mixed = autotuning._try_all(1024, 4, 2, DEVICE, torch.bfloat16)
+    assert (
+        1e-5
+        < mixed.errors["on the chip, tf32"]["grad_spectra"]
+        < mixed.errors["FFT"]["output"]
+    )
+    single_wins = {"FFT": 3, "on the chip, tf32": 1, "on the chip, tf32x3": 2}
+    monkeypatch.setattr(
+        autotuning,
+        "_median_seconds",
+        lambda sides, problem: {n: single_wins[n] for n in sides},
+    )
+    assert autotuning._try_all(
+        1024, 4, 2, DEVICE, torch.bfloat16
+    ).convolution.keywords == {"precision": "tf32"}
+
+
+def choose(**options):
+    return autotuning._try_all(
+        **{
+            "length": 256,
+            "d_model": 2,
+            "batch": 2,
+            "device": DEVICE,
+            "dtype": torch.float32,
+        }
+        | options
+    )
+
+
+def test_a_cpu_stays_with_the_fft():
+    choice = autotune_convolution(1024, 8, 2, "cpu")
+    assert choice == Measured(
+        convolve, "FFT: the kernels on the chip are for a GPU, and this is a cpu"
+    )
+
+
+def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
+    times = {"FFT": 0.3, "on the chip, tf32": 0.2, "on the chip, tf32x3": 0.1}
+    monkeypatch.setattr(
+        autotuning,
+        "_median_seconds",
+        lambda sides, problem: {n: times[n] for n in sides},
+    )
+    choice = choose()
+    assert (
+        choice.convolution.keywords == {"precision": "tf32x3"}
+        and choice.seconds["FFT"] == 0.3
+    )
+    assert choice.reason.startswith("on the chip, tf32x3: FFT 300.00 ms")
+    close(
+        choice.convolution(*autotuning._problem(256, 2, 1, DEVICE, torch.float32)[:2]),
+        convolve(*autotuning._problem(256, 2, 1, DEVICE, torch.float32)[:2]).double(),
+        1e-5,
+    )
+    times["FFT"] = 0.05
+    assert choose().convolution is convolve
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_is_wrong_is_never_chosen(monkeypatch, dtype):
+    monkeypatch.setattr(
+        autotuning,
+        "_median_seconds",
+        lambda sides, problem: {n: -len(n) for n in sides},
+    )
+    right = gpu_kernels.triton_convolve
+    assert choose(dtype=dtype).convolution is not convolve
+    for wrong in (
+        lambda u, s, precision: 1.1 * right(u, s, precision),  # by a factor
+        lambda u, s, precision: right(
+            u, s.detach(), precision
+        ),  # no gradient of the spectra
+        lambda u, s, precision: right(u, s, precision) * torch.nan,
+    ):
+        monkeypatch.setattr(gpu_kernels, "triton_convolve", wrong)
+        choice = choose(dtype=dtype)
+        assert choice.convolution is convolve and choice.reason.startswith("FFT")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("out of resource: shared memory"), AssertionError(), OSError()],
+)
+def test_a_kernel_that_fails_stops_nothing(monkeypatch, fault):
+    def fails(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(gpu_kernels, "triton_convolve", fails)
+    choice = choose()
+    assert (
+        choice.convolution is convolve
+        and f"tf32x3: {type(fault).__name__}" in choice.reason
+    )
+    monkeypatch.setattr(
+        autotuning, "_median_seconds", fails
+    )  # as for lack of memory at full size
+    assert choose().reason.startswith("FFT: trying the others failed")
+
+
+def test_other_lengths_stay_with_the_fft():
+    assert (
+        choose(length=100).reason
+        == "FFT: L = 100 is none of 256, 512, 1024, 2048, 4096"
+    )
+
+
+def test_without_triton_the_fft_stays(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffussm.gpu_kernels", None)
+    choice = choose()
+    assert (choice.convolution is convolve and "ImportError" in choice.reason) or (
+        "ModuleNotFoundError" in choice.reason
+    )
