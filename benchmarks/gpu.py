@@ -41,16 +41,11 @@ from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.distributed import peak_flops
-from diffussm.efficiency import (
-    DiTBlock,
-    diffussm_macs,
-    dit_macs,
-    explicit_attention,
-    time_by_kind,
-)
+from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
 from diffussm.fft_convolution import convolve
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.profiling import time_by_kind
 from diffussm.two_level import vandermonde_two_level
 
 Row = dict[str, Any]

@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import command, quiet_runs, report
-from diffussm.efficiency import time_by_kind
 from diffussm.hourglass import HourglassBlock
+from diffussm.profiling import time_by_kind
 
 Part = tuple[float, float, Callable[[], object]]
 

@@ -30,8 +30,9 @@ from benchmarks.common import (
 )
 from benchmarks.references import awake, require_right
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.efficiency import DiT, time_by_kind
+from diffussm.efficiency import DiT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.profiling import time_by_kind
 from diffussm.training import parameter_groups, update_ema
 
 SHARE_LIMIT = 0.35

@@ -12,17 +12,20 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.core.getipython import get_ipython
-from IPython.display import HTML
+from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["COLORS", "frame_player", "image_grid", "use_style"]
+__all__ = ["COLORS", "frame_player", "image_grid", "recorded", "table", "use_style"]
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 # Okabe and Ito's palette: told apart with any of the common kinds of colour blindness.
 COLORS = {
@@ -69,6 +72,19 @@ def use_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def recorded(name: str) -> Any:
+    """What ``python -m benchmarks.<name>`` last wrote, or nothing."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> None:
+    """Show a table with these columns."""
+    lines = (columns, ["---"] * len(columns), *rows)
+    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    display(Markdown("\n".join(text)))
 
 
 def _as_array(image: Any) -> np.ndarray:

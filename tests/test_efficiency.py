@@ -1,4 +1,4 @@
-"""Chapter 15: counts against PyTorch's counter, the transformer to compare with, benchmarks that refuse."""
+"""Ch. "Efficiency": counts against PyTorch's counter, the transformer, benchmarks."""
 
 import copy
 import importlib
@@ -23,7 +23,6 @@ from diffussm.efficiency import (
     diffussm_macs,
     dit_macs,
     explicit_attention,
-    time_by_kind,
 )
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
@@ -184,23 +183,6 @@ def test_dit_has_the_interface_of_a_diffussm(patch):
     assert (model(moved, t, y) - output).abs().amax((1, 2, 3))[
         1
     ] == 0  # no image sees another
-
-
-def test_a_profile_tells_kinds_apart():
-    a, b = torch.randn(300, 300), torch.randn(3, 1, 2, 256, 32)
-    jobs = {
-        "matrix products": lambda: a @ a,
-        "FFT": lambda: torch.fft.rfft(a),
-        "attention": lambda: F.scaled_dot_product_attention(*b),
-        "other": lambda: torch.exp(a).cumsum(0),
-    }
-    for kind, job in jobs.items():
-        job()
-        seconds = time_by_kind(job)
-        assert set(seconds) == set(jobs) and max(seconds, key=seconds.get) == kind, (
-            kind,
-            seconds,
-        )
 
 
 def test_a_noisy_run_is_refused():
