@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LOG",
     "whole_file",
     "whole_folder",
-    "flush",
     "apply_umask",
     "sha256",
     "write_json",
@@ -32,7 +30,7 @@ __all__ = [
     "differences",
 ]
 
-LOG = logging.getLogger("diffussm.files")
+_LOG = logging.getLogger("diffussm.files")
 
 
 @contextmanager
@@ -42,9 +40,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield draft
         apply_umask(draft)
-        flush(draft)
+        _flush(draft)
         draft.replace(path)
-        flush(path.parent)
+        _flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -58,14 +56,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield draft
         for part in (*draft.rglob("*"), draft):
-            flush(part)
+            _flush(part)
         draft.replace(path)
-        flush(path.parent)
+        _flush(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     folder = path.is_dir()
     try:
@@ -94,7 +92,7 @@ _CANNOT = {
 
 @cache  # each text once
 def _warn_of_flushing(reason: str) -> None:
-    LOG.warning(
+    _LOG.warning(
         "this disk cannot flush a folder (%s): after a loss of power, what was written "
         "last may be missing",
         reason,

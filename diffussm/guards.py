@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 __all__ = [
     "T",
     "expect",
-    "fits",
     "expect_int",
     "expect_number",
     "expect_one_of",
@@ -42,12 +41,12 @@ def expect(name: str, x: Any, pattern: str, **sizes: int) -> tuple[int, ...]:
             f"{name} is {_short(x)}: expected a tensor ({', '.join(words)})"
         )
     given, known = tuple(x.shape), dict(sizes)
-    fits = len(given) == len(words) and all(
+    _fits = len(given) == len(words) and all(
         size == (int(word) if word.isdigit() else known.setdefault(word, size))
         for word, size in zip(words, given, strict=True)
         if word != "_"
     )
-    if not fits:
+    if not _fits:
         shown = [f"{w}={sizes[w]}" if w in sizes else w for w in words]
         raise ValueError(f"{name} has shape {given}: expected ({', '.join(shown)})")
     return given
@@ -89,11 +88,11 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
-def fits(value: Any, kind: Any) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     """Whether a value has an annotation's type; a bool is no number, an int a float."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or _is_union(kind):
-        return kind is Any or any(fits(value, one) for one in arguments)
+        return kind is Any or any(_fits(value, one) for one in arguments)
     if origin is Literal:
         return value in arguments
     if isinstance(value, bool) and kind is not bool:
@@ -102,8 +101,8 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, int | float)
     if origin is tuple and isinstance(value, tuple):
         if arguments[1:] == (...,):
-            return all(fits(one, arguments[0]) for one in value)
-        return len(value) == len(arguments) and all(map(fits, value, arguments))
+            return all(_fits(one, arguments[0]) for one in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
     return isinstance(value, origin or kind)
 
 
@@ -211,7 +210,7 @@ def check_fields(config: Any) -> None:
         value, kind = getattr(config, field.name), types[field.name]
         limits = field.metadata.get("range", _Range())
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not fits(value, kind) or (numeric and not limits.holds(value)):
+        if not _fits(value, kind) or (numeric and not limits.holds(value)):
             note = field.metadata.get("note", "")
             raise ValueError(
                 f"{field.name}={_short(value)}: expected {_named(kind)}{limits.text()}"

@@ -30,7 +30,7 @@ from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS
 from diffussm.model_config import DiffuSSMConfig as DiffuSSMConfig
 
-__all__ = ["DiffuSSM", "WEIGHTS_FILE"]
+__all__ = ["DiffuSSM"]
 
 
 class DiffuSSM(nn.Module):
@@ -215,7 +215,7 @@ class DiffuSSM(nn.Module):
         _refuse_another(folder, self.config)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, asdict(self.config))
-        write_tensors(folder / WEIGHTS_FILE, self.state_dict())
+        write_tensors(folder / _WEIGHTS_FILE, self.state_dict())
 
     @classmethod
     def from_pretrained(
@@ -230,7 +230,7 @@ class DiffuSSM(nn.Module):
         config, tensors = _read_model(Path(folder))
         with torch.device("meta"):
             model = cls(config)
-        _check_tensors(Path(folder, WEIGHTS_FILE), model.state_dict(), tensors)
+        _check_tensors(Path(folder, _WEIGHTS_FILE), model.state_dict(), tensors)
         wide = {n: w.float() if w.element_size() < 4 else w for n, w in tensors.items()}
         model.load_state_dict(wide, assign=True)
         return model.to(device)
@@ -297,7 +297,7 @@ def _checked_labels(
     return y
 
 
-WEIGHTS_FILE = "model.safetensors"
+_WEIGHTS_FILE = "model.safetensors"
 
 
 def _refuse_another(folder: Path, config: DiffuSSMConfig) -> None:
@@ -305,7 +305,7 @@ def _refuse_another(folder: Path, config: DiffuSSMConfig) -> None:
     unlike = []
     if (folder / CONFIG_FILE).exists():
         unlike = differences(asdict(config), asdict(read_config(folder / CONFIG_FILE)))
-    elif (folder / WEIGHTS_FILE).exists():
+    elif (folder / _WEIGHTS_FILE).exists():
         unlike = [f"there is no {CONFIG_FILE}"]
     if unlike:
         raise ValueError(
@@ -315,14 +315,14 @@ def _refuse_another(folder: Path, config: DiffuSSMConfig) -> None:
 
 
 def _read_model(folder: Path) -> tuple[DiffuSSMConfig, dict[str, Tensor]]:
-    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+    for path in (folder, folder / CONFIG_FILE, folder / _WEIGHTS_FILE):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} does not exist; expected a folder written by save_pretrained, "
-                f"with {CONFIG_FILE} and {WEIGHTS_FILE}"
+                f"with {CONFIG_FILE} and {_WEIGHTS_FILE}"
             )
     return read_config(folder / CONFIG_FILE), read_tensors(
-        folder / WEIGHTS_FILE, "the model"
+        folder / _WEIGHTS_FILE, "the model"
     )
 
 
