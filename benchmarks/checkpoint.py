@@ -19,17 +19,19 @@ from typing import Any
 import torch
 
 from benchmarks.common import Disagreement, command, report
-from diffussm.distributed import Cluster
+from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.model import PRESETS, DiffuSSMConfig
-from diffussm.training import Execution, Recipe, TrainState, snapshot, write_checkpoint
+from diffussm.options import Execution, Recipe
+from diffussm.training import TrainState
+from diffussm.writers import BackgroundWriter
 
 LIMIT = 10.0
 
 
-def make_state(preset: str, world: Cluster) -> tuple[Recipe, TrainState]:
+def make_state(preset: str) -> tuple[Recipe, TrainState]:
     """A state that has everything a checkpoint holds, moments included."""
     config = Recipe(model=DiffuSSMConfig(**PRESETS[preset]))
-    state = TrainState.create(config, Execution(), world)
+    state = TrainState.create(config)
     for parameter in state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     state.optimizer.step()
@@ -48,18 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     if options.runs < 1:
         parser.error("--runs must be positive")
     seconds: dict[str, list[float]] = {"synchronous": [], "training waits": []}
-    with tempfile.TemporaryDirectory() as folder, Cluster("cpu") as world:
-        config, state = make_state(options.preset, world)
+    config, state = make_state(options.preset)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        BackgroundWriter(Path(folder, "b"), config, Execution()) as writer,
+    ):
         for _ in range(options.runs):
             state.step += 1
             begun = time.perf_counter()
-            written = write_checkpoint(Path(folder, "a"), snapshot(state, world))
+            written = write_checkpoint(Path(folder, "a"), snapshot(state))
             seconds["synchronous"].append(time.perf_counter() - begun)
 
             begun = time.perf_counter()
-            world.save(Path(folder, "b"), snapshot(state, world), config, Execution())
+            writer.save(state)
             seconds["training waits"].append(time.perf_counter() - begun)
-            world.finish()
+            writer.wait()
             records = [
                 json.loads(
                     (

@@ -40,12 +40,12 @@ from benchmarks.train_step import make_loss, make_model, make_step
 from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import S4DKernel, vandermonde
-from diffussm.distributed import peak_flops
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
 from diffussm.fft_convolution import convolve
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.profiling import time_by_kind
+from diffussm.resources import peak_flops
 from diffussm.two_level import vandermonde_two_level
 
 Row = dict[str, Any]

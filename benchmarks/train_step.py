@@ -32,8 +32,8 @@ from benchmarks.references import awake, require_right
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.efficiency import DiT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.optimiser import parameter_groups, update_ema
 from diffussm.profiling import time_by_kind
-from diffussm.training import parameter_groups, update_ema
 
 SHARE_LIMIT = 0.35
 SPEED_LIMIT = 1.3

@@ -37,23 +37,23 @@ if TYPE_CHECKING:
     from diffussm.model import PRESETS as PRESETS
     from diffussm.model import DiffuSSM as DiffuSSM
     from diffussm.model import DiffuSSMConfig as DiffuSSMConfig
+    from diffussm.options import Execution as Execution
+    from diffussm.options import Recipe as Recipe
     from diffussm.pipeline import DiffuSSMPipeline as DiffuSSMPipeline
+    from diffussm.runs import train as train
     from diffussm.sampling import sample as sample
-    from diffussm.training import Execution as Execution
-    from diffussm.training import Recipe as Recipe
-    from diffussm.training import train as train
 else:  # the same names, imported on first use: `diffussm --help` does not wait for torch
     _HOMES = {
         "DiffuSSM": "model",
         "DiffuSSMConfig": "model",
         "DiffuSSMPipeline": "pipeline",
-        "Execution": "training",
+        "Execution": "options",
         "GaussianDiffusion": "diffusion",
         "PRESETS": "model",
-        "Recipe": "training",
+        "Recipe": "options",
         "evaluate": "evaluation",
         "sample": "sampling",
-        "train": "training",
+        "train": "runs",
     }
 
     def __getattr__(name):

@@ -13,8 +13,8 @@ from diffussm.features import WEIGHTS
 from diffussm.files import sha256
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSMConfig
+from diffussm.options import Execution, Recipe
 from diffussm.samples import SampleSet
-from diffussm.training import Execution, Recipe
 
 __all__ = [
     "training_operations",

@@ -143,8 +143,8 @@ def refuse_idle(given: set[str], situation: str) -> None:
 
 def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
     """The recipe and, with its values for defaults, every option of a run."""
+    from diffussm.options import RENAMED, Execution, Recipe, flat, from_flat
     from diffussm.recipes import read_recipe, recipe_files
-    from diffussm.training import RENAMED, Execution, Recipe, flat, from_flat
 
     words[:] = with_new_names(words, RENAMED)
     names = ", ".join(recipe_files())
@@ -272,9 +272,9 @@ def start(
     `stoppable`: Ctrl-C and a queue's signals ask it to stop where nothing is lost.
     """
     _check_device(device)
-    from diffussm.distributed import Cluster
+    from diffussm.distributed import processes
 
-    return Cluster(device, stoppable=stoppable, report=partial(report, command))
+    return processes(device, stoppable=stoppable, report=partial(report, command))
 
 
 def _check_recipe_named(

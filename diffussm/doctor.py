@@ -20,9 +20,9 @@ import torch.distributed as dist
 from diffussm import features
 from diffussm.bill import VAE_FILE, checkpoints_kept, published
 from diffussm.latents import LatentStore, verify_store
+from diffussm.options import Execution, Recipe, check_data
 from diffussm.recipes import open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
-from diffussm.training import Execution, Recipe, check_data
 
 __all__ = [
     "Plan",

@@ -115,30 +115,33 @@ def encode(
     }
     check_at_least_one(size=size, **numbers)
     from diffussm import autoencoder, encoding
+    from diffussm.distributed import barrier, rank, world_size
 
     source = _open_images(data, size, no_classes, exif_rotate, given)
-    with start("encode", device) as world, interruptible(partial(_shards_kept, out)):
-        coder = autoencoder.load_vae(vae, world.device)
-        who = {"rank": world.rank, "world_size": world.size}
+    with start("encode", device) as own, interruptible(partial(_shards_kept, out)):
+        coder = autoencoder.load_vae(vae, own)
+        who: Any = {"rank": rank(), "world_size": world_size()}
         encoding.encode(source, out, coder, vae, flip=not no_flip, **numbers, **who)
-        world.barrier()  # until every process has done its share
-        _tell_stored(out, world, verify)
+        barrier()  # until every process has done its share
+        _tell_stored(out, verify)
     return 0
 
 
 SHOWN = 20  # so many skipped images are named
 
 
-def _tell_stored(out: Path, world: Any, verify: bool) -> None:
+def _tell_stored(out: Path, verify: bool) -> None:
     """Say what the store holds and, having read it again, whether it is whole."""
-    if world.rank == 0:
+    from diffussm.distributed import on_rank_zero, rank
+
+    if rank() == 0:
         _tell_held(out)
     if verify:
         from diffussm.latents import verify_store
 
-        if problems := world.once(partial(verify_store, out)):
+        if problems := on_rank_zero(partial(verify_store, out)):
             raise ValueError("; ".join(problems))
-        if world.rank == 0:
+        if rank() == 0:
             print(f"every file of {out} is as it was written")
 
 

@@ -705,8 +705,8 @@ def _load_run(
 ) -> dict[str, Any]:
     """The arguments of DiffuSSMPipeline."""
     try:  # looked up here: a saved pipeline has no training in its one file
-        training, autoencoder = (
-            import_module("diffussm.training"),
+        trained, autoencoder = (
+            import_module("diffussm.run_folder"),
             import_module("diffussm.autoencoder"),
         )
     except ModuleNotFoundError as error:
@@ -715,14 +715,14 @@ def _load_run(
         ) from error
     # found once: a run that is still training may write another checkpoint meanwhile
     found = (
-        training.find_checkpoint(run, step) if (run / "config.json").is_file() else None
+        trained.find_checkpoint(run, step) if (run / "config.json").is_file() else None
     )
     step = int(found.name.removeprefix("step_")) if found else step
-    model, config, classes = training.load_run(run, weights, step)
+    model, config, classes = trained.load_run(run, weights, step)
     facts = {"weights": weights, "step": step, "images_seen": step * config.batch_size}
     facts |= {key: value for key, value in asdict(config).items() if key != "model"}
     facts["data"] = Path(config.data).name  # not where it lies on someone's disk
-    made_by = training.encoder_of(run, config.data)
+    made_by = trained.encoder_of(run, config.data)
     if made_by is not None:
         facts["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
     if vae is not None:

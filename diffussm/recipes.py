@@ -18,7 +18,7 @@ from diffussm.data import Dataset
 from diffussm.formats import images_from
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
-from diffussm.training import Execution, Recipe, from_flat, load_dataset
+from diffussm.options import Execution, Recipe, from_flat, load_dataset
 
 __all__ = ["recipe_files", "read_recipe", "open_data", "takes_latents", "open_decoder"]
 

@@ -1,19 +1,31 @@
-"""Memory.
+"""Memory and time.
 
-Generated from book/43_resources.md by `make export`: edit there.
+Generated from book/44_resources.md by `make export`: edit there.
 """
 
+import re
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffussm.hourglass import HourglassBlock
+from diffussm.distributed import world_size
+from diffussm.hourglass import HourglassBlock, linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.training import Execution, Recipe, micro_batch_of
+from diffussm.options import Execution, Recipe
+from diffussm.parallel import micro_batch_of
 
-__all__ = ["parameter_count", "saved_bytes", "RESERVE", "memory_needed"]
+__all__ = [
+    "parameter_count",
+    "saved_bytes",
+    "RESERVE",
+    "memory_needed",
+    "utilisation",
+    "peak_flops",
+    "PEAK_FLOPS",
+]
 
 
 @cache
@@ -23,54 +35,113 @@ def parameter_count(config: DiffuSSMConfig) -> int:
         return sum(parameter.numel() for parameter in DiffuSSM(config).parameters())
 
 
-@cache
-def saved_bytes(model: DiffuSSMConfig, precision: str) -> tuple[float, float]:
-    """What a block keeps for its backward pass: bytes in any case, bytes per image."""
-    one, two = (_kept(model, precision, images) for images in (1, 2))
-    return float(max(2 * one - two, 0)), float(two - one)
-
-
-def _kept(model: DiffuSSMConfig, precision: str, images: int) -> int:
-    places, storages = model.seq_len // model.downsample, {}
+def _kept(config: DiffuSSMConfig, precision: str, images: int) -> int:
+    """Bytes that a block keeps for its backward pass."""
+    storages: dict[int, Any] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with FakeTensorMode():
-        block = HourglassBlock(model.d_model, model.d_state, model.downsample)
+        block = HourglassBlock(config.d_model, config.d_state, config.downsample)
         own = {p.untyped_storage()._cdata for p in block.parameters()}
-        x = torch.zeros(images, places, model.d_model, requires_grad=True)
-        c = torch.zeros(images, model.d_model)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast:
+        J = config.seq_len // config.downsample
+        x = torch.zeros(images, J, config.d_model, requires_grad=True)
+        c = torch.zeros(images, config.d_model)
+        keep = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        bf16 = precision == "bf16"
+        with keep, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             block(x, c)
     return sum(s.nbytes() for key, s in storages.items() if key not in own)
 
 
-RESERVE = 2e9  # bytes; assumed: what CUDA, NCCL and the allocator's gaps take
+@cache
+def saved_bytes(config: DiffuSSMConfig, precision: str) -> tuple[float, float]:
+    """What a block keeps for its backward pass: bytes in any case, bytes per image."""
+    one, two = (_kept(config, precision, images) for images in (1, 2))
+    return float(max(2 * one - two, 0)), float(two - one)
+
+
+RESERVE = 2e9  # bytes
 
 
 def memory_needed(
     recipe: Recipe, execution: Execution, processes: int = 1
 ) -> dict[str, float]:
-    """Bytes that each process needs to train, by use, and "total"; computed.
+    """Bytes that each process needs to train, by use, and their sum as "total".
 
-    Raises ValueError if the batch cannot be shared by that many processes.
+    Raises:
+        ValueError: the batch cannot be shared by that many processes.
     """
-    model, again = recipe.model, execution.activation_checkpointing
+    model, recompute = recipe.model, execution.activation_checkpointing
     images = micro_batch_of(recipe, execution, processes)
     fixed, each = saved_bytes(model, recipe.precision)
     block = fixed + images * each
     stream = 4.0 * images * model.seq_len // model.downsample * model.d_model
-    states = 5 * 4.0 * parameter_count(model)
+    shared = processes if execution.strategy == "fsdp" else 1
     parts = {
-        "weights, gradients, average, moments": states,
-        "kept for the backward pass": model.n_blocks * (stream if again else block),
-        "one block at work": block + (block if again else 0.0),
+        "weights, gradients, average, moments": 20.0 * parameter_count(model) / shared,
+        "kept for the backward pass": model.n_blocks * (stream if recompute else block),
+        "one block at work": block + (block if recompute else 0.0),
         "reserve (assumed)": RESERVE,
     }
-    if execution.strategy == "fsdp":
-        parts["weights, gradients, average, moments"] /= processes
     return parts | {"total": sum(parts.values())}
+
+
+def utilisation(
+    config: DiffuSSMConfig, images_per_second: float, device: torch.device
+) -> dict[str, float]:
+    """Figures of a GPU for the log: peak of memory (GB) since the last call, and MFU."""
+    if device.type != "cuda":
+        return {}
+    figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+    torch.cuda.reset_peak_memory_stats()
+    peak = peak_flops(torch.cuda.get_device_name())
+    if peak is not None:
+        used = 6 * linear_macs(config) * images_per_second
+        figures["mfu"] = round(used / (peak * world_size()), 4)
+    return figures
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The maker's figure for dense bf16 products, operations per second.
+
+    `device_name` is what CUDA says, such as "NVIDIA A100-SXM4-80GB". None for a GPU
+    that is not in the table, or a part of one (MIG).
+    """
+    words = [
+        word
+        for word in re.split(r"[\s-]+", device_name)
+        if word and not _PLAIN.fullmatch(word)
+    ]
+    known = {name.casefold(): flops for name, flops in PEAK_FLOPS.items()}
+    return known.get(" ".join(words).casefold())
+
+
+# parts of a name that say nothing about speed: maker, form of the module, memory
+_PLAIN = re.compile(r"NVIDIA|Tesla|GeForce|SXM\d*|HBM\d\w*|\d+GB?", re.IGNORECASE)
+
+PEAK_FLOPS = {
+    # nvidia.com/en-us/data-center/a100; the A800 is an A100 with a slower NVLink
+    "A100": 312e12,
+    "A100 PCIe": 312e12,
+    "A800": 312e12,
+    "A800 PCIe": 312e12,
+    # nvidia.com/en-us/data-center/h100, h200 and grace-hopper-superchip, halved: the sheets count zeros of
+    # sparse matrices. H100 PCIe: product brief PB-11133. The H800 is an H100 with a slower NVLink.
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "H20": 148e12,  # no public sheet; the figure that resellers and frameworks (verl, Megatron-Bridge) give
+    # nvidia.com/en-us/data-center/hgx and gb200-nvl72, halved
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "L40S": 362e12,  # nvidia.com/en-us/data-center/l40s
+    "RTX 4090": 165e12,  # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
+}

@@ -15,7 +15,7 @@ from diffussm.command_line import interruptible, refuse_idle, start
 if TYPE_CHECKING:
     from diffussm.data import Dataset
     from diffussm.model import DiffuSSM
-    from diffussm.training import Execution, Recipe
+    from diffussm.options import Execution, Recipe
 
 __all__ = ["doctor", "train", "say", "takes_latents", "board_writer", "decoder_of"]
 
@@ -103,6 +103,7 @@ def train(
         no_grid: draw no samples at the end
     """
     _check_train(recipe, execution, given, vae, no_grid)
+    from diffussm.distributed import on_rank_zero
     from diffussm.recipes import open_data
 
     data, writer = open_data(recipe), board_writer() if tensorboard else None
@@ -110,12 +111,12 @@ def train(
     goes_on = partial(_goes_on, out)
     with (
         interruptible(goes_on),  # looks again once a checkpoint is whole
-        start("train", device, stoppable=True) as world,
+        start("train", device, stoppable=True) as own,
         interruptible(goes_on),  # for a process that leaves alone
     ):
-        decode = decoder_of(recipe, vae, world.device, data)
-        world.once(lambda: _claim(out, recipe, execution, data, world, other_data))
-        return _carry_out(recipe, execution, data, out, world, decode, writer, no_grid)
+        decode = decoder_of(recipe, vae, own, data)
+        on_rank_zero(lambda: _claim(out, recipe, execution, data, other_data))
+        return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
 
 
 def _carry_out(
@@ -123,34 +124,33 @@ def _carry_out(
     execution: "Execution",
     data: "Dataset",
     out: Path,
-    world: Any,
+    own: Any,
     decode: Any,
     writer: Callable[[str], Any] | None,
     no_grid: bool,
 ) -> int:
-    """Train with the processes of `world`; the exit code."""
-    from diffussm import training
+    """Train with all processes, on the device of this one; the exit code."""
+    from diffussm import runs
+    from diffussm.distributed import Preempted, rank
 
-    board = writer(str(out / "tensorboard")) if writer and world.rank == 0 else None
+    board = writer(str(out / "tensorboard")) if writer and rank() == 0 else None
     hooks: dict[str, Any] = {
         "on_log": partial(_log, board, recipe.steps),
         "on_samples": partial(_draw_step, recipe, out, decode),
     }
-    if world.rank == 0:
+    if rank() == 0:
         _say_begun(recipe, data)
     try:
-        state = training.train(
-            recipe, out, execution, world=world, dataset=data, **hooks
-        )
-    except training.Preempted as stop:
-        return _preempted(out, str(stop), world)
+        state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
+    except Preempted as stop:
+        return _preempted(out, str(stop))
     finally:
         if board is not None:
             board.close()
-    if world.rank == 0:
+    if rank() == 0:
         _say_done(out, state.step)
     if (decode or not takes_latents(recipe)) and not no_grid:
-        _draw_last(recipe, out, decode, state, world)
+        _draw_last(recipe, out, decode, state)
     return 0
 
 
@@ -181,20 +181,19 @@ def _draw_step(
 def _draw_rows(
     model: "DiffuSSM", recipe: "Recipe", picture: Path, decode: Any, progress: bool
 ) -> None:
+    from diffussm.options import diffusion_of
     from diffussm.pictures import draw_grid
-    from diffussm.training import diffusion_of
 
     draw_grid(model, diffusion_of(recipe), picture, decode=decode, progress=progress)
 
 
-def _draw_last(
-    recipe: "Recipe", out: Path, decode: Any, state: Any, world: Any
-) -> None:
-    from diffussm.training import whole_ema
+def _draw_last(recipe: "Recipe", out: Path, decode: Any, state: Any) -> None:
+    from diffussm.checkpoints import whole_ema
+    from diffussm.distributed import on_rank_zero, rank
 
-    ema, picture = whole_ema(state, world), out / "samples.png"
-    world.once(lambda: _draw_rows(ema, recipe, picture, decode, progress=True))
-    if world.rank == 0:
+    ema, picture = whole_ema(state), out / "samples.png"
+    on_rank_zero(lambda: _draw_rows(ema, recipe, picture, decode, progress=True))
+    if rank() == 0:
         say(f"a grid of samples is in {picture}")
 
 
@@ -219,11 +218,11 @@ def _say_done(out: Path, step: int) -> None:
     say(f"{log}, the averaged weights are in {weights}")
 
 
-def _preempted(out: Path, told: str, world: Any) -> int:
-    from diffussm.distributed import EXIT_PREEMPTED
+def _preempted(out: Path, told: str) -> int:
+    from diffussm.distributed import EXIT_PREEMPTED, on_rank_zero, rank
 
-    world.once(lambda: (out / "preempted").write_text(told + "\n"))
-    if world.rank == 0:
+    on_rank_zero(lambda: (out / "preempted").write_text(told + "\n"))
+    if rank() == 0:
         print(told, file=sys.stderr)
     return EXIT_PREEMPTED
 
@@ -282,13 +281,15 @@ def _claim(
     recipe: "Recipe",
     execution: "Execution",
     data: "Dataset",
-    world: Any,
     other_data: bool,
 ) -> None:
     """Every reason to refuse comes before the first file."""
-    from diffussm.training import check_data, micro_batch_of, open_run
+    from diffussm.distributed import world_size
+    from diffussm.options import check_data
+    from diffussm.parallel import micro_batch_of
+    from diffussm.run_folder import open_run
 
-    micro_batch_of(recipe, execution, world.size)
+    micro_batch_of(recipe, execution, world_size())
     check_data(data, recipe)
     open_run(out, recipe, execution, data, other_data)
     (out / "preempted").unlink(missing_ok=True)

@@ -15,9 +15,9 @@ from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
     from diffussm.model import DiffuSSM
+    from diffussm.options import Recipe
     from diffussm.samples import SampleSet
     from diffussm.sampling import Sampler
-    from diffussm.training import Recipe
 
 __all__ = ["sample", "Found", "find", "with_decoder", "parse_classes", "how_many"]
 
@@ -58,17 +58,14 @@ def sample(
     """
     _check_target(grid, out, per_class, overwrite, given)
     kept = _batches_kept if out is not None else nothing_kept
-    with (
-        start("sample", device, stoppable=out is not None) as world,
-        interruptible(kept),
-    ):
-        run = find(from_, step, weights, world)
+    with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
+        run = find(from_, step, weights)
         wanted = _for_run(run, wanted, classes, given, strict=grid is None)
-        run = with_decoder(run, vae, world.device)
+        run = with_decoder(run, vae, own)
         if out is not None:
             _check_count(run, wanted, preset, given)
-            return _draw_set(run, wanted, out, world)
-        if grid is not None and world.rank == 0:
+            return _draw_set(run, wanted, out, own)
+        if grid is not None:
             _draw_picture(run, wanted, grid, per_class, given)
         return 0
 
@@ -87,19 +84,21 @@ class Found:
     decode: Any = None
 
 
-def find(run: Path, step: int | None, weights: str, world: Any) -> Found:
+def find(run: Path, step: int | None, weights: str) -> Found:
     """The weights of a checkpoint; None: the newest."""
-    from diffussm.training import find_checkpoint, load_run
+    from diffussm.checkpoints import find_checkpoint
+    from diffussm.distributed import on_rank_zero
+    from diffussm.run_folder import load_run
 
     is_run = (run / "config.json").is_file()
-    found = world.once(lambda: find_checkpoint(run, step) if is_run else None)
+    found = on_rank_zero(lambda: find_checkpoint(run, step) if is_run else None)
     step = int(found.name.removeprefix("step_")) if found else step
     return Found(run, step, weights, *load_run(run, weights, step))
 
 
 def with_decoder(found: Found, vae: str | None, device: Any) -> Found:
     """The same on a device, with what decodes its latents, and what is recorded."""
-    from diffussm.training import encoder_of
+    from diffussm.run_folder import encoder_of
 
     recipe, decode, identity = found.recipe, None, {}
     made_by = encoder_of(found.run, recipe.data)
@@ -139,8 +138,12 @@ def parse_classes(words: str, names: Sequence[str]) -> list[int]:
 def _draw_picture(
     run: Found, wanted: "SampleSet", picture: Path, per_class: int, given: set[str]
 ) -> None:
+    from diffussm.distributed import rank
+    from diffussm.options import diffusion_of
     from diffussm.pictures import GRID_ROWS, draw_grid
-    from diffussm.training import diffusion_of
+
+    if rank() > 0:
+        return
 
     known, sampler = run.recipe.model.num_classes, wanted.sampler
     rows = len(wanted.classes or range(min(known, GRID_ROWS) or 1))
@@ -164,21 +167,21 @@ def _draw_picture(
     print(f"wrote {picture}")
 
 
-def _draw_set(run: Found, wanted: "SampleSet", out: Path, world: Any) -> int:
+def _draw_set(run: Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     from diffussm import samples
-    from diffussm.distributed import EXIT_PREEMPTED
-    from diffussm.training import Preempted, diffusion_of
+    from diffussm.distributed import EXIT_PREEMPTED, Preempted, rank
+    from diffussm.options import diffusion_of
 
-    if world.rank == 0:
+    if rank() == 0:
         print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
-    how = {"world": world, "facts": run.facts, "decode": run.decode}
+    how = {"device": own, "facts": run.facts, "decode": run.decode}
     try:
         samples.draw_samples(run.model, diffusion_of(run.recipe), wanted, out, **how)
     except Preempted as stop:
-        if world.rank == 0:
+        if rank() == 0:
             print(f"{stop}; the same command draws the others", file=sys.stderr)
         return EXIT_PREEMPTED
-    if world.rank == 0:
+    if rank() == 0:
         print(f"wrote {wanted.count} images to {out}")
     return 0
 
@@ -263,7 +266,7 @@ def _check_steps(steps: int, most: int, refuse: bool) -> None:
 
 
 def _check_count(run: Found, wanted: "SampleSet", preset: str, given: set[str]) -> None:
-    from diffussm.training import read_run
+    from diffussm.run_folder import read_run
 
     seen = read_run(run.run).data["images"]
     if "count" not in given and wanted.count > seen:

@@ -21,12 +21,21 @@ from tqdm import tqdm
 
 from diffussm.data import RANDOM, generator, random_bits
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.distributed import (
+    Preempted,
+    all_reduce,
+    barrier,
+    deal,
+    on_rank_zero,
+    rank,
+    stopping,
+    together,
+)
 from diffussm.files import differences, read_json, whole_file, write_json
 from diffussm.guards import bounded, check_fields
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
 from diffussm.sampling import Sampler
-from diffussm.training import Preempted, World
 
 __all__ = [
     "SampleSet",
@@ -122,7 +131,7 @@ def draw_batch(
     wanted: SampleSet,
     number: int,
     *,
-    world: World,
+    device: torch.device,
     decode: Decode | None = None,
 ) -> np.ndarray | None:
     """Batch `number` of a set, uint8 (n, H, W, 3); None if asked to stop before.
@@ -131,14 +140,14 @@ def draw_batch(
     """
     first, size = number * wanted.batch_size, wanted.batch_size
     y = wanted.label(range(first, first + size), model.config.num_classes)
-    y = None if y is None else y.to(world.device)
+    y = None if y is None else y.to(device)
     draws = generator(wanted.seed, "samples", number)
-    noise = torch.randn(size, *image_shape(model), generator=draws).to(world.device)
+    noise = torch.randn(size, *image_shape(model), generator=draws).to(device)
     chain = wanted.sampler.walk(model, diffusion, y, generator=draws, noise=noise)
-    with computing_in(wanted.precision, world.device):
+    with computing_in(wanted.precision, device):
         for _, latest, _ in chain:
             x = latest  # (B, C, H, W)
-            if world.stopping:
+            if stopping():
                 return None
     x = x.float()[: wanted.count - first]
     return to_uint8(x if decode is None else decode(x))
@@ -150,7 +159,7 @@ def draw_samples(
     wanted: SampleSet,
     out: str | Path,
     *,
-    world: World,
+    device: torch.device,
     facts: dict[str, Any],
     decode: Decode | None = None,
     progress: bool = True,
@@ -158,7 +167,7 @@ def draw_samples(
     """Draw a set into a folder of PNG files or one `.npz`; resumes an interrupted one.
 
     Args:
-        model: called as it is, on `world.device`.
+        model: called as it is, on `device`.
         out: a folder (`000000.png` ..., `samples.json` and, with classes,
             `labels.json`), or a name that ends in `.npz` (`arr_0` uint8 (n, H, W, 3),
             `arr_1` labels; the record lies beside it as `.json`).
@@ -173,13 +182,13 @@ def draw_samples(
     wanted, classes = wanted.of(model.config), model.config.num_classes
     how = {"format": SAMPLES_FORMAT, "random": RANDOM, **wanted.record(classes)}
     files = SampleFiles(Path(out), how | facts)
-    if world.once(files.claim):
+    if on_rank_zero(files.claim):
         return files.out
     batches = math.ceil(wanted.count / wanted.batch_size)
-    draw = partial(draw_batch, model, diffusion, wanted, world=world, decode=decode)
-    _draw_missing(draw, files, batches, wanted.batch_size, world, progress)
+    draw = partial(draw_batch, model, diffusion, wanted, device=device, decode=decode)
+    _draw_missing(draw, files, batches, wanted.batch_size, progress)
     labels = wanted.label(range(wanted.count), classes)
-    world.once(lambda: files.complete(batches, wanted.count, labels))
+    on_rank_zero(lambda: files.complete(batches, wanted.count, labels))
     return files.out
 
 
@@ -188,25 +197,24 @@ def _draw_missing(
     files: "SampleFiles",
     batches: int,
     size: int,
-    world: World,
     progress: bool,
 ) -> None:
     """Share the batches that are missing; Preempted if asked to stop before."""
-    missing, drawn = world.once(lambda: files.missing(batches)), 0
-    quiet = not progress or world.rank > 0
+    missing, drawn = on_rank_zero(lambda: files.missing(batches)), 0
+    quiet = not progress or rank() > 0
     with tqdm(total=batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
-        for number in world.deal(missing):
+        for number in deal(missing):
             bar.update(number - bar.n)
             images = draw(number)
             if images is not None:
                 files.keep(number, number * size, images)
                 drawn += 1
-        world.barrier()
-        done = batches - len(missing) + int(world.sum(torch.tensor([drawn])))
+        barrier()
+        done = batches - len(missing) + int(all_reduce(torch.tensor([drawn])))
         bar.update(done - bar.n)
     if done < batches:
         told = f"asked to stop: {done} of {batches} batches are drawn and kept"
-        raise world.together(Preempted(told))
+        raise together(Preempted(told))
 
 
 @dataclass(frozen=True)

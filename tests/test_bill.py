@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from diffussm import bill, recipes
-from diffussm.training import Execution
+from diffussm.options import Execution
 
 
 def test_the_disk_must_hold_the_checkpoints_that_are_kept():

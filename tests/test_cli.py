@@ -230,11 +230,11 @@ INTERRUPTED = [
         "nothing is kept",
     ),
     (
-        "diffussm.training.train",
+        "diffussm.runs.train",
         "train digits --out {w}/digits --steps 4 " + SMALL,
         "goes on from step 4",
     ),
-    ("diffussm.training.train", "train digits --out {t}/new " + SMALL, "begins again"),
+    ("diffussm.runs.train", "train digits --out {t}/new " + SMALL, "begins again"),
     (
         "diffussm.evaluation.evaluate",
         "evaluate {w}/images --reference {w}/images",

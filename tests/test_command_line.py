@@ -6,7 +6,7 @@ import pytest
 from commands import diffussm, grid
 
 from diffussm import cli, command_line
-from diffussm.training import World
+from diffussm.distributed import rank, world_size
 
 IDLE = [
     ("sample --from {w}/digits --grid {t}/x.png --count 3", "--count"),
@@ -69,9 +69,9 @@ def test_defaults_recipes_and_presets_are_not_taken_for_options_that_were_given(
     )
 
 
-def test_the_world_of_one_process_is_the_default():
-    with command_line.start("train", "cpu") as world:
-        assert isinstance(world, World) and (world.rank, world.size) == (0, 1)
+def test_a_command_has_one_process_by_default():
+    with command_line.start("train", "cpu") as device:
+        assert device.type == "cpu" and (rank(), world_size()) == (0, 1)
 
 
 def test_a_whole_configuration_may_say_what_does_not_matter_here(tmp_path):

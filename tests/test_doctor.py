@@ -11,7 +11,7 @@ import torch
 from commands import diffussm
 
 from diffussm import doctor, recipes
-from diffussm.training import Execution
+from diffussm.options import Execution
 
 
 def plan(recipe, execution=None, **options):

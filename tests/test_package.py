@@ -37,10 +37,11 @@ from diffussm import (
     file_commands,
     formats,
     metrics,
+    options,
     recipes,
     run_commands,
+    run_folder,
     sample_command,
-    training,
 )
 from tools.book import ROOT
 
@@ -419,7 +420,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def load_run(
         run: Path, weights: str, step: int | None
-    ) -> tuple[object, training.Recipe, list[str]]:
+    ) -> tuple[object, options.Recipe, list[str]]:
         name = {"xl": "imagenet256", "xl512": "imagenet512"}.get(run.name, run.name)
         recipe, _ = recipes.read_recipe(name)
         return (
@@ -438,17 +439,16 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("data", "models", "runs"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(training, "load_run", load_run)
+    monkeypatch.setattr(run_folder, "load_run", load_run)
     monkeypatch.setattr(formats, "images_from", lambda *given, **options: [])
     monkeypatch.setattr(autoencoder, "load_vae", load_vae)
     monkeypatch.setattr(recipes, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
     monkeypatch.setattr(recipes, "open_data", lambda recipe: [])
     monkeypatch.setattr(run_commands, "decoder_of", reach)
-    world = SimpleNamespace(device="cpu", once=lambda function: function())
 
-    def start(*given: object, **options: object) -> nullcontext[SimpleNamespace]:
-        return nullcontext(world)
+    def start(*given: object, **options: object) -> nullcontext[str]:
+        return nullcontext("cpu")
 
     for module in (file_commands, run_commands, sample_command):
         monkeypatch.setattr(module, "start", start)

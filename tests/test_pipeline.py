@@ -15,8 +15,9 @@ import torch
 
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.options import RECIPES
+from diffussm.runs import train
 from diffussm.sampling import sample
-from diffussm.training import RECIPES, train
 
 diffusers = pytest.importorskip("diffusers")
 pipeline = pytest.importorskip("diffussm.pipeline")
@@ -1070,7 +1071,7 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     tmp_path, monkeypatch
 ):
     """Of a run on latents; the encoder must be theirs, the decoder may be another."""
-    from diffussm import autoencoder, training
+    from diffussm import autoencoder, run_folder
 
     vae = small_vae()
     made_by = autoencoder.vae_identity(vae, "/data/models/sd-vae")
@@ -1079,10 +1080,10 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     (tmp_path / "config.json").touch()
     config = replace(RECIPES["digits"], data=str(tmp_path / "store"))
     monkeypatch.setattr(
-        training, "load_run", lambda *_: (network(), config, ["a", "b", "c"])
+        run_folder, "load_run", lambda *_: (network(), config, ["a", "b", "c"])
     )
     monkeypatch.setattr(
-        training, "find_checkpoint", lambda *_: tmp_path / "step_00000007"
+        run_folder, "find_checkpoint", lambda *_: tmp_path / "step_00000007"
     )
     with torch.no_grad():
         vae.decoder.conv_out.bias.add_(1)
@@ -1110,5 +1111,5 @@ def test_no_run_is_an_error_that_says_so(tmp_path):
 
 
 def test_importing_the_package_does_not_import_diffusers():
-    code = "import sys, diffussm, diffussm.model, diffussm.training; assert 'diffusers' not in sys.modules"
+    code = "import sys, diffussm, diffussm.model, diffussm.runs; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -16,7 +16,7 @@ from diffussm.folders import ImageFolder
 from diffussm.images import BadImage
 from diffussm.latents import read_manifest, verify_store, with_checksum
 from diffussm.model import PRESETS, DiffuSSMConfig
-from diffussm.training import RECIPES, Execution, Recipe, diffusion_of, flat, from_flat
+from diffussm.options import RECIPES, Execution, Recipe, diffusion_of, flat, from_flat
 
 
 def test_the_shipped_digits_recipe_is_the_one_of_chapter_9():

@@ -1,12 +1,15 @@
-"""Memory, computed from shapes."""
+"""Memory and time: computed from shapes, and cards by their very name."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from processes import SHARED
 
 from diffussm import recipes, resources
-from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.hourglass import linear_macs
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.resources import peak_flops, utilisation
 
 
 @pytest.mark.parametrize("name", recipes.recipe_files())
@@ -72,3 +75,54 @@ def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
         assert states == 20 * sum(
             p.numel() for p in DiffuSSM(config.model).parameters()
         )
+
+
+def test_multiply_adds_follow_the_papers_formula():
+    """15 L D^2 / 2 per block at M = 2 (chapter 4), 29 blocks of 1152 at 1024 positions."""
+    xl = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"])
+    assert linear_macs(xl) == pytest.approx(29 * 7.5 * 1024 * 1152**2)
+    assert (
+        peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("Abacus") is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),  # names as torch.cuda.get_device_name gives them
+    [
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H1000", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_card(name, teraflops):
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
+    peak = [3e9]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1e9)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    gpu = torch.device("cuda", 0)
+    first, second = (utilisation(SHARED.model, 100.0, gpu) for _ in range(2))
+    assert (first["memory_gb"], second["memory_gb"]) == (3.0, 1.0) and first[
+        "mfu"
+    ] == second["mfu"]

@@ -13,10 +13,10 @@ from processes import cluster, together
 
 from diffussm import samples
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.distributed import Preempted, all_reduce, rank, request_stop, world_size
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.samples import SAMPLE_PRESETS, SampleSet, draw_samples
 from diffussm.sampling import Sampler
-from diffussm.training import Preempted
 
 MODEL = DiffuSSMConfig(
     input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4
@@ -34,13 +34,13 @@ def network():
 
 
 def draw(out, config=FEW, facts=None):
-    with cluster() as world:
+    with cluster() as device:
         draw_samples(
             network(),
             DIFFUSION,
             config,
             out,
-            world=world,
+            device=device,
             facts=facts or {},
             progress=False,
         )
@@ -139,7 +139,7 @@ def draw_unevenly(out):
 
     def draw_batch(*arguments, **options):
         mine.append(arguments[3])
-        if len(mine) == 1 and options["world"].rank == 1:
+        if len(mine) == 1 and rank() == 1:
             deadline = time.monotonic() + 120
             while (
                 len(list(out.with_suffix(".parts").glob("*.npy"))) < 9
@@ -150,12 +150,12 @@ def draw_unevenly(out):
         return honest(*arguments, **options)
 
     samples.draw_batch = draw_batch
-    with cluster() as world:
-        world.sum(torch.zeros(1))
+    with cluster() as device:
+        all_reduce(torch.zeros(1))
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4), None)
         config = replace(FEW, batch_size=1)
         draw_samples(
-            network(), DIFFUSION, config, out, world=world, facts={}, progress=False
+            network(), DIFFUSION, config, out, device=device, facts={}, progress=False
         )
     return mine
 
@@ -173,18 +173,25 @@ def draw_until_stopped(out):
 
     def walk(*arguments, **options):
         begun.append(1)
-        if world.rank < world.size - 1:
+        if rank() < world_size() - 1:
             time.sleep(0.2)  # or nothing may be left for the others
         for step in honest(*arguments, **options):
-            world.stopping |= len(begun) == 2 and world.rank == world.size - 1
+            if len(begun) == 2 and rank() == world_size() - 1:
+                request_stop()
             yield step
 
     Sampler.walk = walk
     try:
-        with cluster() as world:
+        with cluster() as device:
             config = replace(FEW, count=40, batch_size=1)
             draw_samples(
-                network(), DIFFUSION, config, out, world=world, facts={}, progress=False
+                network(),
+                DIFFUSION,
+                config,
+                out,
+                device=device,
+                facts={},
+                progress=False,
             )
     except Preempted as stop:
         return str(stop), len(begun)

@@ -19,8 +19,8 @@ import torch
 from diffussm.data import digits
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM
+from diffussm.optimiser import DYNAMICS
 from diffussm.sampling import sample
-from diffussm.training import DYNAMICS
 from tools.book import ROOT
 
 STEPS, SCALE, EACH = 50, 1.5, 50

@@ -1,0 +1,304 @@
+"""Checkpoints that can be trusted.
+
+Generated from book/41_checkpoints.md by `make export`: edit there.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from diffussm.files import (
+    read_json,
+    read_tensors,
+    sha256,
+    whole_folder,
+    write_json,
+    write_tensors,
+)
+from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.training import TrainState
+
+__all__ = [
+    "Snapshot",
+    "WEIGHTS",
+    "OPTIMIZER",
+    "full_tensor",
+    "distribute",
+    "snapshot",
+    "CHECKPOINT_FILES",
+    "write_checkpoint",
+    "step_of",
+    "prune",
+    "find_checkpoint",
+    "load_checkpoint",
+    "whole_ema",
+]
+
+
+class Snapshot(NamedTuple):
+    """A checkpoint in main memory; only the first process has the tensors."""
+
+    step: int
+    model: DiffuSSMConfig
+    tensors: dict[str, dict[str, Tensor]]
+    meter: list[list[float]]
+    skipped: list[int]
+
+
+WEIGHTS = {name: f"{name}/model.safetensors" for name in ("model", "ema")}
+OPTIMIZER = "optimizer.safetensors"
+
+
+def _tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
+    """Every tensor of a checkpoint, by file and by name."""
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in state.model.named_parameters()
+        for key, value in state.optimizer.state[parameter].items()
+    }
+    networks = {file: getattr(state, n).state_dict() for n, file in WEIGHTS.items()}
+    return {**networks, OPTIMIZER: moments}
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that processes share out; all of them must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse: on the device of `like`, and shared out as it is."""
+    tensor = tensor.to(like.device)
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, like.placements, src_data_rank=None)
+
+
+def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
+    """Copy everything: nothing that training does afterwards changes it.
+
+    All processes call it together, and one has to `keep` the tensors.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file, named in _tensors_of(state).items():
+        tensors[file] = {}
+        for name, tensor in named.items():
+            whole = full_tensor(tensor.detach())
+            if keep:
+                copy = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
+                tensors[file][name] = copy
+    meter, skipped = state.meter.sums.tolist(), list(state.skipped)
+    return Snapshot(state.step, state.model.config, tensors, meter, skipped)
+
+
+def _write(taken: Snapshot, folder: Path) -> None:
+    with whole_folder(folder) as draft:
+        for file, tensors in taken.tensors.items():
+            (draft / file).parent.mkdir(exist_ok=True)
+            write_tensors(draft / file, tensors)
+        for name in WEIGHTS:
+            write_json(draft / name / "config.json", asdict(taken.model))
+        sums = {file: sha256(draft / file) for file in sorted(CHECKPOINT_FILES)}
+        record = {"step": taken.step, "meter": taken.meter, "skipped": taken.skipped}
+        write_json(draft / "state.json", {**record, "sha256": sums})
+
+
+CHECKPOINT_FILES = {
+    *WEIGHTS.values(),
+    *(f"{name}/config.json" for name in WEIGHTS),
+    OPTIMIZER,
+}
+
+
+def write_checkpoint(
+    run: Path,
+    taken: Snapshot,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    keep: Collection[int] = (),
+) -> Path:
+    """Write RUN/checkpoints/step_XXXXXXXX, then `prune`; returns the folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder = _folder_of(run, taken.step)
+    with _explained(taken.step, folder.parent):
+        if folder.exists():  # it is damaged: a valid one would have been resumed from
+            shutil.rmtree(folder)
+        _write(taken, folder)
+    prune(folder, keep_last, keep_every, keep)
+    return folder
+
+
+def _folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def prune(
+    newest: Path, keep_last: int = 2, keep_every: int = 0, keep: Collection[int] = ()
+) -> None:
+    """Remove the checkpoints beside `newest` that nothing tells to keep."""
+    others = sorted(other for other in newest.parent.glob("step_*") if other != newest)
+    for old in others[: max(len(others) + 1 - keep_last, 0)]:
+        step = step_of(old)
+        if step not in keep and (not keep_every or step % keep_every):
+            shutil.rmtree(old)
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None before the first.
+
+    With `step` it is the checkpoint of that step and no other.
+
+    Raises:
+        FileNotFoundError: there is none of that step.
+        ValueError: it is damaged, or all are.
+    """
+    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    if step is not None:
+        return _checkpoint_of(run, step, [step_of(f) for f in reversed(folders)])
+    for folder in folders:
+        if (fault := _fault(folder)) is None:
+            return folder
+        _tell_damaged(folder, fault)
+    _refuse_all_damaged(run, folders)
+    return None
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        record = json.loads((folder / "state.json").read_text())
+        sums = record["sha256"]
+        if set(sums) != CHECKPOINT_FILES or record["step"] != step_of(folder):
+            return "state.json is not that of this checkpoint"
+        if odd := _files_in(folder) ^ {*CHECKPOINT_FILES, "state.json"}:
+            return f"files missing or foreign: {', '.join(sorted(odd))}"
+        wrong = [name for name in sorted(sums) if sha256(folder / name) != sums[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"state.json cannot be read: {error or type(error).__name__}"
+    return f"{', '.join(wrong)}: other content than state.json says" if wrong else None
+
+
+def _files_in(folder: Path) -> set[str]:
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def _checkpoint_of(run: Path, step: int, present: list[int]) -> Path:
+    if step not in present:
+        there = ", ".join(map(str, present)) or "none yet"
+        raise FileNotFoundError(
+            f"{run} has no checkpoint of step {step}; there are {there}"
+        )
+    folder = _folder_of(run, step)
+    if fault := _fault(folder):
+        raise ValueError(f"{folder} is damaged ({fault}); choose another step")
+    return folder
+
+
+def _tell_damaged(folder: Path, fault: str) -> None:
+    told = f"{folder} is damaged ({fault}); falling back to the one before"
+    print(told, file=sys.stderr)
+
+
+def _refuse_all_damaged(run: Path, folders: list[Path]) -> None:
+    if folders:
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; "
+            "restore one from a copy, or move that folder away to begin again from the "
+            "first step"
+        )
+
+
+@contextmanager
+def _explained(step: int, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the checkpoint of step {step} could not be written into {folder}: "
+            f"{error}. The run stops here rather than train on without one; make room "
+            "or repair the folder, and give the same command again to go on from the "
+            "last checkpoint"
+        ) from error
+
+
+def load_checkpoint(folder: Path, state: TrainState) -> None:
+    """Fill `state`, made with the same recipe, from a checkpoint folder.
+
+    Raises:
+        ValueError: the files do not hold what such a state does.
+    """
+    with _of_this_run(folder):
+        record = read_json(folder / "state.json")
+        for name, file in WEIGHTS.items():
+            _fill(getattr(state, name), read_tensors(folder / file), file)
+        _fill_moments(state, read_tensors(folder / OPTIMIZER))
+        sums = torch.tensor(record["meter"], dtype=torch.float64)
+        state.meter.sums = sums.view_as(state.meter.sums)
+        state.step = int(record["step"])
+        state.skipped = [int(step) for step in record.get("skipped", [])]
+
+
+def _fill(network: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
+    targets = network.state_dict()
+    _same_shapes(tensors, targets, file)
+    for name, target in targets.items():
+        target.copy_(distribute(tensors[name], target))
+
+
+def _fill_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
+    parameters = dict(state.model.named_parameters())
+    for key, value in moments.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters[name]
+        # Adam's count of steps is where the parameter is, but never shared out
+        alone = slot == "step"
+        placed = value.to(parameter.device) if alone else distribute(value, parameter)
+        state.optimizer.state[parameter][slot] = placed
+
+
+def _same_shapes(
+    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], file: str
+) -> None:
+    ours, theirs = ({k: v.shape for k, v in d.items()} for d in (targets, tensors))
+    if ours != theirs:
+        raise ValueError(f"{file} holds the weights of another model")
+
+
+@contextmanager
+def _of_this_run(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
+
+
+def whole_ema(state: TrainState) -> DiffuSSM:
+    """The averaged model as a plain one; all processes call it together."""
+    tensors = state.ema.state_dict()
+    if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+        return state.ema
+    with torch.device("meta"):
+        ema = DiffuSSM(state.model.config)
+    weights = {name: full_tensor(tensor) for name, tensor in tensors.items()}
+    ema.load_state_dict(weights, assign=True)
+    return ema.requires_grad_(False).eval()

@@ -1,0 +1,313 @@
+"""What decides a run.
+
+Generated from book/34_options.md by `make export`: edit there.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffussm.data import (
+    Dataset,
+    Fetch,
+    TensorData,
+    batch_flips,
+    batch_indices,
+    digits,
+    generator,
+)
+from diffussm.diffusion import GaussianDiffusion
+from diffussm.guards import bounded, check_fields, nearest
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+
+__all__ = [
+    "Recipe",
+    "RECIPES",
+    "diffusion_of",
+    "load_dataset",
+    "Execution",
+    "flat",
+    "RENAMED",
+    "from_flat",
+    "PARTS",
+    "warn",
+    "Batch",
+    "training_batch",
+    "training_batches",
+    "check_data",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run learns: two runs of one recipe and the same data learn the same."""
+
+    model: DiffuSSMConfig
+    data: str = "digits"
+    steps: int = bounded(400_000, least=1)
+    batch_size: int = bounded(256, least=1)
+    lr: float = bounded(1e-4, above=0, below=1, note="a learning rate such as 1.0e-4")
+    ssm_lr: float = bounded(1e-3, above=0, below=1, note="a learning rate")
+    weight_decay: float = bounded(0.0, least=0)
+    warmup: int = bounded(0, least=0)
+    cooldown: int = bounded(0, least=0)
+    ema_decay: float = bounded(0.9999, least=0, below=1)
+    ema_warmup: bool = True
+    timesteps: int = bounded(1000, above=20, note="the last beta is 20 / timesteps")
+    flip: bool = False
+    exif_rotate: bool = False
+    clip: float = bounded(0.0, least=0)
+    precision: Literal["float32", "bf16"] = "float32"
+    seed: int = bounded(0, least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.warmup + self.cooldown > self.steps:
+            raise ValueError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} must fit into "
+                f"steps={self.steps} together"
+            )
+
+
+RECIPES = {
+    "digits": Recipe(
+        model=DiffuSSMConfig(**PRESETS["digits"]),
+        steps=1500,
+        batch_size=32,
+        lr=4e-3,
+        warmup=100,
+        cooldown=600,
+        ema_decay=0.98,
+    )
+}
+
+
+def diffusion_of(recipe: Recipe) -> GaussianDiffusion:
+    """The noise schedule of a run: linear (paper, section 4.1)."""
+    levels = 17 if recipe.data == "digits" else 256
+    return GaussianDiffusion.linear(recipe.timesteps, levels=levels)
+
+
+def load_dataset(recipe: Recipe) -> Dataset:
+    """The training digits; other data are opened elsewhere, and handed over."""
+    if recipe.data != "digits":
+        raise ValueError(
+            f"data={recipe.data!r}: only the digits come by their name; open other "
+            "images and pass them as dataset=, for example ImageFolder(path, size)"
+        )
+    images, labels = digits("train")
+    y = labels if recipe.model.num_classes else None
+    return TensorData(images, y, flip=recipe.flip, levels=17)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out: all of it may change when the run is resumed."""
+
+    log_every: int = bounded(50, least=1)
+    save_every: int = bounded(1000, least=1)
+    sample_every: int = bounded(0, least=0)
+    keep_last: int = bounded(2, least=1)
+    keep_every: int = bounded(0, least=0)
+    keep: tuple[str, ...] = ()
+    skip_nonfinite: int = bounded(3, least=0)
+    workers: int = bounded(4, least=1)
+    micro_batch: int = bounded(0, least=0)
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    convolution: str = "fft"
+
+    def keep_steps(self, batch_size: int) -> frozenset[int]:
+        """The steps that `keep` names, for batches of this size."""
+        return frozenset(_kept_step(entry, batch_size) for entry in self.keep)
+
+    def __post_init__(self) -> None:
+        keep: object = self.keep
+        if isinstance(keep, str | int | list):
+            entries = keep if isinstance(keep, list) else str(keep).split(",")
+            kept = tuple(str(entry).strip() for entry in entries)
+            object.__setattr__(self, "keep", kept)
+        check_fields(self)
+        self.keep_steps(1)  # refuses what cannot be read
+
+
+def _kept_step(entry: str, batch_size: int) -> int:
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?) ?([kM]?)( images)?", entry)
+    if match is None:
+        return _refuse_kept(entry)
+    unit = {"": 1, "k": 10**3, "M": 10**6}[match[2]]
+    number = Fraction(match[1].replace("_", "")) * unit
+    step = math.ceil(number / batch_size) if match[3] else number
+    return int(step) if step >= 1 and step == int(step) else _refuse_kept(entry)
+
+
+def _refuse_kept(entry: str) -> int:
+    raise ValueError(
+        f"keep={entry!r}: expected a step such as '1320313' or '400k', or a number "
+        "of images such as '338M images'"
+    )
+
+
+def flat(recipe: Recipe, execution: Execution) -> dict[str, Any]:
+    """All options of a run as one mapping, as a YAML file has them."""
+    return {**asdict(recipe), **asdict(execution)}
+
+
+RENAMED = {"parallel": "strategy", "recompute": "activation_checkpointing"}
+
+
+def from_flat(values: dict[str, Any]) -> tuple[Recipe, Execution]:
+    """The inverse of `flat`.
+
+    Raises:
+        ValueError: an unknown or missing option, or a value that cannot work.
+    """
+    values = _with_new_names(values)
+    known = {field.name: part for part in PARTS for field in fields(part)}
+    _refuse_unknown(values, known)
+    values["model"] = DiffuSSMConfig.from_dict(values["model"])
+    recipe, execution = (
+        {key: value for key, value in values.items() if known[key] is part}
+        for part in PARTS
+    )
+    return Recipe(**recipe), Execution(**execution)
+
+
+PARTS = (Recipe, Execution)
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    for old in RENAMED.keys() & values.keys():
+        warn(f"the option {old} is called {RENAMED[old]} now; write {RENAMED[old]}")
+    return {RENAMED.get(key, key): value for key, value in values.items()}
+
+
+def _refuse_unknown(values: dict[str, Any], known: dict[str, Any]) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(
+            f"unknown training option {unknown[0]!r}; {nearest(unknown[0], known)}"
+        )
+    if "model" not in values:
+        raise ValueError("a training configuration needs a 'model' section")
+
+
+@cache  # each text once
+def warn(text: str) -> None:
+    """Print a warning, the first time that it is given."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+class Batch(NamedTuple):
+    """A training batch: x0 and noise (B, C, H, W), x0 in [-1, 1], t (B,), y (B,)."""
+
+    x0: Tensor
+    t: Tensor
+    y: Tensor | None
+    noise: Tensor
+
+    def part(self, mine: slice, device: torch.device) -> "Batch":
+        """Some of its images, on a device."""
+        x0, t, noise = (x[mine].to(device) for x in (self.x0, self.t, self.noise))
+        return Batch(x0, t, None if self.y is None else self.y[mine].to(device), noise)
+
+
+def training_batch(
+    dataset: Dataset,
+    model: DiffuSSM,
+    recipe: Recipe,
+    step: int,
+    rank: int = 0,
+    size: int = 1,
+    fetch: Fetch = map,
+) -> Batch:
+    """The part of process `rank` of `size` in the batch of a step.
+
+    Source: eq-training-stream. `fetch` may do the work of `map` in several threads.
+    """
+    B, cfg, share = recipe.batch_size, model.config, recipe.batch_size // size
+    mine = slice(rank * share, (rank + 1) * share)
+    draw = partial(generator, recipe.seed, number=step)
+    shape = (B, cfg.in_channels, cfg.height, cfg.width)
+    t = torch.randint(recipe.timesteps, (B,), generator=draw("timesteps"))
+    noise = torch.randn(shape, generator=draw("noise"))
+    position = (len(dataset), B, step, recipe.seed)
+    indices = batch_indices(*position)[mine]
+    flips = batch_flips(*position)[mine] & recipe.flip
+    xi = None
+    if dataset.levels is None:  # latents, which are drawn
+        xi = torch.randn(shape, generator=draw("posterior"))[mine]
+    x0, labels = dataset.batch(indices, flips, xi, fetch)
+    y = _with_dropped(model, labels, mine, B, draw("label dropout"))
+    return Batch(x0, t[mine], y, noise[mine])
+
+
+def _with_dropped(
+    model: DiffuSSM, labels: Tensor, mine: slice, B: int, draws: torch.Generator
+) -> Tensor | None:
+    if model.null_label is None:
+        return None
+    everyone = torch.zeros(B, dtype=torch.int64)
+    everyone[mine] = labels
+    return model.drop_labels(everyone, draws)[mine]
+
+
+def training_batches(
+    dataset: Dataset,
+    model: DiffuSSM,
+    recipe: Recipe,
+    step: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    workers: int = 4,
+) -> Iterator[Batch]:
+    """The batches from a step to the end of the run, each made while one is used.
+
+    Data sets that read files (they have a method `read`) do so in `workers` threads.
+    """
+    threads = workers if hasattr(dataset, "read") else 1
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(threads) as readers:
+        fetch = readers.map if threads > 1 else map
+        batch = partial(training_batch, dataset, model, recipe)
+        ahead = pool.submit(batch, step, rank, size, fetch)
+        for following in range(step + 1, recipe.steps + 1):
+            ready = ahead.result()
+            if following < recipe.steps:
+                ahead = pool.submit(batch, following, rank, size, fetch)
+            yield ready
+
+
+def check_data(dataset: Dataset, recipe: Recipe) -> None:
+    """ValueError if the images do not fit the model, or its labels, or the batch."""
+    model, what = recipe.model, repr(recipe.data)
+    shape = (model.in_channels, model.height, model.width)
+    image, _ = dataset[0]
+    if tuple(image.shape) != shape:
+        raise ValueError(
+            f"the images of {what} are {tuple(image.shape)}, the model takes {shape}; "
+            "set model.input_size and model.in_channels"
+        )
+    if model.num_classes != dataset.num_classes:
+        raise ValueError(
+            f"{what} has {dataset.num_classes} classes, the model {model.num_classes}; "
+            f"set model.num_classes={dataset.num_classes}, or 0 to train without labels"
+        )
+    if recipe.batch_size > len(dataset):
+        raise ValueError(
+            f"batch_size={recipe.batch_size}, but {what} has only {len(dataset)} "
+            f"images; set batch_size={len(dataset)} or less"
+        )
+    if recipe.exif_rotate and not hasattr(dataset, "read"):
+        raise ValueError(
+            f"exif_rotate applies to files of photographs, and {what} holds none; omit "
+            "it (for latents it is an option of diffussm encode)"
+        )

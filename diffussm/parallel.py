@@ -1,0 +1,187 @@
+"""One batch, many GPUs.
+
+Generated from book/43_parallel.md by `make export`: edit there.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from diffussm.bidirectional import Convolution, way
+from diffussm.diffusion import GaussianDiffusion
+from diffussm.distributed import on_rank_zero, rank, world_size
+from diffussm.model import DiffuSSM
+from diffussm.options import Batch, Execution, Recipe
+from diffussm.training import Meter, TrainState, backward
+
+__all__ = [
+    "shard",
+    "wrap",
+    "gradient_sync",
+    "micro_batch_of",
+    "accumulate_gradients",
+    "create_state",
+    "compile_blocks",
+    "AUTO",
+    "chooser",
+]
+
+
+def shard(model: DiffuSSM) -> None:
+    """Share out the parameters among the processes, in place, block by block."""
+    from torch.distributed.fsdp import fully_shard  # here, for it costs seconds
+
+    mesh = init_device_mesh(_device_of(model).type, (world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def wrap(model: DiffuSSM, execution: Execution) -> nn.Module:
+    """What to call in training: the same parameters, gradients averaged over all."""
+    if world_size() == 1 or execution.strategy == "fsdp":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def gradient_sync(network: nn.Module, now: bool) -> AbstractContextManager[object]:
+    """A context for a backward pass; gradients are averaged over all only `now`."""
+    if isinstance(network, DistributedDataParallel):
+        return nullcontext() if now else network.no_sync()
+    if hasattr(network, "set_requires_gradient_sync"):  # FSDP2
+        network.set_requires_gradient_sync(now)  # type: ignore[operator]
+    return nullcontext()
+
+
+def micro_batch_of(recipe: Recipe, execution: Execution, processes: int = 1) -> int:
+    """How many images each process takes through the network at once.
+
+    Raises:
+        ValueError: the batch does not split into such parts.
+    """
+    share, left = divmod(recipe.batch_size, processes)
+    if left or not share:
+        raise ValueError(
+            f"batch_size={recipe.batch_size} cannot be shared by {processes} processes; "
+            f"take a multiple of {processes}"
+        )
+    micro = execution.micro_batch or share
+    if share % micro:
+        raise ValueError(
+            f"micro_batch={micro} does not divide the {share} images that each of "
+            f"{processes} processes has of batch_size={recipe.batch_size}; choose a "
+            f"divisor of {share}"
+        )
+    return micro
+
+
+def accumulate_gradients(
+    network: nn.Module,
+    diffusion: GaussianDiffusion,
+    batch: Batch,
+    recipe: Recipe,
+    execution: Execution,
+    device: torch.device,
+) -> Tensor:
+    """The gradients of a process's share, one micro-batch after another; its tally."""
+    micro = micro_batch_of(recipe, execution, world_size())
+    tally = torch.zeros(2, len(Meter.names), dtype=torch.float64, device=device)
+    for first in range(0, len(batch.t), micro):
+        mine = slice(first, first + micro)
+        part = batch.part(mine, device)
+        with gradient_sync(network, now=first + micro >= len(batch.t)):
+            tally += backward(network, diffusion, part, recipe, world_size())
+    return tally
+
+
+def create_state(
+    recipe: Recipe, execution: Execution, device: torch.device
+) -> TrainState:
+    """A fresh state, on a device, carried out as `execution` says."""
+    convolution = _convolution_for(recipe, execution, device)
+
+    def prepare(model: DiffuSSM) -> None:
+        model.activation_checkpointing = execution.activation_checkpointing
+        for block in cast(Any, model.blocks):
+            block.ssm.convolution = convolution
+        if execution.compile:
+            compile_blocks(model)
+        if world_size() > 1 and execution.strategy == "fsdp":
+            shard(model)
+
+    _allow_tf32(recipe.precision, device)
+    return TrainState.create(recipe, device, prepare)
+
+
+def compile_blocks(model: DiffuSSM) -> None:
+    """Let torch.compile make each block faster, at its first use."""
+    from torch._dynamo import config as dynamo
+
+    dynamo.optimize_ddp = False
+    for block in model.blocks:
+        block.compile()
+
+
+def _allow_tf32(precision: str, device: torch.device) -> None:
+    if device.type == "cuda":  # TF32 only where bf16 is allowed
+        products = "high" if precision == "bf16" else "highest"
+        torch.set_float32_matmul_precision(products)
+
+
+AUTO = "diffussm.autotuning:autotune_convolution"
+
+
+def _convolution_for(
+    recipe: Recipe, execution: Execution, device: torch.device
+) -> Convolution:
+    choose = chooser(execution.convolution)
+    if choose is None:
+        return way(execution.convolution)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    batch = micro_batch_of(recipe, execution, world_size())
+    length, width = recipe.model.seq_len, recipe.model.d_model
+    choice = on_rank_zero(lambda: choose(length, width, batch, device, dtype))
+    if rank() == 0:
+        print(f"convolution: {choice.reason}", file=sys.stderr)
+    return cast(Convolution, choice.convolution)
+
+
+def chooser(convolution: str) -> Callable[..., Any] | None:
+    """The function that measures and chooses, or None for a way that has a name.
+
+    Raises:
+        ValueError: there is neither such a function nor such a way.
+    """
+    place = AUTO if convolution == "auto" else convolution
+    if ":" not in place:
+        _refuse_unknown_way(convolution)
+        return None
+    module, _, function = place.partition(":")
+    try:
+        choose: Callable[..., Any] = getattr(import_module(module), function)
+        return choose
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"convolution={convolution!r} cannot be had ({error}); expected 'fft', "
+            "'auto', or 'package.module:function'"
+        ) from error
+
+
+def _refuse_unknown_way(convolution: str) -> None:
+    try:
+        way(convolution)
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"{error}; or 'auto', or 'package.module:function', which chooses"
+        ) from error

@@ -1,0 +1,336 @@
+"""A folder belongs to one run.
+
+Generated from book/45_run_folder.md by `make export`: edit there.
+"""
+
+import errno
+import json
+import os
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffussm.checkpoints import find_checkpoint
+from diffussm.data import RANDOM, Dataset
+from diffussm.distributed import on_rank_zero
+from diffussm.files import differences, read_json, write_json
+from diffussm.model import DiffuSSM
+from diffussm.options import Execution, Recipe, from_flat, warn
+from diffussm.parallel import chooser
+
+__all__ = [
+    "RunConfig",
+    "read_run",
+    "open_run",
+    "encoder_of",
+    "locked",
+    "THIS_PROCESS",
+    "load_run",
+]
+
+
+class RunConfig(NamedTuple):
+    """What the config.json of a run's folder says."""
+
+    recipe: Recipe
+    execution: Execution
+    data: dict[str, Any]
+    random: int = RANDOM
+
+    def write(self, run: Path) -> None:
+        """Write it, whole or not at all."""
+        parts = {k: asdict(getattr(self, k)) for k in ("recipe", "execution")}
+        write_json(
+            run / "config.json", parts | {"data": self.data, "random": self.random}
+        )
+
+
+def read_run(run: Path) -> RunConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        ValueError: its file is damaged, or of something else.
+    """
+    values = read_json(run / "config.json", "the configuration")
+    if isinstance(values, dict) and isinstance(values.get("dataset"), dict):
+        data, random = values.pop("dataset"), values.pop("random", 1)
+        return RunConfig(*from_flat(values), data, random)
+    try:
+        options = from_flat({**values["recipe"], **values["execution"]})
+        return RunConfig(*options, dict(values["data"]), values.get("random", 1))
+    except (KeyError, TypeError):
+        file = run / "config.json"
+        raise ValueError(f"{file} is not the configuration of a training run") from None
+
+
+def open_run(
+    run: Path,
+    recipe: Recipe,
+    execution: Execution,
+    dataset: Dataset,
+    other_data: bool = False,
+) -> None:
+    """Claim the folder `run` for a recipe and data, or check that it is this run.
+
+    `other_data` lets it go on with other data, which its configuration then records.
+
+    Raises:
+        ValueError: another run, a run of other data, or files that are no run.
+    """
+    chooser(execution.convolution)  # refused before there is a folder
+    ours = RunConfig(recipe, execution, dataset.identity)
+    encoder = getattr(dataset, "vae", None)
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        run.mkdir(parents=True, exist_ok=True)
+        ours.write(run)
+        if encoder is not None:
+            write_json(run / "vae.json", encoder)
+    else:
+        _go_on(run, ours, encoder, other_data)
+
+
+def _go_on(
+    run: Path, ours: RunConfig, encoder: dict[str, Any] | None, other_data: bool
+) -> None:
+    """Compare what is there with what is asked."""
+    if not (run / "config.json").is_file():
+        raise ValueError(
+            f"{run} is not empty and holds no training run; choose a new folder"
+        )
+    theirs = read_run(run)
+    _compare_recipe(run, ours.recipe, theirs.recipe)
+    if encoder is not None:
+        _compare_encoder(run, encoder)
+    _warn_of_age(run, ours, theirs)
+    _compare_data(run, ours, theirs, other_data)
+
+
+def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
+    free = {"data"} | ({"steps"} if ours.cooldown == 0 else set())
+    asked, there = (
+        {key: value for key, value in asdict(recipe).items() if key not in free}
+        for recipe in (ours, theirs)
+    )
+    if differing := differences(asked, there):
+        raise ValueError(
+            f"{run} holds another run, which differs in {'; '.join(differing)}. "
+            "Choose a new folder, or give the same options to resume it; nothing was "
+            "written"
+        )
+
+
+def _compare_data(
+    run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
+) -> None:
+    known = theirs.data
+    differing = [
+        f"data.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
+        for name, value in ours.data.items()
+        if known.get(name) != value
+        and not (name == "fingerprint" and None in (known.get(name), value))
+    ]
+    if differing and not other_data:
+        _refuse_data(run, differing)
+    if differing:
+        earlier = [*known.pop("earlier", []), known]
+        theirs._replace(data={**ours.data, "earlier": earlier}).write(run)
+
+
+def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | None:
+    """Which autoencoder's encoder made the latents of a run; None if unknown.
+
+    A run that does not remember it: the latent store `data` is asked, if it is there.
+    """
+    if (run / "vae.json").is_file():
+        return dict(read_json(run / "vae.json"))
+    if data and (manifest := Path(data) / "manifest.json").is_file():
+        return dict(read_json(manifest)["vae"])
+    return None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run's folder; ValueError if another process does."""
+    release: list[Callable[[], None]] = []
+    on_rank_zero(lambda: release.append(_lock(run)))
+    try:
+        yield
+    finally:
+        for let_go in release:  # the first process has one, the others none
+            let_go()
+
+
+def _lock(run: Path) -> Callable[[], None]:
+    """Take the run's lock and return what lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _lock_by_file(run, "this system has no flock")
+    handle = (run / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle.close
+    except OSError as error:
+        handle.close()
+        if not isinstance(error, BlockingIOError):
+            return _lock_without_flock(run, error)
+    raise ValueError(
+        f"{run} is being trained by another process; wait for it, or stop it (a killed "
+        "torchrun leaves its children alive)"
+    )
+
+
+THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in a container
+
+# what network disks, FUSE and Lustre answer that lack flock
+_NO_FLOCK = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOLCK,
+}
+
+
+def _lock_without_flock(run: Path, error: OSError) -> Callable[[], None]:
+    if error.errno not in _NO_FLOCK:
+        raise error
+    return _lock_by_file(run, f"this disk has no flock: {error.strerror}")
+
+
+def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
+    path, host = run / ".lock.json", socket.gethostname()
+    warn(
+        f"{reason}; {path.name} in the run's folder takes its place, which a killed "
+        "process leaves behind"
+    )
+    holder = {"host": host, "process": os.getpid(), "token": THIS_PROCESS}
+    for _ in range(2):
+        try:
+            with path.open("x") as file:
+                json.dump(holder, file)
+            return lambda: path.unlink(missing_ok=True)
+        except FileExistsError:
+            _remove_if_stale(path, host)
+    raise ValueError(
+        f"{run} is being trained by another process, which took {path} just now; wait "
+        "for it"
+    )
+
+
+def _remove_if_stale(path: Path, host: str) -> None:
+    owner, process, token = _holder_of(path)
+    if owner is None:  # let go of in this moment
+        return
+    if owner != host or _alive(process, token):  # of other machines we know nothing
+        raise ValueError(
+            f"{path.parent} is held by process {process} of the machine {owner!r}, says "
+            f"{path}. If it still trains, wait for it or stop it; if it was killed, "
+            "remove that file and give the command again"
+        )
+    warn(
+        f"{path} was left by process {process} of this machine, which is no more; it is "
+        "removed"
+    )
+    aside = path.with_name(f"{path.name}.{THIS_PROCESS}")  # another may judge the same
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if json.loads(aside.read_text()).get("token") != token:  # new: not ours
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _holder_of(path: Path) -> tuple[str | None, int, str]:
+    """Host, process and token that a lock names; None if there is no lock."""
+    try:
+        holder = json.loads(path.read_text())
+        return str(holder["host"]), int(holder["process"]), holder["token"]
+    except FileNotFoundError:
+        return None, 0, ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown", 0, ""
+
+
+def _alive(process: int, token: str) -> bool:
+    if process == os.getpid():
+        return token == THIS_PROCESS
+    if os.name != "posix":  # where the question would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def load_run(
+    run: str | Path, weights: str = "ema", step: int | None = None
+) -> tuple[DiffuSSM, Recipe, list[str]]:
+    """The trained network of a run, its recipe and its class names.
+
+    `weights` is "ema" (what one samples from) or "model"; `step` asks for the
+    checkpoint of that step instead of the newest.
+
+    Raises:
+        FileNotFoundError: no run, no valid checkpoint yet, or none of that step.
+    """
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{run} is not a training run: it has no config.json, as `diffussm train` "
+            "writes"
+        )
+    trained = read_run(run)
+    checkpoint = find_checkpoint(run, step)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{run} has no valid checkpoint yet; train longer, or lower save_every"
+        )
+    model = DiffuSSM.from_pretrained(checkpoint / weights)
+    return model, trained.recipe, trained.data.get("classes", [])
+
+
+def _refuse_data(run: Path, differing: list[str]) -> None:
+    raise ValueError(
+        f"{run} was trained on other data, which differ in {'; '.join(differing)}. Give "
+        "the data that it was trained on (they may have moved), choose a new folder, or "
+        "pass --other_data (other_data=True) to go on with these; nothing was written"
+    )
+
+
+def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
+    known = encoder_of(run) or encoder
+    for name in ("encoder_sha256", "scaling_factor"):
+        if known.get(name) != encoder.get(name):
+            raise ValueError(
+                f"{run} has learned latents of the encoder of {known.get('name')}, and "
+                f"these are of that of {encoder.get('name')} ({name} there "
+                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, or "
+                "choose a new folder. Nothing was written"
+            )
+    write_json(run / "vae.json", known)
+
+
+def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
+    if theirs.random != RANDOM:
+        warn(
+            f"{run} was begun by a version that drew its random numbers in another way: "
+            "it goes on, but which digits are held out, order, flips, noise and dropped "
+            "labels are not those of then"
+        )
+    known, found = (config.data.get("fingerprint") for config in (theirs, ours))
+    if known is None and found is not None:
+        warn(
+            f"{run} holds no fingerprint of its data: only their number and their "
+            "classes were compared"
+        )

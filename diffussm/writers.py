@@ -1,0 +1,157 @@
+"""Writing while training goes on.
+
+Generated from book/46_writers.md by `make export`: edit there.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from diffussm.checkpoints import snapshot, write_checkpoint
+from diffussm.distributed import leaves_alone, on_rank_zero, rank
+from diffussm.files import whole_file
+from diffussm.optimiser import describe_groups
+from diffussm.options import Execution, Recipe
+from diffussm.resources import utilisation
+from diffussm.training import TrainState
+
+__all__ = ["BackgroundWriter", "Clock", "Log", "rewind_log"]
+
+
+class BackgroundWriter:
+    """Writes the checkpoints of a run by a thread, one at a time."""
+
+    def __init__(self, run: Path, recipe: Recipe, execution: Execution) -> None:
+        self._run, self._pool = run, ThreadPoolExecutor(1)
+        keep = execution.keep_steps(recipe.batch_size)
+        self._kept = (execution.keep_last, execution.keep_every, keep)
+        self._written: Future[Path] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state and have it written; waits for the write before this one."""
+        self.wait()
+        taken = snapshot(state, keep=rank() == 0)
+        if rank() == 0:
+            task = partial(write_checkpoint, self._run, taken, *self._kept)
+            self._written = self._pool.submit(task)
+
+    def error(self) -> Exception | None:
+        """Why the last checkpoint could not be written, if it could not."""
+        done = self._written is not None and self._written.done()
+        error = self._written.exception() if done and self._written else None
+        return error if isinstance(error, Exception) else None
+
+    def wait(self) -> None:
+        """Until all that was saved is written; raises what went wrong, in all processes."""
+        on_rank_zero(lambda: self._written and self._written.result())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
+        # whoever leaves alone waits for nothing, not even for this
+        self._pool.shutdown(wait=not leaves_alone(error))
+
+
+class Clock:
+    """Times for the log: the only figures in it that a resumed run does not repeat."""
+
+    def __init__(self, step: int, recipe: Recipe) -> None:
+        self.recipe, self.step = recipe, step
+        self.started = self.last = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training: it does not count for the rate."""
+        began = time.perf_counter()
+        yield
+        self.last += time.perf_counter() - began
+
+    def read(self, step: int) -> dict[str, float]:
+        """Seconds, images per second since the last call, seconds left at that rate."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.last, 1e-9)
+        self.last, self.step = now, step
+        return {
+            "seconds": round(now - self.started, 3),
+            "images_per_second": round(rate * self.recipe.batch_size, 2),
+            "seconds_left": round((self.recipe.steps - step) / rate, 1),
+        }
+
+
+class Log:
+    """The log of a run: a file of JSON lines, a progress bar, and who else listens."""
+
+    def __init__(
+        self,
+        run: Path,
+        recipe: Recipe,
+        execution: Execution,
+        state: TrainState,
+        progress: bool,
+        on_log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.clock = Clock(state.step, recipe)
+        self._file, self._recipe, self._on_log = run / "log.jsonl", recipe, on_log
+        self._every = execution.log_every
+        self._device = next(state.model.parameters()).device
+        progress = progress and rank() == 0
+        if progress:
+            print(describe_groups(state.optimizer.param_groups))
+        # in a file, the lines of the log are enough
+        silent = not progress or (on_log is not None and not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=recipe.steps,
+            initial=state.step,
+            unit="step",
+            disable=silent,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self, state: TrainState) -> None:
+        """A step is done; each so manyth writes a line."""
+        self._bar.update()
+        if state.step % self._every:
+            return
+        row = self._row(state)
+        if rank() == 0:
+            with self._file.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            if self._on_log is not None:
+                self._on_log(row)
+        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
+        self._bar.set_postfix(loss=loss)
+
+    def _row(self, state: TrainState) -> dict[str, Any]:
+        images = state.step * self._recipe.batch_size
+        row: dict[str, Any] = {"step": state.step, "images": images}
+        row |= state.meter.read_and_reset() | self.clock.read(state.step)
+        model, rate = self._recipe.model, row["images_per_second"]
+        row |= utilisation(model, rate, self._device)
+        return row | ({"skipped": list(state.skipped)} if state.skipped else {})
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Drop the lines after a step, and what was left unfinished."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = (line for line in lines if line.endswith("\n"))
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        with whole_file(path) as draft:
+            draft.write_text(kept)

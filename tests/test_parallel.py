@@ -1,0 +1,192 @@
+"""One batch, many GPUs: many processes compute what one does."""
+
+import shutil
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from processes import (
+    SHARED,
+    assert_close,
+    cluster,
+    fifty,
+    outcomes,
+    run_shared,
+    start,
+    together,
+)
+from tiny import SELDOM
+
+from diffussm.diffusion import GaussianDiffusion
+from diffussm.distributed import rank, world_size
+from diffussm.fft_convolution import convolve
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.options import Execution, Recipe, training_batch
+from diffussm.parallel import create_state, wrap
+from diffussm.runs import train
+from diffussm.training import TrainState
+
+DIFFUSION = GaussianDiffusion.linear(50)
+CPU = torch.device("cpu")
+
+
+def doubled(u, spectra):
+    return convolve(u, 2 * spectra)
+
+
+def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def choose(*question):
+        asked.append(question)
+        return SimpleNamespace(convolution=doubled, reason="twice is better")
+
+    monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(choose=choose))
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
+    execution = Execution(micro_batch=4, convolution="elsewhere:choose")
+    state = create_state(config, execution, CPU)
+    assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32)]
+    assert "convolution: twice is better" in capsys.readouterr().err
+    for model in (state.model, state.ema):
+        assert all(block.ssm.convolution is doubled for block in model.blocks)
+    plain = create_state(config, Execution(), CPU)
+    assert all(block.ssm.convolution is convolve for block in plain.model.blocks)
+
+
+def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
+    pytest.importorskip("triton")
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
+    execution = Execution(convolution="diffussm.autotuning:autotune_convolution")
+    state = create_state(config, execution, CPU)
+    assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
+    assert state.model.blocks[0].ssm.convolution is convolve
+
+
+@pytest.mark.parametrize(
+    "name", ["fast", "no.such.module:choose", "diffussm.model:choose", ":", "math:"]
+)
+def test_a_convolution_that_does_not_exist_is_refused(name):
+    config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
+    with pytest.raises(ValueError, match="'package.module:function'"):
+        create_state(config, Execution(convolution=name), CPU)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(SHARED, run, SELDOM, "cpu", progress=False, dataset=fifty())
+    return run
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (2, {}),
+        (4, {"micro_batch": 1}),
+        (2, {"strategy": "fsdp"}),
+        (2, {"strategy": "fsdp", "micro_batch": 2}),
+    ],
+)
+def test_any_number_of_processes_learns_and_logs_the_same(
+    tmp_path, alone, size, changes
+):
+    together(size, run_shared, tmp_path / "run", changes)
+    assert_close(tmp_path / "run", alone)
+
+
+def test_four_processes_equal_four_parts(tmp_path):
+    together(4, run_shared, tmp_path / "processes", {})
+    together(1, run_shared, tmp_path / "parts", {"micro_batch": 2})
+    assert_close(tmp_path / "processes", tmp_path / "parts")
+
+
+def batches_seen(steps):
+    with cluster():
+        model = DiffuSSM(SHARED.model)
+        batches = [
+            training_batch(fifty(), model, SHARED, step, rank(), world_size())
+            for step in steps
+        ]
+        return [[tensor.numpy() for tensor in batch] for batch in batches]
+
+
+def test_two_processes_then_one_see_the_same_samples_in_the_same_order():
+    whole = batches_seen(range(10))
+    parts = together(2, batches_seen, range(6))
+    for step, batch in enumerate(whole[:6]):
+        for one, *mine in zip(batch, *(part[step] for part in parts), strict=True):
+            assert np.array_equal(one, np.concatenate(mine))
+    seen = np.concatenate([batch[0] for batch in whole])[:50].reshape(50, -1)
+    assert len(np.unique(seen, axis=0)) == 50  # an epoch shows each image once
+
+
+def test_recomputing_changes_nothing(tmp_path, alone):
+    together(1, run_shared, tmp_path / "run", {"activation_checkpointing": True})
+    assert_close(tmp_path / "run", alone)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)"
+)
+@pytest.mark.filterwarnings(
+    "ignore:Torchinductor does not support code generation for complex"
+)
+def test_compiling_changes_nothing(tmp_path, alone):
+    together(1, run_shared, tmp_path / "run", {"compile": True})
+    assert_close(tmp_path / "run", alone)
+
+
+def graphs_of_a_block():
+    """How many graphs the compiler gets for one block, which is larger than DDP's first bucket of 1 MiB."""
+    graphs, honest = [], torch.nn.Module.compile
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.nn.Module.compile = lambda module: honest(module, backend=count)
+    config = replace(
+        SHARED, model=replace(SHARED.model, d_model=256, n_blocks=1), timesteps=50
+    )
+    execution = replace(SELDOM, compile=True)
+    with cluster() as device:
+        state = create_state(config, execution, device)
+        network = wrap(state.model, execution)
+        batch = training_batch(fifty(), state.model, config, 0, rank(), world_size())
+        DIFFUSION.losses(network, *batch)["loss"].sum().backward()
+        (block,) = state.model.blocks
+        return len(graphs), sum(
+            p.numel() * p.element_size() for p in block.parameters()
+        )
+
+
+def test_ddp_does_not_cut_the_graph_of_a_compiled_block():
+    for graphs, size in together(2, graphs_of_a_block):
+        assert graphs == 1 and size > 2**20
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_batch_that_cannot_be_shared_is_refused_up_front(tmp_path, size):
+    for fine, said in outcomes(
+        start(size, run_shared, tmp_path / "run", {"batch_size": size * 3 + 1})
+    ):
+        assert not fine and f"cannot be shared by {size} processes" in said
+    for fine, said in outcomes(
+        start(size, run_shared, tmp_path / "run", {"batch_size": 8, "micro_batch": 3})
+    ):
+        assert not fine and "does not divide" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_float32_is_float32_on_a_gpu_and_bf16_allows_tf32(monkeypatch):
+    gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(TrainState, "create", lambda *_: None)
+    try:
+        for precision, products in (("float32", "highest"), ("bf16", "high")):
+            create_state(replace(SHARED, precision=precision), SELDOM, gpu)
+            assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision(before)
