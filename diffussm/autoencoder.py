@@ -98,10 +98,9 @@ def train_vae(
 ) -> Any:
     """Train a small `diffusers.AutoencoderKL` on RGB images; returned as by `load_vae`.
 
-    `channels` has one entry for each resolution, a multiple of 4; latents are
-    2**(len - 1) times smaller than images. The same arguments give the same weights on
-    the same machine. `kl_weight` is lambda of eq-latents-vae. Raises ValueError for
-    sizes that do not fit.
+    `channels` has one entry for each resolution, a multiple of 4. The same arguments
+    give the same weights on the same machine. `kl_weight` is lambda of eq-latents-vae.
+    Raises ValueError for sizes that do not fit.
     """
     expect_number("lr", lr, above=0)
     expect_number("kl_weight", kl_weight, least=0)
@@ -155,12 +154,8 @@ def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
 def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> Any:
     """A frozen `diffusers.AutoencoderKL`: float32, evaluation mode, no gradients.
 
-    `name_or_path` is a folder with `config.json` and weights in safetensors (or with
-    such a folder called `vae` in it), or a name on the Hugging Face hub, such as
-    `stabilityai/sd-vae-ft-ema`.
-
-    Raises FileNotFoundError where there is no such folder, ValueError when what is
-    there cannot be used, OSError when the hub does not give it.
+    `name_or_path` is a folder (or has it in `vae`), or a name on the Hugging Face hub.
+    Raises FileNotFoundError, ValueError, OSError for what cannot be used.
     """
     folder = Path(name_or_path)
     if (folder / "vae" / "config.json").is_file():
@@ -246,8 +241,7 @@ def vae_identity(vae: Any, name: str | Path) -> dict[str, Any]:
 def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) -> None:
     """Refuse latents of another encoder: ValueError; another decoder is welcome.
 
-    Both are of `vae_identity`: `made_by` of the autoencoder that made the latents,
-    `identity` of the one to use. `what` names the latents in the message.
+    Identities of who made the latents and of who is to use them; `what` names them.
     """
     if "encoder_sha256" not in made_by:
         raise ValueError(
@@ -260,8 +254,8 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
             raise ValueError(
                 f"{what}: made by the encoder of {made_by.get('name')!r} "
                 f"({key} {made_by[key]}). {identity['name']!r} has another "
-                f"({key} {identity[key]}), to which these latents mean nothing. Use the "
-                "autoencoder that made them, or one that differs in the decoder only"
+                f"({key} {identity[key]}), to which these latents mean nothing. Use "
+                "the autoencoder that made them, or one with another decoder only"
             )
 
 
@@ -282,10 +276,9 @@ def full_precision() -> Iterator[None]:
 
 @torch.no_grad()
 def moments(vae: Any, images: Tensor) -> Tensor:
-    """Mean and log-variance of q(z | image), eq-latents-posterior; float16, CPU.
+    """Mean and log-variance, eq-latents-posterior; float16 on the CPU.
 
-    images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w). Raises ValueError if a moment is
-    no finite float16.
+    images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w), finite, or a ValueError.
     """
     with full_precision():
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
