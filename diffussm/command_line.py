@@ -27,6 +27,7 @@ __all__ = [
     "call",
     "typed",
     "IDLE",
+    "refuse",
     "refuse_idle",
     "recipe_group",
     "preset_group",
@@ -105,16 +106,16 @@ def call(
     return command(**values)
 
 
-def typed(words: Sequence[str]) -> set[str]:
-    """The names of the options among the words of a command."""
-    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
-
-
 def _with_underscores(word: str) -> str:
     """`--self-test` is `--self_test`; values are left as they are."""
     name, equals, value = word.partition("=")
     renamed = f"--{name[2:].replace('-', '_')}"
     return f"{renamed}{equals}{value}" if word.startswith("--") else word
+
+
+def typed(words: Sequence[str]) -> set[str]:
+    """The names of the options among the words of a command."""
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
 
 
 IDLE = {
@@ -133,12 +134,17 @@ IDLE = {
 }
 
 
+def refuse(when: bool, told: str) -> None:
+    """ValueError with a sentence, in this case."""
+    if when:
+        raise ValueError(told)
+
+
 def refuse_idle(given: set[str], situation: str) -> None:
     """ValueError that names the options among `given` without effect in a situation."""
     idle = [f"--{name}" for name in IDLE[situation].split() if name in given]
-    if idle:
-        named = " and ".join(idle)
-        raise ValueError(f"{named} would have no effect {situation}; omit {named}")
+    named = " and ".join(idle)
+    refuse(bool(idle), f"{named} would have no effect {situation}; omit {named}")
 
 
 def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
@@ -281,11 +287,9 @@ def _check_recipe_named(
     parser: ArgumentParser, words: Sequence[str], names: str
 ) -> None:
     asks = {"-h", "--help"} & set(words)
-    if not asks and (not words or words[0].startswith("-")):
-        raise ValueError(
-            f"name what to train first, as in: {parser.prog} digits; the recipes are "
-            f"{names}"
-        )
+    first = f"name what to train first, as in: {parser.prog} digits"
+    unnamed = not words or words[0].startswith("-")
+    refuse(unnamed and not asks, f"{first}; the recipes are {names}")
 
 
 def _check_device(device: str | None) -> None:
@@ -297,27 +301,23 @@ def _check_device(device: str | None) -> None:
         raise ValueError(
             f"--device {device}: no such kind of device; try cpu or cuda"
         ) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {device}: this machine has no GPU that torch can use; see "
-            "diffussm doctor"
-        )
+    lacking = f"--device {device}: this machine has no GPU that torch can use"
+    lost = kind == "cuda" and not torch.cuda.is_available()
+    refuse(lost, f"{lacking}; see diffussm doctor")
 
 
 def check_new(path: Path | None, suffix: str) -> None:
     """ValueError unless a file of this kind can be made there, and is not there yet."""
     if path is None:
         return
-    if path.suffix != suffix:
-        raise ValueError(f"{path}: give a name that ends in {suffix}")
-    if path.exists():
-        raise ValueError(f"{path} exists; give another name, or remove it yourself")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    refuse(path.suffix != suffix, f"{path}: give a name that ends in {suffix}")
+    refuse(path.exists(), f"{path} exists; give another name, or remove it yourself")
+    missing = f"{path}: the folder {path.parent} does not exist"
+    refuse(not path.parent.is_dir(), missing)
 
 
 def check_at_least_one(**values: int | None) -> None:
     """ValueError that names all of these options if one of them is below 1."""
-    if any(value is not None and value < 1 for value in values.values()):
-        *first, last = (f"--{name}" for name in values)
-        raise ValueError(f"{', '.join(first)} and {last} are at least 1")
+    *first, last = (f"--{name}" for name in values)
+    small = any(value is not None and value < 1 for value in values.values())
+    refuse(small, f"{', '.join(first)} and {last} are at least 1")

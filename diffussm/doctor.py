@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from diffussm.recipes import open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
 
 __all__ = [
+    "T",
     "Plan",
     "Finding",
     "Skip",
@@ -34,6 +35,8 @@ __all__ = [
     "probe_all_reduce",
     "QUESTIONS",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,20 @@ class Skip(Exception):
     """A question that does not arise here."""
 
 
+def _skip_unless(value: T | None, reason: str) -> T:
+    """The value, if there is one; else the question does not arise."""
+    if not value:
+        raise Skip(reason)
+    return value
+
+
+def _judged(fine: bool, seen: str, cure: str) -> str:
+    """What was seen; OSError, with the cure, if it is not fine."""
+    if not fine:
+        raise OSError(f"{seen}; {cure}")
+    return seen
+
+
 def examine(what: str, plan: Plan) -> Finding:
     """Ask one of `QUESTIONS`."""
     try:
@@ -106,16 +123,10 @@ def _ask_memory(plan: Plan) -> str:
     else:
         here = os.environ.get("LOCAL_WORLD_SIZE", plan.processes)
         free = _free_memory() / int(here)
-    told = (
-        f"{_gigabytes(need)} needed for each of {plan.processes} processes (computed), "
-        f"{_gigabytes(free)} free"
-    )
-    if need > free:
-        raise OSError(
-            f"{told}; lower --micro_batch, or pass --activation_checkpointing true or "
-            "--strategy fsdp"
-        )
-    return told
+    each = f"needed for each of {plan.processes} processes (computed)"
+    told = f"{_gigabytes(need)} {each}, {_gigabytes(free)} free"
+    cure = "lower --micro_batch, or pass --activation_checkpointing true"
+    return _judged(need <= free, told, f"{cure} or --strategy fsdp")
 
 
 def _gigabytes(count: float) -> str:
@@ -141,16 +152,13 @@ def _ask_disk(plan: Plan) -> str:
     need = kept * 4 * 4.0 * parameter_count(plan.recipe.model)
     out = plan.out.absolute()
     there = next(path for path in (out, *out.parents) if path.is_dir())
-    if not os.access(there, os.W_OK):
-        raise OSError(f"{there} cannot be written to; choose another --out")
+    writable = os.access(there, os.W_OK)
+    _judged(writable, f"{there} cannot be written to", "choose another --out")
     free = shutil.disk_usage(there).free
-    told = (
-        f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free at "
-        f"{there}"
-    )
-    if need > free:
-        raise OSError(f"{told}; free some, raise --keep_every, or choose another --out")
-    return told
+    told = f"{_gigabytes(need)} needed for {kept} checkpoints"
+    told = f"{told}, {_gigabytes(free)} free at {there}"
+    cure = "free some, raise --keep_every, or choose another --out"
+    return _judged(need <= free, told, cure)
 
 
 def _ask_data(plan: Plan) -> str:
@@ -159,28 +167,26 @@ def _ask_data(plan: Plan) -> str:
     check_data(found, plan.recipe)
     _first_process_only()
     told = f"{len(found)} images in {found.num_classes} classes"
-    if isinstance(found, LatentStore) and not plan.quick:
-        if problems := verify_store(found.path):
-            raise OSError("; ".join(problems))
-        told += ", every checksum right"
-    return told
+    if not isinstance(found, LatentStore) or plan.quick:
+        return told
+    problems = "; ".join(verify_store(found.path))
+    _judged(not problems, problems, "encode again, with --verify")
+    return f"{told}, every checksum right"
 
 
 def _ask_vae(plan: Plan) -> str:
     """Does the autoencoder decode what the model will draw?"""
     model = plan.recipe.model
-    if not takes_latents(model):
-        raise Skip("the recipe trains on pixels")
-    if plan.vae is None:
-        raise Skip("say with --vae what decodes the samples")
+    _skip_unless(takes_latents(model), "the recipe trains on pixels")
+    vae = _skip_unless(plan.vae, "say with --vae what decodes the samples")
     found = open_data(plan.recipe) if plan.recipe.data else None
-    decode, _ = open_decoder(plan.vae, plan.device, getattr(found, "vae", None))
+    decode, _ = open_decoder(vae, plan.device, getattr(found, "vae", None))
     shape = (1, model.in_channels, model.height, model.width)
     image = decode(torch.zeros(shape, device=plan.device))
-    if not bool(image.isfinite().all()):
-        raise ValueError(f"{plan.vae} decodes to numbers that are not finite")
+    finite = bool(image.isfinite().all())
+    _judged(finite, f"{vae} decodes to numbers that are not finite", "take another")
     (h, w), (height, width) = shape[2:], image.shape[2:]
-    file = Path(plan.vae) / VAE_FILE
+    file = Path(vae) / VAE_FILE
     known = published(file) if _rank() == 0 and file.is_file() else None
     whose = f"; its weights are those of {known.url}" if known else ""
     return f"decodes {h} x {w} to {height} x {width} pixels{whose}"
@@ -188,8 +194,8 @@ def _ask_vae(plan: Plan) -> str:
 
 def _ask_gpu(plan: Plan) -> str:
     """Which cards are there?"""
-    if plan.device.type == "cpu":
-        raise Skip("none is used; a CPU is enough for digits and openmoji")
+    enough = "none is used; a CPU is enough for digits and openmoji"
+    _skip_unless(plan.device.type == "cuda", enough)
     gpus, mine = torch.cuda.device_count(), plan.device.index
     _check_gpus(gpus, mine)
     seen = [mine] if "LOCAL_RANK" in os.environ else range(gpus)
@@ -199,36 +205,65 @@ def _ask_gpu(plan: Plan) -> str:
 
 def _ask_bf16(plan: Plan) -> str:
     """Does the arithmetic of the recipe work here?"""
-    if plan.recipe.precision != "bf16":
-        raise Skip(f"the recipe trains in {plan.recipe.precision}")
+    precision, cure = plan.recipe.precision, "train with --precision float32"
+    _skip_unless(precision == "bf16", f"the recipe trains in {precision}")
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise OSError("this GPU has no bf16; train with --precision float32")
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        _judged(has_it, "this GPU has no bf16", cure)
     x = torch.ones(8, 8, dtype=torch.bfloat16, device=plan.device)
-    if (x @ x).float().sum().item() != 512:
-        raise OSError("a product in bf16 is wrong; train with --precision float32")
+    right = (x @ x).float().sum().item() == 512
+    _judged(right, "a product in bf16 is wrong", cure)
     return "works"
 
 
 def _ask_inception(plan: Plan) -> str:
     """Are these the weights that the scores are defined by?"""
-    if plan.weights is None:
-        raise Skip("say with --weights where they lie")
+    weights = _skip_unless(plan.weights, "say with --weights where they lie")
     _first_process_only()
-    features.check_weights(plan.weights)
-    return f"{plan.weights} has the right checksum"
+    features.check_weights(weights)
+    return f"{weights} has the right checksum"
 
 
 def _ask_reference(plan: Plan) -> str:
     """Is there something to compare with?"""
-    if plan.reference is None:
-        raise Skip("say with --reference what evaluate shall compare with")
+    hint = "say with --reference what evaluate shall compare with"
+    reference = _skip_unless(plan.reference, hint)
     _first_process_only()
-    if not plan.reference.exists():
-        raise FileNotFoundError(f"there is no {plan.reference}")
-    known = published(plan.reference) if plan.reference.is_file() else None
-    return f"{plan.reference} is {'the published one' if known else 'there'}"
+    _judged(reference.exists(), f"there is no {reference}", "see where it was put")
+    known = published(reference) if reference.is_file() else None
+    return f"{reference} is {'the published one' if known else 'there'}"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _first_process_only() -> None:
+    """Skip, in all processes but the first, what is the same for all of them."""
+    _skip_unless(_rank() == 0, "the first process looks")
+
+
+def _check_gpus(gpus: int, mine: int) -> None:
+    cure = "see what nvidia-smi says, and whether torch was built for CUDA"
+    _judged(gpus > 0, "torch sees no GPU", cure)
+    alone = f"process {mine} of this machine has no GPU of its own: there are {gpus}"
+    _judged(mine < gpus, alone, "start fewer processes")
+
+
+_ADVICE = {
+    "cuda": "set NCCL_DEBUG=INFO and try again; if it hangs, NCCL_P2P_DISABLE=1 or "
+    "NCCL_IB_DISABLE=1 tell which link is at fault, NCCL_SOCKET_IFNAME names the "
+    "network to use",
+    "cpu": "set GLOO_SOCKET_IFNAME to the network to use, e.g. lo, and see that no "
+    "firewall is between them",
+}
+
+
+def _check_ended(job: "subprocess.Popen[bytes]", said: str, kind: str) -> None:
+    if job.returncode != 0:
+        last = said.strip().splitlines()[-1:] or ["no message"]
+        raise OSError(f"a process failed: {last[0]:.200}; {_ADVICE[kind]}")
 
 
 def add_up(kind: str) -> None:
@@ -308,43 +343,6 @@ QUESTIONS: dict[str, Callable[[Plan], str]] = {
     "Inception": _ask_inception,
     "reference": _ask_reference,
 }
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _first_process_only() -> None:
-    """Skip, in all processes but the first, what is the same for all of them."""
-    if _rank() > 0:
-        raise Skip("the first process looks")
-
-
-def _check_gpus(gpus: int, mine: int) -> None:
-    if not gpus:
-        raise OSError(
-            "torch sees no GPU; see what nvidia-smi says, and whether torch is for CUDA"
-        )
-    if mine >= gpus:
-        raise OSError(
-            f"process {mine} of this machine has no GPU of its own: there are {gpus}"
-        )
-
-
-_ADVICE = {
-    "cuda": "set NCCL_DEBUG=INFO and try again; if it hangs, NCCL_P2P_DISABLE=1 or "
-    "NCCL_IB_DISABLE=1 tell which link is at fault, NCCL_SOCKET_IFNAME names the "
-    "network to use",
-    "cpu": "set GLOO_SOCKET_IFNAME to the network to use, e.g. lo, and see that no "
-    "firewall is between them",
-}
-
-
-def _check_ended(job: "subprocess.Popen[bytes]", said: str, kind: str) -> None:
-    if job.returncode != 0:
-        last = said.strip().splitlines()[-1:] or ["no message"]
-        raise OSError(f"a process failed: {last[0]:.200}; {_ADVICE[kind]}")
-
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, and no notebook
     add_up(sys.argv[1])

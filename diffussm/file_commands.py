@@ -15,12 +15,59 @@ from diffussm.command_line import (
     check_new,
     interruptible,
     nothing_kept,
+    refuse,
     refuse_idle,
     start,
 )
 from diffussm.files import apply_umask, whole_folder, write_json
 
 __all__ = ["vae", "encode", "SHOWN", "tell_skipped", "evaluate", "statistics"]
+
+
+def _check_vae(
+    out: Path, size: int, steps: int, batch_size: int, lr: float, seed: int
+) -> None:
+    check_at_least_one(size=size, steps=steps, batch_size=batch_size)
+    told = "--lr lies in (0, 1), --seed is not negative"
+    refuse(not 0 < lr < 1 or seed < 0, told)
+    full = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    refuse(full, f"{out} exists; choose a new folder for the autoencoder")
+
+
+def _check_evaluate(
+    samples: list[Path],
+    reference: Path | None,
+    out: Path | None,
+    self_test: bool,
+    given: set[str],
+) -> None:
+    if self_test:
+        refuse_idle(given, "beside --self_test")
+    both = self_test == bool(samples) or self_test == bool(reference)
+    refuse(both, "give SAMPLES and --reference, or --self_test alone")
+    if out is not None:
+        taken = f"{out} is where diffussm sample keeps the record of a set"
+        other = f"give another name, such as {out.with_suffix('.scores.json')}"
+        records = [path.with_suffix(".json") for path in samples]
+        refuse(out in records, f"{taken}; {other}")
+    check_new(out, ".json")
+    pictures = [*samples, *([reference] if reference else [])]
+    if pictures and all(path.suffix == ".npz" for path in pictures):
+        refuse_idle(given, "for .npz files, whose pictures are as they are")
+
+
+def _open_images(
+    data: Path, size: int, no_classes: bool, exif_rotate: bool, given: set[str]
+) -> Any:
+    from diffussm import formats
+
+    classes = False if no_classes else None
+    source = formats.images_from(
+        data, size, conditional=classes, exif_rotate=exif_rotate
+    )
+    if isinstance(source, formats.LmdbImages):
+        refuse_idle(given, "for an LMDB, which has no classes")
+    return source
 
 
 def vae(
@@ -278,51 +325,3 @@ def _self_test() -> int:
         raise ValueError(f"the metrics are wrong here: {error}") from error
     print("the metrics give what they must on data with known answers")
     return 0
-
-
-def _check_vae(
-    out: Path, size: int, steps: int, batch_size: int, lr: float, seed: int
-) -> None:
-    if min(size, steps, batch_size) < 1 or not 0 < lr < 1 or seed < 0:
-        raise ValueError(
-            "--size, --steps and --batch_size are at least 1, --lr lies in (0, 1), "
-            "--seed is not negative"
-        )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
-
-
-def _check_evaluate(
-    samples: list[Path],
-    reference: Path | None,
-    out: Path | None,
-    self_test: bool,
-    given: set[str],
-) -> None:
-    if self_test:
-        refuse_idle(given, "beside --self_test")
-    if self_test == bool(samples) or self_test == bool(reference):
-        raise ValueError("give SAMPLES and --reference, or --self_test alone")
-    if out is not None and out in [path.with_suffix(".json") for path in samples]:
-        raise ValueError(
-            f"{out} is where diffussm sample keeps the record of a set; give another "
-            f"name, such as {out.with_suffix('.scores.json')}"
-        )
-    check_new(out, ".json")
-    pictures = [*samples, *([reference] if reference else [])]
-    if pictures and all(path.suffix == ".npz" for path in pictures):
-        refuse_idle(given, "for .npz files, whose pictures are as they are")
-
-
-def _open_images(
-    data: Path, size: int, no_classes: bool, exif_rotate: bool, given: set[str]
-) -> Any:
-    from diffussm import formats
-
-    classes = False if no_classes else None
-    source = formats.images_from(
-        data, size, conditional=classes, exif_rotate=exif_rotate
-    )
-    if isinstance(source, formats.LmdbImages):
-        refuse_idle(given, "for an LMDB, which has no classes")
-    return source

@@ -50,6 +50,30 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def _check_drawn(images: Tensor) -> None:
+    if images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"these samples have {images.shape[1]} channels: latents, which an "
+            "autoencoder must decode; pass --vae"
+        )
+    if not bool(images.isfinite().all()):
+        raise ValueError(
+            "the model drew images that are not finite; its weights have probably "
+            "diverged"
+        )
+
+
+def _check_grid(images: Tensor, columns: int) -> None:
+    n, channels, *_ = images.shape
+    if channels not in (1, 3):
+        raise ValueError(
+            f"these samples have {channels} channels: latents; say with --vae what "
+            "decodes them"
+        )
+    if n % columns:
+        raise ValueError(f"{n} images do not fill rows of {columns}")
+
+
 MARGIN = 2  # white pixels around each image of a grid
 
 
@@ -141,27 +165,3 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _check_drawn(images: Tensor) -> None:
-    if images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"these samples have {images.shape[1]} channels: latents, which an "
-            "autoencoder must decode; pass --vae"
-        )
-    if not bool(images.isfinite().all()):
-        raise ValueError(
-            "the model drew images that are not finite; its weights have probably "
-            "diverged"
-        )
-
-
-def _check_grid(images: Tensor, columns: int) -> None:
-    n, channels, *_ = images.shape
-    if channels not in (1, 3):
-        raise ValueError(
-            f"these samples have {channels} channels: latents; say with --vae what "
-            "decodes them"
-        )
-    if n % columns:
-        raise ValueError(f"{n} images do not fill rows of {columns}")

@@ -47,46 +47,6 @@ def read_recipe(name: str) -> tuple[Recipe, Execution]:
         raise ValueError(f"{file}: {error}") from error
 
 
-def open_data(recipe: Recipe) -> Dataset:
-    """What `recipe.data` names: the digits, a latent store, or images (folder or LMDB).
-
-    Raises:
-        ValueError, OSError: it does not exist, is damaged, or not what the model takes.
-    """
-    if recipe.data == "digits":
-        return load_dataset(recipe)
-    path = _data_path(recipe)
-    if (path / "manifest.json").exists() or (path / "plan.json").exists():
-        return _open_latents(path, recipe)
-    _check_pixels(path, recipe.model)
-    return images_from(
-        path,
-        recipe.model.height,
-        flip=recipe.flip,
-        conditional=recipe.model.num_classes > 0,
-        exif_rotate=recipe.exif_rotate,
-    )
-
-
-def takes_latents(model: DiffuSSMConfig) -> bool:
-    """Whether a model is of latents: an image has one channel or three."""
-    return model.in_channels not in (1, 3)
-
-
-def open_decoder(
-    vae: str, device: torch.device, made_by: dict[str, Any] | None
-) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
-    """What turns latents into images, and its identity.
-
-    `made_by` identifies the encoder of the latents; ValueError if it is another.
-    """
-    loaded = load_vae(vae, device)
-    identity = vae_identity(loaded, vae)
-    if made_by is not None:
-        check_encoder(made_by, identity, f"--vae {vae}")
-    return partial(decode, loaded), identity
-
-
 def _recipe_file(name: str) -> Path:
     known = recipe_files()
     file = known.get(name) or Path(name)
@@ -146,3 +106,43 @@ def _check_pixels(path: Path, model: DiffuSSMConfig) -> None:
             f"channels; make them first: diffussm encode {path} LATENTS --vae VAE "
             "--size PIXELS"
         )
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """What `recipe.data` names: the digits, a latent store, or images (folder or LMDB).
+
+    Raises:
+        ValueError, OSError: it does not exist, is damaged, or not what the model takes.
+    """
+    if recipe.data == "digits":
+        return load_dataset(recipe)
+    path = _data_path(recipe)
+    if (path / "manifest.json").exists() or (path / "plan.json").exists():
+        return _open_latents(path, recipe)
+    _check_pixels(path, recipe.model)
+    return images_from(
+        path,
+        recipe.model.height,
+        flip=recipe.flip,
+        conditional=recipe.model.num_classes > 0,
+        exif_rotate=recipe.exif_rotate,
+    )
+
+
+def takes_latents(model: DiffuSSMConfig) -> bool:
+    """Whether a model is of latents: an image has one channel or three."""
+    return model.in_channels not in (1, 3)
+
+
+def open_decoder(
+    vae: str, device: torch.device, made_by: dict[str, Any] | None
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    """What turns latents into images, and its identity.
+
+    `made_by` identifies the encoder of the latents; ValueError if it is another.
+    """
+    loaded = load_vae(vae, device)
+    identity = vae_identity(loaded, vae)
+    if made_by is not None:
+        check_encoder(made_by, identity, f"--vae {vae}")
+    return partial(decode, loaded), identity

@@ -10,14 +10,92 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffussm.command_line import interruptible, refuse_idle, start
+from diffussm.command_line import interruptible, refuse, refuse_idle, start
 
 if TYPE_CHECKING:
     from diffussm.data import Dataset
     from diffussm.model import DiffuSSM
     from diffussm.options import Execution, Recipe
 
-__all__ = ["doctor", "train", "say", "takes_latents", "board_writer", "decoder_of"]
+__all__ = ["takes_latents", "board_writer", "decoder_of", "doctor", "train", "say"]
+
+
+def takes_latents(recipe: "Recipe") -> bool:
+    """Whether a run is of latents."""
+    from diffussm import recipes
+
+    return recipes.takes_latents(recipe.model)
+
+
+def _check_doctor(
+    recipe: "Recipe", given: set[str], processes: int, limit: float
+) -> None:
+    wrong = processes < 0 or not limit > 0
+    refuse(wrong, "--processes is not negative, and --limit is more than 0")
+    if not takes_latents(recipe):
+        refuse_idle(given, "for a model of pixels")
+    if "WORLD_SIZE" in os.environ:
+        refuse_idle(given, "under torchrun")
+
+
+def _check_train(
+    recipe: "Recipe",
+    execution: "Execution",
+    given: set[str],
+    vae: str | None,
+    no_grid: bool,
+) -> None:
+    every = execution.sample_every
+    told = f"sample_every={every}: to draw latents, say with --vae what decodes them"
+    refuse(every > 0 and takes_latents(recipe) and vae is None, told)
+    if no_grid and not every:
+        refuse_idle(given, "where no samples are drawn")
+
+
+def _check_data_options(given: set[str], recipe: "Recipe") -> None:
+    if recipe.data == "digits":
+        refuse_idle(given, "for digits")
+    latents = takes_latents(recipe)
+    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
+
+
+def _claim(
+    out: Path,
+    recipe: "Recipe",
+    execution: "Execution",
+    data: "Dataset",
+    other_data: bool,
+) -> None:
+    """Every reason to refuse comes before the first file."""
+    from diffussm.distributed import world_size
+    from diffussm.options import check_data
+    from diffussm.parallel import micro_batch_of
+    from diffussm.run_folder import open_run
+
+    micro_batch_of(recipe, execution, world_size())
+    check_data(data, recipe)
+    open_run(out, recipe, execution, data, other_data)
+    (out / "preempted").unlink(missing_ok=True)
+
+
+def board_writer() -> Any:
+    """TensorBoard's writer; ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--tensorboard needs the package tensorboard ({error}); omit the option, "
+            "or install it"
+        ) from None
+    return SummaryWriter
+
+
+def decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
+    """What decodes the samples of a run, if anything does."""
+    from diffussm.recipes import open_decoder
+
+    made_by = getattr(data, "vae", None)
+    return open_decoder(vae, device, made_by)[0] if vae else None
 
 
 def doctor(
@@ -233,83 +311,3 @@ def _goes_on(run: Path) -> str:
     if not saved:
         return "no checkpoint was saved, so the same command begins again"
     return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
-
-
-def takes_latents(recipe: "Recipe") -> bool:
-    """Whether a run is of latents."""
-    from diffussm import recipes
-
-    return recipes.takes_latents(recipe.model)
-
-
-def _check_doctor(
-    recipe: "Recipe", given: set[str], processes: int, limit: float
-) -> None:
-    if processes < 0 or not limit > 0:
-        raise ValueError("--processes is not negative, and --limit is more than 0")
-    if not takes_latents(recipe):
-        refuse_idle(given, "for a model of pixels")
-    if "WORLD_SIZE" in os.environ:
-        refuse_idle(given, "under torchrun")
-
-
-def _check_train(
-    recipe: "Recipe",
-    execution: "Execution",
-    given: set[str],
-    vae: str | None,
-    no_grid: bool,
-) -> None:
-    every = execution.sample_every
-    if every and takes_latents(recipe) and vae is None:
-        raise ValueError(
-            f"sample_every={every}: to draw latents, say with --vae what decodes them"
-        )
-    if no_grid and not every:
-        refuse_idle(given, "where no samples are drawn")
-
-
-def _check_data_options(given: set[str], recipe: "Recipe") -> None:
-    if recipe.data == "digits":
-        refuse_idle(given, "for digits")
-    latents = takes_latents(recipe)
-    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
-
-
-def _claim(
-    out: Path,
-    recipe: "Recipe",
-    execution: "Execution",
-    data: "Dataset",
-    other_data: bool,
-) -> None:
-    """Every reason to refuse comes before the first file."""
-    from diffussm.distributed import world_size
-    from diffussm.options import check_data
-    from diffussm.parallel import micro_batch_of
-    from diffussm.run_folder import open_run
-
-    micro_batch_of(recipe, execution, world_size())
-    check_data(data, recipe)
-    open_run(out, recipe, execution, data, other_data)
-    (out / "preempted").unlink(missing_ok=True)
-
-
-def board_writer() -> Any:
-    """TensorBoard's writer; ValueError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"--tensorboard needs the package tensorboard ({error}); omit the option, "
-            "or install it"
-        ) from None
-    return SummaryWriter
-
-
-def decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
-    """What decodes the samples of a run, if anything does."""
-    from diffussm.recipes import open_decoder
-
-    made_by = getattr(data, "vae", None)
-    return open_decoder(vae, device, made_by)[0] if vae else None

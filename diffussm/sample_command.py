@@ -10,7 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffussm.command_line import interruptible, nothing_kept, refuse_idle, start
+from diffussm.command_line import (
+    interruptible,
+    nothing_kept,
+    refuse,
+    refuse_idle,
+    start,
+)
 from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
@@ -19,7 +25,15 @@ if TYPE_CHECKING:
     from diffussm.samples import SampleSet
     from diffussm.sampling import Sampler
 
-__all__ = ["sample", "Found", "find", "with_decoder", "parse_classes", "how_many"]
+__all__ = [
+    "sample",
+    "Found",
+    "find",
+    "with_decoder",
+    "parse_classes",
+    "how_many",
+    "CLAMPED",
+]
 
 
 def sample(
@@ -121,7 +135,9 @@ def _for_run(
     _check_sampler(run.recipe, wanted.sampler, given)
     most = run.recipe.timesteps
     if wanted.sampler.steps > most:
-        _check_steps(wanted.sampler.steps, most, strict or "steps" in given)
+        # a set is of a protocol: its steps are not lowered without a word
+        told = f"--steps {wanted.sampler.steps}: the run has {most} timesteps"
+        refuse(strict or "steps" in given, f"{told}; give that many or fewer")
         wanted = replace(wanted, sampler=replace(wanted.sampler, steps=most))
     if classes is not None:
         wanted = replace(wanted, classes=tuple(parse_classes(classes, run.names)))
@@ -221,22 +237,18 @@ def _check_target(
     given: set[str],
 ) -> None:
     """ValueError unless one picture or one set is asked for, and can be written."""
-    if (grid is None) == (out is None):
-        raise ValueError(
-            "give either --grid FILE.png, for a picture, or --out, for a set of images"
-        )
+    either = "give either --grid FILE.png, for a picture, or --out, for a set of images"
+    refuse((grid is None) == (out is None), either)
     refuse_idle(given, "beside --grid" if out is None else "beside --out")
-    if per_class < 1:
-        raise ValueError(f"--per_class {per_class}: draw at least one image per class")
-    if grid is not None and grid.suffix.lower() != ".png":
-        raise ValueError(
-            f"--grid {grid}: the picture is a PNG; give a name that ends in .png"
-        )
-    if grid is not None and grid.exists() and not overwrite:
-        raise ValueError(f"{grid} exists; give another name, or --overwrite")
-    target = grid or out
-    if target is not None and not target.parent.is_dir():
-        raise ValueError(f"{target}: the folder {target.parent} does not exist")
+    at_least = f"--per_class {per_class}: draw at least one image per class"
+    refuse(per_class < 1, at_least)
+    if grid is not None:
+        png = f"--grid {grid}: the picture is a PNG; give a name that ends in .png"
+        refuse(grid.suffix.lower() != ".png", png)
+        there = f"{grid} exists; give another name, or --overwrite"
+        refuse(grid.exists() and not overwrite, there)
+    folder = (grid or out or Path()).parent
+    refuse(not folder.is_dir(), f"{grid or out}: the folder {folder} does not exist")
 
 
 def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> None:
@@ -245,35 +257,28 @@ def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> Non
         refuse_idle(given, "for a run without classes")
     elif sampler.cfg_scale == 1:
         refuse_idle(given, "without guidance, at a cfg_scale of 1")
-    if not takes_latents(recipe):
+    latents = takes_latents(recipe)
+    if not latents:
         refuse_idle(given, "for a model of pixels")
-    elif sampler.clip_denoised:
-        raise ValueError(
-            "--clip_denoised true clamps predicted images to the range of pixels; this "
-            "run makes latents, which go beyond: omit it"
-        )
-    if "guidance_channels" in given and channels > model.in_channels:
-        raise ValueError(
-            f"--guidance_channels {channels}: the model has {model.in_channels}"
-        )
+    refuse(latents and sampler.clip_denoised, CLAMPED)
+    has = f"--guidance_channels {channels}: the model has {model.in_channels}"
+    refuse("guidance_channels" in given and channels > model.in_channels, has)
 
 
-def _check_steps(steps: int, most: int, refuse: bool) -> None:
-    if refuse:  # a set is of a protocol: its steps are not lowered without a word
-        raise ValueError(
-            f"--steps {steps}: the run has {most} timesteps; give that many or fewer"
-        )
+CLAMPED = (
+    "--clip_denoised true clamps predicted images to the range of pixels; this run "
+    "makes latents, which go beyond: omit it"
+)
 
 
 def _check_count(run: Found, wanted: "SampleSet", preset: str, given: set[str]) -> None:
     from diffussm.run_folder import read_run
 
     seen = read_run(run.run).data["images"]
-    if "count" not in given and wanted.count > seen:
-        raise ValueError(
-            f"the preset {preset} draws {wanted.count:,} images, and this run has "
-            f"learnt from {seen:,}; say with --count how many to draw"
-        )
+    drawn = f"the preset {preset} draws {wanted.count:,} images"
+    learnt = f"this run has learnt from {seen:,}; say with --count how many to draw"
+    many = "count" not in given and wanted.count > seen
+    refuse(many, f"{drawn}, and {learnt}")
 
 
 def _class_of(word: str, words: str, names: Sequence[str]) -> int:
