@@ -189,7 +189,11 @@ PARTS = (Recipe, Execution)
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
     for old in RENAMED.keys() & values.keys():
         warn(f"the option {old} is called {RENAMED[old]} now; write {RENAMED[old]}")
-    return {RENAMED.get(key, key): value for key, value in values.items()}
+    named = {RENAMED.get(key, key): value for key, value in values.items()}
+    if named.get("convolution") == "diffussm.gpu_kernels:choose_convolution":
+        warn("the convolution that measures and chooses is called 'auto' now")
+        named["convolution"] = "auto"
+    return named
 
 
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any]) -> None:

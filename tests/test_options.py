@@ -103,8 +103,10 @@ def test_unknown_options_are_refused_by_name():
 def test_old_names_are_read_with_a_warning_that_says_the_new(capsys):
     warn.cache_clear()
     old = {**asdict(TINY), "parallel": "fsdp", "recompute": True}
+    old["convolution"] = "diffussm.gpu_kernels:choose_convolution"
     _, execution = from_flat(old)
     assert execution.strategy == "fsdp" and execution.activation_checkpointing
+    assert execution.convolution == "auto"
     said = capsys.readouterr().err
     assert "parallel is called strategy" in said
     assert "recompute is called activation_checkpointing" in said
