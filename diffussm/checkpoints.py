@@ -222,9 +222,9 @@ def _tell_damaged(folder: Path, fault: str) -> None:
 def _refuse_all_damaged(run: Path, folders: list[Path]) -> None:
     if folders:
         raise ValueError(
-            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole; "
-            "restore one from a copy, or move that folder away to begin again from the "
-            "first step"
+            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is "
+            "whole; restore one from a copy, or move that folder away to begin again "
+            "from the first step"
         )
 
 

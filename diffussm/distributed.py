@@ -165,8 +165,8 @@ def processes(
 ) -> Iterator[torch.device]:
     """The processes that torchrun started, or this one alone; gives its device.
 
-    A process that leaves by an exception which the others do not raise ends at once; the
-    others follow within seconds.
+    A process that leaves by an exception which the others do not raise ends at once;
+    the others follow within seconds.
 
     Args:
         device: None for a GPU if there is one, "cuda" for this process's, or "cpu".
@@ -229,8 +229,8 @@ def own_device(device: str | torch.device | None) -> torch.device:
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))
     if own.index is not None and int(here) > 1:
         raise ValueError(
-            f"--device {own} is one GPU, and {here} processes run on this machine; pass "
-            "--device cuda, and each takes its own"
+            f"--device {own} is one GPU, and {here} processes run on this machine; "
+            "pass --device cuda, and each takes its own"
         )
     if own.index is None and local >= gpus:
         raise ValueError(
@@ -328,7 +328,7 @@ def request_stop() -> None:
 
 
 class Preempted(Exception):
-    """The work was asked to stop, and what is done is kept; the message says how far."""
+    """The work was asked to stop, and what is done is kept; the message says more."""
 
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again

@@ -70,7 +70,7 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """In place: ema <- decay ema + (1 - decay) model, every parameter (eq-training-ema)."""
+    """In place: ema <- decay ema + (1 - decay) model (eq-training-ema)."""
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     ours, theirs = zip(*((_local(a), _local(b)) for a, b in pairs), strict=True)
     torch._foreach_lerp_(ours, theirs, 1 - decay)

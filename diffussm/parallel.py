@@ -73,8 +73,8 @@ def micro_batch_of(recipe: Recipe, execution: Execution, processes: int = 1) -> 
     share, left = divmod(recipe.batch_size, processes)
     if left or not share:
         raise ValueError(
-            f"batch_size={recipe.batch_size} cannot be shared by {processes} processes; "
-            f"take a multiple of {processes}"
+            f"batch_size={recipe.batch_size} cannot be shared by {processes} "
+            f"processes; take a multiple of {processes}"
         )
     micro = execution.micro_batch or share
     if share % micro:

@@ -92,7 +92,7 @@ def memory_needed(
 def utilisation(
     config: DiffuSSMConfig, images_per_second: float, device: torch.device
 ) -> dict[str, float]:
-    """Figures of a GPU for the log: peak of memory (GB) since the last call, and MFU."""
+    """Figures of a GPU: peak of memory (GB) since the last call, and MFU."""
     if device.type != "cuda":
         return {}
     figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
@@ -128,8 +128,9 @@ PEAK_FLOPS = {
     "A100 PCIe": 312e12,
     "A800": 312e12,
     "A800 PCIe": 312e12,
-    # nvidia.com/en-us/data-center/h100, h200 and grace-hopper-superchip, halved: the sheets count zeros of
-    # sparse matrices. H100 PCIe: product brief PB-11133. The H800 is an H100 with a slower NVLink.
+    # nvidia.com/en-us/data-center/h100, h200 and grace-hopper-superchip, halved: the
+    # sheets count zeros of sparse matrices. H100 PCIe: product brief PB-11133. The H800
+    # is an H100 with a slower NVLink.
     "H100": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -138,10 +139,12 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "H200 NVL": 835e12,
     "GH200": 989e12,
-    "H20": 148e12,  # no public sheet; the figure that resellers and frameworks (verl, Megatron-Bridge) give
+    # no public sheet; what resellers and frameworks (verl, Megatron-Bridge) give
+    "H20": 148e12,
     # nvidia.com/en-us/data-center/hgx and gb200-nvl72, halved
     "B200": 2250e12,
     "GB200": 2500e12,
     "L40S": 362e12,  # nvidia.com/en-us/data-center/l40s
-    "RTX 4090": 165e12,  # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
+    # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
+    "RTX 4090": 165e12,
 }

@@ -231,13 +231,13 @@ def _remove_if_stale(path: Path, host: str) -> None:
         return
     if owner != host or _alive(process, token):  # of other machines we know nothing
         raise ValueError(
-            f"{path.parent} is held by process {process} of the machine {owner!r}, says "
-            f"{path}. If it still trains, wait for it or stop it; if it was killed, "
-            "remove that file and give the command again"
+            f"{path.parent} is held by process {process} of the machine {owner!r}, "
+            f"says {path}. If it still trains, wait for it or stop it; if it was "
+            "killed, remove that file and give the command again"
         )
     warn(
-        f"{path} was left by process {process} of this machine, which is no more; it is "
-        "removed"
+        f"{path} was left by process {process} of this machine, which is no more; it "
+        "is removed"
     )
     aside = path.with_name(f"{path.name}.{THIS_PROCESS}")  # another may judge the same
     with suppress(FileNotFoundError):
@@ -302,9 +302,9 @@ def load_run(
 
 def _refuse_data(run: Path, differing: list[str]) -> None:
     raise ValueError(
-        f"{run} was trained on other data, which differ in {'; '.join(differing)}. Give "
-        "the data that it was trained on (they may have moved), choose a new folder, or "
-        "pass --other_data (other_data=True) to go on with these; nothing was written"
+        f"{run} was trained on other data, which differ in {'; '.join(differing)}. "
+        "Give the data that it was trained on (they may have moved), choose a new "
+        "folder, or pass --other_data (other_data=True) to go on with these; nothing was written"
     )
 
 
@@ -315,8 +315,8 @@ def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
             raise ValueError(
                 f"{run} has learned latents of the encoder of {known.get('name')}, and "
                 f"these are of that of {encoder.get('name')} ({name} there "
-                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, or "
-                "choose a new folder. Nothing was written"
+                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, "
+                "or choose a new folder. Nothing was written"
             )
     write_json(run / "vae.json", known)
 
@@ -324,9 +324,9 @@ def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
 def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
     if theirs.random != RANDOM:
         warn(
-            f"{run} was begun by a version that drew its random numbers in another way: "
-            "it goes on, but which digits are held out, order, flips, noise and dropped "
-            "labels are not those of then"
+            f"{run} was begun by a version that drew its random numbers in another "
+            "way: it goes on, but which digits are held out, order, flips, noise and "
+            "dropped labels are not those of then"
         )
     known, found = (config.data.get("fingerprint") for config in (theirs, ours))
     if known is None and found is not None:

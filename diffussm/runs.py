@@ -265,6 +265,6 @@ def _diverged(run: _Run, what: str, first: Path) -> FloatingPointError:
         f"{', '.join(map(str, skipped[:-1])) or 'none'}. What led to the first was "
         f"written to {first}: look at it with diffussm.runs.replay. Its checkpoints "
         f"stay. Start a new run with a lower lr (now {recipe.lr:g}), a longer warmup "
-        f"(now {recipe.warmup}) or a clip (now {recipe.clip:g}); or go on with a higher "
-        "skip_nonfinite, if this was an accident"
+        f"(now {recipe.warmup}) or a clip (now {recipe.clip:g}); or go on with a "
+        "higher skip_nonfinite, if this was an accident"
     )

@@ -50,7 +50,7 @@ class BackgroundWriter:
         return error if isinstance(error, Exception) else None
 
     def wait(self) -> None:
-        """Until all that was saved is written; raises what went wrong, in all processes."""
+        """Until all that was saved is written; raises, in all, what went wrong."""
         on_rank_zero(lambda: self._written and self._written.result())
 
     def __enter__(self) -> Self:

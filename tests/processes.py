@@ -43,7 +43,7 @@ def _child(function, arguments, environment, pipe):
 
 
 def start(size, function, *arguments):
-    """Processes as torchrun starts them, with the pipes on which they say how they ended."""
+    """Processes as torchrun starts them, with pipes that say how they ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -78,7 +78,7 @@ def outcomes(started, timeout=400):
 
 
 def together(size, function, *arguments):
-    """What `function` returns in each of `size` processes; raises what one of them raised."""
+    """What `function` returns in each of `size` processes, or raises."""
     results = outcomes(start(size, function, *arguments))
     for fine, result in results:
         assert fine, result
@@ -103,7 +103,7 @@ def fifty():
 
 
 def run_shared(run, changes=None, kill_at=None):
-    """Train SHARED with all processes of the environment; optionally be killed while logging a step."""
+    """Train SHARED with all processes; optionally be killed while logging a step."""
 
     def on_log(row):
         if row["step"] == kill_at:
@@ -124,7 +124,7 @@ def run_shared(run, changes=None, kill_at=None):
 
 
 def digest_of(run):
-    """The checksums of parameters, average and optimiser: equal if and only if every bit is."""
+    """The checksums of all tensors: equal if and only if every bit is."""
     return json.loads((find_checkpoint(run) / "state.json").read_text())
 
 

@@ -104,7 +104,7 @@ def test_as_many_checkpoints_are_kept_as_was_asked(tmp_path):
 
 
 def test_named_checkpoints_are_written_when_reached_and_outlive_all_others(tmp_path):
-    # with 8 images a step, 35 are reached by step 5; neither 3 nor 5 is a multiple of save_every
+    # with 8 images a step, 35 are reached by step 5; save_every divides neither 3 nor 5
     run_tiny(tmp_path / "run", save_every=2, keep_last=1, keep=("3", "35 images"))
     assert steps_kept(tmp_path / "run") == [3, 5, 10]
     # what is kept may change on resume, and what was passed already is told

@@ -43,7 +43,7 @@ def test_once_is_once_and_its_error_is_everyones():
 
 
 def fails_alone(failing, wait):
-    """Process `failing` raises where the other does not, which waits for it in one way or another."""
+    """Process `failing` raises, and the other waits for it in one way or another."""
     torch.distributed.destroy_process_group = lambda *_: time.sleep(SLOW)
     with cluster():
         all_reduce(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""What decides a run: what is refused, and batches that are pure functions of the step."""
+"""What decides a run: what is refused, and batches as functions of the step."""
 
 import threading
 from dataclasses import asdict, replace

@@ -140,7 +140,7 @@ def test_compiling_changes_nothing(tmp_path, alone):
 
 
 def graphs_of_a_block():
-    """How many graphs the compiler gets for one block, which is larger than DDP's first bucket of 1 MiB."""
+    """Of how many graphs a block is, which fills DDP's first bucket of 1 MiB."""
     graphs, honest = [], torch.nn.Module.compile
 
     def count(graph, _):

@@ -78,7 +78,7 @@ def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
 
 
 def test_multiply_adds_follow_the_papers_formula():
-    """15 L D^2 / 2 per block at M = 2 (chapter 4), 29 blocks of 1152 at 1024 positions."""
+    """15 L D^2 / 2 per block at M = 2, 29 blocks of 1152 at 1024 positions."""
     xl = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"])
     assert linear_macs(xl) == pytest.approx(29 * 7.5 * 1024 * 1152**2)
     assert (

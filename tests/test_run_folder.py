@@ -98,7 +98,7 @@ def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
 
 
 def test_a_lock_that_is_new_already_is_not_taken(tmp_path, monkeypatch):
-    """Two starts judge the same lock stale; the second of them must not remove what the first made."""
+    """Two starts judge the same lock stale; the second must not remove the first's."""
     lock = tmp_path / ".lock.json"
     lock.write_text(
         json.dumps({"host": socket.gethostname(), "process": 1, "token": "gone"})
@@ -207,7 +207,7 @@ def test_digits_that_were_changed_are_other_digits(tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
-    """Its options lie flat in the file, some under other names, and it lacks younger ones."""
+    """Its options lie flat in the file, some under other names, some are missing."""
     run_tiny(tmp_path / "run", steps=4)
     file = tmp_path / "run" / "config.json"
     now = json.loads(file.read_text())
@@ -308,7 +308,7 @@ def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(
     run_tiny(tmp_path / "run", steps=2)
     lock = tmp_path / "run" / ".lock.json"
     here = {"host": socket.gethostname(), "token": "another"}
-    # a number that is free, and ours, which an earlier process had in the same container
+    # a number that is free, and ours, which an earlier process had in this container
     for process in (ended.pid, os.getpid()):
         lock.write_text(json.dumps({**here, "process": process}))
         assert run_tiny(tmp_path / "run", steps=3).step == 3
@@ -328,7 +328,10 @@ def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(
 
 
 def test_training_is_imported_without_fcntl_and_sigusr1():
-    code = "import signal, sys; del signal.SIGUSR1; sys.modules['fcntl'] = None; import diffussm.runs"
+    code = (
+        "import signal, sys; del signal.SIGUSR1; sys.modules['fcntl'] = None; "
+        "import diffussm.runs"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -133,7 +133,7 @@ def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
 
 
 def test_training_that_cannot_save_stops_loudly(tmp_path):
-    """A limit on the size of a file stands for a full disk: the write fails in the middle."""
+    """A limit on the size of a file stands for a full disk: the write breaks off."""
     code = (
         "import resource, signal, sys; from tiny import run_tiny; "
         "from pathlib import Path; "
@@ -197,7 +197,7 @@ def test_a_kept_step_that_was_passed_is_told(tmp_path, capsys):
 
 
 class Poisoned(TensorData):
-    """The digits; the batches of some steps hold an image so large that its loss overflows."""
+    """The digits; the batches of some steps hold an image whose loss overflows."""
 
     def __init__(self, *steps):
         super().__init__(*digits("train"))
@@ -354,7 +354,7 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precision):
-    """All processes die at step 8, after the end of the epoch in step 7; saved are steps 3 and 6."""
+    """All die at step 8; an epoch ends in step 7, and steps 3 and 6 are saved."""
     changes = {"precision": precision, "micro_batch": 2, "save_every": 3}
     together(size, run_shared, tmp_path / "untouched", changes)
     started = start(size, run_shared, tmp_path / "killed", changes, 8)
@@ -499,7 +499,7 @@ def test_a_write_that_fails_in_the_background_stops_all(tmp_path):
 
 
 def signalled(command, run, number):
-    """Start a command, send it a signal once it trains; its exit code and what it said."""
+    """Send a command a signal once it trains; its exit code and what it said."""
     job = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -520,7 +520,8 @@ def test_the_command_that_is_asked_to_stop_says_so(tmp_path, processes, number):
     config.write_text(
         yaml.safe_dump(flat(*changed_shared({"steps": 100_000, "log_every": 1})))
     )
-    words = f"-m diffussm train digits --config {config} --out {run} --device cpu --no_grid".split()
+    words = f"-m diffussm train digits --config {config} --out {run}".split()
+    words += ["--device", "cpu", "--no_grid"]
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     launcher += ["--signals_to_handle", "SIGTERM,SIGUSR1"]
     if processes == 1:
@@ -585,7 +586,7 @@ def test_what_all_raise_together_closes_the_group(tmp_path, function, what):
 
 @pytest.mark.parametrize("command", ["train", "encode", "sample"])
 def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
-    """Under torchrun; closing the process group would take ten minutes (`one_rank_fails.py`)."""
+    """Under torchrun; closing the group would take ten minutes, see the program."""
     images, config = tmp_path / "images", tmp_path / "tiny.yaml"
     images.mkdir()
     Image.new("RGB", (8, 8)).save(images / "one.png")
@@ -593,9 +594,11 @@ def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
     words = {
         "train": f"digits --config {config} --out {tmp_path / 'run'} --no_grid",
         "encode": f"{images} {tmp_path / 'latents'} --vae none --size 8",
-        "sample": f"--from {alone} --out {tmp_path / 'set'} --count 10 --batch_size 2 --steps 4",
+        "sample": f"--from {alone} --out {tmp_path / 'set'} --count 10 --batch_size 2 "
+        "--steps 4",
     }[command]
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --shutdown_timeout 600".split()
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    launcher += ["--shutdown_timeout", "600"]
     program = Path(__file__).with_name("one_rank_fails.py")
     job = [
         sys.executable,

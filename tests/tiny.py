@@ -61,7 +61,7 @@ def assert_same_state(a, b):
 
 
 def reseal(checkpoint):
-    """Make the checksums of a checkpoint fit what lies in it, as an attacker or a careless tool would."""
+    """Make the checksums of a checkpoint fit what lies in it, as an attacker would."""
     record = json.loads((checkpoint / "state.json").read_text())
     for name in record["sha256"]:
         record["sha256"][name] = hashlib.sha256(
