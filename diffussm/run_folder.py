@@ -304,7 +304,8 @@ def _refuse_data(run: Path, differing: list[str]) -> None:
     raise ValueError(
         f"{run} was trained on other data, which differ in {'; '.join(differing)}. "
         "Give the data that it was trained on (they may have moved), choose a new "
-        "folder, or pass --other_data (other_data=True) to go on with these; nothing was written"
+        "folder, or pass --other_data (other_data=True) to go on with these; nothing "
+        "was written"
     )
 
 
