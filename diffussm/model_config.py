@@ -46,16 +46,16 @@ class DiffuSSMConfig:
     label_dropout: float = bounded(0.1, least=0, most=1)
     pos_embed: Literal["none", "sincos"] = "none"
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration that a dictionary describes; absent keys are defaults."""
+        return from_dict(cls, values, "a model configuration")
+
     def __post_init__(self) -> None:
         if isinstance(self.input_size, list):  # as JSON and YAML write a pair
             object.__setattr__(self, "input_size", tuple(self.input_size))
         check_fields(self)
         _check_fit(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that a dictionary describes; absent keys are defaults."""
-        return from_dict(cls, values, "a model configuration")
 
     @property
     def height(self) -> int:

@@ -34,7 +34,7 @@ def tf32(x):
 
 @pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
 def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypatch):
-    """The interpreter multiplies in float32; here its products round as hardware does."""
+    """The interpreter multiplies in float32; here products round as hardware does."""
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
