@@ -14,7 +14,7 @@ from torch import Tensor
 from diffussm.bidirectional import Convolution
 from diffussm.fft_convolution import convolve
 
-__all__ = ["TOLERANCE", "relative_errors", "Measured", "autotune_convolution"]
+__all__ = ["relative_errors", "Measured", "autotune_convolution"]
 
 
 def _problem(
@@ -30,7 +30,7 @@ def _problem(
     return u.to(device, dtype), spectra.to(device), grad.to(device, dtype)
 
 
-TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_spectra": 1e-4}  # in float32
+_TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_spectra": 1e-4}  # in float32
 
 
 def _run(
@@ -39,7 +39,7 @@ def _run(
     u, spectra = u.detach().requires_grad_(), spectra.detach().requires_grad_()
     y = convolution(u, spectra)
     gradients = torch.autograd.grad(y, (u, spectra), grad)
-    return dict(zip(TOLERANCE, (y.detach(), *gradients), strict=True))
+    return dict(zip(_TOLERANCE, (y.detach(), *gradients), strict=True))
 
 
 def relative_errors(
@@ -77,8 +77,8 @@ def _candidates() -> dict[str, Convolution]:
 
 def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
     if dtype == torch.float32:
-        return TOLERANCE
-    return dict.fromkeys(TOLERANCE, 2 * fft["output"])
+        return _TOLERANCE
+    return dict.fromkeys(_TOLERANCE, 2 * fft["output"])
 
 
 def _right_ones(

@@ -16,33 +16,20 @@ from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe
 from diffussm.samples import SampleSet
 
-__all__ = [
-    "training_operations",
-    "hours",
-    "sampling_operations",
-    "autoencoder_operations",
-    "checkpoints_kept",
-    "Download",
-    "HUB",
-    "ADM",
-    "FIDELITY",
-    "VAE_FILE",
-    "DOWNLOADS",
-    "published",
-]
+__all__ = ["checkpoints_kept", "Download", "VAE_FILE", "DOWNLOADS", "published"]
 
 
-def training_operations(recipe: Recipe) -> float:
+def _training_operations(recipe: Recipe) -> float:
     """Operations of a whole run (eq-cli-hours): six for each multiply-add."""
     return 6 * linear_macs(recipe.model) * recipe.steps * recipe.batch_size
 
 
-def hours(operations: float, peak: float, share: float, cards: int = 1) -> float:
+def _hours(operations: float, peak: float, share: float, cards: int = 1) -> float:
     """Hours for so many operations, at a share (MFU) of the peak of so many cards."""
     return operations / (3600 * peak * share * cards)
 
 
-def sampling_operations(
+def _sampling_operations(
     model: DiffuSSMConfig, wanted: SampleSet, decode: float = 0.0
 ) -> float:
     """Operations to draw a set, of which each image takes `decode` more."""
@@ -51,7 +38,7 @@ def sampling_operations(
     return wanted.count * (2 * linear_macs(model) * passes + decode)
 
 
-def autoencoder_operations(vae: Any, side: int) -> tuple[float, float]:
+def _autoencoder_operations(vae: Any, side: int) -> tuple[float, float]:
     """Operations to encode an image of side x side pixels, and to decode it.
 
     `vae` is an AutoencoderKL; on the device "meta" nothing is computed but shapes.
@@ -88,46 +75,46 @@ class Download(NamedTuple):
     sha256: str | None = None
 
 
-HUB = "https://huggingface.co/stabilityai"
-ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
-FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+_HUB = "https://huggingface.co/stabilityai"
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 DOWNLOADS = (
     Download(
         f"sd-vae-ft-ema/{VAE_FILE}",
         "encodes, decodes",
-        f"{HUB}/sd-vae-ft-ema",
+        f"{_HUB}/sd-vae-ft-ema",
         334_643_276,
         "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
     ),
     Download(
         f"sd-vae-ft-mse/{VAE_FILE}",
         "another decoder",
-        f"{HUB}/sd-vae-ft-mse",
+        f"{_HUB}/sd-vae-ft-mse",
         334_643_276,
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     Download(
         "VIRTUAL_imagenet256_labeled.npz",
         "reference",
-        f"{ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+        f"{_ADM}/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
         2_037_122_530,
         "b32732719497e42660a9affb4a966068cba0855ac449b82015e34ec376d20758",
     ),
     Download(
         "VIRTUAL_imagenet512.npz",
         "reference",
-        f"{ADM}/imagenet/512/VIRTUAL_imagenet512.npz",
+        f"{_ADM}/imagenet/512/VIRTUAL_imagenet512.npz",
     ),
     Download(
         "VIRTUAL_lsun_bedroom256.npz",
         "reference",
-        f"{ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz",
+        f"{_ADM}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz",
     ),
     Download(
         WEIGHTS,
         "scores",
-        f"{FIDELITY}/{WEIGHTS}",
+        f"{_FIDELITY}/{WEIGHTS}",
         95_628_359,
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     ),

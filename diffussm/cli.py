@@ -24,7 +24,7 @@ from diffussm.file_commands import encode, evaluate, statistics, vae
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
 
-__all__ = ["COMMANDS", "GROUPS", "LOG", "main"]
+__all__ = ["COMMANDS", "main"]
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "statistics": statistics,
 }
 # what adds to the options of a command's own signature
-GROUPS: dict[str, Group] = {
+_GROUPS: dict[str, Group] = {
     "doctor": recipe_group,
     "train": recipe_group,
     "sample": preset_group,
@@ -61,7 +61,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(name: str, words: Sequence[str]) -> int:
     try:
-        return call(COMMANDS[name], words, GROUPS.get(name))
+        return call(COMMANDS[name], words, _GROUPS.get(name))
     except SystemExit as stop:  # jsonargparse has printed its own message
         return stop.code if isinstance(stop.code, int) else 2
     except (Exception, KeyboardInterrupt) as error:
@@ -82,7 +82,7 @@ def _usage() -> str:
     )
 
 
-LOG = logging.getLogger("diffussm")
+_LOG = logging.getLogger("diffussm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     out, err = (_Pipe(s) if s else None for s in (sys.stdout, sys.stderr))
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with redirect_stdout(out), redirect_stderr(err), logging_redirect_tqdm([LOG]):
+    with redirect_stdout(out), redirect_stderr(err), logging_redirect_tqdm([_LOG]):
         code = _dispatch(words)
         for stream in filter(None, (out, err)):
             stream.flush()

@@ -19,20 +19,14 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ArgumentParser
 
 __all__ = [
-    "DEVICE",
     "Take",
     "Group",
     "told_of",
-    "parser_of",
     "call",
-    "typed",
-    "IDLE",
     "refuse",
     "refuse_idle",
     "recipe_group",
     "preset_group",
-    "with_new_names",
-    "TOLD",
     "sentence",
     "report",
     "interruptible",
@@ -42,7 +36,7 @@ __all__ = [
     "check_at_least_one",
 ]
 
-DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
+_DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
 Take = Callable[[Any], dict[str, Any]]
 Group = Callable[[ArgumentParser, list[str]], Take]
 
@@ -56,7 +50,7 @@ def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
     return title, " ".join(description.split()), dict(helps)
 
 
-def parser_of(command: Callable[..., int]) -> ArgumentParser:
+def _parser_of(command: Callable[..., int]) -> ArgumentParser:
     """The parser that a command's signature and docstring describe."""
     _, description, helps = told_of(command)
     # without abbreviations, or --model.d_mode would be taken for --model.d_model
@@ -65,7 +59,7 @@ def parser_of(command: Callable[..., int]) -> ArgumentParser:
     )
     parameters = inspect.signature(command).parameters
     for name, told in helps.items():
-        _add_option(parser, parameters[name], told.replace("DEVICE", DEVICE))
+        _add_option(parser, parameters[name], told.replace("DEVICE", _DEVICE))
     return parser
 
 
@@ -94,7 +88,7 @@ def call(
     `group` adds options, and says what parameters of the command they make. A command
     with a parameter `given` gets the names of the options that were typed.
     """
-    parser, words = parser_of(command), [_with_underscores(word) for word in words]
+    parser, words = _parser_of(command), [_with_underscores(word) for word in words]
     take = group(parser, words) if group else None
     options = parser.parse_args(words)
     names = [name for name in told_of(command)[2] if name.rstrip("_") in options]
@@ -102,7 +96,7 @@ def call(
     if take is not None:
         values |= take(options)
     if "given" in inspect.signature(command).parameters:
-        values["given"] = typed(words)
+        values["given"] = _typed(words)
     return command(**values)
 
 
@@ -113,12 +107,12 @@ def _with_underscores(word: str) -> str:
     return f"{renamed}{equals}{value}" if word.startswith("--") else word
 
 
-def typed(words: Sequence[str]) -> set[str]:
+def _typed(words: Sequence[str]) -> set[str]:
     """The names of the options among the words of a command."""
     return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
 
 
-IDLE = {
+_IDLE = {
     "beside --grid": "count labels batch_size",
     "beside --out": "per_class overwrite",
     "for a run without classes": "classes labels cfg_scale guidance_channels",
@@ -142,7 +136,7 @@ def refuse(when: bool, told: str) -> None:
 
 def refuse_idle(given: set[str], situation: str) -> None:
     """ValueError that names the options among `given` without effect in a situation."""
-    idle = [f"--{name}" for name in IDLE[situation].split() if name in given]
+    idle = [f"--{name}" for name in _IDLE[situation].split() if name in given]
     named = " and ".join(idle)
     refuse(bool(idle), f"{named} would have no effect {situation}; omit {named}")
 
@@ -152,7 +146,7 @@ def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
     from diffussm.options import RENAMED, Execution, Recipe, flat, from_flat
     from diffussm.recipes import read_recipe, recipe_files
 
-    words[:] = with_new_names(words, RENAMED)
+    words[:] = _with_new_names(words, RENAMED)
     names = ", ".join(recipe_files())
     told = f"what to train: a YAML file, or one of {names}"
     parser.add_argument("recipe", type=str, help=told)
@@ -215,7 +209,7 @@ def _preset_named(words: Sequence[str]) -> str:
     return str(first.parse_known_args(words)[0].preset)
 
 
-def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
+def _with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
     """The words of a command, each option's old name replaced, with a warning."""
     replaced = []
     for word in words:
@@ -227,14 +221,14 @@ def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
     return replaced
 
 
-TOLD = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+_TOLD = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
 def sentence(error: BaseException) -> str | None:
     """What to tell whoever typed the command; None for a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {error}" if error.args else "interrupted"
-    if isinstance(error, TOLD):
+    if isinstance(error, _TOLD):
         return str(error)
     # torch has no class of its own for this on a CPU
     lost = ("out of memory", "can't allocate memory")

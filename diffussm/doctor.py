@@ -24,19 +24,9 @@ from diffussm.options import Execution, Recipe, check_data
 from diffussm.recipes import open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
 
-__all__ = [
-    "T",
-    "Plan",
-    "Finding",
-    "Skip",
-    "examine",
-    "add_up",
-    "PROBE",
-    "probe_all_reduce",
-    "QUESTIONS",
-]
+__all__ = ["Plan", "Finding", "examine", "add_up", "probe_all_reduce", "QUESTIONS"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -86,14 +76,14 @@ class Finding(NamedTuple):
     told: str
 
 
-class Skip(Exception):
+class _Skip(Exception):
     """A question that does not arise here."""
 
 
-def _skip_unless(value: T | None, reason: str) -> T:
+def _skip_unless(value: _T | None, reason: str) -> _T:
     """The value, if there is one; else the question does not arise."""
     if not value:
-        raise Skip(reason)
+        raise _Skip(reason)
     return value
 
 
@@ -108,7 +98,7 @@ def examine(what: str, plan: Plan) -> Finding:
     """Ask one of `QUESTIONS`."""
     try:
         return Finding(what, "pass", QUESTIONS[what](plan))
-    except Skip as reason:
+    except _Skip as reason:
         return Finding(what, "skip", str(reason))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         told = " ".join(str(error).split()) or type(error).__name__
@@ -142,7 +132,7 @@ def _free_memory() -> float:
     for line in lines:
         if line.startswith("MemAvailable:"):
             return 1024.0 * int(line.split()[1])
-    raise Skip("this system does not say in /proc/meminfo how much memory is free")
+    raise _Skip("this system does not say in /proc/meminfo how much memory is free")
 
 
 def _ask_disk(plan: Plan) -> str:
@@ -279,11 +269,11 @@ def add_up(kind: str) -> None:
     dist.destroy_process_group()
 
 
-PROBE = (sys.executable, "-m", "diffussm.doctor")
+_PROBE = (sys.executable, "-m", "diffussm.doctor")
 
 
 def probe_all_reduce(
-    kind: str, processes: int, limit: float = 120.0, program: Sequence[str] = PROBE
+    kind: str, processes: int, limit: float = 120.0, program: Sequence[str] = _PROBE
 ) -> str:
     """Let processes add up a tensor, with NCCL ("cuda") or gloo ("cpu"), in `limit` s.
 

@@ -22,7 +22,7 @@ from diffussm.image_sets import SEED, ImageSet, Source
 from diffussm.metrics import FeatureStatistics, protocol, scores
 from diffussm.metrics import frechet_distance as frechet_distance
 
-__all__ = ["evaluate", "VERSIONS"]
+__all__ = ["evaluate"]
 
 
 class _Scored(NamedTuple):
@@ -148,7 +148,7 @@ def evaluate(
         "extractor": {"name": extractor.name, "sha256": extractor.checksum},
         "protocol": _one_or_all([one.protocol for one in found]),
         "notes": _all_notes(found),
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: _version(name) for name in _VERSIONS},
     }
 
 
@@ -163,7 +163,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-VERSIONS = ("diffussm", "torch", "torch-fidelity", "numpy")
+_VERSIONS = ("diffussm", "torch", "torch-fidelity", "numpy")
 
 
 def _sources(samples: Any) -> list[Any]:

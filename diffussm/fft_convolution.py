@@ -14,19 +14,19 @@ from torch.autograd.function import once_differentiable
 from diffussm.bidirectional import kernel_spectra
 from diffussm.guards import expect, expect_real
 
-__all__ = ["PIECE", "PIECE_ON_GPU", "operator", "convolve", "bidirectional_conv"]
+__all__ = ["operator", "convolve", "bidirectional_conv"]
 
 
-PIECE = 2**20  # real numbers transformed at a time on a CPU: what a core's cache holds
-PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
+_PIECE = 2**20  # real numbers transformed at a time on a CPU: what a core's cache holds
+_PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
 
 
 def _pieces(u: Tensor) -> Iterator[slice]:
-    """Slices of the channels of u (B, L, D), each about PIECE numbers when padded."""
+    """Slices of the channels of u (B, L, D), each about _PIECE numbers when padded."""
     batch, length, d_model = u.shape
     if batch == 0:  # there are libraries that refuse to transform nothing
         return iter(())
-    piece = PIECE if u.device.type == "cpu" else PIECE_ON_GPU
+    piece = _PIECE if u.device.type == "cpu" else _PIECE_ON_GPU
     step = max(16, piece // (2 * batch * length))
     return (slice(start, start + step) for start in range(0, d_model, step))
 

@@ -22,7 +22,6 @@ from diffussm.images import BadImage, center_crop
 
 __all__ = [
     "Source",
-    "RECORDS",
     "ImageSet",
     "read_images",
     "SEED",
@@ -33,7 +32,7 @@ __all__ = [
 
 
 Source = str | Path | Iterable[Tensor]
-RECORDS = {"samples.json", "labels.json"}  # written by `diffussm sample` beside images
+_RECORDS = {"samples.json", "labels.json"}  # written by `diffussm sample` beside images
 
 
 class ImageSet:
@@ -54,7 +53,7 @@ class ImageSet:
         self.source, self.size, self.exif_rotate = source, size, exif_rotate
         self.files = _open_files(source, size, exif_rotate)
         skipped = self.files.skipped if self.files is not None else []
-        self.by_name = [one for one in skipped if Path(one.path).name not in RECORDS]
+        self.by_name = [one for one in skipped if Path(one.path).name not in _RECORDS]
         self.left_out = list(self.by_name)
 
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:

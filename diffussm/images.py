@@ -20,10 +20,8 @@ from diffussm.guards import expect_int
 
 __all__ = [
     "WHITE",
-    "MAX_PIXELS",
     "BadImage",
     "decode_image",
-    "FORMATS",
     "EXTENSIONS",
     "center_crop",
     "check_colour",
@@ -36,7 +34,7 @@ __all__ = [
 
 
 WHITE = (255, 255, 255)
-MAX_PIXELS = 1 << 27  # 134 million: more than any camera makes, 400 MB once decoded
+_MAX_PIXELS = 1 << 27  # 134 million: more than any camera makes, 400 MB once decoded
 
 
 class BadImage(ValueError):
@@ -58,7 +56,7 @@ def decode_image(
     check_colour(background)
     with (
         _every_error_as_bad_image(data),
-        Image.open(io.BytesIO(data), formats=FORMATS) as image,
+        Image.open(io.BytesIO(data), formats=_FORMATS) as image,
     ):
         _check_size(image)
         image.load()
@@ -79,13 +77,13 @@ def _every_error_as_bad_image(data: bytes) -> Iterator[None]:
     except UnidentifiedImageError:
         raise BadImage("not an image in any known format") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"more pixels than the limit of {MAX_PIXELS}") from None
+        raise BadImage(f"more pixels than the limit of {_MAX_PIXELS}") from None
     except Exception as error:  # OSError, SyntaxError, struct.error ...
         raise BadImage(f"cannot be decoded: {error}") from None
 
 
 _AVIF = find_spec("PIL._avif") is not None  # Pillow is built with it or without
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") + ("AVIF",) * _AVIF
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") + ("AVIF",) * _AVIF
 EXTENSIONS = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()
     + [".avif"] * _AVIF
@@ -116,7 +114,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     comparable. Source: ch. "Images", eq-data-crop.
 
     Raises:
-        BadImage: the scaled image would hold more than `MAX_PIXELS` (a strip, say).
+        BadImage: the scaled image would hold more than `_MAX_PIXELS` (a strip, say).
     """
     expect_int("size", size, least=1)
     while min(image.size) >= 2 * size:
@@ -131,9 +129,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > _MAX_PIXELS:
         raise BadImage(
-            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS} in all"
+            f"{image.width} x {image.height} pixels; the limit is {_MAX_PIXELS} in all"
         )
 
 
@@ -146,7 +144,7 @@ def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
 
 
 def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
-    if width * height > max(MAX_PIXELS, size * size):
+    if width * height > max(_MAX_PIXELS, size * size):
         raise BadImage(
             f"too elongated: {image.width} x {image.height} would become "
             f"{width} x {height}"

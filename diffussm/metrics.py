@@ -14,9 +14,7 @@ from torch import Tensor
 __all__ = [
     "frechet_distance",
     "RunningMoments",
-    "BLOCK",
     "kernel_distance",
-    "NEAREST",
     "DISTANCES",
     "precision_recall",
     "PART",
@@ -101,10 +99,10 @@ def _squared_mmd(x: Tensor, y: Tensor) -> Tensor:
     return within / (m * (m - 1)) - 2 * kernel(x, y).mean()
 
 
-BLOCK = 1000  # points of a block, as in its authors' code
+_BLOCK = 1000  # points of a block, as in its authors' code
 
 
-def kernel_distance(real: Tensor, fake: Tensor, block: int = BLOCK) -> float:
+def kernel_distance(real: Tensor, fake: Tensor, block: int = _BLOCK) -> float:
     """KID: the mean of eq-metrics-kid over pairs of blocks, features (n, d) and (m, d).
 
     Its unit is that of the kernel, eq-metrics-kernel; papers often show it times 1,000.
@@ -131,7 +129,7 @@ def _check_clouds(real: Tensor, fake: Tensor, more_than: int) -> None:
             raise ValueError(f"{name} features are not finite")
 
 
-NEAREST = 3  # the neighbour whose distance is a ball's radius
+_NEAREST = 3  # the neighbour whose distance is a ball's radius
 
 
 def _radii(points: Tensor, k: int, rows: int) -> Tensor:
@@ -156,7 +154,7 @@ DISTANCES = 2**27  # held at once at the most: half a gigabyte of float32
 
 
 def precision_recall(
-    real: Tensor, fake: Tensor, k: int = NEAREST, block: int = 4096
+    real: Tensor, fake: Tensor, k: int = _NEAREST, block: int = 4096
 ) -> tuple[float, float]:
     """Improved precision and recall: features (n, d) and (m, d), balls to the k-th.
 
@@ -228,9 +226,9 @@ def scores(
     if ours.logits is not None and len(ours.logits) >= 10:
         found["inception_score"] = inception_score(ours.logits, PART)
     real, fake = theirs.pool, ours.pool
-    if real is not None and fake is not None and min(len(real), len(fake)) > NEAREST:
-        found["kid"] = kernel_distance(real, fake, BLOCK)
-        covered = precision_recall(real.to(device), fake.to(device), NEAREST)
+    if real is not None and fake is not None and min(len(real), len(fake)) > _NEAREST:
+        found["kid"] = kernel_distance(real, fake, _BLOCK)
+        covered = precision_recall(real.to(device), fake.to(device), _NEAREST)
         found["precision"], found["recall"] = covered
     return found
 
@@ -256,11 +254,11 @@ def protocol(
         and samples.pool is not None
     ):
         sizes = len(reference.pool), len(samples.pool)
-        block = min(BLOCK, *sizes)
+        block = min(_BLOCK, *sizes)
         how["kid"] = {"block": block, "blocks": min(sizes) // block}
         distances = f"{reference.pool.dtype} on {torch.device(device).type}"
         sets = {"reference": sizes[0], "samples": sizes[1]}
-        how["precision_recall"] = {"k": NEAREST, **sets, "distances": distances}
+        how["precision_recall"] = {"k": _NEAREST, **sets, "distances": distances}
     return how
 
 

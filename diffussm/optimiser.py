@@ -13,7 +13,6 @@ from diffussm.options import Recipe
 __all__ = [
     "learning_rate_factor",
     "DYNAMICS",
-    "group_of",
     "parameter_groups",
     "describe_groups",
     "update_ema",
@@ -31,7 +30,7 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
 DYNAMICS = ("log_dt", "log_A_real", "A_imag")
 
 
-def group_of(name: str) -> str:
+def _group_of(name: str) -> str:
     """The group of a parameter: "dynamics", "matrices" or "vectors"."""
     leaf = name.rsplit(".", 1)[-1]
     if leaf in DYNAMICS:
@@ -51,8 +50,8 @@ def parameter_groups(
     for name, group in groups.items():
         group.update(name=name, params=[], param_names=[], base_lr=group["lr"])
     for name, parameter in model.named_parameters():
-        groups[group_of(name)]["params"].append(parameter)
-        groups[group_of(name)]["param_names"].append(name)
+        groups[_group_of(name)]["params"].append(parameter)
+        groups[_group_of(name)]["param_names"].append(name)
     return list(groups.values())
 
 

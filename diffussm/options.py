@@ -38,7 +38,6 @@ __all__ = [
     "flat",
     "RENAMED",
     "from_flat",
-    "PARTS",
     "warn",
     "Batch",
     "training_batch",
@@ -173,17 +172,17 @@ def from_flat(values: dict[str, Any]) -> tuple[Recipe, Execution]:
         ValueError: an unknown or missing option, or a value that cannot work.
     """
     values = _with_new_names(values)
-    known = {field.name: part for part in PARTS for field in fields(part)}
+    known = {field.name: part for part in _PARTS for field in fields(part)}
     _refuse_unknown(values, known)
     values["model"] = DiffuSSMConfig.from_dict(values["model"])
     recipe, execution = (
         {key: value for key, value in values.items() if known[key] is part}
-        for part in PARTS
+        for part in _PARTS
     )
     return Recipe(**recipe), Execution(**execution)
 
 
-PARTS = (Recipe, Execution)
+_PARTS = (Recipe, Execution)
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:

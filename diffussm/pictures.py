@@ -26,11 +26,8 @@ from diffussm.sampling import Sampler
 __all__ = [
     "Decode",
     "to_uint8",
-    "MARGIN",
     "save_grid",
     "GRID_ROWS",
-    "GRID_STEPS",
-    "grid_sampler",
     "image_shape",
     "draw_grid",
     "computing_in",
@@ -74,7 +71,7 @@ def _check_grid(images: Tensor, columns: int) -> None:
         raise ValueError(f"{n} images do not fill rows of {columns}")
 
 
-MARGIN = 2  # white pixels around each image of a grid
+_MARGIN = 2  # white pixels around each image of a grid
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
@@ -82,7 +79,7 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
     _check_grid(images, columns)
     scale = max(1, math.ceil(48 / images.shape[2]))
     pixels = _levels(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = functional.pad(pixels, (MARGIN,) * 4, value=255)
+    pixels = functional.pad(pixels, (_MARGIN,) * 4, value=255)
     grid = rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
     grey = grid.shape[2] == 1
     with whole_file(path) as draft:
@@ -91,12 +88,12 @@ def save_grid(images: Tensor, columns: int, path: Path) -> None:
 
 
 GRID_ROWS = 10  # classes that are drawn when none is named
-GRID_STEPS = 50
+_GRID_STEPS = 50
 
 
-def grid_sampler(diffusion: GaussianDiffusion, pixels: bool) -> Sampler:
+def _grid_sampler(diffusion: GaussianDiffusion, pixels: bool) -> Sampler:
     """How pictures are drawn that only someone looks at."""
-    steps = min(GRID_STEPS, diffusion.num_timesteps)
+    steps = min(_GRID_STEPS, diffusion.num_timesteps)
     return Sampler(steps, "ddim", cfg_scale=1.5, clip_denoised=pixels)
 
 
@@ -120,10 +117,10 @@ def draw_grid(
 ) -> None:
     """Draw `per_class` samples for each class (None: the first ten), a class to a row.
 
-    `sampler` None: that of `grid_sampler`. `decode` is for latents.
+    `sampler` None: that of `_grid_sampler`. `decode` is for latents.
     """
     rows = classes or range(min(model.config.num_classes, GRID_ROWS) or 1)
-    sampler = sampler or grid_sampler(diffusion, pixels=decode is None)
+    sampler = sampler or _grid_sampler(diffusion, pixels=decode is None)
     images = _draw_rows(
         model, diffusion, rows, per_class, sampler, precision, seed, progress
     )

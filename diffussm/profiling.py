@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["KINDS", "time_by_kind"]
+__all__ = ["time_by_kind"]
 
 
 _FFT = "fft _forward_kernel _grad_u_kernel _grad_h_kernel"  # and ch. "GPU kernels"
 _PRODUCTS = "::mm addmm bmm gemm cutlass nvjet xmma wgmma"
-KINDS = {
+_KINDS = {
     "attention": ("attention", "flash", "fmha"),
     "FFT": tuple(_FFT.split()),
     "matrix products": tuple(_PRODUCTS.split()),
@@ -23,7 +23,7 @@ KINDS = {
 
 def _kind(name: str) -> str:
     name = name.lower()
-    for kind, words in KINDS.items():
+    for kind, words in _KINDS.items():
         if any(word in name for word in words):
             return kind
     return "other"

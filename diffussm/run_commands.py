@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffussm.model import DiffuSSM
     from diffussm.options import Execution, Recipe
 
-__all__ = ["takes_latents", "board_writer", "decoder_of", "doctor", "train", "say"]
+__all__ = ["takes_latents", "doctor", "train", "say"]
 
 
 def takes_latents(recipe: "Recipe") -> bool:
@@ -78,7 +78,7 @@ def _claim(
     (out / "preempted").unlink(missing_ok=True)
 
 
-def board_writer() -> Any:
+def _board_writer() -> Any:
     """TensorBoard's writer; ValueError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -90,7 +90,7 @@ def board_writer() -> Any:
     return SummaryWriter
 
 
-def decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
+def _decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
     """What decodes the samples of a run, if anything does."""
     from diffussm.recipes import open_decoder
 
@@ -184,7 +184,7 @@ def train(
     from diffussm.distributed import on_rank_zero
     from diffussm.recipes import open_data
 
-    data, writer = open_data(recipe), board_writer() if tensorboard else None
+    data, writer = open_data(recipe), _board_writer() if tensorboard else None
     _check_data_options(given, recipe)
     goes_on = partial(_goes_on, out)
     with (
@@ -192,7 +192,7 @@ def train(
         start("train", device, stoppable=True) as own,
         interruptible(goes_on),  # for a process that leaves alone
     ):
-        decode = decoder_of(recipe, vae, own, data)
+        decode = _decoder_of(recipe, vae, own, data)
         on_rank_zero(lambda: _claim(out, recipe, execution, data, other_data))
         return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
 

@@ -22,15 +22,7 @@ from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
 
-__all__ = [
-    "RunConfig",
-    "read_run",
-    "open_run",
-    "encoder_of",
-    "locked",
-    "THIS_PROCESS",
-    "load_run",
-]
+__all__ = ["RunConfig", "read_run", "open_run", "encoder_of", "locked", "load_run"]
 
 
 class RunConfig(NamedTuple):
@@ -184,7 +176,7 @@ def _lock(run: Path) -> Callable[[], None]:
     )
 
 
-THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in a container
+_THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in a container
 
 # what network disks, FUSE and Lustre answer that lack flock
 _NO_FLOCK = {
@@ -211,7 +203,7 @@ def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
         f"{reason}; {path.name} in the run's folder takes its place, which a killed "
         "process leaves behind"
     )
-    holder = {"host": host, "process": os.getpid(), "token": THIS_PROCESS}
+    holder = {"host": host, "process": os.getpid(), "token": _THIS_PROCESS}
     for _ in range(2):
         try:
             with path.open("x") as file:
@@ -239,7 +231,7 @@ def _remove_if_stale(path: Path, host: str) -> None:
         f"{path} was left by process {process} of this machine, which is no more; it "
         "is removed"
     )
-    aside = path.with_name(f"{path.name}.{THIS_PROCESS}")  # another may judge the same
+    aside = path.with_name(f"{path.name}.{_THIS_PROCESS}")  # another may judge the same
     with suppress(FileNotFoundError):
         path.rename(aside)
         if json.loads(aside.read_text()).get("token") != token:  # new: not ours
@@ -261,7 +253,7 @@ def _holder_of(path: Path) -> tuple[str | None, int, str]:
 
 def _alive(process: int, token: str) -> bool:
     if process == os.getpid():
-        return token == THIS_PROCESS
+        return token == _THIS_PROCESS
     if os.name != "posix":  # where the question would end the process
         return True
     try:

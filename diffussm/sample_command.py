@@ -25,15 +25,7 @@ if TYPE_CHECKING:
     from diffussm.samples import SampleSet
     from diffussm.sampling import Sampler
 
-__all__ = [
-    "sample",
-    "Found",
-    "find",
-    "with_decoder",
-    "parse_classes",
-    "how_many",
-    "CLAMPED",
-]
+__all__ = ["sample", "Found"]
 
 
 def sample(
@@ -73,9 +65,9 @@ def sample(
     _check_target(grid, out, per_class, overwrite, given)
     kept = _batches_kept if out is not None else nothing_kept
     with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
-        run = find(from_, step, weights)
+        run = _find(from_, step, weights)
         wanted = _for_run(run, wanted, classes, given, strict=grid is None)
-        run = with_decoder(run, vae, own)
+        run = _with_decoder(run, vae, own)
         if out is not None:
             _check_count(run, wanted, preset, given)
             return _draw_set(run, wanted, out, own)
@@ -98,7 +90,7 @@ class Found:
     decode: Any = None
 
 
-def find(run: Path, step: int | None, weights: str) -> Found:
+def _find(run: Path, step: int | None, weights: str) -> Found:
     """The weights of a checkpoint; None: the newest."""
     from diffussm.checkpoints import find_checkpoint
     from diffussm.distributed import on_rank_zero
@@ -110,7 +102,7 @@ def find(run: Path, step: int | None, weights: str) -> Found:
     return Found(run, step, weights, *load_run(run, weights, step))
 
 
-def with_decoder(found: Found, vae: str | None, device: Any) -> Found:
+def _with_decoder(found: Found, vae: str | None, device: Any) -> Found:
     """The same on a device, with what decodes its latents, and what is recorded."""
     from diffussm.run_folder import encoder_of
 
@@ -140,11 +132,11 @@ def _for_run(
         refuse(strict or "steps" in given, f"{told}; give that many or fewer")
         wanted = replace(wanted, sampler=replace(wanted.sampler, steps=most))
     if classes is not None:
-        wanted = replace(wanted, classes=tuple(parse_classes(classes, run.names)))
+        wanted = replace(wanted, classes=tuple(_parse_classes(classes, run.names)))
     return wanted.of(run.recipe.model)
 
 
-def parse_classes(words: str, names: Sequence[str]) -> list[int]:
+def _parse_classes(words: str, names: Sequence[str]) -> list[int]:
     """ "all", or numbers or names separated by commas, as class numbers."""
     if words == "all":
         return list(range(len(names)))
@@ -168,7 +160,7 @@ def _draw_picture(
     if "clip_denoised" not in given:
         sampler = replace(sampler, clip_denoised=run.decode is None)
     images = rows * per_class
-    print(how_many(images, images, sampler), flush=True)
+    print(_how_many(images, images, sampler), flush=True)
     draw_grid(
         run.model,
         diffusion_of(run.recipe),
@@ -189,7 +181,7 @@ def _draw_set(run: Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     from diffussm.options import diffusion_of
 
     if rank() == 0:
-        print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
+        print(_how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
     how = {"device": own, "facts": run.facts, "decode": run.decode}
     try:
         samples.draw_samples(run.model, diffusion_of(run.recipe), wanted, out, **how)
@@ -202,7 +194,7 @@ def _draw_set(run: Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     return 0
 
 
-def how_many(images: int, at_once: int, sampler: "Sampler") -> str:
+def _how_many(images: int, at_once: int, sampler: "Sampler") -> str:
     """What is about to be drawn, in words; the last batch is whole too."""
     batches, guided = math.ceil(images / at_once), sampler.cfg_scale != 1
     passes = batches * at_once * sampler.steps * (2 if guided else 1)
@@ -260,12 +252,12 @@ def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> Non
     latents = takes_latents(recipe)
     if not latents:
         refuse_idle(given, "for a model of pixels")
-    refuse(latents and sampler.clip_denoised, CLAMPED)
+    refuse(latents and sampler.clip_denoised, _CLAMPED)
     has = f"--guidance_channels {channels}: the model has {model.in_channels}"
     refuse("guidance_channels" in given and channels > model.in_channels, has)
 
 
-CLAMPED = (
+_CLAMPED = (
     "--clip_denoised true clamps predicted images to the range of pixels; this run "
     "makes latents, which go beyond: omit it"
 )

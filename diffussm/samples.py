@@ -37,14 +37,7 @@ from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
 from diffussm.sampling import Sampler
 
-__all__ = [
-    "SampleSet",
-    "SAMPLE_PRESETS",
-    "SAMPLES_FORMAT",
-    "draw_batch",
-    "draw_samples",
-    "SampleFiles",
-]
+__all__ = ["SampleSet", "SAMPLE_PRESETS", "draw_batch", "draw_samples"]
 
 
 _DIT = Sampler(cfg_scale=1.5, guidance_channels=3)
@@ -122,7 +115,7 @@ SAMPLE_PRESETS = {
 }
 
 
-SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
+_SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
 
 
 def draw_batch(
@@ -180,8 +173,8 @@ def draw_samples(
         Preempted: asked to stop; the batches that are done are kept.
     """
     wanted, classes = wanted.of(model.config), model.config.num_classes
-    how = {"format": SAMPLES_FORMAT, "random": RANDOM, **wanted.record(classes)}
-    files = SampleFiles(Path(out), how | facts)
+    how = {"format": _SAMPLES_FORMAT, "random": RANDOM, **wanted.record(classes)}
+    files = _SampleFiles(Path(out), how | facts)
     if on_rank_zero(files.claim):
         return files.out
     batches = math.ceil(wanted.count / wanted.batch_size)
@@ -194,7 +187,7 @@ def draw_samples(
 
 def _draw_missing(
     draw: Callable[[int], np.ndarray | None],
-    files: "SampleFiles",
+    files: "_SampleFiles",
     batches: int,
     size: int,
     progress: bool,
@@ -218,7 +211,7 @@ def _draw_missing(
 
 
 @dataclass(frozen=True)
-class SampleFiles:
+class _SampleFiles:
     """The files of a set: `out`, a folder or a `.npz` file, and `how` it is drawn."""
 
     out: Path

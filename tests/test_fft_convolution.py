@@ -65,7 +65,7 @@ def test_pieces_of_channels_give_what_one_piece_gives(monkeypatch):
     whole = bidirectional_conv(*inputs)
     probe = torch.randn_like(whole)
     expected = [whole, *torch.autograd.grad(whole, inputs, probe)]
-    monkeypatch.setattr(fft_convolution, "PIECE", 1)
+    monkeypatch.setattr(fft_convolution, "_PIECE", 1)
     assert [(c.start, c.stop) for c in fft_convolution._pieces(inputs[0])] == [
         (0, 16),
         (16, 32),

@@ -445,7 +445,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(recipes, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
     monkeypatch.setattr(recipes, "open_data", lambda recipe: [])
-    monkeypatch.setattr(run_commands, "decoder_of", reach)
+    monkeypatch.setattr(run_commands, "_decoder_of", reach)
 
     def start(*given: object, **options: object) -> nullcontext[str]:
         return nullcontext("cpu")

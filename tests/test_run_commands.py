@@ -73,7 +73,7 @@ def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
         add_scalar=lambda name, value, step: seen.append(float(value)),
         close=lambda: None,
     )
-    monkeypatch.setattr(run_commands, "board_writer", lambda: lambda folder: board)
+    monkeypatch.setattr(run_commands, "_board_writer", lambda: lambda folder: board)
     monkeypatch.setattr(recipes, "open_data", lambda config: TooLarge(*digits("train")))
     said = diffussm(
         f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard "
