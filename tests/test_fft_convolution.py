@@ -133,7 +133,9 @@ warnings.simplefilter("ignore")  # those of other libraries, which -X dev would 
 import torch
 from diffusers import DiffusionPipeline
 from diffussm import DiffuSSM, bidirectional, fft_convolution, gpu_kernels
-from diffussm.pipeline import DiffuSSMPipeline, ancestral_scheduler, self_contained_code
+from diffussm.one_file import self_contained_code
+from diffussm.pipeline import DiffuSSMPipeline
+from diffussm.schedulers import ancestral_scheduler
 
 names = ["convolve", "convolve_backward", "triton_convolve", "triton_convolve_backward"]
 ours = [fft_convolution._CONVOLVE, fft_convolution._CONVOLVE_BACKWARD]

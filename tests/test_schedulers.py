@@ -1,8 +1,9 @@
-"""Chapter 13: every scheduler of diffusers walks from noise to the data, or is refused.
+"""Every scheduler of diffusers walks from noise to the data, or is refused.
 
-Nothing is drawn. The exact network of Gaussian data is linear, hence so is the whole chain: one walk with
-unit impulses in place of the noise (one pixel starts at 1, one gets the first step's noise, ...) gives mean
-and variance of what would be drawn, without any sampling error.
+Nothing is drawn. The exact network of Gaussian data is linear, hence so is the whole
+chain: one walk with unit impulses in place of the noise (one pixel starts at 1, one
+gets the first step's noise, ...) gives mean and variance of what would be drawn,
+without any sampling error.
 """
 
 import math
@@ -21,11 +22,11 @@ from diffussm.sampling import sample
 diffusers = pytest.importorskip("diffusers")
 import diffusers.schedulers as schedulers  # noqa: E402
 
-from diffussm.pipeline import (  # noqa: E402
+from diffussm.denoiser import Denoiser  # noqa: E402
+from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
+from diffussm.schedulers import (  # noqa: E402
     ABOVE_ZERO,
     FEWEST_STEPS,
-    Denoiser,
-    DiffuSSMPipeline,
     ancestral_scheduler,
     linear_alphas_cumprod,
     respaced_scheduler,
@@ -47,7 +48,9 @@ DIFFUSION = GaussianDiffusion.linear()
 
 
 class Exact(Denoiser):
-    """Exact noise and variance: data at MEAN in the upper half of an image, N(MEAN, STD^2) in the lower."""
+    """Exact noise and variance: data at MEAN in the upper half of an image, N(MEAN,
+    STD^2) in the lower.
+    """
 
     earlier: dict[
         int, int
@@ -87,7 +90,9 @@ def network(size):
 
 
 class Impulses:
-    """In place of randn_tensor: the k-th call is 1 at the place 2 + k of the rows' halves, else 0."""
+    """In place of randn_tensor: the k-th call is 1 at the place 2 + k of the rows'
+    halves, else 0.
+    """
 
     def __init__(self):
         self.calls = 0
@@ -105,7 +110,9 @@ def impulse(shape, place):
 
 
 def walk(scheduler, steps, monkeypatch, **options):
-    """Mean and standard deviation of what the pipeline draws: of the point and of the Gaussian."""
+    """Mean and standard deviation of what the pipeline draws: of the point and of
+    the Gaussian.
+    """
     draws = 2 + 2 * steps  # more than any solver asks for
     size = 2 * math.ceil(math.sqrt(2 * draws) / 2)
     pipe = DiffuSSMPipeline(network(size), scheduler)
@@ -133,7 +140,9 @@ def walk(scheduler, steps, monkeypatch, **options):
 
 @cache
 def ours(steps):
-    """What chapter 7's DDIM makes of the same start, and the standard deviation of what it draws."""
+    """What chapter 7's DDIM makes of the same start, and the standard deviation of
+    what it draws.
+    """
     size = 2 * math.ceil(math.sqrt(2 * (2 + 2 * steps)) / 2)
     model = network(size)
     model.earlier = {}
@@ -149,10 +158,11 @@ def accepted(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
-    """At the point to 1e-3 with any number of steps, at the moments of the Gaussian to 2% from 50 on.
+    """At the point to 1e-3 with any number of steps, at the moments of the Gaussian to
+    2% from 50 on.
 
-    DDIM and Euler have an error of the first order, 5.6% of the spread with 50 steps; they are chapter 7's
-    DDIM, and as wrong as that is.
+    DDIM and Euler have an error of the first order, 5.6% of the spread with 50 steps;
+    they are chapter 7's DDIM, and as wrong as that is.
     """
     if name not in FEWEST_STEPS:
         try:
@@ -186,7 +196,9 @@ def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
 
 
 def test_first_order_solvers_converge_to_the_data(monkeypatch):
-    """What the comparison with chapter 7 leaves open: that both go to the right place."""
+    """What the comparison with chapter 7 leaves open: that both go to the right
+    place.
+    """
     errors = [
         abs(walk(accepted("DDIMScheduler"), n, monkeypatch).std / STD - 1)
         for n in (50, 100, 1000)
@@ -306,7 +318,9 @@ def test_spacing_is_the_pipelines(name, options, monkeypatch):
 
 
 def test_stochastic_solvers_add_noise_where_training_would(monkeypatch):
-    """SASolver adds noise at timesteps 200 to 800, which are those of training, not of the short chain."""
+    """SASolver adds noise at timesteps 200 to 800, which are those of training, not
+    of the short chain.
+    """
     times = []
     scheduler = diffusers.SASolverScheduler.from_config(
         ancestral_scheduler().config, tau_func=lambda t: times.append(t) or 0

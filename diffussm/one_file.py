@@ -1,0 +1,163 @@
+"""A folder that needs nobody.
+
+Generated from book/61_one_file.md by `make export`: edit there.
+"""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+__all__ = ["LATER", "self_contained_code", "COMPONENT_FILE", "COMPONENT_CODE"]
+
+
+class _Source:
+    """A module of this package, taken apart into what it defines and what it
+    imports.
+    """
+
+    def __init__(self, module: str) -> None:
+        spec = find_spec(f"diffussm.{module}")
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                f"the package diffussm has no module {module}; install it again"
+            )
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        self.lines, tree = text.splitlines(), ast.parse(text)
+        self.title = f"# {module}: {(ast.get_docstring(tree) or '').splitlines()[0]}"
+        self.defined: dict[str, ast.stmt] = {}
+        # name -> (from where or "", what), as often as it is imported
+        self.imported: dict[str, list[tuple[str, str]]] = {}
+        self.ours: dict[str, str] = {}  # name -> the module of this package it is from
+        for node in tree.body:
+            self._file(node)
+
+    def _file(self, node: ast.stmt) -> None:
+        """Enter a statement under the names that it makes."""
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            self.defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            self.defined |= {ast.unparse(target): node for target in targets}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            origin = str(node.module) if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                name = alias.asname or alias.name.partition(".")[0]
+                if origin.startswith("diffussm."):
+                    self.ours[name] = origin.removeprefix("diffussm.")
+                else:
+                    known = self.imported.setdefault(name, [])
+                    known.append((origin, ast.unparse(alias)))
+
+    def text(self, name: str) -> str:
+        """A definition as it is written, with decorators and the comment above it."""
+        node = self.defined[name]
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(d.lineno for d in decorators)])
+        while self.lines[first - 2].startswith("#"):
+            first -= 1
+        return "\n".join(self.lines[first - 1 : node.end_lineno])
+
+
+LATER = [
+    "fft_convolution:convolve",
+    "two_level:vandermonde_two_level",
+    "sharing:save_pipeline",
+    "sharing:load_pipeline",
+    "sharing:load_run",
+]
+
+
+class _Needed:
+    """What a name needs: definitions by module, and imports from other libraries."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, _Source] = {}
+        self.chosen: dict[str, str] = {}  # name -> module
+        self.imports: dict[str, set[str]] = {}  # from where or "" -> what
+
+    def add(self, module: str, name: str) -> None:
+        """Look a name up, and all that its definition uses."""
+        source = self.sources.get(module) or _Source(module)
+        self.sources[module] = source
+        if name in source.ours:
+            self.add(source.ours[name], name)
+        for origin, what in source.imported.get(name, []):
+            self.imports.setdefault(origin, set()).add(what)
+        if name not in source.defined or self.chosen.get(name) == module:
+            return
+        if self.chosen.setdefault(name, module) != module:
+            raise RuntimeError(
+                f"{module} and {self.chosen[name]} both define {name}; rename one of "
+                "them"
+            )
+        for node in ast.walk(source.defined[name]):
+            if isinstance(node, ast.Name):
+                self.add(module, node.id)
+            elif isinstance(node, ast.Constant) and node.value in LATER:
+                self.add(*node.value.split(":"))
+
+    def order(self, modules: list[str]) -> list[str]:
+        """The modules that are needed for these, in the order of their imports."""
+        placed: dict[str, None] = {}
+
+        def place(module: str) -> None:
+            if module in self.sources and module not in placed:
+                for other in self.sources[module].ours.values():
+                    place(other)
+                placed[module] = None
+
+        for module in modules:
+            place(module)
+        return list(placed)
+
+
+def self_contained_code(
+    module: str = "pipeline", name: str = "DiffuSSMPipeline"
+) -> str:
+    """One file with a class of this package and all that it needs of it, and nothing
+    that it does not need.
+
+    Raises RuntimeError if two of the modules give different things the same name.
+    """
+    if __name__.startswith("diffusers_modules."):
+        return Path(__file__).read_text(encoding="utf-8")  # this is that file
+    needed = _Needed()
+    needed.add(module, name)
+    order = needed.order([module, *needed.sources])
+    parts = [_HEAD.format(modules=", ".join(order)), *_imports(needed.imports), ""]
+    for other in order:
+        source = needed.sources[other]
+        names = [n for n in source.defined if needed.chosen.get(n) == other]
+        if names:
+            texts = [f"{source.text(n)}\n" for n in names]
+            parts.append("\n\n".join([f"\n{source.title}\n", *texts]))
+    # in the file, a function of a later chapter is one of this file
+    home = "home = import_module(f\"{__package__ or 'diffussm'}.{module}\")"
+    return "\n".join(parts).replace(home, "home = import_module(__name__)")
+
+
+_HEAD = '''\
+"""DiffuSSM, diffusion models without attention, as a pipeline for diffusers, in one
+file.
+
+Written by save_pretrained out of modules of the package diffussm:
+{modules}.
+License: Apache-2.0.
+"""
+'''
+
+
+def _imports(imports: dict[str, set[str]]) -> list[str]:
+    plain = [f"import {what}" for what in sorted(imports.get("", ()))]
+    origins = sorted(origin for origin in imports if origin)
+    return plain + [f"from {o} import {', '.join(sorted(imports[o]))}" for o in origins]
+
+
+COMPONENT_FILE = "modeling_diffussm.py"
+COMPONENT_CODE = '''\
+"""The denoiser of this pipeline; its code is in pipeline.py, beside this folder."""
+
+from diffusers_modules.local.pipeline import Denoiser
+
+__all__ = ["Denoiser"]
+'''

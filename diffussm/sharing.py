@@ -1,0 +1,268 @@
+"""Sharing: a folder, and the way back.
+
+Generated from book/62_sharing.md by `make export`: edit there.
+"""
+
+import inspect
+import json
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+
+from diffussm.files import apply_umask, read_json, whole_folder
+from diffussm.model import DiffuSSM
+from diffussm.model_card import model_card, read_evaluation
+from diffussm.one_file import COMPONENT_CODE, COMPONENT_FILE, self_contained_code
+from diffussm.schedulers import ancestral_scheduler
+
+__all__ = ["load_run", "save_pipeline", "load_pipeline"]
+
+
+def load_run(
+    run: Path, weights: str = "ema", vae: Any = None, step: int | None = None
+) -> dict[str, Any]:
+    """The arguments of a pipeline of a training run: "ema" weights, or "model", of the
+    newest checkpoint or of `step`.
+
+    `vae` is needed for a run on latents, and must have the encoder that made them (its
+    decoder may be another): a folder, a name on the hub, or the module itself.
+
+    Raises:
+        FileNotFoundError: there is no run or no such checkpoint.
+        ValueError: a VAE that does not fit.
+    """
+    training, latents = _readers()
+    step = _found_step(training, run, step)
+    model, recipe, classes = training.load_run(run, weights, step)
+    made_by = training.encoder_of(run, recipe.data)
+    vae, identity = _identified(latents, vae)
+    if made_by is not None and identity is not None:
+        latents.check_encoder(made_by, identity, f"the latents of {run}")
+    facts = _facts(recipe, weights, step) | _encoders(made_by, identity)
+    numbered = enumerate(classes if model.config.num_classes else ())
+    return {
+        "denoiser": model,
+        "scheduler": ancestral_scheduler(recipe.timesteps),
+        "vae": vae,
+        "id2label": {str(number): name for number, name in numbered},
+        "num_train_timesteps": recipe.timesteps,
+        "training": json.loads(json.dumps(facts)),  # as it comes back from a folder
+    }
+
+
+def _facts(recipe: Any, weights: str, step: Any) -> dict[str, Any]:
+    facts = {"weights": weights, "step": step, "images_seen": step * recipe.batch_size}
+    facts |= {key: value for key, value in asdict(recipe).items() if key != "model"}
+    return {**facts, "data": Path(recipe.data).name}
+
+
+def _encoders(made_by: Any, identity: Any) -> dict[str, Any]:
+    """The autoencoder that made the latents, and the one that decodes them."""
+    both: dict[str, Any] = {}
+    if made_by is not None:
+        both["latents"] = _without_place(made_by, "encoder_sha256", "scaling_factor")
+    if identity is not None:
+        both["vae"] = _without_place(identity, "encoder_sha256", "decoder_sha256")
+    return both
+
+
+def _without_place(identity: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The name of an autoencoder, and what else is asked."""
+    place = Path(identity["name"])
+    name = place.name if place.is_absolute() or place.exists() else identity["name"]
+    return {"name": name, **{key: identity[key] for key in keys if key in identity}}
+
+
+def _readers() -> tuple[Any, Any]:
+    """The modules that read runs, looked up here: a saved pipeline has no training in
+    its one file.
+    """
+    try:
+        names = ("diffussm.training", "diffussm.latents")
+        training, latents = (import_module(name) for name in names)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "a training run is read by the package diffussm; install it"
+        ) from error
+    return training, latents
+
+
+def _found_step(training: Any, run: Path, step: int | None) -> int | None:
+    """Found once: a run that still trains may write another checkpoint meanwhile."""
+    if not (run / "config.json").is_file():
+        return step
+    found = training.find_checkpoint(run, step)
+    return int(found.name.removeprefix("step_")) if found else step
+
+
+def _identified(latents: Any, vae: Any) -> tuple[Any, dict[str, Any] | None]:
+    """An autoencoder, and what tells it from others; None and None for none."""
+    if vae is None:
+        return None, None
+    name = str(vae) if isinstance(vae, str | Path) else "a module"
+    vae = latents.load_vae(vae) if isinstance(vae, str | Path) else vae
+    return vae, latents.vae_identity(vae, name)
+
+
+def save_pipeline(
+    pipe: Any,
+    folder: Path,
+    name: str | None = None,
+    evaluation: dict[str, Any] | str | Path | None = None,
+    license: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Write a folder that loads with or without this package: weights, code, and a
+    model card.
+
+    Args:
+        pipe: the pipeline.
+        folder: must not exist, or be empty. It appears complete or not at all.
+        name: title of the model card; default the folder's name.
+        evaluation: result of `diffussm evaluate`, or the JSON file that holds it.
+        license: of the weights, as the hub writes it, such as "cc-by-nc-4.0".
+        options: what diffusers passes besides; pickles (`safe_serialization=False`) are
+            refused.
+
+    Raises:
+        FileExistsError: the folder holds something; nothing is written.
+        ValueError: an option that is not supported, an evaluation that is no JSON
+            object.
+    """
+    _check_saving(folder, options or {})
+    evaluation = read_evaluation(evaluation)
+    card = model_card(pipe, name or folder.resolve().name, evaluation, license)
+    texts = {"README.md": card, **_code(), "model_index.json": _index(pipe)}
+    with whole_folder(folder) as draft:
+        pipe.denoiser.save_pretrained(draft / "denoiser")
+        pipe.scheduler.save_pretrained(draft / "scheduler")
+        if pipe.vae is not None:
+            pipe.vae.save_pretrained(draft / "vae", safe_serialization=True)
+        for file, text in texts.items():
+            (draft / file).write_text(text, encoding="utf-8")
+        for weights in draft.rglob("*.safetensors"):
+            apply_umask(weights)
+
+
+def _code() -> dict[str, str]:
+    """The files that let the folder load without this package."""
+    component = f"denoiser/{COMPONENT_FILE}"
+    return {component: COMPONENT_CODE, "pipeline.py": self_contained_code()}
+
+
+def _index(pipe: Any) -> str:
+    vae = [None, None] if pipe.vae is None else ["diffusers", type(pipe.vae).__name__]
+    kept = ("id2label", "num_train_timesteps", "training")
+    index = {
+        "_class_name": ["pipeline", "DiffuSSMPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "denoiser": [COMPONENT_FILE.removesuffix(".py"), "Denoiser"],
+        "scheduler": ["diffusers", type(pipe.scheduler).__name__],
+        "vae": vae,
+        **{key: pipe.config[key] for key in kept},
+    }
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _check_saving(folder: Path, options: dict[str, Any]) -> None:
+    refused = [k for k, value in options.items() if value and k != "safe_serialization"]
+    if options.get("safe_serialization", True) is not True:
+        refused.append("safe_serialization=False")
+    if refused:
+        raise ValueError(
+            f"save_pretrained with {', '.join(refused)}: only whole files in "
+            "safetensors are written"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder; nothing was written"
+        )
+
+
+def load_pipeline(
+    folder: Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    scheduler: Any = None,
+    vae: Any = None,
+    **unknown: Any,
+) -> dict[str, Any]:
+    """The arguments of the pipeline that `save_pipeline` wrote. Runs no code out of the
+    folder.
+
+    Args:
+        folder: a local folder.
+        torch_dtype: of the weights.
+        scheduler, vae: instead of the saved ones.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: it holds another pipeline, or damaged files.
+        TypeError: an unknown option.
+    """
+    _check_loading(folder, unknown)
+    names, settings = _read_index(folder / "model_index.json")
+    if scheduler is None:
+        kind = _kind(names["scheduler"], diffusers.SchedulerMixin)
+        scheduler = _component(folder / "scheduler", kind)
+    if vae is None and names["vae"]:
+        whole = {"use_safetensors": True, "low_cpu_mem_usage": False}
+        kind = _kind("AutoencoderKL", AutoencoderKL)
+        vae = _component(folder / "vae", kind, torch_dtype=torch_dtype, **whole)
+    denoiser = DiffuSSM.from_pretrained(folder / "denoiser").to(dtype=torch_dtype)
+    return {"denoiser": denoiser, "scheduler": scheduler, "vae": vae, **settings}
+
+
+def _check_loading(folder: Path, unknown: dict[str, Any]) -> None:
+    if unknown:
+        raise TypeError(
+            f"unknown options {sorted(unknown)}: expected torch_dtype, scheduler or vae"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is no folder with a model_index.json, as save_pretrained "
+            "writes. A name on the hub: download it first, or use "
+            "diffusers.DiffusionPipeline with trust_remote_code=True"
+        )
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Class names of the components, and the settings."""
+    index = read_json(path, "the index")
+    try:
+        kind = index["_class_name"][1]
+        names = {"scheduler": index["scheduler"][1], "vae": index["vae"][0]}
+        kept = ("id2label", "num_train_timesteps", "training")
+        settings = {key: index[key] for key in kept}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if kind != "DiffuSSMPipeline":
+        raise ValueError(f"{path.parent} holds a {kind}: expected a DiffuSSMPipeline")
+    return names, settings
+
+
+def _kind(name: Any, base: Any) -> Any:
+    """The class of diffusers with this name, if it is one of that kind."""
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not inspect.isclass(kind) or not issubclass(kind, base):
+        raise ValueError(
+            f"model_index.json names {name!r}: expected a {base.__name__} of diffusers"
+        )
+    return kind
+
+
+def _component(folder: Path, kind: Any, **options: Any) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is missing; the pipeline was copied in part, copy or save it "
+            "again"
+        )
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+    except Exception as error:  # whatever its libraries raise
+        raise ValueError(f"{folder} is no usable {kind.__name__}: {error}") from error
