@@ -36,13 +36,13 @@ def load_run(
         FileNotFoundError: there is no run or no such checkpoint.
         ValueError: a VAE that does not fit.
     """
-    training, latents = _readers()
+    training, autoencoder = _readers()
     step = _found_step(training, run, step)
     model, recipe, classes = training.load_run(run, weights, step)
     made_by = training.encoder_of(run, recipe.data)
-    vae, identity = _identified(latents, vae)
+    vae, identity = _identified(autoencoder, vae)
     if made_by is not None and identity is not None:
-        latents.check_encoder(made_by, identity, f"the latents of {run}")
+        autoencoder.check_encoder(made_by, identity, f"the latents of {run}")
     facts = _facts(recipe, weights, step) | _encoders(made_by, identity)
     numbered = enumerate(classes if model.config.num_classes else ())
     return {
@@ -83,13 +83,13 @@ def _readers() -> tuple[Any, Any]:
     its one file.
     """
     try:
-        names = ("diffussm.training", "diffussm.latents")
-        training, latents = (import_module(name) for name in names)
+        names = ("diffussm.training", "diffussm.autoencoder")
+        training, autoencoder = (import_module(name) for name in names)
     except ModuleNotFoundError as error:
         raise ImportError(
             "a training run is read by the package diffussm; install it"
         ) from error
-    return training, latents
+    return training, autoencoder
 
 
 def _found_step(training: Any, run: Path, step: int | None) -> int | None:
@@ -100,13 +100,13 @@ def _found_step(training: Any, run: Path, step: int | None) -> int | None:
     return int(found.name.removeprefix("step_")) if found else step
 
 
-def _identified(latents: Any, vae: Any) -> tuple[Any, dict[str, Any] | None]:
+def _identified(autoencoder: Any, vae: Any) -> tuple[Any, dict[str, Any] | None]:
     """An autoencoder, and what tells it from others; None and None for none."""
     if vae is None:
         return None, None
     name = str(vae) if isinstance(vae, str | Path) else "a module"
-    vae = latents.load_vae(vae) if isinstance(vae, str | Path) else vae
-    return vae, latents.vae_identity(vae, name)
+    vae = autoencoder.load_vae(vae) if isinstance(vae, str | Path) else vae
+    return vae, autoencoder.vae_identity(vae, name)
 
 
 def save_pipeline(

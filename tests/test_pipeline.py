@@ -16,7 +16,11 @@ from pipelines import NAMES, TINY, draw, network, piped, seeded, small_vae  # no
 
 from diffussm.denoiser import Denoiser  # noqa: E402
 from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
-from diffussm.schedulers import FEWEST_STEPS, ancestral_scheduler, scheduler_for  # noqa: E402
+from diffussm.schedulers import (  # noqa: E402
+    FEWEST_STEPS,
+    ancestral_scheduler,
+    scheduler_for,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning"

@@ -76,12 +76,15 @@ for copy in range(10):  # each time diffusers runs the code in the folder again
         del sys.modules[name]
     other = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     assert type(other.denoiser) is not type(ours.denoiser)
-    assert torch.equal(draw(other), expected) and torch.equal(draw(ours), expected), copy
+    assert torch.equal(draw(other), expected), copy
+    assert torch.equal(draw(ours), expected), copy
 with torch.enable_grad():
     for pipe in (ours, other):
         pipe.denoiser.requires_grad_(True)
-        pipe.denoiser(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])).sum().backward()
-        assert all(p.grad.isfinite().all() for p in pipe.denoiser.parameters() if p.grad is not None)
+        x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([1])
+        pipe.denoiser(x, t, y).sum().backward()
+        gradients = [p.grad for p in pipe.denoiser.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
 print("right")
 """
 
@@ -165,7 +168,8 @@ except ModuleNotFoundError:
 pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 options = {"num_inference_steps": 5, "output_type": "pt"}
-images = pipe(["white shark", 1], generator=torch.Generator().manual_seed(0), **options).images
+generator = torch.Generator().manual_seed(0)
+images = pipe(["white shark", 1], generator=generator, **options).images
 torch.save(images, OUT)
 pipe.save_pretrained(AGAIN)
 pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -245,7 +249,9 @@ def test_folder_holds_safetensors_and_readable_code_only(saved):
 
 
 def test_only_components_are_lists_in_the_index(saved):
-    """diffusers takes every list in model_index.json for a component and looks for its files on the hub."""
+    """diffusers takes every list in model_index.json for a component, and looks for
+    its files on the hub.
+    """
     index = json.loads((saved.folder / "model_index.json").read_text())
     lists = {key for key, value in index.items() if isinstance(value, list)}
     assert lists == {"_class_name", "denoiser", "scheduler", "vae"}
@@ -414,10 +420,10 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     tmp_path, monkeypatch
 ):
     """Of a run on latents; the encoder must be theirs, the decoder may be another."""
-    from diffussm import latents, training
+    from diffussm import autoencoder, training
 
     vae = small_vae()
-    made_by = latents.vae_identity(vae, "/data/models/sd-vae")
+    made_by = autoencoder.vae_identity(vae, "/data/models/sd-vae")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text(json.dumps({"vae": made_by}))
     (tmp_path / "config.json").touch()
