@@ -154,10 +154,10 @@ def _imports(imports: dict[str, set[str]]) -> list[str]:
 
 
 COMPONENT_FILE = "modeling_diffussm.py"
-COMPONENT_CODE = '''\
-"""The denoiser of this pipeline; its code is in pipeline.py, beside this folder."""
-
-from diffusers_modules.local.pipeline import Denoiser
-
-__all__ = ["Denoiser"]
-'''
+# no line of it begins with an import: diffusers would look for its package here
+COMPONENT_CODE = (
+    '"""The denoiser of this pipeline; its code is in pipeline.py, beside this '
+    'folder."""\n\n'
+    "from diffusers_modules.local.pipeline import Denoiser\n\n"
+    '__all__ = ["Denoiser"]\n'
+)
