@@ -36,10 +36,10 @@ def load_run(
         FileNotFoundError: there is no run or no such checkpoint.
         ValueError: a VAE that does not fit.
     """
-    training, autoencoder = _readers()
-    step = _found_step(training, run, step)
-    model, recipe, classes = training.load_run(run, weights, step)
-    made_by = training.encoder_of(run, recipe.data)
+    runs, autoencoder = _readers()
+    step = _found_step(runs, run, step)
+    model, recipe, classes = runs.load_run(run, weights, step)
+    made_by = runs.encoder_of(run, recipe.data)
     vae, identity = _identified(autoencoder, vae)
     if made_by is not None and identity is not None:
         autoencoder.check_encoder(made_by, identity, f"the latents of {run}")
@@ -83,20 +83,20 @@ def _readers() -> tuple[Any, Any]:
     its one file.
     """
     try:
-        names = ("diffussm.training", "diffussm.autoencoder")
-        training, autoencoder = (import_module(name) for name in names)
+        names = ("diffussm.run_folder", "diffussm.autoencoder")
+        runs, autoencoder = (import_module(name) for name in names)
     except ModuleNotFoundError as error:
         raise ImportError(
             "a training run is read by the package diffussm; install it"
         ) from error
-    return training, autoencoder
+    return runs, autoencoder
 
 
-def _found_step(training: Any, run: Path, step: int | None) -> int | None:
+def _found_step(runs: Any, run: Path, step: int | None) -> int | None:
     """Found once: a run that still trains may write another checkpoint meanwhile."""
     if not (run / "config.json").is_file():
         return step
-    found = training.find_checkpoint(run, step)
+    found = runs.find_checkpoint(run, step)
     return int(found.name.removeprefix("step_")) if found else step
 
 

@@ -16,11 +16,7 @@ from pipelines import NAMES, TINY, draw, network, piped, seeded, small_vae  # no
 
 from diffussm.denoiser import Denoiser  # noqa: E402
 from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
-from diffussm.schedulers import (  # noqa: E402
-    FEWEST_STEPS,
-    ancestral_scheduler,
-    scheduler_for,
-)
+from diffussm.schedulers import FEWEST_STEPS, ancestral_scheduler, scheduler_for  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -491,6 +487,6 @@ def test_half_precision_keeps_the_chain_in_float32():
 
 
 def test_importing_the_package_does_not_import_diffusers():
-    code = "import sys, diffussm, diffussm.model, diffussm.training\n"
+    code = "import sys, diffussm, diffussm.model, diffussm.runs\n"
     code += "assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

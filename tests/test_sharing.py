@@ -15,8 +15,9 @@ from pipelines import NAMES, draw, network, piped, small_vae  # noqa: E402
 
 from diffussm import pipeline  # noqa: E402
 from diffussm.model import DiffuSSM  # noqa: E402
+from diffussm.options import RECIPES  # noqa: E402
 from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
-from diffussm.training import RECIPES, train  # noqa: E402
+from diffussm.runs import train  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning"
@@ -420,7 +421,7 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     tmp_path, monkeypatch
 ):
     """Of a run on latents; the encoder must be theirs, the decoder may be another."""
-    from diffussm import autoencoder, training
+    from diffussm import autoencoder, run_folder
 
     vae = small_vae()
     made_by = autoencoder.vae_identity(vae, "/data/models/sd-vae")
@@ -429,10 +430,10 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
     (tmp_path / "config.json").touch()
     config = replace(RECIPES["digits"], data=str(tmp_path / "store"))
     monkeypatch.setattr(
-        training, "load_run", lambda *_: (network(), config, ["a", "b", "c"])
+        run_folder, "load_run", lambda *_: (network(), config, ["a", "b", "c"])
     )
     monkeypatch.setattr(
-        training, "find_checkpoint", lambda *_: tmp_path / "step_00000007"
+        run_folder, "find_checkpoint", lambda *_: tmp_path / "step_00000007"
     )
     with torch.no_grad():
         vae.decoder.conv_out.bias.add_(1)
