@@ -141,11 +141,10 @@ def _draw_rows(
     where = next(model.parameters()).device
     draws = generator(seed, "grid", 0)
     noise = torch.randn(len(rows) * per_class, *image_shape(model), generator=draws)
-    y = None
-    if model.null_label is None:
+    labels = torch.tensor(rows).repeat_interleave(per_class).to(where)
+    y = None if model.null_label is None else labels
+    if y is None:
         sampler = replace(sampler, cfg_scale=1.0)
-    else:
-        y = torch.tensor(rows).repeat_interleave(per_class).to(where)
     how: dict[str, Any] = {"generator": draws, "noise": noise.to(where)}
     with computing_in(precision, where):
         return sampler.draw(model, diffusion, y, **how, progress=progress).float()

@@ -127,23 +127,27 @@ def draw_batch(
     device: torch.device,
     decode: Decode | None = None,
 ) -> np.ndarray | None:
-    """Batch `number` of a set, uint8 (n, H, W, 3); None if asked to stop before.
-
-    A pure function of the weights, `wanted` and `number`.
-    """
-    first, size = number * wanted.batch_size, wanted.batch_size
-    y = wanted.label(range(first, first + size), model.config.num_classes)
-    y = None if y is None else y.to(device)
-    draws = generator(wanted.seed, "samples", number)
-    noise = torch.randn(size, *image_shape(model), generator=draws).to(device)
+    """Batch `number`, uint8 (n, H, W, 3): a pure function; None if asked to stop."""
+    y, noise, draws = _begin(model, wanted, number, device)
     chain = wanted.sampler.walk(model, diffusion, y, generator=draws, noise=noise)
     with computing_in(wanted.precision, device):
         for _, latest, _ in chain:
             x = latest  # (B, C, H, W)
             if stopping():
                 return None
-    x = x.float()[: wanted.count - first]
+    x = x.float()[: wanted.count - number * wanted.batch_size]
     return to_uint8(x if decode is None else decode(x))
+
+
+def _begin(
+    model: DiffuSSM, wanted: SampleSet, number: int, device: torch.device
+) -> tuple[Tensor | None, Tensor, torch.Generator]:
+    """Labels and noise of a batch, and the stream from which the rest is drawn."""
+    first, size = number * wanted.batch_size, wanted.batch_size
+    y = wanted.label(range(first, first + size), model.config.num_classes)
+    draws = generator(wanted.seed, "samples", number)
+    noise = torch.randn(size, *image_shape(model), generator=draws)
+    return None if y is None else y.to(device), noise.to(device), draws
 
 
 def draw_samples(
@@ -165,7 +169,7 @@ def draw_samples(
             `labels.json`), or a name that ends in `.npz` (`arr_0` uint8 (n, H, W, 3),
             `arr_1` labels; the record lies beside it as `.json`).
         facts: what else decided the set (which weights, what decodes): recorded, and
-            compared on resume, all but the name of the autoencoder `facts["vae"]`.
+            compared on resume, but for the name of an autoencoder.
         decode: latents (B, C, h, w) -> images (B, 3, H, W); None for a model of pixels.
 
     Raises:
@@ -177,9 +181,8 @@ def draw_samples(
     files = _SampleFiles(Path(out), how | facts)
     if on_rank_zero(files.claim):
         return files.out
-    batches = math.ceil(wanted.count / wanted.batch_size)
     draw = partial(draw_batch, model, diffusion, wanted, device=device, decode=decode)
-    _draw_missing(draw, files, batches, wanted.batch_size, progress)
+    batches = _draw_missing(draw, files, wanted, progress)
     labels = wanted.label(range(wanted.count), classes)
     on_rank_zero(lambda: files.complete(batches, wanted.count, labels))
     return files.out
@@ -188,19 +191,19 @@ def draw_samples(
 def _draw_missing(
     draw: Callable[[int], np.ndarray | None],
     files: "_SampleFiles",
-    batches: int,
-    size: int,
+    wanted: SampleSet,
     progress: bool,
-) -> None:
-    """Share the batches that are missing; Preempted if asked to stop before."""
-    missing, drawn = on_rank_zero(lambda: files.missing(batches)), 0
-    quiet = not progress or rank() > 0
-    with tqdm(total=batches, unit="batch", disable=quiet, dynamic_ncols=True) as bar:
+) -> int:
+    """Share the batches that are missing; how many a set has. Preempted if stopped."""
+    batches, drawn = math.ceil(wanted.count / wanted.batch_size), 0
+    missing, quiet = on_rank_zero(lambda: files.missing(batches)), rank() > 0
+    how: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True}
+    with tqdm(total=batches, disable=quiet or not progress, **how) as bar:
         for number in deal(missing):
             bar.update(number - bar.n)
             images = draw(number)
             if images is not None:
-                files.keep(number, number * size, images)
+                files.keep(number, number * wanted.batch_size, images)
                 drawn += 1
         barrier()
         done = batches - len(missing) + int(all_reduce(torch.tensor([drawn])))
@@ -208,6 +211,7 @@ def _draw_missing(
     if done < batches:
         told = f"asked to stop: {done} of {batches} batches are drawn and kept"
         raise together(Preempted(told))
+    return batches
 
 
 @dataclass(frozen=True)
