@@ -151,6 +151,19 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+@contextmanager
+def _explained(step: int, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the checkpoint of step {step} could not be written into {folder}: "
+            f"{error}. The run stops here rather than train on without one; make room "
+            "or repair the folder, and give the same command again to go on from the "
+            "last checkpoint"
+        ) from error
+
+
 def prune(
     newest: Path, keep_last: int = 2, keep_every: int = 0, keep: Collection[int] = ()
 ) -> None:
@@ -226,19 +239,6 @@ def _refuse_all_damaged(run: Path, folders: list[Path]) -> None:
             "whole; restore one from a copy, or move that folder away to begin again "
             "from the first step"
         )
-
-
-@contextmanager
-def _explained(step: int, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"the checkpoint of step {step} could not be written into {folder}: "
-            f"{error}. The run stops here rather than train on without one; make room "
-            "or repair the folder, and give the same command again to go on from the "
-            "last checkpoint"
-        ) from error
 
 
 def load_checkpoint(folder: Path, state: TrainState) -> None:

@@ -144,6 +144,43 @@ def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | No
     return None
 
 
+def _refuse_data(run: Path, differing: list[str]) -> None:
+    raise ValueError(
+        f"{run} was trained on other data, which differ in {'; '.join(differing)}. "
+        "Give the data that it was trained on (they may have moved), choose a new "
+        "folder, or pass --other_data (other_data=True) to go on with these; nothing "
+        "was written"
+    )
+
+
+def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
+    known = encoder_of(run) or encoder
+    for name in ("encoder_sha256", "scaling_factor"):
+        if known.get(name) != encoder.get(name):
+            raise ValueError(
+                f"{run} has learned latents of the encoder of {known.get('name')}, and "
+                f"these are of that of {encoder.get('name')} ({name} there "
+                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, "
+                "or choose a new folder. Nothing was written"
+            )
+    write_json(run / "vae.json", known)
+
+
+def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
+    if theirs.random != RANDOM:
+        warn(
+            f"{run} was begun by a version that drew its random numbers in another "
+            "way: it goes on, but which digits are held out, order, flips, noise and "
+            "dropped labels are not those of then"
+        )
+    known, found = (config.data.get("fingerprint") for config in (theirs, ours))
+    if known is None and found is not None:
+        warn(
+            f"{run} holds no fingerprint of its data: only their number and their "
+            "classes were compared"
+        )
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold the run's folder; ValueError if another process does."""
@@ -290,40 +327,3 @@ def load_run(
         )
     model = DiffuSSM.from_pretrained(checkpoint / weights)
     return model, trained.recipe, trained.data.get("classes", [])
-
-
-def _refuse_data(run: Path, differing: list[str]) -> None:
-    raise ValueError(
-        f"{run} was trained on other data, which differ in {'; '.join(differing)}. "
-        "Give the data that it was trained on (they may have moved), choose a new "
-        "folder, or pass --other_data (other_data=True) to go on with these; nothing "
-        "was written"
-    )
-
-
-def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
-    known = encoder_of(run) or encoder
-    for name in ("encoder_sha256", "scaling_factor"):
-        if known.get(name) != encoder.get(name):
-            raise ValueError(
-                f"{run} has learned latents of the encoder of {known.get('name')}, and "
-                f"these are of that of {encoder.get('name')} ({name} there "
-                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, "
-                "or choose a new folder. Nothing was written"
-            )
-    write_json(run / "vae.json", known)
-
-
-def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
-    if theirs.random != RANDOM:
-        warn(
-            f"{run} was begun by a version that drew its random numbers in another "
-            "way: it goes on, but which digits are held out, order, flips, noise and "
-            "dropped labels are not those of then"
-        )
-    known, found = (config.data.get("fingerprint") for config in (theirs, ours))
-    if known is None and found is not None:
-        warn(
-            f"{run} holds no fingerprint of its data: only their number and their "
-            "classes were compared"
-        )
