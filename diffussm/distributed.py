@@ -31,6 +31,8 @@ __all__ = [
     "world_size",
     "all_reduce",
     "on_rank_zero",
+    "stopping",
+    "request_stop",
     "deal",
     "DAY",
     "barrier",
@@ -40,8 +42,6 @@ __all__ = [
     "leaves_alone",
     "FailureWatch",
     "PeerFailed",
-    "stopping",
-    "request_stop",
     "Preempted",
     "EXIT_PREEMPTED",
     "REPEAT",
@@ -115,6 +115,16 @@ _GROUP = _Group()
 def _forget() -> None:
     """As it is for a process that is alone and was asked nothing."""
     vars(_GROUP).update(vars(_Group()))
+
+
+def stopping() -> bool:
+    """Whether this process was asked to save and stop."""
+    return _GROUP.stopping
+
+
+def request_stop() -> None:
+    """Ask this process to save and stop."""
+    _GROUP.stopping = True
 
 
 def _counter() -> Callable[[int], int]:
@@ -315,16 +325,6 @@ class FailureWatch:
 
 class PeerFailed(ConnectionError):
     """Another process of the run failed; the message says which one, and why."""
-
-
-def stopping() -> bool:
-    """Whether this process was asked to save and stop."""
-    return _GROUP.stopping
-
-
-def request_stop() -> None:
-    """Ask this process to save and stop."""
-    _GROUP.stopping = True
 
 
 class Preempted(Exception):
