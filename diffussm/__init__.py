@@ -1,7 +1,7 @@
-"""DiffuSSM: class-conditional diffusion models without attention (Yan, Gu and Rush, 2023).
+"""DiffuSSM: class-conditional diffusion without attention (Yan, Gu and Rush, 2023).
 
-Each module comes out of one chapter of `book/`. The names that most programs need can be taken from here; the
-rest is in the modules.
+Each module comes out of one chapter of `book/`. The names that most programs need can
+be taken from here; the rest is in the modules.
 """
 
 import sys
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from diffussm.pipeline import DiffuSSMPipeline as DiffuSSMPipeline
     from diffussm.runs import train as train
     from diffussm.sampling import sample as sample
-else:  # the same names, imported on first use: `diffussm --help` does not wait for torch
+else:
+    # the same names, imported on first use: `diffussm --help` does not wait for torch
     _HOMES = {
         "DiffuSSM": "model",
         "DiffuSSMConfig": "model",

@@ -303,8 +303,8 @@ class _SampleFiles:
         if not complete and theirs.get("random", 1) != RANDOM:
             raise ValueError(
                 f"{self.out} was begun by a version that drew its random numbers in "
-                "another way, so that the rest would not belong to the same set; choose "
-                "another name, or finish it with that version"
+                "another way, so that the rest would not belong to the same set; "
+                "choose another name, or finish it with that version"
             )
         ours = json.loads(json.dumps(self.how))
         if different := differences(_deciding(ours), _deciding(theirs)):

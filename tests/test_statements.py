@@ -100,6 +100,10 @@ def test_no_clock_reaches_the_page(chapter) -> None:
     `benchmarks/results`.
     """
     faults = []
+    # names of what a benchmark has measured on a named machine
+    tables = re.findall(
+        r"^(\w+) = recorded\(", "\n".join(c.source for c in chapter.cells), re.MULTILINE
+    )
     for number, cell in enumerate(jupytext.read(chapter.path).cells):
         if cell.cell_type != "code":
             continue
@@ -113,7 +117,7 @@ def test_no_clock_reaches_the_page(chapter) -> None:
             # the package may look at a clock: its trainer logs images per second
             continue
         faults += [f"cell {number}, {fault}" for fault in published(tree)]
-        if "recorded(" not in cell.source and "benchmarks" not in cell.source:
+        if not re.search("|".join(["recorded\\(", "benchmarks", *tables]), cell.source):
             looked_up = {
                 ast.unparse(n.slice).strip("'")
                 for n in ast.walk(tree)

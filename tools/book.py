@@ -113,10 +113,11 @@ def _split_options(content: str) -> tuple[dict[str, Any], int, str]:
 def labels(text: str) -> list[str]:
     """The labels that a page gives to its titles, equations, figures and tables."""
     found = re.findall(
-        r"^\(([\w-]+)\)=$|^\s*:?(?:label|name):\s*([\w-]+)\s*$", text, re.MULTILINE
+        r"^\(([\w-]+)\)=$|^\s*:?(?:label|name):\s*(\w+(?:-\w+)+)\s*$",
+        text,
+        re.MULTILINE,
     )
-    # The kernel's name in the header, and a type in code, are none.
-    return [a or b for a, b in found if (a or b) not in ("python3", "str")]
+    return [a or b for a, b in found]
 
 
 def chapters(root: Path = ROOT) -> list[Chapter]:

@@ -1,9 +1,10 @@
 """The whole road at full scale, walked small: ``make rehearsal``.
 
-An image folder (OpenMoji, 64 x 64) -> a small autoencoder -> latents, encoded by two processes -> training
-with two processes -> SIGKILL in the middle of a save -> resumed by one -> samples, decoded -> scores. The
-commands are those of the chapter on ImageNet, and each step is checked before the next one starts. It needs
-no network and no GPU, and a few minutes.
+An image folder (OpenMoji, 64 x 64) -> a small autoencoder -> latents, encoded by two
+processes -> training with two processes -> SIGKILL in the middle of a save -> resumed
+by one -> samples, decoded -> scores. The commands are those of the chapter on ImageNet,
+and each step is checked before the next one starts. It needs no network and no GPU, and
+a few minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ TORCHRUN = [
 
 
 def command(*words: object, processes: int = 1) -> list[str]:
-    """The command line of `diffussm`, under torchrun for two processes; printed as one would type it."""
+    """The command line of `diffussm`, under torchrun for two processes; printed as one
+    would type it.
+    """
     tail = [str(word) for word in words]
     launcher = "torchrun --standalone --nproc_per_node 2 -m " if processes == 2 else ""
     print(f"$ {launcher}diffussm {' '.join(tail)}", flush=True)
@@ -37,7 +40,9 @@ def command(*words: object, processes: int = 1) -> list[str]:
 
 
 def run(*words: object, processes: int = 1) -> str:
-    """Run a command to its end; its standard output. Leaves the rehearsal if the command fails."""
+    """Run a command to its end; its standard output. Leaves the rehearsal if the
+    command fails.
+    """
     done = subprocess.run(
         command(*words, processes=processes),
         capture_output=True,
@@ -46,7 +51,8 @@ def run(*words: object, processes: int = 1) -> str:
     )
     if done.returncode != 0:
         raise SystemExit(
-            f"rehearsal: the command failed with {done.returncode}\n{done.stdout}\n{done.stderr}"
+            "rehearsal: the command failed with "
+            f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         )
     return done.stdout
 
@@ -68,7 +74,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
-    """Train with two processes, and SIGKILL both while a checkpoint after step `after` is being written."""
+    """Train with two processes, and SIGKILL both while a checkpoint after step `after`
+    is being written.
+    """
     job = subprocess.Popen(
         command(*words, processes=2),
         stdout=subprocess.DEVNULL,
@@ -86,7 +94,8 @@ def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
     job.wait()
     drafts = list(saves.glob(".step_*.tmp"))
     check(
-        f"both were killed while {drafts[0].name if drafts else 'nothing'} was being written",
+        f"both were killed while {drafts[0].name if drafts else 'nothing'} was "
+        "being written",
         len(drafts) == 1,
     )
     return max(int(folder.name[5:]) for folder in saves.glob("step_*"))
@@ -240,12 +249,12 @@ def rehearse(folder: Path, steps: int, count: int) -> None:
 
 
 def random_inception(path: Path) -> Path:
-    """Write weights of Inception's shape that let features through: the real ones are a download."""
+    """Write weights of Inception's shape; the real ones are a download."""
     import torch
     from torch import nn
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Blank(FeatureExtractorInceptionV3):
+    class Blank(FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, *_: object, **__: object) -> None:
             pass
 
@@ -264,8 +273,8 @@ def random_inception(path: Path) -> Path:
 def score(folder: Path, images: Path) -> None:
     """Score samples, and held-out pictures, against the training pictures.
 
-    With random weights in place of Inception's the whole path is walked, and distances still tell drawings
-    from what is none; they have nothing to do with FID.
+    With random weights in place of Inception's the whole path is walked, and distances
+    still tell drawings from what is none; they have nothing to do with FID.
     """
     from diffussm.evaluation import evaluate
     from diffussm.features import Inception, save_statistics
