@@ -452,6 +452,8 @@ def test_check_shows_the_difference(
             "# the kernel (eq-alpha-kernal)",
             "no label eq-alpha-kernal; the nearest is eq-alpha-kernel",
         ),
+        ("# as in chapter 9\nB = 1", "`chapter 9`: chapters move"),
+        ("B = 1\n# unlike fetch. 3 or chapter nine, as ch. 3", "`ch. 3`: chapters"),
         ("def g():\n    '''See fig-b.'''", "the book has no label fig-b"),
     ],
 )
@@ -497,18 +499,6 @@ def f(ref):
     assert 'As ch. "A title" and eq-x (ch. "A\n    title").' in text
     assert "# fig-x, chapter\n" in text
     assert """return "{ref}" + f"{ref}`eq-x`\"""" in text
-
-
-def test_chapters_named_by_number_are_counted(
-    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    comment = "# as chapter 9 and ch. 3, unlike fetch. 3 or chapter nine"
-    chapter(root, "01_alpha", f"{comment}\nA = 1")
-    assert main(["--root", str(root)]) == 0
-    assert "2 chapters are named by number" in capsys.readouterr().out
-    (root / "diffussm" / "alpha.py").unlink()
-    monkeypatch.setattr("tools.export.REFUSE_NUMBERS", True)
-    assert "cell 1, line 21: `chapter 9`: chapters move" in refused(root)
 
 
 def test_two_chapters_with_one_module_are_refused(root: Path) -> None:

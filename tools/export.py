@@ -23,15 +23,12 @@ from ruff import find_ruff_bin
 
 from tools import folding
 from tools.book import ROOT, Cell, Chapter, chapters
-from tools.references import NUMBER, Book, read_book, resolve
+from tools.references import Book, read_book, resolve
 
 __all__ = ["ExportError", "build", "main"]
 
 PACKAGE = "diffussm"
 HAND_WRITTEN = {"__init__.py", "__main__.py"}
-# Until no chapter says `chapter 9` any more, this is told and not refused.
-REFUSE_NUMBERS = False
-
 Import = ast.Import | ast.ImportFrom
 
 
@@ -118,11 +115,6 @@ class _Module:
             f"{_where(self.chapter, cell, line)}: {message}"
             for line, message in self.book.faults(cell.source)
         ]
-        if REFUSE_NUMBERS:
-            self.faults += [
-                f"{_where(self.chapter, cell, line)}: {message}"
-                for line, message in self.book.numbers(cell.source)
-            ]
         lines = cell.source.splitlines()
         moved: set[int] = set()
         last = 0
@@ -504,9 +496,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _write(path, text)
             print(f"export: wrote {name}")
-    numbers = sum(len(NUMBER.findall(text)) for text in texts.values())
-    if numbers:
-        print(f'export: {numbers} chapters are named by number; write ch. "Title"')
     if options.check and changed:
         print(
             f"export: {changed} modules differ from the book; run `make export`",

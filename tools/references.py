@@ -29,7 +29,12 @@ class Book:
     labels: dict[str, str]
 
     def faults(self, source: str) -> Iterator[tuple[int, str]]:
-        """What a cell names and the book does not have: (line, message)."""
+        """What a cell says of the book that is not so: (line, message)."""
+        for found in NUMBER.finditer(source):
+            yield (
+                source.count("\n", 0, found.start()) + 1,
+                f'`{found[0]}`: chapters move; write ch. "Title"',
+            )
         for found in TITLE.finditer(source):
             title = re.sub(r"\s*\n\s*#?\s*", " ", found[1])
             if title not in self.titles:
@@ -45,14 +50,6 @@ class Book:
                         "the book has no label "
                         f"{found[0]}{_nearest(found[0], self.labels)}",
                     )
-
-    def numbers(self, source: str) -> Iterator[tuple[int, str]]:
-        """Chapters that are named by number: (line, message)."""
-        for found in NUMBER.finditer(source):
-            yield (
-                source.count("\n", 0, found.start()) + 1,
-                f'`{found[0]}`: chapters move; write ch. "Title"',
-            )
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
