@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.data import Dataset, batch_indices, generator
-from diffussm.guards import expect_int, expect_number
+from diffussm.guards import expect_int, expect_number, refuse
 
 __all__ = [
     "train_vae",
@@ -128,11 +128,11 @@ def train_vae(
 
 def _check_crop(side: int, channels: Sequence[int], crop: int) -> None:
     factor = 2 ** (len(channels) - 1)
-    if crop > side or crop % factor or any(width % 4 for width in channels):
-        raise ValueError(
-            f"{crop=}, channels={tuple(channels)}: expected crops of {side} pixels at "
-            f"most and a multiple of {factor}, and channels that are multiples of 4"
-        )
+    refuse(
+        crop > side or crop % factor or any(width % 4 for width in channels),
+        f"{crop=}, channels={tuple(channels)}: expected crops of {side} pixels at "
+        f"most and a multiple of {factor}, and channels that are multiples of 4",
+    )
 
 
 @torch.no_grad()
@@ -144,10 +144,10 @@ def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
         x, _ = source.batch(part)
         means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
     std = torch.cat(means).std().item()
-    if not 0 < std < math.inf:
-        raise ValueError(
-            f"the latents have a standard deviation of {std}; are the images all alike?"
-        )
+    refuse(
+        not 0 < std < math.inf,
+        f"the latents have a standard deviation of {std}; are the images all alike?",
+    )
     return round(1 / std, 5)
 
 
@@ -208,11 +208,11 @@ def _check_fit(vae: Any, found: dict[str, Any], folder: Path) -> None:
             f"the weights in {folder} do not fit its config.json: {len(wrong)} are "
             f"missing, unknown or of another shape, such as {wrong[0]}"
         )
-    if getattr(vae.config, "shift_factor", None):
-        raise ValueError(
-            f"{folder} shifts its latents (shift_factor); "
-            "only a scaling_factor is supported"
-        )
+    refuse(
+        getattr(vae.config, "shift_factor", None),
+        f"{folder} shifts its latents (shift_factor); "
+        "only a scaling_factor is supported",
+    )
 
 
 def _half_sha256(vae: Any, encoder: bool) -> str:
@@ -243,12 +243,12 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
 
     Identities of who made the latents and of who is to use them; `what` names them.
     """
-    if "encoder_sha256" not in made_by:
-        raise ValueError(
-            f"the record of the autoencoder of {what} names no encoder "
-            "(encoder_sha256): an older version wrote it, which did not tell encoder "
-            "and decoder apart. Encode the images again"
-        )
+    refuse(
+        "encoder_sha256" not in made_by,
+        f"the record of the autoencoder of {what} names no encoder "
+        "(encoder_sha256): an older version wrote it, which did not tell encoder "
+        "and decoder apart. Encode the images again",
+    )
     for key in ("encoder_sha256", "scaling_factor"):
         if made_by[key] != identity[key]:
             raise ValueError(
@@ -283,11 +283,11 @@ def moments(vae: Any, images: Tensor) -> Tensor:
     with full_precision():
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
-    if not stored.isfinite().all():
-        raise ValueError(
-            "the autoencoder gave moments beyond float16 (65504) or not a number; are "
-            "the images in [-1, 1], and is it the right autoencoder?"
-        )
+    refuse(
+        not stored.isfinite().all(),
+        "the autoencoder gave moments beyond float16 (65504) or not a number; are "
+        "the images in [-1, 1], and is it the right autoencoder?",
+    )
     return stored
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect, expect_int, expect_number, expect_one_of
+from diffussm.guards import expect, expect_int, expect_number, expect_one_of, refuse
 
 __all__ = [
     "Fetch",
@@ -128,11 +128,12 @@ class TensorData(Dataset):
 def _check_tensors(
     images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
 ) -> None:
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, "
-            "subtract 1"
-        )
+    refuse(
+        not images.is_floating_point(),
+        f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, "
+        "subtract 1",
+        TypeError,
+    )
     expect("images", images, "n C H W")
     expect_int("number of images", len(images), least=1)
     low, high = images.min().item(), images.max().item()
@@ -148,8 +149,11 @@ def _check_tensors(
 
 def _check_labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> None:
     kind = labels.dtype
-    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise TypeError(f"labels are {kind}; expected integers")
+    refuse(
+        kind.is_floating_point or kind.is_complex or kind == torch.bool,
+        f"labels are {kind}; expected integers",
+        TypeError,
+    )
     expect("labels, one per image,", labels, "n", n=n)
     last = None if classes is None else len(classes) - 1  # as many as there are names
     for label in (labels.min(), labels.max()):
@@ -161,12 +165,12 @@ def _check_batch(n: int, batch_size: int, step: int, seed: int) -> None:
     expect_int("batch_size", batch_size, least=1)
     expect_int("step", step, least=0)
     expect_int("seed", seed, least=0)
-    if batch_size > n:
-        raise ValueError(
-            f"batch_size is {batch_size}, but the data set has {n} images: every batch "
-            f"would repeat some. Take a batch_size of {n} at most, or look whether the "
-            "data are where you think"
-        )
+    refuse(
+        batch_size > n,
+        f"batch_size is {batch_size}, but the data set has {n} images: every batch "
+        f"would repeat some. Take a batch_size of {n} at most, or look whether the "
+        "data are where you think",
+    )
 
 
 def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray:

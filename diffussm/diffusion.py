@@ -18,7 +18,7 @@ from diffussm.forward_process import (
     readable,
     working_dtype,
 )
-from diffussm.guards import expect, expect_int
+from diffussm.guards import expect, expect_int, refuse
 
 __all__ = ["DenoisingModel", "GaussianDiffusion", "find_attribute", "standard_normal"]
 
@@ -281,17 +281,20 @@ class GaussianDiffusion(ForwardProcess):
 
 def _check_timestep_map(timestep_map: Tensor, num_timesteps: int) -> None:
     expect("timestep_map", timestep_map, "T", T=num_timesteps)
-    if timestep_map.is_floating_point():
-        raise TypeError(f"timestep_map is {timestep_map.dtype}: expected integers")
+    refuse(
+        timestep_map.is_floating_point(),
+        f"timestep_map is {timestep_map.dtype}: expected integers",
+        TypeError,
+    )
 
 
 def _check_output(output: Tensor, x_t: Tensor) -> None:
     batch, channels, *size = x_t.shape
-    if output.shape != (batch, 2 * channels, *size):
-        raise ValueError(
-            f"the model returned {tuple(output.shape)} for x_t of {tuple(x_t.shape)}: "
-            f"expected {(batch, 2 * channels, *size)}, the noise and v"
-        )
+    refuse(
+        output.shape != (batch, 2 * channels, *size),
+        f"the model returned {tuple(output.shape)} for x_t of {tuple(x_t.shape)}: "
+        f"expected {(batch, 2 * channels, *size)}, the noise and v",
+    )
 
 
 def find_attribute(model: Any, name: str, default: Any = None) -> Any:

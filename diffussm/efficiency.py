@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffussm.embeddings import sincos_positions, timestep_features, to_image, to_stream
+from diffussm.guards import refuse
 from diffussm.hourglass import linear_macs
 from diffussm.model_config import DiffuSSMConfig
 
@@ -94,8 +95,10 @@ class DiTBlock(nn.Module):
     def __init__(self, d_model: int, n_heads: int = 16) -> None:
         super().__init__()
         D = d_model
-        if n_heads < 1 or D % n_heads:
-            raise ValueError(f"n_heads={n_heads}: expected a divisor of d_model={D}")
+        refuse(
+            n_heads < 1 or D % n_heads,
+            f"n_heads={n_heads}: expected a divisor of d_model={D}",
+        )
         self.n_heads = n_heads
         self.attention: Attention = F.scaled_dot_product_attention
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)

@@ -23,6 +23,7 @@ from diffussm.autoencoder import moments, vae_identity
 from diffussm.data import Dataset
 from diffussm.files import differences, read_json, sha256, whole_file, write_json
 from diffussm.folders import Skipped, StoredImages
+from diffussm.guards import refuse
 from diffussm.images import BadImage
 from diffussm.latents import (
     ENCODE_AGAIN,
@@ -68,11 +69,11 @@ def _sizes(source: Dataset, factor: int) -> tuple[int, int, int, int]:
     """Height and width of images and of latents."""
     size = getattr(source, "size", None)
     height, width = (size, size) if size else source[0][0].shape[-2:]
-    if height % factor or width % factor:
-        raise ValueError(
-            f"images of {height} x {width} pixels; this autoencoder needs multiples of "
-            f"{factor}"
-        )
+    refuse(
+        height % factor or width % factor,
+        f"images of {height} x {width} pixels; this autoencoder needs multiples of "
+        f"{factor}",
+    )
     return height, width, height // factor, width // factor
 
 
@@ -102,10 +103,10 @@ def _settle(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
 def _check_folder(out: Path) -> None:
     names = os.listdir(out) if out.exists() else []
     present = {name for name in names if not name.startswith(".")}
-    if present and "plan.json" not in present:
-        raise ValueError(
-            f"{out} is not empty and holds no latents; choose a new folder"
-        )
+    refuse(
+        present and "plan.json" not in present,
+        f"{out} is not empty and holds no latents; choose a new folder",
+    )
 
 
 def _check_alike(out: Path, plan: dict[str, Any], theirs: Any) -> None:
@@ -273,8 +274,8 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def _check_options(
     rank: int, world_size: int, batch_size: int, shard_size: int, workers: int
 ) -> None:
-    if not 0 <= rank < world_size or min(batch_size, shard_size, workers) < 1:
-        raise ValueError(
-            f"impossible: rank {rank} of {world_size}, {batch_size=}, {shard_size=}, "
-            f"{workers=}"
-        )
+    refuse(
+        not 0 <= rank < world_size or min(batch_size, shard_size, workers) < 1,
+        f"impossible: rank {rank} of {world_size}, {batch_size=}, {shard_size=}, "
+        f"{workers=}",
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffussm.autoencoder import full_precision
 from diffussm.files import sha256, whole_file
 from diffussm.formats import LmdbImages
+from diffussm.guards import refuse
 from diffussm.image_sets import FirstByKey, ImageSet, Source, digests_of, keys_of
 from diffussm.metrics import FeatureStatistics, RunningMoments
 
@@ -182,18 +183,17 @@ def _read(
 
 def _check_finite(features: dict[str, Tensor], extractor: Extractor) -> None:
     for name, x in features.items():
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(
-                f"the {name} features of {extractor.name} are not finite for some "
-                "images"
-            )
+        refuse(
+            not bool(torch.isfinite(x).all()),
+            f"the {name} features of {extractor.name} are not finite for some images",
+        )
 
 
 def _check_enough(digests: list[bytes], images: ImageSet) -> None:
-    if len(digests) < 2:
-        raise ValueError(
-            f"{images.source} holds fewer than two images; nothing can be said of it"
-        )
+    refuse(
+        len(digests) < 2,
+        f"{images.source} holds fewer than two images; nothing can be said of it",
+    )
 
 
 NEIGHBOURS = (
@@ -291,8 +291,10 @@ def _arrays(path: Path) -> dict[str, Any]:
             names = set(archive.files)
             wanted = names & _MOMENTS if "mu" in names else set()
             numbers = {name: np.asarray(archive[name]) for name in wanted}
-            if any(array.dtype.kind not in "fiu" for array in numbers.values()):
-                raise ValueError("it holds other things than numbers")
+            refuse(
+                any(array.dtype.kind not in "fiu" for array in numbers.values()),
+                "it holds other things than numbers",
+            )
             texts = {name: str(archive[name]) for name in names & _TEXTS}
             return numbers | texts | ({"arr_0": None} if "arr_0" in names else {})
     except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
@@ -301,14 +303,16 @@ def _arrays(path: Path) -> dict[str, Any]:
 
 def _check_reference(path: Path, arrays: dict[str, Any], extractor: Extractor) -> None:
     made_by = arrays.get("extractor")
-    if made_by not in (None, f"{extractor.name} {extractor.checksum}"):
-        raise ValueError(
-            f"the reference {path} was made with {made_by}, not with {extractor.name}: "
-            "make it again"
-        )
+    refuse(
+        made_by not in (None, f"{extractor.name} {extractor.checksum}"),
+        f"the reference {path} was made with {made_by}, not with {extractor.name}: "
+        "make it again",
+    )
     d = np.shape(arrays["mu"])
-    if len(d) != 1 or np.shape(arrays.get("sigma", 0)) != d * 2:
-        raise ValueError(f"the reference {path} has mu {d} and no sigma {d * 2}")
+    refuse(
+        len(d) != 1 or np.shape(arrays.get("sigma", 0)) != d * 2,
+        f"the reference {path} has mu {d} and no sigma {d * 2}",
+    )
     if len(arrays.get("pool", ())) > NEIGHBOURS:
         raise ValueError(
             f"the reference {path} holds features of {len(arrays['pool'])} images in "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffussm.data import Dataset
-from diffussm.guards import expect_int
+from diffussm.guards import expect_int, refuse
 from diffussm.images import (
     EXTENSIONS,
     WHITE,
@@ -274,10 +274,10 @@ class ImageFolder(StoredImages):
         other.__dict__.pop("fingerprint", None)
         other.skipped = skipped
         other._keep(kept)
-        if not len(other):
-            raise ValueError(
-                f"all {len(self)} images of {self.root!r} would be taken out"
-            )
+        refuse(
+            not len(other),
+            f"all {len(self)} images of {self.root!r} would be taken out",
+        )
         return other
 
     def _by_name(self, entry: os.DirEntry[str]) -> bool:
@@ -311,11 +311,11 @@ class ImageFolder(StoredImages):
         more = [f"and {count - 3} more"] * (count > 3)
         files = f"{count} files are" if count > 1 else "1 file is"
         left_out = f"{files} left out: {', '.join(first + more)}"
-        if not len(self):
-            raise ValueError(
-                f"no images below {self.root!r}; expected files ending in "
-                f"{', '.join(sorted(EXTENSIONS))}{f'. {left_out}' if count else ''}"
-            )
+        refuse(
+            not len(self),
+            f"no images below {self.root!r}; expected files ending in "
+            f"{', '.join(sorted(EXTENSIONS))}{f'. {left_out}' if count else ''}",
+        )
         if count:
             _LOG.warning("%s: %s", self.root, left_out)
 
@@ -338,11 +338,11 @@ def _check_folder(root: str) -> None:
 
 
 def _check_classes(root: str, names: list[str]) -> None:
-    if not names:
-        raise ValueError(
-            f"{root!r} has no sub-folders; expected one folder of images for each "
-            "class. For images without classes pass conditional=False"
-        )
+    refuse(
+        not names,
+        f"{root!r} has no sub-folders; expected one folder of images for each "
+        "class. For images without classes pass conditional=False",
+    )
     if set(names) <= {"train", "val", "test"}:
         raise ValueError(
             f"{root!r} holds {', '.join(names)}, which are splits and not classes. "

@@ -22,7 +22,7 @@ from diffussm.folders import (
     is_folder,
     visible,
 )
-from diffussm.guards import expect_int
+from diffussm.guards import expect_int, refuse
 from diffussm.images import EXTENSIONS, WHITE, BadImage
 
 __all__ = ["LmdbImages", "images_from", "find_broken_images"]
@@ -51,8 +51,10 @@ class LmdbImages(StoredImages):
         self._env = _open_lmdb(self.root)
         with self._env.begin() as reading:
             self._keys = NameList(reading.cursor().iternext(keys=True, values=False))
-        if not len(self._keys):
-            raise ValueError(f"{self.root} is an empty LMDB; expected encoded images")
+        refuse(
+            not len(self._keys),
+            f"{self.root} is an empty LMDB; expected encoded images",
+        )
         self.labels = torch.zeros(len(self._keys), dtype=torch.int64)
 
     def key(self, index: int) -> bytes:
@@ -147,10 +149,9 @@ def images_from(
     """
     path = Path(path)
     if path.suffix == ".mdb" or (path / "data.mdb").is_file():
-        if conditional:
-            raise ValueError(
-                f"{path} is an LMDB, which has no classes; omit conditional"
-            )
+        refuse(
+            conditional, f"{path} is an LMDB, which has no classes; omit conditional"
+        )
         return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
     if conditional is None:
         conditional = path.is_dir() and _holds_classes(path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect, expect_real
+from diffussm.guards import expect, expect_real, refuse
 
 __all__ = ["ForwardProcess", "working_dtype", "readable", "check_batch"]
 
@@ -138,11 +138,11 @@ def check_batch(num_timesteps: int, t: Tensor, **images: Tensor) -> None:
     sizes: dict[str, int] = {}
     for name, x in images.items():
         sizes = dict(zip("BCHW", expect(name, x, "B C H W", **sizes), strict=True))
-        if not x.is_floating_point():
-            raise TypeError(
-                f"{name} is {x.dtype}: expected floating point, images scaled to "
-                "[-1, 1]"
-            )
+        refuse(
+            not x.is_floating_point(),
+            f"{name} is {x.dtype}: expected floating point, images scaled to [-1, 1]",
+            TypeError,
+        )
     name, x = next(iter(images.items()))
     if readable(x) and not bool(torch.isfinite(x).all()):
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -155,10 +155,11 @@ def check_batch(num_timesteps: int, t: Tensor, **images: Tensor) -> None:
 
 def _check_timesteps(t: Tensor, batch: int, num_timesteps: int) -> None:
     expect("t", t, "B", B=batch)
-    if t.is_floating_point() or t.dtype == torch.bool:
-        raise TypeError(
-            f"t is {t.dtype}: expected integers from 0 to {num_timesteps - 1}"
-        )
+    refuse(
+        t.is_floating_point() or t.dtype == torch.bool,
+        f"t is {t.dtype}: expected integers from 0 to {num_timesteps - 1}",
+        TypeError,
+    )
     if readable(t) and len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_timesteps:
         raise ValueError(
             f"t reaches from {int(t.min())} to {int(t.max())}: expected 0 to "

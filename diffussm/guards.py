@@ -188,7 +188,7 @@ def expect_real(**tensors: Any) -> None:
             raise TypeError(f"{name} is {kind}: expected a real floating-point tensor")
 
 
-def refuse(when: bool, message: str, error: type[Exception] = ValueError) -> None:
+def refuse(when: object, message: str, error: type[Exception] = ValueError) -> None:
     """Raise `error(message)` where the condition holds."""
     if when:
         raise error(message)

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffussm.data import random_bits
 from diffussm.folders import ImageFolder, Skipped
 from diffussm.formats import LmdbImages, images_from
+from diffussm.guards import refuse
 from diffussm.images import BadImage, center_crop
 
 __all__ = [
@@ -160,8 +161,7 @@ def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
             for start in range(0, n, batch_size):
                 count = min(batch_size, n - start)
                 data = file.read(count * math.prod(shape))
-                if len(data) != count * math.prod(shape):
-                    raise ValueError("the file ends early")
+                refuse(len(data) != count * math.prod(shape), "the file ends early")
                 images = np.frombuffer(bytearray(data), np.uint8)
                 images = images.reshape(count, *shape)  # (B, H, W, 3)
                 yield torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -178,31 +178,31 @@ def _shape_of(file: IO[bytes]) -> tuple[int, ...]:
     """(n, H, W, 3) of an array of images, of which nothing but the header is read."""
     form = np.lib.format
     version = form.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"its array has format {version}")
+    refuse(version not in ((1, 0), (2, 0)), f"its array has format {version}")
     first = version == (1, 0)
     read = form.read_array_header_1_0 if first else form.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if dtype != np.uint8:
-        raise ValueError(
-            f"arr_0 holds {dtype}, expected uint8: round to 0 ... 255 and convert"
-        )
-    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"arr_0 has shape {shape}, expected (n, H, W, 3)")
-    if fortran:
-        raise ValueError(
-            "arr_0 is in Fortran order, so its images do not lie one after the other: "
-            "store np.ascontiguousarray(images)"
-        )
+    refuse(
+        dtype != np.uint8,
+        f"arr_0 holds {dtype}, expected uint8: round to 0 ... 255 and convert",
+    )
+    refuse(
+        len(shape) != 4 or shape[3] != 3 or 0 in shape,
+        f"arr_0 has shape {shape}, expected (n, H, W, 3)",
+    )
+    refuse(
+        fortran,
+        "arr_0 is in Fortran order, so its images do not lie one after the other: "
+        "store np.ascontiguousarray(images)",
+    )
     return tuple(shape)
 
 
 def _check_batch(batch: Tensor) -> None:
-    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
-        raise ValueError(
-            f"images are {batch.dtype} {tuple(batch.shape)}: "
-            "expected uint8 (B, 3, H, W)"
-        )
+    refuse(
+        batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3,
+        f"images are {batch.dtype} {tuple(batch.shape)}: expected uint8 (B, 3, H, W)",
+    )
 
 
 SEED = 0  # of the keys

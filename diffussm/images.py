@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffussm.guards import expect_int
+from diffussm.guards import expect_int, refuse
 
 __all__ = [
     "WHITE",
@@ -153,12 +153,11 @@ def _check_elongation(image: Image.Image, width: int, height: int, size: int) ->
 
 def check_colour(background: tuple[int, int, int]) -> None:
     """ValueError for what is no colour, before any file is blamed for it."""
-    if len(background) != 3 or not all(
-        type(part) is int and 0 <= part <= 255 for part in background
-    ):
-        raise ValueError(
-            f"background is {background!r}; expected three integers from 0 to 255"
-        )
+    refuse(
+        len(background) != 3
+        or not all(type(part) is int and 0 <= part <= 255 for part in background),
+        f"background is {background!r}; expected three integers from 0 to 255",
+    )
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffussm.autoencoder import check_encoder, vae_identity
 from diffussm.data import Dataset, Fetch
 from diffussm.files import read_json, sha256
+from diffussm.guards import refuse
 
 __all__ = [
     "FORMAT",
@@ -57,16 +58,15 @@ def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
     """
     header = npy_header(shape)
     expected, size = len(header) + 2 * math.prod(shape), path.stat().st_size
-    if size != expected:
-        raise ValueError(
-            f"{path} has {size} bytes, expected {expected}: truncated, or of another "
-            "store"
-        )
+    refuse(
+        size != expected,
+        f"{path} has {size} bytes, expected {expected}: truncated, or of another store",
+    )
     content = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    if content[: len(header)].tobytes() != header:
-        raise ValueError(
-            f"{path} does not begin as a float16 array of shape {tuple(shape)}"
-        )
+    refuse(
+        content[: len(header)].tobytes() != header,
+        f"{path} does not begin as a float16 array of shape {tuple(shape)}",
+    )
     return content[len(header) :].view("<f2").reshape(shape)
 
 

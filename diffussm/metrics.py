@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm.guards import refuse
+
 __all__ = [
     "frechet_distance",
     "RunningMoments",
@@ -56,10 +58,10 @@ def _checked_moments(*given: np.ndarray) -> list[np.ndarray]:
         raise ValueError(
             f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d"
         )
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError(
-            "a mean or covariance is not finite; look at the images and at the features"
-        )
+    refuse(
+        not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)),
+        "a mean or covariance is not finite; look at the images and at the features",
+    )
     return [mu1, sigma1, mu2, sigma2]
 
 
@@ -120,13 +122,14 @@ def kernel_distance(real: Tensor, fake: Tensor, block: int = _BLOCK) -> float:
 
 def _check_clouds(real: Tensor, fake: Tensor, more_than: int) -> None:
     for name, points in (("real", real), ("fake", fake)):
-        if points.ndim != 2 or len(points) <= more_than:
-            raise ValueError(
-                f"{name} features have shape {tuple(points.shape)}: "
-                f"expected (n, d), n over {more_than}"
-            )
-        if not bool(torch.isfinite(points).all()):
-            raise ValueError(f"{name} features are not finite")
+        refuse(
+            points.ndim != 2 or len(points) <= more_than,
+            f"{name} features have shape {tuple(points.shape)}: "
+            f"expected (n, d), n over {more_than}",
+        )
+        refuse(
+            not bool(torch.isfinite(points).all()), f"{name} features are not finite"
+        )
 
 
 _NEAREST = 3  # the neighbour whose distance is a ball's radius
@@ -178,8 +181,7 @@ def inception_score(logits: Tensor, part: int = PART) -> float:
     As ADM does; the last part may be shorter. With more than one part the order of the
     rows matters. Raises ValueError when there are none.
     """
-    if not len(logits):
-        raise ValueError("no logits: an Inception score needs images")
+    refuse(not len(logits), "no logits: an Inception score needs images")
     log_p = logits.double().log_softmax(dim=1)
     scores = []
     for rows in torch.split(log_p, part):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from diffussm.files import read_json
-from diffussm.guards import bounded, check_fields, from_dict
+from diffussm.guards import bounded, check_fields, from_dict, refuse
 
 __all__ = ["DiffuSSMConfig", "PRESETS", "CONFIG_FILE", "read_config"]
 
@@ -103,8 +103,7 @@ def _check_fit(config: DiffuSSMConfig) -> None:
             f"d_model={D}: expected a multiple of 4 with pos_embed='sincos'",
         ),
     ):
-        if wrong:
-            raise ValueError(why)
+        refuse(wrong, why)
 
 
 _WIDTH_AND_DEPTH = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 29)}

@@ -26,7 +26,7 @@ from diffussm.data import (
     generator,
 )
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.guards import bounded, check_fields, nearest
+from diffussm.guards import bounded, check_fields, nearest, refuse
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
 __all__ = [
@@ -70,11 +70,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.warmup + self.cooldown > self.steps:
-            raise ValueError(
-                f"warmup={self.warmup} and cooldown={self.cooldown} must fit into "
-                f"steps={self.steps} together"
-            )
+        refuse(
+            self.warmup + self.cooldown > self.steps,
+            f"warmup={self.warmup} and cooldown={self.cooldown} must fit into "
+            f"steps={self.steps} together",
+        )
 
 
 RECIPES = {
@@ -98,11 +98,11 @@ def diffusion_of(recipe: Recipe) -> GaussianDiffusion:
 
 def load_dataset(recipe: Recipe) -> Dataset:
     """The training digits; other data are opened elsewhere, and handed over."""
-    if recipe.data != "digits":
-        raise ValueError(
-            f"data={recipe.data!r}: only the digits come by their name; open other "
-            "images and pass them as dataset=, for example ImageFolder(path, size)"
-        )
+    refuse(
+        recipe.data != "digits",
+        f"data={recipe.data!r}: only the digits come by their name; open other "
+        "images and pass them as dataset=, for example ImageFolder(path, size)",
+    )
     images, labels = digits("train")
     y = labels if recipe.model.num_classes else None
     return TensorData(images, y, flip=recipe.flip, levels=17)
@@ -200,8 +200,7 @@ def _refuse_unknown(values: dict[str, Any], known: dict[str, Any]) -> None:
         raise ValueError(
             f"unknown training option {unknown[0]!r}; {nearest(unknown[0], known)}"
         )
-    if "model" not in values:
-        raise ValueError("a training configuration needs a 'model' section")
+    refuse("model" not in values, "a training configuration needs a 'model' section")
 
 
 @cache  # each text once
@@ -294,23 +293,23 @@ def check_data(dataset: Dataset, recipe: Recipe) -> None:
     model, what = recipe.model, repr(recipe.data)
     shape = (model.in_channels, model.height, model.width)
     image, _ = dataset[0]
-    if tuple(image.shape) != shape:
-        raise ValueError(
-            f"the images of {what} are {tuple(image.shape)}, the model takes {shape}; "
-            "set model.input_size and model.in_channels"
-        )
-    if model.num_classes != dataset.num_classes:
-        raise ValueError(
-            f"{what} has {dataset.num_classes} classes, the model {model.num_classes}; "
-            f"set model.num_classes={dataset.num_classes}, or 0 to train without labels"
-        )
-    if recipe.batch_size > len(dataset):
-        raise ValueError(
-            f"batch_size={recipe.batch_size}, but {what} has only {len(dataset)} "
-            f"images; set batch_size={len(dataset)} or less"
-        )
-    if recipe.exif_rotate and not hasattr(dataset, "read"):
-        raise ValueError(
-            f"exif_rotate applies to files of photographs, and {what} holds none; omit "
-            "it (for latents it is an option of diffussm encode)"
-        )
+    refuse(
+        tuple(image.shape) != shape,
+        f"the images of {what} are {tuple(image.shape)}, the model takes {shape}; "
+        "set model.input_size and model.in_channels",
+    )
+    refuse(
+        model.num_classes != dataset.num_classes,
+        f"{what} has {dataset.num_classes} classes, the model {model.num_classes}; "
+        f"set model.num_classes={dataset.num_classes}, or 0 to train without labels",
+    )
+    refuse(
+        recipe.batch_size > len(dataset),
+        f"batch_size={recipe.batch_size}, but {what} has only {len(dataset)} "
+        f"images; set batch_size={len(dataset)} or less",
+    )
+    refuse(
+        recipe.exif_rotate and not hasattr(dataset, "read"),
+        f"exif_rotate applies to files of photographs, and {what} holds none; omit "
+        "it (for latents it is an option of diffussm encode)",
+    )

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffussm.bidirectional import Convolution, way
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
+from diffussm.guards import refuse
 from diffussm.model import DiffuSSM
 from diffussm.options import Batch, Execution, Recipe
 from diffussm.training import Meter, TrainState, backward
@@ -71,18 +72,18 @@ def micro_batch_of(recipe: Recipe, execution: Execution, processes: int = 1) -> 
         ValueError: the batch does not split into such parts.
     """
     share, left = divmod(recipe.batch_size, processes)
-    if left or not share:
-        raise ValueError(
-            f"batch_size={recipe.batch_size} cannot be shared by {processes} "
-            f"processes; take a multiple of {processes}"
-        )
+    refuse(
+        left or not share,
+        f"batch_size={recipe.batch_size} cannot be shared by {processes} "
+        f"processes; take a multiple of {processes}",
+    )
     micro = execution.micro_batch or share
-    if share % micro:
-        raise ValueError(
-            f"micro_batch={micro} does not divide the {share} images that each of "
-            f"{processes} processes has of batch_size={recipe.batch_size}; choose a "
-            f"divisor of {share}"
-        )
+    refuse(
+        share % micro,
+        f"micro_batch={micro} does not divide the {share} images that each of "
+        f"{processes} processes has of batch_size={recipe.batch_size}; choose a "
+        f"divisor of {share}",
+    )
     return micro
 
 

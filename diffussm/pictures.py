@@ -20,6 +20,7 @@ from torch.nn import functional
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.files import whole_file
+from diffussm.guards import refuse
 from diffussm.model import DiffuSSM
 from diffussm.sampling import Sampler
 
@@ -53,22 +54,20 @@ def _check_drawn(images: Tensor) -> None:
             f"these samples have {images.shape[1]} channels: latents, which an "
             "autoencoder must decode; pass --vae"
         )
-    if not bool(images.isfinite().all()):
-        raise ValueError(
-            "the model drew images that are not finite; its weights have probably "
-            "diverged"
-        )
+    refuse(
+        not bool(images.isfinite().all()),
+        "the model drew images that are not finite; its weights have probably diverged",
+    )
 
 
 def _check_grid(images: Tensor, columns: int) -> None:
     n, channels, *_ = images.shape
-    if channels not in (1, 3):
-        raise ValueError(
-            f"these samples have {channels} channels: latents; say with --vae what "
-            "decodes them"
-        )
-    if n % columns:
-        raise ValueError(f"{n} images do not fill rows of {columns}")
+    refuse(
+        channels not in (1, 3),
+        f"these samples have {channels} channels: latents; say with --vae what "
+        "decodes them",
+    )
+    refuse(n % columns, f"{n} images do not fill rows of {columns}")
 
 
 _MARGIN = 2  # white pixels around each image of a grid

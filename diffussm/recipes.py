@@ -16,6 +16,7 @@ from torch import Tensor
 from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
 from diffussm.data import Dataset
 from diffussm.formats import images_from
+from diffussm.guards import refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, from_flat, load_dataset
@@ -50,11 +51,10 @@ def read_recipe(name: str) -> tuple[Recipe, Execution]:
 def _recipe_file(name: str) -> Path:
     known = recipe_files()
     file = known.get(name) or Path(name)
-    if not file.is_file():
-        raise ValueError(
-            f"there is no recipe {name!r}; give a YAML file, or one of "
-            f"{', '.join(known)}"
-        )
+    refuse(
+        not file.is_file(),
+        f"there is no recipe {name!r}; give a YAML file, or one of {', '.join(known)}",
+    )
     return file
 
 
@@ -91,21 +91,21 @@ def _data_path(recipe: Recipe) -> Path:
 
 def _open_latents(path: Path, recipe: Recipe) -> LatentStore:
     store = LatentStore(path)
-    if recipe.flip and not store.flip:
-        raise ValueError(
-            f"{path} holds no mirrored images; encode without --no_flip, or train with "
-            "--flip false"
-        )
+    refuse(
+        recipe.flip and not store.flip,
+        f"{path} holds no mirrored images; encode without --no_flip, or train with "
+        "--flip false",
+    )
     return store
 
 
 def _check_pixels(path: Path, model: DiffuSSMConfig) -> None:
-    if takes_latents(model):
-        raise ValueError(
-            f"{path} holds no latents, and this model takes {model.in_channels} "
-            f"channels; make them first: diffussm encode {path} LATENTS --vae VAE "
-            "--size PIXELS"
-        )
+    refuse(
+        takes_latents(model),
+        f"{path} holds no latents, and this model takes {model.in_channels} "
+        f"channels; make them first: diffussm encode {path} LATENTS --vae VAE "
+        "--size PIXELS",
+    )
 
 
 def open_data(recipe: Recipe) -> Dataset:

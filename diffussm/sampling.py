@@ -21,6 +21,7 @@ from diffussm.guards import (
     expect_int,
     expect_number,
     expect_real,
+    refuse,
 )
 from diffussm.reverse_process import ancestral_step, ddim_step
 
@@ -108,11 +109,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.eta and self.method == "ddpm":
-            raise ValueError(
-                f"eta={self.eta} with method='ddpm': eta belongs to 'ddim', "
-                "ddpm learns its variance"
-            )
+        refuse(
+            self.eta and self.method == "ddpm",
+            f"eta={self.eta} with method='ddpm': eta belongs to 'ddim', "
+            "ddpm learns its variance",
+        )
 
     def step_back(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """One step: arguments and results as for `ancestral_step`."""

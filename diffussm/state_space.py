@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect_int, expect_number
+from diffussm.guards import expect_int, expect_number, refuse
 
 __all__ = [
     "discretize_zoh",
@@ -28,11 +28,12 @@ def _expm1(z: Tensor) -> Tensor:
 
 
 def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
-    if not torch.is_complex(A):
-        raise TypeError(
-            f"A is {A.dtype}: expected the complex diagonal of a state matrix, e.g. "
-            "s4d_lin(64); a real one becomes torch.complex(A, torch.zeros_like(A))"
-        )
+    refuse(
+        not torch.is_complex(A),
+        f"A is {A.dtype}: expected the complex diagonal of a state matrix, e.g. "
+        "s4d_lin(64); a real one becomes torch.complex(A, torch.zeros_like(A))",
+        TypeError,
+    )
     if not isinstance(dt, Tensor):
         expect_number("dt", dt, above=0)
 
@@ -87,8 +88,9 @@ def _check_system(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> None:
         raise ValueError(
             f"dA, dB, C have shapes {shown}: expected (..., N/2) with the same N/2"
         )
-    if torch.is_complex(u):
-        raise ValueError(f"u is {u.dtype}: expected a real input of shape (..., L)")
+    refuse(
+        torch.is_complex(u), f"u is {u.dtype}: expected a real input of shape (..., L)"
+    )
 
 
 def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -129,11 +131,11 @@ def hippo_legs(n_state: int) -> Tensor:
 
 
 def _check_state_size(n_state: int) -> None:
-    if expect_int("n_state", n_state, least=2) % 2:
-        raise ValueError(
-            f"n_state={n_state}: the states of S4D come in conjugate pairs; expected a "
-            "positive even integer, e.g. n_state=64"
-        )
+    refuse(
+        expect_int("n_state", n_state, least=2) % 2,
+        f"n_state={n_state}: the states of S4D come in conjugate pairs; expected a "
+        "positive even integer, e.g. n_state=64",
+    )
 
 
 def s4d_legs(n_state: int) -> Tensor:
