@@ -245,18 +245,19 @@ class GaussianDiffusion(ForwardProcess):
         Raises:
             ValueError, TypeError: as for `q_sample` and `p_mean_variance`.
         """
-        none = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-        check_batch(self.num_timesteps, none, x0=x0)
         steps = range(self.num_timesteps)
+        check_batch(len(steps), x0.new_zeros(len(x0)).long(), x0=x0)
         bar = tqdm(steps, "bound", unit="term", disable=not progress)
         with find_attribute(model, "cached_kernels", nullcontext)():  # for all terms
-            terms = [
-                self._term(model, x0, step, y, generator, clip_denoised) for step in bar
-            ]
+            given = y, generator, clip_denoised
+            terms = [self._term(model, x0, step, *given) for step in bar]
         columns = {name: torch.stack([t[name] for t in terms], 1) for name in terms[0]}
         prior = self._prior_bpd(x0)
-        total = prior + columns["vb"].sum(1)
-        return {"total_bpd": total, "prior_bpd": prior, **columns}
+        return {
+            "total_bpd": prior + columns["vb"].sum(1),
+            "prior_bpd": prior,
+            **columns,
+        }
 
     def respace(self, num_timesteps: int) -> Self:
         """A shorter chain through some of the same noise levels, for the same network

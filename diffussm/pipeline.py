@@ -26,17 +26,15 @@ __all__ = ["DiffuSSMPipeline"]
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
-    """A trained DiffuSSM with all that turns labels into images, for diffusers
-    (ch. "The pipeline").
+    """A trained DiffuSSM with all that turns labels into images, for diffusers.
 
     Args:
         denoiser: the network; a `DiffuSSM` is wrapped in a `Denoiser`, taken out of a
             `DataParallel` or a `DistributedDataParallel` if it stands in one.
-        scheduler: one of the classes in `FEWEST_STEPS`; see `ancestral_scheduler`.
+        scheduler: one of the classes in `FEWEST_STEPS`, such as `ancestral_scheduler`.
             Exchange it with `pipe.scheduler =
-            Other.from_config(pipe.scheduler.config)`.
-            Its spacing of timesteps and its last noise level are not read: the pipeline
-            respaces the schedule.
+            Other.from_config(pipe.scheduler.config)`. The pipeline respaces its
+            schedule, whatever its own spacing.
         vae: the autoencoder whose latents the network makes; None if it makes pixels.
         id2label: names by class number, synonyms separated by commas.
         num_train_timesteps: T of the linear schedule in which the network was trained.
@@ -137,24 +135,25 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: names or numbers, one or many (list, array, tensor); none
-                gives no images. None for an unconditional model.
+            class_labels: names or numbers, one or many (a list, an array, a tensor);
+                none gives no images. None for an unconditional model.
             images_per_label: how many of each (in all, if unconditional).
             guidance_scale, guidance_channels: see `guided`; a scale of 1 is none.
             num_inference_steps: steps of the scheduler, 1 to T.
             eta: noise of DDIM, 0 to 1; other schedulers have none.
-            clip_denoised: clamp the predicted image to [-1, 1], for pixels.
+            clip_denoised: clamp the predicted image to [-1, 1] at each call, for
+                pixels.
             generator: source of all noise, or one for each image.
-            latents: start of the chain, standard normal (B, C, H, W), not drawn.
+            latents: start of the chain, standard normal (B, C, H, W), instead of a
+                draw.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or
                 "latent": what the chain ends with, undecoded.
             return_dict: False gives a tuple.
             callback_on_step_end: called as (pipe, call, timestep, {"latents": x}) after
                 each call of the network; may return other latents.
 
-        Raises:
-            ValueError, TypeError: arguments that cannot work, before the first step.
-            FloatingPointError: images that are not finite.
+        Raises ValueError or TypeError for arguments that cannot work, before the first
+        step; FloatingPointError for images that are not finite.
         """
         self._check_output(output_type)
         T, device = self.config.num_train_timesteps, self._execution_device
@@ -197,7 +196,6 @@ class DiffuSSMPipeline(DiffusionPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
-        # a VAE wants one at least
         x = latents if len(latents) else latents.new_zeros(1, *latents.shape[1:])
         shift = self.vae.config.get("shift_factor") or 0.0
         x = x / self.vae.config.scaling_factor + shift
@@ -242,14 +240,10 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
     def _check_conditional(self, class_labels: Any) -> bool:
         classes: int = self.denoiser.config.num_classes
-        if not classes and class_labels is not None:
-            raise ValueError(
-                "class_labels were given, but this model is unconditional: omit them"
-            )
-        if classes and class_labels is None:
-            raise ValueError(
-                f"class_labels are missing: this model has {classes} classes"
-            )
+        if class_labels is not None and not classes:
+            raise ValueError("class_labels for an unconditional model: omit them")
+        if class_labels is None and classes:
+            raise ValueError(f"class_labels are missing: there are {classes} classes")
         return bool(classes)
 
     def _check_vae(self) -> None:
@@ -339,9 +333,7 @@ def _asking(
 
 
 def _clipped(eps: Tensor, x_t: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that belongs to the predicted image, clamped to [-1, 1] (as
-    `p_mean_variance` has it).
-    """
+    """The noise that belongs to the predicted image, clamped to [-1, 1]."""
     signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     pred_xstart = ((x_t - noise * eps) / signal).clamp(-1, 1)
     implied: Tensor = (x_t - signal * pred_xstart) / noise

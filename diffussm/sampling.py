@@ -133,9 +133,7 @@ class Sampler:
         shape: tuple[int, ...] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """From noise to images, step by step: arguments and items as for `denoise`."""
-        y = None if y is None else as_labels(y)
-        x = _start(self, model, y, generator, noise, shape)
-        y = None if y is None else y.to(x.device)
+        x, y = _start(self, model, y, generator, noise, shape)
         chain = diffusion.respace(self.steps)
         predict = guided(model, self.cfg_scale, self.guidance_channels)
 
@@ -171,18 +169,19 @@ class Sampler:
 def _start(
     sampler: Sampler,
     model: Callable[..., Tensor],
-    y: Tensor | None,
+    y: Labels | None,
     generator: torch.Generator | None,
     noise: Tensor | None,
     shape: tuple[int, ...] | None,
-) -> Tensor:
-    """x_T, (B, C, H, W), on the device of the model."""
-    size = _check_start(sampler, model, y, noise, shape)
-    if noise is not None:
-        return noise
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    where: Any = next(parameters, y)
-    return standard_normal(size, generator, where.device, torch.float32)
+) -> tuple[Tensor, Tensor | None]:
+    """x_T (B, C, H, W) and the labels (B,), both on the device of the model."""
+    labels = None if y is None else as_labels(y)
+    size = _check_start(sampler, model, labels, noise, shape)
+    if noise is None:
+        weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        where: Any = next(iter(weights), labels)
+        noise = standard_normal(size, generator, where.device, torch.float32)
+    return noise, None if labels is None else labels.to(noise.device)
 
 
 def denoise(

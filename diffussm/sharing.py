@@ -139,14 +139,18 @@ def save_pipeline(
     card = model_card(pipe, name or folder.resolve().name, evaluation, license)
     texts = {"README.md": card, **_code(), "model_index.json": _index(pipe)}
     with whole_folder(folder) as draft:
-        pipe.denoiser.save_pretrained(draft / "denoiser")
-        pipe.scheduler.save_pretrained(draft / "scheduler")
-        if pipe.vae is not None:
-            pipe.vae.save_pretrained(draft / "vae", safe_serialization=True)
+        _save_parts(pipe, draft)
         for file, text in texts.items():
             (draft / file).write_text(text, encoding="utf-8")
-        for weights in draft.rglob("*.safetensors"):
-            apply_umask(weights)
+
+
+def _save_parts(pipe: Any, folder: Path) -> None:
+    pipe.denoiser.save_pretrained(folder / "denoiser")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    if pipe.vae is not None:
+        pipe.vae.save_pretrained(folder / "vae", safe_serialization=True)
+    for weights in folder.rglob("*.safetensors"):
+        apply_umask(weights)
 
 
 def _code() -> dict[str, str]:

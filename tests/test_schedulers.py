@@ -140,7 +140,7 @@ def walk(scheduler, steps, monkeypatch, **options):
 
 @cache
 def ours(steps):
-    """What chapter 7's DDIM makes of the same start, and the standard deviation of
+    """What our own DDIM makes of the same start, and the standard deviation of
     what it draws.
     """
     size = 2 * math.ceil(math.sqrt(2 * (2 + 2 * steps)) / 2)
@@ -162,7 +162,7 @@ def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
     2% from 50 on.
 
     DDIM and Euler have an error of the first order, 5.6% of the spread with 50 steps;
-    they are chapter 7's DDIM, and as wrong as that is.
+    they are our own DDIM, and as wrong as that is.
     """
     if name not in FEWEST_STEPS:
         try:
@@ -196,7 +196,7 @@ def test_every_scheduler_ends_at_the_data_or_is_refused(name, monkeypatch):
 
 
 def test_first_order_solvers_converge_to_the_data(monkeypatch):
-    """What the comparison with chapter 7 leaves open: that both go to the right
+    """What the comparison with our own DDIM leaves open: that both go to the right
     place.
     """
     errors = [
