@@ -87,7 +87,7 @@ class _Needed:
             return
         if self.chosen.setdefault(name, module) != module:
             raise RuntimeError(
-                f"{module} and {self.chosen[name]} both define {name}; rename one of them"
+                f"{module} and {self.chosen[name]} both define {name}: rename one"
             )
         for node in ast.walk(source.defined[name]):
             if isinstance(node, ast.Name):
