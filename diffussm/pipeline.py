@@ -135,17 +135,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            class_labels: names or numbers, one or many (a list, an array, a tensor);
-                none gives no images. None for an unconditional model.
+            class_labels: names or numbers, one or many (list, array, tensor); none
+                gives no images. None for an unconditional model.
             images_per_label: how many of each (in all, if unconditional).
             guidance_scale, guidance_channels: see `guided`; a scale of 1 is none.
             num_inference_steps: steps of the scheduler, 1 to T.
             eta: noise of DDIM, 0 to 1; other schedulers have none.
-            clip_denoised: clamp the predicted image to [-1, 1] at each call, for
-                pixels.
+            clip_denoised: clamp the predicted image to [-1, 1], for pixels.
             generator: source of all noise, or one for each image.
-            latents: start of the chain, standard normal (B, C, H, W), instead of a
-                draw.
+            latents: start of the chain, standard normal (B, C, H, W), not drawn.
             output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or
                 "latent": what the chain ends with, undecoded.
             return_dict: False gives a tuple.
