@@ -228,7 +228,8 @@ def from_dict(cls: type[T], values: Any, what: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} is {_short(values)}: expected names with values")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = {field.name: field for field in known}
     for key in values:
         if key not in fields:
             raise ValueError(f"unknown key {key!r} in {what}; {nearest(key, fields)}")
