@@ -173,6 +173,7 @@ def test_decode_undoes_the_scaling(vae):
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_an_autoencoder_lowers_its_error_and_sets_its_scale():
     generator = torch.Generator().manual_seed(0)
     quarters = torch.rand(64, 3, 2, 2, generator=generator) * 2 - 1

@@ -32,6 +32,7 @@ def tf32(x):
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
 def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypatch):
     """The interpreter multiplies in float32; here products round as hardware does."""
@@ -108,6 +109,7 @@ def test_a_cpu_stays_with_the_fft():
     )
 
 
+@pytest.mark.slow
 def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
     times = {"FFT": 0.3, "on the chip, tf32": 0.2, "on the chip, tf32x3": 0.1}
     monkeypatch.setattr(
@@ -130,6 +132,7 @@ def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
     assert choose().convolution is convolve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_is_wrong_is_never_chosen(monkeypatch, dtype):
     monkeypatch.setattr(

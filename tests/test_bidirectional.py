@@ -37,6 +37,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fft", "reference"])
 @pytest.mark.parametrize("length", [1, 2, 7, 64])
 def test_every_way_is_the_two_sums_with_their_gradients(name, length):

@@ -21,6 +21,7 @@ from diffussm.checkpoints import (
 from diffussm.training import TrainState
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "garble"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, capsys):
     run_tiny(tmp_path / "run", save_every=5)
@@ -165,6 +166,7 @@ def save_for_ever(run, shared):
         shared.value = state.step
 
 
+@pytest.mark.slow
 def test_fifty_kills_in_the_middle_of_saves_lose_at_most_the_save_under_way(tmp_path):
     generator = torch.Generator().manual_seed(0)
     finished = FORKS.Value("q", 0)

@@ -123,6 +123,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "said"), MISTAKES, ids=range(len(MISTAKES)))
 def test_a_mistake_gets_a_sentence_and_writes_nothing(
     work, tmp_path, monkeypatch, command, said
@@ -300,6 +301,7 @@ def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypat
     assert ALONE.search(diffussm("vae"))
 
 
+@pytest.mark.slow
 def test_without_signals_and_locks_of_unix_the_commands_work(tmp_path):
     """As on Windows: no SIGUSR1, no fcntl; simulated here."""
     commands = [

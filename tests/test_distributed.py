@@ -108,6 +108,7 @@ def test_what_cannot_be_pickled_leaves_nobody_waiting():
     assert "cannot pickle" in first[2] and "cannot pickle" in second[2]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(monkeypatch):
     from diffussm import distributed
 

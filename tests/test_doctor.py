@@ -121,6 +121,7 @@ def as_process(monkeypatch, rank, gpus):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
 
 
+@pytest.mark.slow
 def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
     as_process(monkeypatch, rank=5, gpus=8)
     seen = []
@@ -150,6 +151,7 @@ def test_under_torchrun_each_process_asks_for_its_own_gpu(monkeypatch, work):
     assert seen == [torch.device("cuda", 5)] * 3
 
 
+@pytest.mark.slow
 def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypatch):
     as_process(monkeypatch, rank=2, gpus=2)
     large = recipes.read_recipe("imagenet256")
@@ -157,6 +159,7 @@ def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypat
     assert finding.verdict == "FAIL" and "there are 2" in finding.told
 
 
+@pytest.mark.slow
 def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
     from diffussm import features
 

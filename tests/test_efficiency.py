@@ -294,6 +294,7 @@ def test_every_benchmark_has_recorded_its_machine_and_refuses_bad_options(name, 
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_measurements_of_a_gpu_are_rehearsed_without_one():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu"]

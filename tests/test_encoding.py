@@ -209,6 +209,7 @@ def large(tmp_path_factory, vae) -> tuple[Path, dict[str, bytes]]:
     return root, content(place / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_encode_killed_ten_times_is_byte_identical(forker, large, tmp_path, seed):
     root, expected = large
@@ -260,6 +261,7 @@ def test_two_ranks_make_the_bytes_of_one(vae, large, tmp_path):
     assert content(tmp_path / "o") == expected
 
 
+@pytest.mark.slow
 def test_killed_with_three_ranks_and_resumed_with_two_at_once(
     large, forker, vae, tmp_path
 ):

@@ -36,6 +36,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 101])
 def test_equals_the_two_sums_and_their_gradients(length):
     inputs = random_inputs(3, 2, length)
@@ -183,6 +184,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_copies_of_the_code_leave_the_operators_of_the_others_alone(tmp_path):
     """A saved pipeline, ten copies, a reload: no registered operator is replaced."""
     command = [sys.executable, "-X", "dev", "-c", COPIES, tmp_path]

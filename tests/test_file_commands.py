@@ -32,6 +32,7 @@ def test_encode_is_resumed_and_its_store_is_read(work, tmp_path):
     assert (tmp_path / "store" / "shard-00001.npy").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_encode_under_torchrun_gives_the_same_bytes(work, tmp_path):
     torchrun = (
         "-m torch.distributed.run --standalone --nproc_per_node 2 -m diffussm".split()

@@ -133,6 +133,7 @@ def test_a_layer_with_it_is_the_layer_without():
         close(fast, clear.double(), 1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_block_with_it_is_one_graph():
     block = HourglassBlock(4, 4).to(DEVICE)
     torch.nn.init.normal_(block.w3.weight)
@@ -222,6 +223,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path):
     """Down to machine code: on tensor cores, within the memory of a program."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

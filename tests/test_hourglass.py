@@ -87,6 +87,7 @@ class NoMixing(torch.nn.Module):
         return torch.cat([u, u], dim=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("M", [1, 2, 4])
 def test_block_equals_the_papers_subscripts(M):
     block = awake(downsample=M)
@@ -253,6 +254,7 @@ def test_wrong_shapes_are_refused(x, c, message):
         HourglassBlock(8, 4)(torch.zeros(x), torch.zeros(c))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize(
     "known", [False, True], ids=["kernels inside", "spectra given"]

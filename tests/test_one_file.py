@@ -4,9 +4,12 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from diffussm.one_file import self_contained_code
 
 
+@pytest.mark.slow
 def test_the_one_file_is_complete_and_holds_nothing_idle():
     tree = ast.parse(self_contained_code())
     imports = [

@@ -157,6 +157,7 @@ def files_below(folder: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_source_archive_holds_the_project(archives: Archives) -> None:
     with tarfile.open(archives.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
@@ -184,6 +185,7 @@ def test_source_archive_holds_the_project(archives: Archives) -> None:
     assert project <= held, sorted(project - held)
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(archives: Archives) -> None:
     with zipfile.ZipFile(archives.wheel) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -204,6 +206,7 @@ def test_wheel_holds_the_package_and_nothing_else(archives: Archives) -> None:
     )
 
 
+@pytest.mark.slow
 def test_version_has_one_source(installed: Installed) -> None:
     script = "from importlib.metadata import version; print(version('diffussm'))"
     assert (
@@ -224,6 +227,7 @@ def test_build_leaves_nothing_that_git_shows() -> None:
 # --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_types_and_names_are_those_that_are_imported() -> None:
     tree = ast.parse(Path(diffussm.__file__).read_text(encoding="utf-8"))
     [block] = [
@@ -264,6 +268,7 @@ def test_renamed_names_are_refused_with_the_new_ones() -> None:
     assert not hasattr(diffussm, "on_chp")
 
 
+@pytest.mark.slow
 def test_nothing_waits_for_torch() -> None:
     script = (
         "import sys, diffussm.cli; dir(diffussm); diffussm.cli.main(['--version']); "
@@ -301,6 +306,7 @@ REVEALED = USER.count("reveal_type")
 MYPY = "[mypy]\nfollow_imports = skip\n[mypy-diffussm.*]\nfollow_imports = normal\n"
 
 
+@pytest.mark.slow
 def test_mypy_finds_the_wrong_lines_of_a_user(
     installed: Installed, tmp_path: Path
 ) -> None:
@@ -325,6 +331,7 @@ def test_mypy_finds_the_wrong_lines_of_a_user(
     assert all("diffussm." in kind for kind in revealed[:3]), said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="needs pyright")
 def test_pyright_finds_the_wrong_lines_of_a_user(
     installed: Installed, tmp_path: Path
@@ -483,6 +490,7 @@ def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert "/" not in name or (ROOT / name).is_file(), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "book/99_imagenet.md"])
 def test_printed_commands_are_understood(
     page: str, no_work: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

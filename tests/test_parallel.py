@@ -29,6 +29,9 @@ from diffussm.parallel import create_state, wrap
 from diffussm.runs import train
 from diffussm.training import TrainState
 
+pytestmark = pytest.mark.slow  # many processes
+
+
 DIFFUSION = GaussianDiffusion.linear(50)
 CPU = torch.device("cpu")
 

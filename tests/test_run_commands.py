@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from commands import ALONE, SMALL, diffussm
 from PIL import Image
 
@@ -56,6 +57,7 @@ def test_training_says_how_large_how_fast_and_how_long(tmp_path):
         assert words in said
 
 
+@pytest.mark.slow
 def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
     tmp_path, monkeypatch
 ):
@@ -132,6 +134,7 @@ def test_training_takes_an_image_folder_without_classes(work, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
     def once_shown(line):
         if line.startswith("step 2 "):
@@ -151,6 +154,7 @@ def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch
     assert "6 steps done" in diffussm(words)
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
     command = [
         sys.executable,
@@ -170,6 +174,7 @@ def test_training_goes_on_when_its_reader_leaves_and_writes_few_lines(tmp_path):
     assert "step/s" not in said  # nobody watches a bar
 
 
+@pytest.mark.slow
 def test_a_line_of_output_does_not_stick_to_the_bar():
     from tqdm import tqdm
 

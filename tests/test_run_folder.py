@@ -299,6 +299,7 @@ def test_a_system_without_fcntl_has_another_lock(tmp_path, monkeypatch, capsys):
     assert "this system has no flock" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(
     tmp_path, monkeypatch, capsys
 ):
@@ -327,6 +328,7 @@ def test_a_lock_left_by_a_process_that_is_no_more_is_taken_over(
         assert json.loads(lock.read_text()) == holder
 
 
+@pytest.mark.slow
 def test_training_is_imported_without_fcntl_and_sigusr1():
     code = (
         "import signal, sys; del signal.SIGUSR1; sys.modules['fcntl'] = None; "

@@ -132,6 +132,7 @@ def test_clipping_bounds_what_the_optimiser_sees(tmp_path):
     assert norm**0.5 == pytest.approx(1e-3, rel=1e-3) and log_norm**0.5 > 1e-2
 
 
+@pytest.mark.slow
 def test_training_that_cannot_save_stops_loudly(tmp_path):
     """A limit on the size of a file stands for a full disk: the write breaks off."""
     code = (
@@ -351,6 +352,7 @@ def test_a_step_reads_the_device_once(tmp_path, monkeypatch):
         ] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_and_resumed_equals_untouched_bit_for_bit(tmp_path, size, precision):
@@ -511,6 +513,7 @@ def signalled(command, run, number):
     return job.returncode, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"),
     [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGUSR1), (2, signal.SIGINT)],
@@ -584,6 +587,7 @@ def test_what_all_raise_together_closes_the_group(tmp_path, function, what):
         assert said.startswith(what) and closed == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "encode", "sample"])
 def test_a_command_ends_when_one_process_fails(tmp_path, alone, command):
     """Under torchrun; closing the group would take ten minutes, see the program."""

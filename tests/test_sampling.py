@@ -109,6 +109,7 @@ def draw(model=smooth, y=None, **options):
 # Moments and modes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "steps", "slack", "options"),
     [
@@ -179,6 +180,7 @@ def test_learned_variance_matters_when_steps_are_few():
 # Whole chains
 
 
+@pytest.mark.slow
 def test_ddim_moves_one_image_and_one_noise_between_levels():
     """If the network always names the true noise, every x_t of the chain is a mixture
     of the same two.

@@ -33,9 +33,10 @@ from diffussm.schedulers import (  # noqa: E402
     scheduler_for,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 STEPS = [1, 2, 3, 5, 7, 10, 20, 50, 250, 300, 350, 600, 1000]
 CLASSES = [
     name

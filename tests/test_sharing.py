@@ -19,9 +19,10 @@ from diffussm.options import RECIPES  # noqa: E402
 from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
 from diffussm.runs import train  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def states(pipe):
