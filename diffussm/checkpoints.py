@@ -30,14 +30,10 @@ from diffussm.training import TrainState
 __all__ = [
     "Snapshot",
     "WEIGHTS",
-    "OPTIMIZER",
     "full_tensor",
-    "distribute",
     "snapshot",
-    "CHECKPOINT_FILES",
     "write_checkpoint",
     "step_of",
-    "prune",
     "find_checkpoint",
     "load_checkpoint",
     "whole_ema",
@@ -55,7 +51,7 @@ class Snapshot(NamedTuple):
 
 
 WEIGHTS = {name: f"{name}/model.safetensors" for name in ("model", "ema")}
-OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 
 
 def _tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
@@ -66,7 +62,7 @@ def _tensors_of(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
         for key, value in state.optimizer.state[parameter].items()
     }
     networks = {file: getattr(state, n).state_dict() for n, file in WEIGHTS.items()}
-    return {**networks, OPTIMIZER: moments}
+    return {**networks, _OPTIMIZER: moments}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def distribute(tensor: Tensor, like: Tensor) -> Tensor:
+def _distribute(tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse: on the device of `like`, and shared out as it is."""
     tensor = tensor.to(like.device)
     if not hasattr(like, "placements"):
@@ -109,15 +105,15 @@ def _write(taken: Snapshot, folder: Path) -> None:
             write_tensors(draft / file, tensors)
         for name in WEIGHTS:
             write_json(draft / name / "config.json", asdict(taken.model))
-        sums = {file: sha256(draft / file) for file in sorted(CHECKPOINT_FILES)}
+        sums = {file: sha256(draft / file) for file in sorted(_CHECKPOINT_FILES)}
         record = {"step": taken.step, "meter": taken.meter, "skipped": taken.skipped}
         write_json(draft / "state.json", {**record, "sha256": sums})
 
 
-CHECKPOINT_FILES = {
+_CHECKPOINT_FILES = {
     *WEIGHTS.values(),
     *(f"{name}/config.json" for name in WEIGHTS),
-    OPTIMIZER,
+    _OPTIMIZER,
 }
 
 
@@ -128,7 +124,7 @@ def write_checkpoint(
     keep_every: int = 0,
     keep: Collection[int] = (),
 ) -> Path:
-    """Write RUN/checkpoints/step_XXXXXXXX, then `prune`; returns the folder.
+    """Write RUN/checkpoints/step_XXXXXXXX, then `_prune`; returns the folder.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -138,7 +134,7 @@ def write_checkpoint(
         if folder.exists():  # it is damaged: a valid one would have been resumed from
             shutil.rmtree(folder)
         _write(taken, folder)
-    prune(folder, keep_last, keep_every, keep)
+    _prune(folder, keep_last, keep_every, keep)
     return folder
 
 
@@ -164,7 +160,7 @@ def _explained(step: int, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def prune(
+def _prune(
     newest: Path, keep_last: int = 2, keep_every: int = 0, keep: Collection[int] = ()
 ) -> None:
     """Remove the checkpoints beside `newest` that nothing tells to keep."""
@@ -200,9 +196,9 @@ def _fault(folder: Path) -> str | None:
     try:
         record = json.loads((folder / "state.json").read_text())
         sums = record["sha256"]
-        if set(sums) != CHECKPOINT_FILES or record["step"] != step_of(folder):
+        if set(sums) != _CHECKPOINT_FILES or record["step"] != step_of(folder):
             return "state.json is not that of this checkpoint"
-        if odd := _files_in(folder) ^ {*CHECKPOINT_FILES, "state.json"}:
+        if odd := _files_in(folder) ^ {*_CHECKPOINT_FILES, "state.json"}:
             return f"files missing or foreign: {', '.join(sorted(odd))}"
         wrong = [name for name in sorted(sums) if sha256(folder / name) != sums[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -251,7 +247,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
         record = read_json(folder / "state.json")
         for name, file in WEIGHTS.items():
             _fill(getattr(state, name), read_tensors(folder / file), file)
-        _fill_moments(state, read_tensors(folder / OPTIMIZER))
+        _fill_moments(state, read_tensors(folder / _OPTIMIZER))
         sums = torch.tensor(record["meter"], dtype=torch.float64)
         state.meter.sums = sums.view_as(state.meter.sums)
         state.step = int(record["step"])
@@ -262,7 +258,7 @@ def _fill(network: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
     targets = network.state_dict()
     _same_shapes(tensors, targets, file)
     for name, target in targets.items():
-        target.copy_(distribute(tensors[name], target))
+        target.copy_(_distribute(tensors[name], target))
 
 
 def _fill_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
@@ -272,7 +268,7 @@ def _fill_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
         parameter = parameters[name]
         # Adam's count of steps is where the parameter is, but never shared out
         alone = slot == "step"
-        placed = value.to(parameter.device) if alone else distribute(value, parameter)
+        placed = value.to(parameter.device) if alone else _distribute(value, parameter)
         state.optimizer.state[parameter][slot] = placed
 
 

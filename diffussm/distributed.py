@@ -34,19 +34,14 @@ __all__ = [
     "stopping",
     "request_stop",
     "deal",
-    "DAY",
     "barrier",
     "processes",
     "own_device",
     "together",
     "leaves_alone",
-    "FailureWatch",
     "PeerFailed",
     "Preempted",
     "EXIT_PREEMPTED",
-    "REPEAT",
-    "KNOWN",
-    "SIGNALS",
 ]
 
 T = TypeVar("T")
@@ -149,12 +144,12 @@ def deal(numbers: Sequence[int]) -> Iterator[int]:
     count(len(numbers))  # if we are asked to stop, nobody gets more
 
 
-DAY = 86_400.0  # seconds
+_DAY = 86_400.0  # seconds
 
 
 def barrier() -> None:
     """Wait until every process is here; TimeoutError after a day."""
-    deadline, count = time.monotonic() + DAY, _counter()
+    deadline, count = time.monotonic() + _DAY, _counter()
     count(1)
     while (missing := world_size() - count(0)) > 0:
         if time.monotonic() > deadline:
@@ -190,7 +185,7 @@ def processes(
     _forget()
     own = own_device(device)
     watch = _join(own, timeout, report or traceback.print_exception)
-    handlers = {n: signal.signal(n, _on_signal) for n in SIGNALS if stoppable}
+    handlers = {n: signal.signal(n, _on_signal) for n in _SIGNALS if stoppable}
     try:
         yield own
     except BaseException as error:
@@ -208,7 +203,7 @@ def processes(
 
 def _join(
     device: torch.device, timeout: float, report: Callable[[BaseException], int | None]
-) -> "FailureWatch | None":
+) -> "_FailureWatch | None":
     """Meet the other processes, if there are any."""
     size, limit = int(os.environ.get("WORLD_SIZE", 1)), timedelta(seconds=timeout)
     if size == 1:
@@ -224,7 +219,7 @@ def _join(
         timeout=limit,
         device_id=device if gpu else None,  # or NCCL has to guess it from the rank
     )
-    return FailureWatch(_GROUP.store, report)
+    return _FailureWatch(_GROUP.store, report)
 
 
 _GROUPS = itertools.count(1)  # each has its own names in the store
@@ -263,7 +258,7 @@ def leaves_alone(error: BaseException | None) -> bool:
     return world_size() > 1 and error is not None and error is not _GROUP.shared
 
 
-class FailureWatch:
+class _FailureWatch:
     """How a process that fails tells the others, which may be waiting for it."""
 
     def __init__(
@@ -333,15 +328,15 @@ class Preempted(Exception):
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not an error, try again
 
-REPEAT = 2.0  # seconds
-KNOWN = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is not known on Windows
-SIGNALS = tuple(getattr(signal, name) for name in KNOWN if hasattr(signal, name))
+_REPEAT = 2.0  # seconds
+_KNOWN = ("SIGINT", "SIGTERM", "SIGUSR1")  # the last is not known on Windows
+_SIGNALS = tuple(getattr(signal, name) for name in _KNOWN if hasattr(signal, name))
 
 
 def _on_signal(number: int, _: object) -> None:
     now = time.monotonic()
     if number == signal.SIGINT:
-        if _GROUP.interrupted is not None and now - _GROUP.interrupted > REPEAT:
+        if _GROUP.interrupted is not None and now - _GROUP.interrupted > _REPEAT:
             raise KeyboardInterrupt
         _GROUP.interrupted = _GROUP.interrupted or now
     request_stop()

@@ -22,9 +22,7 @@ __all__ = [
     "factors",
     "warps",
     "dft_tables",
-    "SLICES",
     "triton_convolve",
-    "PRECISIONS",
 ]
 
 
@@ -204,7 +202,7 @@ def _grad_h_kernel(
     _store(s + (part * D + d) * 2 * N + N, si, N1, N2)
 
 
-SLICES = 2  # of the batch: more programs than channels keep a GPU busy
+_SLICES = 2  # of the batch: more programs than channels keep a GPU busy
 
 
 def _tiles(spectra: Tensor) -> Tensor:
@@ -245,7 +243,7 @@ def _backward_shape(
 def _triton_convolve_backward(
     grad: Tensor, u: Tensor, spectra: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    (B, L, D), slices = u.shape, min(SLICES, u.shape[0])
+    (B, L, D), slices = u.shape, min(_SLICES, u.shape[0])
     x = u.transpose(1, 2).contiguous()  # (B, D, L)
     g = grad.transpose(1, 2).contiguous()  # (B, 2D, L)
     grad_u = torch.empty_like(x)
@@ -301,11 +299,11 @@ def triton_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> Te
     return y
 
 
-PRECISIONS = ("tf32", "tf32x3", "ieee")
+_PRECISIONS = ("tf32", "tf32x3", "ieee")
 
 
 def _check_kinds(u: Tensor, spectra: Tensor, precision: str) -> None:
-    expect_one_of("precision", precision, PRECISIONS)
+    expect_one_of("precision", precision, _PRECISIONS)
     real = u.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if not real or spectra.dtype != torch.complex64:
         raise TypeError(

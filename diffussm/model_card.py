@@ -11,10 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-__all__ = ["TEMPLATE", "model_card", "SCORES", "read_evaluation"]
+__all__ = ["model_card", "read_evaluation"]
 
 
-TEMPLATE = """\
+_TEMPLATE = """\
 ---
 {{ card_data }}
 ---
@@ -90,7 +90,7 @@ def model_card(
         tags=["diffussm", "state-space-model"],
     )
     texts = {**_texts(pipe), "name": name, "scores": _measured(evaluation)}
-    card: ModelCard = ModelCard.from_template(data, template_str=TEMPLATE, **texts)
+    card: ModelCard = ModelCard.from_template(data, template_str=_TEMPLATE, **texts)
     return f"{card.content.strip()}\n"
 
 
@@ -126,13 +126,13 @@ def _table(head: tuple[str, str], values: dict[str, Any]) -> str:
     return "\n".join(f"| {left} | {right} |" for left, right in lines)
 
 
-SCORES = "fid sfid is inception_score precision recall frechet_distance".split()
+_SCORES = "fid sfid is inception_score precision recall frechet_distance".split()
 
 
 def _measured(evaluation: dict[str, Any]) -> str:
     """Two tables: the scores, and what was measured, and how."""
     rows = dict(_rows(evaluation))
-    scores = {k: v for k, v in rows.items() if {*SCORES} & {*k.lower().split(".")}}
+    scores = {k: v for k, v in rows.items() if {*_SCORES} & {*k.lower().split(".")}}
     how = {key: value for key, value in rows.items() if key not in scores}
     tables = [_table(("score", "value"), scores)] if scores else []
     if how:

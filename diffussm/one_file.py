@@ -7,7 +7,7 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["LATER", "self_contained_code", "COMPONENT_FILE", "COMPONENT_CODE"]
+__all__ = ["self_contained_code", "COMPONENT_FILE", "COMPONENT_CODE"]
 
 
 class _Source:
@@ -58,7 +58,7 @@ class _Source:
         return "\n".join(self.lines[first - 1 : node.end_lineno])
 
 
-LATER = [
+_LATER = [
     "fft_convolution:convolve",
     "two_level:vandermonde_two_level",
     "sharing:save_pipeline",
@@ -92,7 +92,7 @@ class _Needed:
         for node in ast.walk(source.defined[name]):
             if isinstance(node, ast.Name):
                 self.add(module, node.id)
-            elif isinstance(node, ast.Constant) and node.value in LATER:
+            elif isinstance(node, ast.Constant) and node.value in _LATER:
                 self.add(*node.value.split(":"))
 
     def order(self, modules: list[str]) -> list[str]:

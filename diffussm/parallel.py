@@ -22,20 +22,10 @@ from diffussm.model import DiffuSSM
 from diffussm.options import Batch, Execution, Recipe
 from diffussm.training import Meter, TrainState, backward
 
-__all__ = [
-    "shard",
-    "wrap",
-    "gradient_sync",
-    "micro_batch_of",
-    "accumulate_gradients",
-    "create_state",
-    "compile_blocks",
-    "AUTO",
-    "chooser",
-]
+__all__ = ["wrap", "micro_batch_of", "accumulate_gradients", "create_state", "chooser"]
 
 
-def shard(model: DiffuSSM) -> None:
+def _shard(model: DiffuSSM) -> None:
     """Share out the parameters among the processes, in place, block by block."""
     from torch.distributed.fsdp import fully_shard  # here, for it costs seconds
 
@@ -56,7 +46,7 @@ def wrap(model: DiffuSSM, execution: Execution) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def gradient_sync(network: nn.Module, now: bool) -> AbstractContextManager[object]:
+def _gradient_sync(network: nn.Module, now: bool) -> AbstractContextManager[object]:
     """A context for a backward pass; gradients are averaged over all only `now`."""
     if isinstance(network, DistributedDataParallel):
         return nullcontext() if now else network.no_sync()
@@ -101,7 +91,7 @@ def accumulate_gradients(
     for first in range(0, len(batch.t), micro):
         mine = slice(first, first + micro)
         part = batch.part(mine, device)
-        with gradient_sync(network, now=first + micro >= len(batch.t)):
+        with _gradient_sync(network, now=first + micro >= len(batch.t)):
             tally += backward(network, diffusion, part, recipe, world_size())
     return tally
 
@@ -117,15 +107,15 @@ def create_state(
         for block in cast(Any, model.blocks):
             block.ssm.convolution = convolution
         if execution.compile:
-            compile_blocks(model)
+            _compile_blocks(model)
         if world_size() > 1 and execution.strategy == "fsdp":
-            shard(model)
+            _shard(model)
 
     _allow_tf32(recipe.precision, device)
     return TrainState.create(recipe, device, prepare)
 
 
-def compile_blocks(model: DiffuSSM) -> None:
+def _compile_blocks(model: DiffuSSM) -> None:
     """Let torch.compile make each block faster, at its first use."""
     from torch._dynamo import config as dynamo
 
@@ -140,7 +130,7 @@ def _allow_tf32(precision: str, device: torch.device) -> None:
         torch.set_float32_matmul_precision(products)
 
 
-AUTO = "diffussm.autotuning:autotune_convolution"
+_AUTO = "diffussm.autotuning:autotune_convolution"
 
 
 def _convolution_for(
@@ -164,7 +154,7 @@ def chooser(convolution: str) -> Callable[..., Any] | None:
     Raises:
         ValueError: there is neither such a function nor such a way.
     """
-    place = AUTO if convolution == "auto" else convolution
+    place = _AUTO if convolution == "auto" else convolution
     if ":" not in place:
         _refuse_unknown_way(convolution)
         return None

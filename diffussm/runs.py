@@ -52,7 +52,7 @@ from diffussm.run_folder import locked, open_run
 from diffussm.training import TrainState, update
 from diffussm.writers import BackgroundWriter, Log, rewind_log
 
-__all__ = ["UNSAVED", "train", "replay"]
+__all__ = ["train", "replay"]
 
 
 class _Told(NamedTuple):
@@ -98,7 +98,7 @@ def _loop(run: _Run) -> None:
         norm = full_tensor(nn.utils.get_total_norm(state.gradients()))
         told = _agree(tally, norm, saved=run.writer.error() is None)
         if told.unsaved:
-            raise together(run.writer.error() or OSError(UNSAVED))
+            raise together(run.writer.error() or OSError(_UNSAVED))
         if told.broken:
             _leave_out(run, told.grad_norm)
         else:
@@ -110,7 +110,7 @@ def _loop(run: _Run) -> None:
     run.writer.wait()
 
 
-UNSAVED = "another process could not write a checkpoint; see its message"
+_UNSAVED = "another process could not write a checkpoint; see its message"
 
 
 def _keep(run: _Run, stop: bool) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffussm.samples import SampleSet
     from diffussm.sampling import Sampler
 
-__all__ = ["sample", "Found"]
+__all__ = ["sample"]
 
 
 def sample(
@@ -77,7 +77,7 @@ def sample(
 
 
 @dataclass(frozen=True)
-class Found:
+class _Found:
     """A checkpoint of a run, and what is known of it."""
 
     run: Path
@@ -90,7 +90,7 @@ class Found:
     decode: Any = None
 
 
-def _find(run: Path, step: int | None, weights: str) -> Found:
+def _find(run: Path, step: int | None, weights: str) -> _Found:
     """The weights of a checkpoint; None: the newest."""
     from diffussm.checkpoints import find_checkpoint
     from diffussm.distributed import on_rank_zero
@@ -99,10 +99,10 @@ def _find(run: Path, step: int | None, weights: str) -> Found:
     is_run = (run / "config.json").is_file()
     found = on_rank_zero(lambda: find_checkpoint(run, step) if is_run else None)
     step = int(found.name.removeprefix("step_")) if found else step
-    return Found(run, step, weights, *load_run(run, weights, step))
+    return _Found(run, step, weights, *load_run(run, weights, step))
 
 
-def _with_decoder(found: Found, vae: str | None, device: Any) -> Found:
+def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:
     """The same on a device, with what decodes its latents, and what is recorded."""
     from diffussm.run_folder import encoder_of
 
@@ -121,7 +121,7 @@ def _with_decoder(found: Found, vae: str | None, device: Any) -> Found:
 
 
 def _for_run(
-    run: Found, wanted: "SampleSet", classes: str | None, given: set[str], strict: bool
+    run: _Found, wanted: "SampleSet", classes: str | None, given: set[str], strict: bool
 ) -> "SampleSet":
     """The set for this run, with its classes; ValueError for what it has no use for."""
     _check_sampler(run.recipe, wanted.sampler, given)
@@ -144,7 +144,7 @@ def _parse_classes(words: str, names: Sequence[str]) -> list[int]:
 
 
 def _draw_picture(
-    run: Found, wanted: "SampleSet", picture: Path, per_class: int, given: set[str]
+    run: _Found, wanted: "SampleSet", picture: Path, per_class: int, given: set[str]
 ) -> None:
     from diffussm.distributed import rank
     from diffussm.options import diffusion_of
@@ -175,7 +175,7 @@ def _draw_picture(
     print(f"wrote {picture}")
 
 
-def _draw_set(run: Found, wanted: "SampleSet", out: Path, own: Any) -> int:
+def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     from diffussm import samples
     from diffussm.distributed import EXIT_PREEMPTED, Preempted, rank
     from diffussm.options import diffusion_of
@@ -263,7 +263,9 @@ _CLAMPED = (
 )
 
 
-def _check_count(run: Found, wanted: "SampleSet", preset: str, given: set[str]) -> None:
+def _check_count(
+    run: _Found, wanted: "SampleSet", preset: str, given: set[str]
+) -> None:
     from diffussm.run_folder import read_run
 
     seen = read_run(run.run).data["images"]

@@ -16,13 +16,10 @@ from diffussm.guards import expect_number
 
 __all__ = [
     "ancestral_scheduler",
-    "DOWN_TO_ZERO",
     "ABOVE_ZERO",
     "FEWEST_STEPS",
     "linear_alphas_cumprod",
-    "TAKES_VARIANCE",
     "scheduler_for",
-    "OWN_LEVELS",
     "respaced_scheduler",
     "step_options",
 ]
@@ -44,7 +41,7 @@ def ancestral_scheduler(num_train_timesteps: int = 1000) -> Any:
     )
 
 
-DOWN_TO_ZERO = {
+_DOWN_TO_ZERO = {
     "DDIMParallelScheduler": 1,
     "DDIMScheduler": 1,
     "DDPMParallelScheduler": 1,
@@ -63,7 +60,7 @@ ABOVE_ZERO = {
     "SASolverScheduler": 1,
     "UniPCMultistepScheduler": 1,
 }
-FEWEST_STEPS = DOWN_TO_ZERO | ABOVE_ZERO
+FEWEST_STEPS = _DOWN_TO_ZERO | ABOVE_ZERO
 
 
 def linear_alphas_cumprod(num_train_timesteps: int) -> Tensor:
@@ -73,7 +70,7 @@ def linear_alphas_cumprod(num_train_timesteps: int) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
-TAKES_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)
+_TAKES_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)
 
 
 def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
@@ -88,7 +85,7 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
     kind, config = type(scheduler), scheduler.config
     _check_scheduler(scheduler, kind.__name__, config, num_train_timesteps)
     learned = config.get("variance_type") == "learned_range"
-    if isinstance(scheduler, TAKES_VARIANCE):
+    if isinstance(scheduler, _TAKES_VARIANCE):
         return scheduler, learned
     if learned and "variance_type" in inspect.signature(kind).parameters:
         return kind.from_config(config, variance_type=None), False
@@ -97,7 +94,7 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
 
 # options with which a scheduler leaves the noise levels that the pipeline gives it, and
 # what to set instead
-OWN_LEVELS = {
+_OWN_LEVELS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
@@ -140,7 +137,7 @@ def _check_kind(name: str, config: Any) -> None:
 
 
 def _check_options(name: str, config: Any) -> None:
-    for option, expected in OWN_LEVELS.items():
+    for option, expected in _OWN_LEVELS.items():
         if config.get(option, expected) not in (expected, None):
             raise ValueError(
                 f"{name} has {option}={config[option]!r}; the noise levels are the "

@@ -118,7 +118,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch):
         os.kill(
             os.getpid(), signal.SIGINT
         )  # torchrun hands on what the terminal has sent already
-        monkeypatch.setattr(distributed, "REPEAT", 0.0)
+        monkeypatch.setattr(distributed, "_REPEAT", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with processes("cpu"):  # SIGTERM says no more the second time than the first

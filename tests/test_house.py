@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools.book import ROOT, chapters
-from tools.house import LIMITS, measure
+from tools.house import LIMITS, Measured, measure
 from tools.interfaces import imports, unused_names
 
 MODULES = [chapter.module for chapter in chapters() if chapter.module]
@@ -88,17 +88,18 @@ def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
 
 def test_names_that_nobody_takes_are_found(tmp_path: Path) -> None:
     page(tmp_path, "01_alpha", "from diffussm.alpha import a  # its own page")
-    page(tmp_path, "02_beta", "from diffussm.alpha import b", "%magic")
+    page(tmp_path, "02_beta", "from diffussm.alpha import b; late('alpha:h')", "%magic")
     page(tmp_path, "03_gamma", "import diffussm.alpha as first\n\nfirst.c()")
     (tmp_path / "README.md").write_text("`diffussm.alpha.d`")
     module(
         tmp_path,
         "alpha",
-        '__all__ = ["a", "b", "c", "d", "e", "F"]\n\n\ndef b(x: "F"): ...\n\n\na = '
-        "e = 1\n",
+        '__all__ = ["a", "b", "c", "d", "e", "F", "G", "h", "i"]\n\n\n'
+        'def b(x: "F"): ...\n\n\nclass G(ValueError): ...\n\n\na = e = h = i = 1\n',
     )
     for name in ("beta", "gamma"):
         module(tmp_path, name, "__all__ = []\n")
+    module(tmp_path, "delta", 'm = import_module("diffussm.alpha")\nm.i\n')
     assert unused_names(tmp_path) == ["alpha.a", "alpha.e"]
 
 
@@ -110,3 +111,40 @@ def test_readme_and_index_name_every_room() -> None:
             assert f"`{chapter.module}`" in readme, chapter.module
         label = re.search(r"^\((ch-[\w-]+)\)=$", chapter.path.read_text(), re.MULTILINE)
         assert label and f"{{ref}}`{label[1]}`" in index, chapter.name
+
+
+def test_each_module_has_tests_of_its_name() -> None:
+    without = [m for m in MODULES if not (ROOT / "tests" / f"test_{m}.py").exists()]
+    assert not without
+
+
+def test_public_names_are_taken_by_someone() -> None:
+    assert not unused_names(), "give these an underscore in front"
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    return measure()
+
+
+# Missed so far, and left visible: whoever reaches one takes it out of this list.
+MISSED = {
+    "visible exported cell, median lines",
+    "other visible cell, median lines",
+    "longest page",
+    "share of guards",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.xfail(reason="missed so far")])
+        if name in MISSED
+        else name
+        for name in LIMITS
+    ],
+)
+def test_figure_holds(name: str, measured: Measured) -> None:
+    """`make house` names the longest of each kind."""
+    assert [text for text in measured.broken if text.startswith(f"{name}:")] == []
