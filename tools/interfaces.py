@@ -91,7 +91,7 @@ def _told(tree: ast.Module) -> Iterator[str]:
 
 
 def _uses(path: Path, root: Path) -> Iterator[str]:
-    """What a file takes from the package, as "module.name"."""
+    """What a file takes from the package, in strings too, as "module.name"."""
     if path.suffix not in (".py", ".md"):
         return
     text = path.read_text(encoding="utf-8")
@@ -99,33 +99,28 @@ def _uses(path: Path, root: Path) -> Iterator[str]:
     # what is imported late or by a registry, "sharing:load_run"
     late = re.findall(r"""["'](?:diffussm\.)?(\w+):(\w+)["']""", text)
     yield from (f"{module}.{name}" for module, name in late)
-    sources = (
-        [text]
-        if path.suffix == ".py"
-        else [c.source for c in read_chapter(path, root).cells]
-    )
-    # also `x = pytest.importorskip("diffussm.x")`
-    aliases = dict(re.findall(r"""(\w+) = [\w.]+\(["']diffussm\.(\w+)["']\)""", text))
+    # modules by another name: also by `y = importorskip("diffussm.x")`
+    aliases = {new: old for old, new in re.findall(r"diffussm\.(\w+) as (\w+)", text)}
+    aliases |= dict(re.findall(r"""(\w+) = [\w.]+\(["']diffussm\.(\w+)["']\)""", text))
+    for names in re.findall(r"from diffussm import ([\w, ]+)", text):
+        for name in names.split(", "):
+            aliases[name.split(" as ")[-1]] = name.split(" as ")[0]
+    for alias, module in aliases.items():
+        for name in re.findall(rf"\b{alias}\.(\w+)", text):
+            yield f"{module}.{name}"
+    for node in _trees(path, text, root):
+        if isinstance(node, ast.ImportFrom) and str(node.module)[:9] == "diffussm.":
+            yield from (f"{str(node.module)[9:]}.{name.name}" for name in node.names)
+
+
+def _trees(path: Path, text: str, root: Path) -> Iterator[ast.AST]:
+    """The nodes of a program, or of the cells of a page."""
+    if path.suffix == ".py":
+        sources = [text]
+    else:
+        sources = [cell.source for cell in read_chapter(path, root).cells]
     for source in sources:
         try:
-            tree = ast.parse(source)
-        except SyntaxError:
+            yield from ast.walk(ast.parse(source))
+        except SyntaxError:  # %magic
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "diffussm":
-                aliases |= {
-                    alias.asname or alias.name: alias.name for alias in node.names
-                }
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                "diffussm."
-            ):
-                yield from (
-                    f"{(node.module or '')[9:]}.{alias.name}" for alias in node.names
-                )
-            elif isinstance(node, ast.Import):
-                aliases |= {
-                    alias.asname: alias.name[9:] for alias in node.names if alias.asname
-                }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in aliases:
-                yield f"{aliases[ast.unparse(node.value)]}.{node.attr}"
