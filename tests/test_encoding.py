@@ -418,7 +418,7 @@ class Pixels:
 
 @pytest.mark.parametrize("exif_rotate", [False, True])
 def test_training_encoding_and_scoring_see_the_same_pixels(tmp_path, exif_rotate):
-    from test_data import draw_weird
+    from test_formats import draw_weird
 
     from diffussm.image_sets import read_images
 

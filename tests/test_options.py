@@ -158,13 +158,13 @@ def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
 
 
 def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
-    from diffussm import cli
+    from diffussm import recipes
 
-    for name in cli.recipe_files():
-        config, _ = cli.read_recipe(name)
+    for name in recipes.recipe_files():
+        config, _ = recipes.read_recipe(name)
         if config.model.d_model == 1152:
             assert config.clip == 1.0 and not config.ema_warmup, name
-    config, execution = cli.read_recipe("imagenet256")
+    config, execution = recipes.read_recipe("imagenet256")
     (step,) = execution.keep_steps(config.batch_size)
     assert (
         (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size
