@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "whole_file",
     "whole_folder",
+    "UNSUPPORTED",
     "apply_umask",
     "sha256",
     "write_json",
@@ -73,13 +74,13 @@ def _flush(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if not folder or error.errno not in _CANNOT:  # a disk that is full or broken
-            raise
+        if not folder or error.errno not in UNSUPPORTED:
+            raise  # a disk that is full or broken
         _warn_of_flushing(str(error.strerror))
 
 
 # What systems answer that lack a call for a kind of file, or at all
-_CANNOT = {
+UNSUPPORTED = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENOTSUP,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from diffussm.checkpoints import find_checkpoint
 from diffussm.data import RANDOM, Dataset
 from diffussm.distributed import on_rank_zero
-from diffussm.files import differences, read_json, write_json
+from diffussm.files import UNSUPPORTED, differences, read_json, write_json
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
@@ -215,17 +215,7 @@ def _lock(run: Path) -> Callable[[], None]:
 
 _THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in a container
 
-# what network disks, FUSE and Lustre answer that lack flock
-_NO_FLOCK = {
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.EBADF,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOLCK,
-}
+_NO_FLOCK = UNSUPPORTED | {errno.ENOLCK}  # network disks, FUSE and Lustre
 
 
 def _lock_without_flock(run: Path, error: OSError) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What several tests share: a browser, and a folder of images."""
+"""What several tests share: a browser, folders of images, stores of latents."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from browsers import absent
 from commands import plain, work  # noqa: F401 (fixtures)
 from pictures import encoded, noise_image, write
+from stores import copy, one_thread, root, vae, whole  # noqa: F401 (fixtures)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [

@@ -18,18 +18,7 @@ from diffussm.autoencoder import (
 )
 from diffussm.data import TensorData
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def vae():
-    return make_vae()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Posterior:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from clear_sums import random_inputs, two_sums
 
 from diffussm import fft_convolution
 from diffussm.bidirectional import (
@@ -12,24 +13,6 @@ from diffussm.bidirectional import (
     way,
 )
 from diffussm.convolution import fft_conv
-
-
-def two_sums(u, k_forward, k_backward):
-    """The sums of k_l u_{i-l} and of k_l u_{i+l}, as matrices of shifts."""
-    L = u.shape[1]
-    i, j = torch.arange(L)[:, None], torch.arange(L)[None, :]
-    past = torch.where(i >= j, k_forward[:, (i - j).clamp(min=0)], 0)
-    future = torch.where(j >= i, k_backward[:, (j - i).clamp(min=0)], 0)
-    return torch.cat(
-        [torch.einsum("dij,bjd->bid", matrix, u) for matrix in (past, future)], dim=2
-    )
-
-
-def random_inputs(B, D, L, dtype=torch.float64):
-    return [
-        torch.randn(shape, dtype=dtype, requires_grad=True)
-        for shape in ((B, L, D), (D, L), (D, L))
-    ]
 
 
 @pytest.fixture(autouse=True)

@@ -3,36 +3,16 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
+from clear_sums import LENGTHS, loop_kernel, random_system
 
 from diffussm.convolution import S4DKernel, fft_conv, vandermonde
 from diffussm.state_space import discretize_bilinear, discretize_zoh, scan
 
-LENGTHS = [1, 2, 3, 5, 16, 31, 64, 100, 257]
 CHOICES = [
     (init, rule) for init in ("lin", "inv", "legs") for rule in ("zoh", "bilinear")
 ]
-
-
-def random_system(d_model=3, half_state=4):
-    shape = d_model, half_state
-    log_dA = torch.complex(-torch.rand(shape).double(), 3 * torch.randn(shape).double())
-    return log_dA, torch.randn(d_model, half_state, dtype=torch.complex128)
-
-
-def loop_kernel(log_dA, weights, length):
-    """Powers by repeated multiplication, in numpy."""
-    dA, power, rows = (
-        np.exp(log_dA.detach().numpy()),
-        weights.detach().numpy().copy(),
-        [],
-    )
-    for _ in range(length):
-        rows.append(2 * power.real.sum(1))
-        power = power * dA
-    return torch.from_numpy(np.stack(rows, axis=1))
 
 
 def by_recurrence(kernel, u):

@@ -28,41 +28,7 @@ from diffussm.folders import ImageFolder
 from diffussm.formats import images_from
 from diffussm.latents import LatentStore, read_manifest, verify_store
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def vae():
-    return make_vae()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, vae, root) -> Path:
-    """A store made in one go; read only."""
-    out = tmp_path_factory.mktemp("stores") / "whole"
-    assert encode(ImageFolder(root, SIZE), out, vae, "test", **OPTIONS) is not None
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    """The same store, to be damaged."""
-    folder = tmp_path / "store"
-    folder.mkdir()
-    for name, data in content(whole).items():
-        (folder / name).write_bytes(data)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_broken_images_are_left_out_and_named(whole):

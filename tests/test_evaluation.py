@@ -7,22 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scored import Colours, batches, odd_images, some
+from scored import Colours, adm_inception_score, batches, odd_images, some
 
 from diffussm.evaluation import evaluate
 from diffussm.features import load_reference, save_statistics, statistics
 from diffussm.images import center_crop
 from diffussm.metrics import SCORES, precision_recall
-
-
-def adm_inception_score(logits, part=5000):
-    """As ADM computes it: consecutive parts, the last one short, of equal weight."""
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    cut = [p[start : start + part] for start in range(0, len(p), part)]
-    return np.mean(
-        [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in cut]
-    )
 
 
 def test_folder_npz_and_batches_give_the_same_scores(tmp_path):

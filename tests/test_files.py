@@ -131,7 +131,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int, folders: bool) -> None
     files._warn_of_flushing.cache_clear()
 
 
-@pytest.mark.parametrize("number", sorted(files._CANNOT))
+@pytest.mark.parametrize("number", sorted(files.UNSUPPORTED))
 def test_a_disk_that_cannot_flush_folders_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, number: int
 ) -> None:

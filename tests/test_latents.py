@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pictures import write_lsun
-from stores import OPTIONS, SIZE, content, draw_images, make_vae
+from stores import OPTIONS, SIZE, content, make_vae
 
 from diffussm.autoencoder import vae_identity
 from diffussm.encoding import encode
@@ -30,41 +30,7 @@ from diffussm.latents import (
     with_checksum,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def vae():
-    return make_vae()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return draw_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, vae, root) -> Path:
-    """A store made in one go; read only."""
-    out = tmp_path_factory.mktemp("stores") / "whole"
-    assert encode(ImageFolder(root, SIZE), out, vae, "test", **OPTIONS) is not None
-    return out
-
-
-@pytest.fixture
-def copy(whole, tmp_path) -> Path:
-    """The same store, to be damaged."""
-    folder = tmp_path / "store"
-    folder.mkdir()
-    for name, data in content(whole).items():
-        (folder / name).write_bytes(data)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_store_holds_the_posterior_of_every_good_image_and_of_its_mirror_image(

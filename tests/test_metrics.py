@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from scored import adm_inception_score
 
 from diffussm.metrics import (
     FeatureStatistics,
@@ -92,16 +93,6 @@ def test_inception_score_equals_its_definition():
         expected.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
     assert inception_score(torch.tensor(logits), part=6) == pytest.approx(
         np.mean(expected), rel=1e-9
-    )
-
-
-def adm_inception_score(logits, part=5000):
-    """As ADM computes it: consecutive parts, the last one short, of equal weight."""
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    cut = [p[start : start + part] for start in range(0, len(p), part)]
-    return np.mean(
-        [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in cut]
     )
 
 

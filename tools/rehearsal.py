@@ -127,35 +127,16 @@ def rehearse(folder: Path, steps: int, count: int) -> None:
     run("vae", images / "train", vae, "--size", 64, "--steps", 200)
 
     print("3. latents, by two processes", flush=True)
-    run(
-        "encode",
-        images / "train",
-        store,
-        "--vae",
-        vae,
-        "--size",
-        64,
-        "--shard_size",
-        200,
-        processes=2,
-    )
+    sizes = ("--size", 64, "--shard_size", 200)
+    to_latents = ("encode", images / "train", store, "--vae", vae, *sizes)
+    run(*to_latents, processes=2)
     check(
         "the store holds every picture and its mirror image",
         len(LatentStore(store)) == pictures,
     )
     check("every shard is what the manifest says", verify_store(store) == [])
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
-    run(
-        "encode",
-        images / "train",
-        store,
-        "--vae",
-        vae,
-        "--size",
-        64,
-        "--shard_size",
-        200,
-    )
+    run(*to_latents)
     after = {
         path.name: path.stat().st_mtime_ns
         for path in store.iterdir()
