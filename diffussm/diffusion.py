@@ -12,13 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.bound import bits_per_dim, discretized_gaussian_log_likelihood, normal_kl
-from diffussm.forward_process import (
-    ForwardProcess,
-    check_batch,
-    readable,
-    working_dtype,
-)
-from diffussm.guards import expect, expect_int, refuse
+from diffussm.forward_process import ForwardProcess, check_batch, working_dtype
+from diffussm.guards import expect, expect_int, readable, refuse
 
 __all__ = ["DenoisingModel", "GaussianDiffusion", "find_attribute", "standard_normal"]
 

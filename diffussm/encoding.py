@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from diffussm.autoencoder import moments, vae_identity
 from diffussm.data import Dataset
-from diffussm.files import differences, read_json, sha256, whole_file, write_json
+from diffussm.files import read_json, sha256, whole_file, write_json
 from diffussm.folders import Skipped, StoredImages
-from diffussm.guards import refuse
+from diffussm.guards import differences, refuse
 from diffussm.images import BadImage
 from diffussm.latents import (
     ENCODE_AGAIN,

@@ -28,7 +28,6 @@ __all__ = [
     "read_json",
     "write_tensors",
     "read_tensors",
-    "differences",
 ]
 
 _LOG = logging.getLogger("diffussm.files")
@@ -154,12 +153,3 @@ def read_tensors(path: Path, what: str = "the file") -> dict[str, "Tensor"]:
         return dict(load_file(path))
     except SafetensorError as error:
         raise ValueError(f"{what} {path} is damaged: {error}") from error
-
-
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """One entry for each key whose values differ, there and asked."""
-    return [
-        f"{key} (there {theirs.get(key)!r}, asked {ours.get(key)!r})"
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]

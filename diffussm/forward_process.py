@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect, expect_real, refuse
+from diffussm.guards import expect, expect_real, readable, refuse
 
-__all__ = ["ForwardProcess", "working_dtype", "readable", "check_batch"]
+__all__ = ["ForwardProcess", "working_dtype", "check_batch"]
 
 
 class ForwardProcess:
@@ -124,13 +124,6 @@ def _check_betas(betas: Tensor) -> None:
             f"betas reach from {reach}: expected each, the variance of a step, "
             "strictly between 0 and 1"
         )
-
-
-def readable(x: Tensor) -> bool:
-    """Whether a look at values is cheap: it stalls a GPU and breaks a compiled
-    graph.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_batch(num_timesteps: int, t: Tensor, **images: Tensor) -> None:

@@ -6,8 +6,10 @@ Generated from book/01_guards.md by `make export`: edit there.
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,10 +21,17 @@ __all__ = [
     "expect_one_of",
     "nearest",
     "expect_real",
+    "readable",
+    "expect_indices",
+    "expect_finite",
     "refuse",
+    "expect_there",
+    "explain",
     "bounded",
     "check_fields",
     "from_dict",
+    "differences",
+    "expect_same",
 ]
 
 T = TypeVar("T")
@@ -188,10 +197,61 @@ def expect_real(**tensors: Any) -> None:
             raise TypeError(f"{name} is {kind}: expected a real floating-point tensor")
 
 
+def readable(x: Any) -> bool:
+    """Whether a look at values is cheap: not on a GPU, not in a compiled graph."""
+    from torch.compiler import is_compiling
+
+    return x.device.type == "cpu" and not is_compiling()
+
+
+def expect_indices(name: str, x: Any, count: int) -> None:
+    """Refuse a tensor that holds anything else than integers from 0 to `count` - 1."""
+    kind = str(x.dtype).removeprefix("torch.")
+    if not kind.startswith(("int", "uint")):
+        raise TypeError(f"{name} is {kind}: expected integers from 0 to {count - 1}")
+    if (
+        readable(x)
+        and x.numel()
+        and not 0 <= (low := int(x.min())) <= int(x.max()) < count
+    ):
+        raise ValueError(
+            f"{name} reaches from {low} to {int(x.max())}: expected 0 to {count - 1}"
+        )
+
+
+def expect_finite(
+    name: str, x: Any, advice: str, error: type[Exception] = ValueError
+) -> None:
+    """Refuse a batch (B, ...) with NaN or infinite values; say in which of its B."""
+    if not bool(x.isfinite().all()):
+        bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+        raise error(
+            f"{name}: numbers that are not finite in {len(bad)} of {len(x)} "
+            f"(at {', '.join(map(str, bad[:10]))}); {advice}"
+        )
+
+
 def refuse(when: object, message: str, error: type[Exception] = ValueError) -> None:
     """Raise `error(message)` where the condition holds."""
     if when:
         raise error(message)
+
+
+def expect_there(path: Path, what: str) -> Path:
+    """`path`, if a file or a folder is there; `what` says what it should be."""
+    refuse(not path.exists(), f"there is no {path}: expected {what}", FileNotFoundError)
+    return path
+
+
+@contextmanager
+def explain(
+    what: str, *kinds: type[Exception], error: type[Exception] = ValueError
+) -> Iterator[None]:
+    """Errors of these kinds in the block become `error("what: and what they said")`."""
+    try:
+        yield
+    except kinds as cause:
+        raise error(f"{what}: {str(cause) or type(cause).__name__}") from cause
 
 
 def bounded(default: Any, *, note: str = "", **limits: float | None) -> Any:
@@ -237,3 +297,20 @@ def from_dict(cls: type[T], values: Any, what: str) -> T:
         raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
     types = get_type_hints(cls)
     return cls(**{key: _read(value, types[key], key) for key, value in values.items()})
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """One entry for each key whose values differ, there and asked."""
+    return [
+        f"{key} (there {theirs.get(key)!r:.80}, asked {ours.get(key)!r:.80})"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def expect_same(
+    what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], advice: str
+) -> None:
+    """Refuse two records that differ: `what` ends before the list of differences."""
+    if found := differences(ours, theirs):
+        raise ValueError(f"{what} {'; '.join(found)}. {advice}")

@@ -23,8 +23,8 @@ from diffussm.embeddings import (
     to_image,
     to_stream,
 )
-from diffussm.files import differences, read_tensors, write_json, write_tensors
-from diffussm.guards import expect, expect_real, nearest
+from diffussm.files import read_tensors, write_json, write_tensors
+from diffussm.guards import differences, expect, expect_real, nearest
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS

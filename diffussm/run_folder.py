@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from diffussm.checkpoints import find_checkpoint
 from diffussm.data import RANDOM, Dataset
 from diffussm.distributed import on_rank_zero
-from diffussm.files import UNSUPPORTED, differences, read_json, write_json
+from diffussm.files import UNSUPPORTED, read_json, write_json
+from diffussm.guards import differences
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser

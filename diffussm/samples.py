@@ -31,8 +31,8 @@ from diffussm.distributed import (
     stopping,
     together,
 )
-from diffussm.files import differences, read_json, whole_file, write_json
-from diffussm.guards import bounded, check_fields
+from diffussm.files import read_json, whole_file, write_json
+from diffussm.guards import bounded, check_fields, differences
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
 from diffussm.sampling import Sampler

@@ -17,7 +17,6 @@ import torch
 
 from diffussm import files
 from diffussm.files import (
-    differences,
     read_json,
     read_tensors,
     sha256,
@@ -185,13 +184,6 @@ def test_the_checksum_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     expected = hashlib.sha256(b"abc" * 100_000).hexdigest()
     assert sha256(tmp_path / "a") == expected
-
-
-def test_differences_name_both_sides() -> None:
-    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == [
-        "b (there 3, asked 2)"
-    ]
-    assert differences({"a": 1}, {}) == ["a (there None, asked 1)"]
 
 
 def test_files_need_no_torch() -> None:

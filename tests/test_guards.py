@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +16,17 @@ import torch
 from diffussm.guards import (
     bounded,
     check_fields,
+    differences,
     expect,
+    expect_finite,
+    expect_indices,
     expect_int,
     expect_number,
     expect_one_of,
     expect_real,
+    expect_same,
+    expect_there,
+    explain,
     from_dict,
     refuse,
 )
@@ -161,3 +168,59 @@ def test_a_condition_is_refused_with_its_sentence() -> None:
 def test_guards_need_no_torch() -> None:
     code = "import sys, diffussm.guards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_differences_name_both_sides() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == [
+        "b (there 3, asked 2)"
+    ]
+    assert differences({"a": 1}, {}) == ["a (there None, asked 1)"]
+
+
+def test_two_records_that_differ_are_refused() -> None:
+    expect_same("RUN differs in", {"a": 1}, {"a": 1}, "Choose another.")
+    with pytest.raises(
+        ValueError, match=r"^RUN differs in a \(there 2, asked 1\)\. Ch"
+    ):
+        expect_same("RUN differs in", {"a": 1}, {"a": 2}, "Choose another.")
+
+
+def test_indices_are_integers_in_range() -> None:
+    for fine in ([0, 9], []):
+        expect_indices("t", torch.tensor(fine, dtype=torch.int32), 10)
+    for wrong in (torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="t is .*: expected integers from 0 to 9"):
+            expect_indices("t", wrong, 10)
+    for values in ([-1, 3], [0, 10]):
+        with pytest.raises(ValueError, match="t reaches from .*: expected 0 to 9"):
+            expect_indices("t", torch.tensor(values), 10)
+    with torch.device("meta"):  # has no values to look at
+        expect_indices("t", torch.tensor([99]), 10)
+
+
+def test_numbers_that_are_not_finite_are_counted() -> None:
+    x = torch.zeros(4, 2)
+    expect_finite("x", x, "look")
+    x[1, 0], x[3, 1] = torch.inf, torch.nan
+    with pytest.raises(
+        FloatingPointError, match=r"^x: .* in 2 of 4 \(at 1, 3\); look$"
+    ):
+        expect_finite("x", x, "look", FloatingPointError)
+
+
+def test_a_cause_is_told_after_our_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"^the recipe: '1' is odd$") as caught,
+        explain("the recipe", ValueError, error=OSError),
+    ):
+        raise ValueError("'1' is odd")
+    assert isinstance(caught.value.__cause__, ValueError)
+    told = "^the recipe: KeyError$"
+    with pytest.raises(ValueError, match=told), explain("the recipe", KeyError):
+        raise KeyError
+    told = "^of another kind$"
+    with pytest.raises(TypeError, match=told), explain("the recipe", ValueError):
+        raise TypeError("of another kind")
+    assert expect_there(tmp_path, "a folder") == tmp_path
+    with pytest.raises(FileNotFoundError, match="there is no .*/x: expected a file"):
+        expect_there(tmp_path / "x", "a file")

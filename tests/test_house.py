@@ -56,13 +56,14 @@ def test_figures_are_those_counted_by_hand(tmp_path: Path) -> None:
     module(
         tmp_path,
         "alpha",
-        "from diffussm.guards import expect\n\n\ndef f(x):\n"  # 2 lines of code
+        "from diffussm.guards import expect, told\n\n\ndef f(x):\n"  # 2 lines of code
         # 3 guards
         "    # chapter 3\n    if x < 0:\n        x = 0\n        raise ValueError(x)\n"
-        "    expect(x)\n    y = expect(x)\n    return y\n",  # 1 guard, 2 lines
+        "    expect(x)\n    y = expect(x)\n"  # 1 guard, 1 line
+        "    with told(x), open(x):\n        return y\n",  # 1 guard, 1 line
     )
     figures = measure(tmp_path).figures
-    wanted = (14, 2, 26, 26 / 28, 6, 6, 1, 2 / 30, 74, 11, 4 / 8, 1)
+    wanted = (14, 2, 26, 26 / 28, 6, 6, 1, 2 / 30, 74, 12, 5 / 9, 1)
     assert figures == pytest.approx(dict(zip(LIMITS, wanted, strict=True)))
     assert [line.partition(":")[0] for line in measure(tmp_path).broken] == [
         "visible exported cell, median lines",

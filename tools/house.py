@@ -102,7 +102,9 @@ def _imports(tree: ast.Module) -> Iterator[int]:
 
 
 def _guards(tree: ast.Module) -> Iterator[int]:
-    """Lines that refuse: raise, assert, the `if` before, handlers, calls of guards."""
+    """Lines that refuse: raise, assert, the `if` before, handlers, calls of guards,
+    also those that open a `with`.
+    """
     helpers = {
         alias.asname or alias.name
         for node in ast.walk(tree)
@@ -110,7 +112,9 @@ def _guards(tree: ast.Module) -> Iterator[int]:
         for alias in node.names
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
+        if isinstance(node, ast.withitem) and _call(node.context_expr) in helpers:
+            yield from _span(node.context_expr)
+        elif isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
             yield from range(node.lineno, (node.body[-1].end_lineno or 0) + 1)
         elif (
             isinstance(node, ast.Raise | ast.Assert | ast.ExceptHandler)
