@@ -5,11 +5,12 @@ Generated from book/60_class_names.md by `make export`: edit there.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from diffussm.guards import expect_int
 
 __all__ = ["label_table", "class_numbers", "check_names"]
 
@@ -39,41 +40,25 @@ def class_numbers(labels: Any, table: dict[str, list[int]], classes: int) -> lis
         return [_numbered(table, labels)]
     if isinstance(labels, Iterable):
         return [n for label in labels for n in class_numbers(label, table, classes)]
-    return [_checked_number(labels, classes)]
+    return [expect_int("class label", labels, least=0, most=classes - 1)]
 
 
 def check_names(names: dict[str, Any], classes: int) -> None:
     """Refuse a table of names that is not one of class numbers."""
     for number, name in names.items():
         known = number.isdecimal() and int(number) < classes
-        if not known or not isinstance(name, str):
+        if not (known and isinstance(name, str)):
             raise ValueError(
-                f"id2label has {number!r}: {name!r}, but the classes are 0 to "
-                f"{classes - 1}"
+                f"id2label has {number!r}: {name!r}, but classes are 0 to {classes - 1}"
             )
 
 
 def _numbered(table: dict[str, list[int]], name: str) -> int:
     """The number of the one class that bears a name."""
     if name not in table:
-        near = ", ".join(difflib.get_close_matches(name, table, n=3))
-        known = f"known are {', '.join([*table][:12])}"
-        raise ValueError(
-            f"this model has no class {name!r}; "
-            f"{f'did you mean {near}?' if near else known}"
-        )
-    if len(table[name]) > 1:
-        raise ValueError(
-            f"{name!r} is the name of classes {table[name]}; give the number"
-        )
-    return table[name][0]
-
-
-def _checked_number(label: Any, classes: int) -> int:
-    if isinstance(label, bool) or not isinstance(label, Integral):
-        raise TypeError(f"class label {label!r}: expected a name or an integer")
-    if not 0 <= int(label) < classes:
-        raise ValueError(
-            f"class label {label}: this model has classes 0 to {classes - 1}"
-        )
-    return int(label)
+        near = difflib.get_close_matches(name, table, n=3) or [*table][:12]
+        raise ValueError(f"no class {name!r}; did you mean {', '.join(near)}?")
+    number, *others = table[name]
+    if others:
+        raise ValueError(f"{name!r} names the classes {table[name]}; give the number")
+    return number

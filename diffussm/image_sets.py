@@ -7,6 +7,7 @@ import hashlib
 import math
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffussm.data import random_bits
 from diffussm.folders import ImageFolder, Skipped
 from diffussm.formats import LmdbImages, images_from
-from diffussm.guards import refuse
+from diffussm.guards import expect, expect_one_of, explain, refuse
 from diffussm.images import BadImage, center_crop
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
 
 
 Source = str | Path | Iterable[Tensor]
+_Files = ImageFolder | LmdbImages
 _RECORDS = {"samples.json", "labels.json"}  # written by `diffussm sample` beside images
 
 
@@ -52,21 +54,35 @@ class ImageSet:
         self, source: Source, size: int | None = None, exif_rotate: bool = False
     ) -> None:
         self.source, self.size, self.exif_rotate = source, size, exif_rotate
-        self.files = _open_files(source, size, exif_rotate)
+        self.files = self._open()
         skipped = self.files.skipped if self.files is not None else []
         self.by_name = [one for one in skipped if Path(one.path).name not in _RECORDS]
         self.left_out = list(self.by_name)
 
+    def _open(self) -> _Files | None:
+        """A folder or an LMDB; None for an .npz and for batches."""
+        path = Path(self.source) if isinstance(self.source, str | Path) else None
+        if path and (path.is_dir() or path.suffix == ".mdb"):
+            how = {"conditional": False, "exif_rotate": self.exif_rotate}
+            return images_from(path, self.size, **how)
+        if path and (path.suffix != ".npz" or not path.is_file()):
+            raise FileNotFoundError(f"no folder, LMDB or .npz of images is at {path}")
+        return None
+
+    @property
+    def name(self) -> str:
+        """Where the images are, in words."""
+        return str(self.source) if isinstance(self.source, str | Path) else "batches"
+
     def batches(self, batch_size: int = 64) -> Iterator[Tensor]:
         """uint8 (B, 3, H, W), by name; ValueError unless all are images of one size."""
         self.left_out = list(self.by_name)
-        shape = None
-        for batch in self._stored(batch_size):
-            _check_batch(batch)
-            if self.size is not None and self.files is None:
-                batch = _cropped(batch, self.size)
-            shape = shape or batch.shape[2:]
-            self._check_size(shape, batch.shape[2:])
+        size = None
+        for batch in map(self._prepared, self._stored(batch_size)):
+            H, W = batch.shape[2:]
+            size = size or (H, W)
+            if size != (H, W):
+                raise ValueError(f"{self.name}: {size} and {H, W} pixels; use --size")
             yield batch
 
     def _stored(self, batch_size: int) -> Iterator[Tensor]:
@@ -76,21 +92,21 @@ class ImageSet:
             return _from_npz(Path(self.source), batch_size)
         return iter(self.source)
 
-    def _from_files(
-        self, files: ImageFolder | LmdbImages, batch_size: int
-    ) -> Iterator[Tensor]:
-        batch: list[Tensor] = []
-        for pixels in self._good(files):
-            first = batch[0] if batch else pixels
-            self._check_size(first.shape[1:], pixels.shape[1:])
-            batch.append(pixels)
-            if len(batch) == batch_size:
-                yield torch.stack(batch)
-                batch = []
-        if batch:
-            yield torch.stack(batch)
+    def _prepared(self, batch: Tensor) -> Tensor:
+        """A batch of 8 bits and three channels, cropped unless its files were."""
+        expect("images", batch, "B C H W", C=3)
+        expect_one_of("dtype of images", batch.dtype, [torch.uint8])
+        if self.size is None or self.files is not None:
+            return batch
+        return _cropped(batch, self.size)
 
-    def _good(self, files: ImageFolder | LmdbImages) -> Iterator[Tensor]:
+    def _from_files(self, files: _Files, batch_size: int) -> Iterator[Tensor]:
+        """The images of files in batches, each of which has images of one size."""
+        for _, alike in groupby(self._good(files), lambda pixels: pixels.shape):
+            while batch := list(islice(alike, batch_size)):
+                yield torch.stack(batch)
+
+    def _good(self, files: _Files) -> Iterator[Tensor]:
         for i in range(len(files)):
             try:
                 pixels = files.read(i)  # (3, H, W) in [-1, 1]
@@ -98,14 +114,6 @@ class ImageSet:
                 self.left_out.append(Skipped(files.name(i), str(error)))
             else:
                 yield ((pixels + 1) * 127.5).round().to(torch.uint8)
-
-    def _check_size(self, first: torch.Size, other: torch.Size) -> None:
-        if first != other:
-            where = f" in {self.source}" if isinstance(self.source, str | Path) else ""
-            raise ValueError(
-                f"images of {tuple(first)} and {tuple(other)} pixels{where}: expected "
-                "one size; give a size (--size) to crop them as ADM does"
-            )
 
     def record(self, digests: list[bytes], shape: tuple[int, ...]) -> dict[str, Any]:
         """What was read, after the last batch: checksum, form, what was left out."""
@@ -120,28 +128,11 @@ class ImageSet:
         }
 
 
-def _open_files(
-    source: Source, size: int | None, exif_rotate: bool
-) -> ImageFolder | LmdbImages | None:
-    """A folder or an LMDB; None for an .npz and for batches."""
-    path = Path(source) if isinstance(source, str | Path) else None
-    if path and (path.is_dir() or path.suffix == ".mdb"):
-        return images_from(path, size, conditional=False, exif_rotate=exif_rotate)
-    if path and (path.suffix != ".npz" or not path.is_file()):
-        raise FileNotFoundError(
-            f"{source} is neither a folder or LMDB of images nor an .npz file"
-        )
-    return None
-
-
 def _cropped(batch: Tensor, size: int) -> Tensor:
     """Images that come as numbers, cropped as those that come as files."""
-    images = [
-        center_crop(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in batch
-    ]
-    return torch.stack(
-        [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
-    )
+    images = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in batch]
+    crops = [np.array(center_crop(one, size)) for one in images]
+    return torch.stack([torch.from_numpy(one).permute(2, 0, 1) for one in crops])
 
 
 def read_images(
@@ -155,20 +146,22 @@ def read_images(
 
 
 def _from_npz(path: Path, batch_size: int) -> Iterator[Tensor]:
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            n, *shape = _shape_of(file)
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                data = file.read(count * math.prod(shape))
-                refuse(len(data) != count * math.prod(shape), "the file ends early")
-                images = np.frombuffer(bytearray(data), np.uint8)
-                images = images.reshape(count, *shape)  # (B, H, W, 3)
-                yield torch.from_numpy(images).permute(0, 3, 1, 2)
-    except _NO_ARCHIVE as error:
-        raise ValueError(
-            f"{path} is no set of images in ADM's form: {error}"
-        ) from error
+    with (
+        explain(f"{path} is no set of images in ADM's form", *_NO_ARCHIVE),
+        zipfile.ZipFile(path) as archive,
+        archive.open("arr_0.npy") as file,
+    ):
+        n, *shape = _shape_of(file)
+        for start in range(0, n, batch_size):
+            yield _next_images(file, min(batch_size, n - start), shape)
+
+
+def _next_images(file: IO[bytes], count: int, shape: list[int]) -> Tensor:
+    """The next of an open array: `count` images (H, W, 3) -> (count, 3, H, W)."""
+    data = file.read(count * math.prod(shape))
+    refuse(len(data) != count * math.prod(shape), "the file ends early")
+    images = np.frombuffer(bytearray(data), np.uint8).reshape(count, *shape)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 _NO_ARCHIVE = (ValueError, KeyError, OSError, zipfile.BadZipFile, NotImplementedError)
@@ -177,32 +170,16 @@ _NO_ARCHIVE = (ValueError, KeyError, OSError, zipfile.BadZipFile, NotImplemented
 def _shape_of(file: IO[bytes]) -> tuple[int, ...]:
     """(n, H, W, 3) of an array of images, of which nothing but the header is read."""
     form = np.lib.format
-    version = form.read_magic(file)
-    refuse(version not in ((1, 0), (2, 0)), f"its array has format {version}")
-    first = version == (1, 0)
-    read = form.read_array_header_1_0 if first else form.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    refuse(
-        dtype != np.uint8,
-        f"arr_0 holds {dtype}, expected uint8: round to 0 ... 255 and convert",
-    )
-    refuse(
-        len(shape) != 4 or shape[3] != 3 or 0 in shape,
-        f"arr_0 has shape {shape}, expected (n, H, W, 3)",
-    )
-    refuse(
-        fortran,
-        "arr_0 is in Fortran order, so its images do not lie one after the other: "
-        "store np.ascontiguousarray(images)",
-    )
+    readers = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}
+    version = expect_one_of("format of arr_0", form.read_magic(file), readers)
+    shape, fortran, dtype = readers[version](file)
+    if dtype != np.uint8:
+        raise ValueError(f"arr_0 holds {dtype}, expected uint8: round and convert it")
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"arr_0 has shape {shape}, expected (n, H, W, 3)")
+    if fortran:
+        raise ValueError("arr_0 has Fortran order: store np.ascontiguousarray(images)")
     return tuple(shape)
-
-
-def _check_batch(batch: Tensor) -> None:
-    refuse(
-        batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3,
-        f"images are {batch.dtype} {tuple(batch.shape)}: expected uint8 (B, 3, H, W)",
-    )
 
 
 SEED = 0  # of the keys
@@ -237,8 +214,6 @@ class FirstByKey:
         """The smallest keys, sorted, and the features in their order."""
         keys = np.concatenate([keys for keys, _ in self.parts])
         order = np.argsort(keys, kind="stable")[: self.most]
-        chosen, features = torch.from_numpy(order), [part for _, part in self.parts]
-        joined = {
-            name: torch.cat([one[name] for one in features]) for name in features[0]
-        }
+        parts, chosen = [part for _, part in self.parts], torch.from_numpy(order)
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return keys[order], {name: x[chosen] for name, x in joined.items()}

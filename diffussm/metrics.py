@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm.guards import refuse
+from diffussm.guards import expect, expect_finite, expect_int, refuse
 
 __all__ = [
     "frechet_distance",
@@ -37,32 +37,23 @@ def frechet_distance(
     Means (d,), covariances (d, d). Raises ValueError for other shapes and for values
     that are not finite.
     """
-    mu1, sigma1, mu2, sigma2 = _checked_moments(mu1, sigma1, mu2, sigma2)
+    given = (mu1, sigma1, mu2, sigma2)
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in given)
+    _check_moments(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2)
     values, vectors = np.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     crossed = np.linalg.eigvalsh(root @ sigma2 @ root).clip(min=0)
-    squared = (
-        np.square(mu1 - mu2).sum()
-        + np.trace(sigma1)
-        + np.trace(sigma2)
-        - 2 * np.sqrt(crossed).sum()
-    )
+    squared = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2)
+    squared -= 2 * np.sqrt(crossed).sum()
     return max(float(squared), 0.0)  # round-off can leave -1e-10
 
 
-def _checked_moments(*given: np.ndarray) -> list[np.ndarray]:
-    mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in given)
-    d = mu1.shape
-    if len(d) != 1 or mu2.shape != d or sigma1.shape != d * 2 or sigma2.shape != d * 2:
-        shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(
-            f"shapes {shapes}: expected (d,), (d, d), (d,), (d, d) with the same d"
-        )
-    refuse(
-        not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)),
-        "a mean or covariance is not finite; look at the images and at the features",
-    )
-    return [mu1, sigma1, mu2, sigma2]
+def _check_moments(**moments: np.ndarray) -> None:
+    sizes: dict[str, int] = {}
+    for name, x in moments.items():
+        d, *_ = expect(name, x, "d d" if name.startswith("sigma") else "d", **sizes)
+        sizes["d"] = d
+        refuse(not np.isfinite(x).all(), f"{name} is not finite: look at the features")
 
 
 class RunningMoments:
@@ -113,23 +104,18 @@ def kernel_distance(real: Tensor, fake: Tensor, block: int = _BLOCK) -> float:
 
     Source: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
     """
-    _check_clouds(real, fake, 1)
+    _check_clouds(real, fake, least=2)
     size = min(block, len(real), len(fake))
     pairs = zip(*(torch.split(z.double(), size) for z in (real, fake)), strict=False)
     whole = [(x, y) for x, y in pairs if len(x) == len(y) == size]
     return float(torch.stack([_squared_mmd(x, y) for x, y in whole]).mean())
 
 
-def _check_clouds(real: Tensor, fake: Tensor, more_than: int) -> None:
-    for name, points in (("real", real), ("fake", fake)):
-        refuse(
-            points.ndim != 2 or len(points) <= more_than,
-            f"{name} features have shape {tuple(points.shape)}: "
-            f"expected (n, d), n over {more_than}",
-        )
-        refuse(
-            not bool(torch.isfinite(points).all()), f"{name} features are not finite"
-        )
+def _check_clouds(real: Tensor, fake: Tensor, least: int) -> None:
+    for name, points in (("real features", real), ("fake features", fake)):
+        n, _ = expect(name, points, "n d")
+        expect_int(f"number of {name}", n, least)
+        expect_finite(name, points, "look at these images")
 
 
 _NEAREST = 3  # the neighbour whose distance is a ball's radius
@@ -165,7 +151,7 @@ def precision_recall(
     rows at a time, or fewer where that would be more than DISTANCES. Raises ValueError
     when there are too few points or a feature is not finite.
     """
-    _check_clouds(real, fake, k)
+    _check_clouds(real, fake, least=k + 1)
     rows = max(1, min(block, DISTANCES // max(len(real), len(fake))))
     precision = _covered(fake, real, _radii(real, k, rows), rows)
     recall = _covered(real, fake, _radii(fake, k, rows), rows)
@@ -242,26 +228,30 @@ def protocol(
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """How each of the scores was computed."""
-    how: dict[str, Any] = {
-        "samples": samples.count,
-        "moments": str(samples.sigma.dtype),
-    }
+    how: dict[str, Any] = {"samples": samples.count}
+    how["moments"] = str(samples.sigma.dtype)
     if found["inception_score"] is not None and samples.logits is not None:
-        parts = [len(rows) for rows in torch.split(samples.logits, PART)]
-        last = {"part": PART, "last_part": parts[-1]}
-        how["inception_score"] = {"parts": len(parts), **last}
-    if (
-        found["kid"] is not None
-        and reference.pool is not None
-        and samples.pool is not None
-    ):
-        sizes = len(reference.pool), len(samples.pool)
-        block = min(_BLOCK, *sizes)
-        how["kid"] = {"block": block, "blocks": min(sizes) // block}
-        distances = f"{reference.pool.dtype} on {torch.device(device).type}"
-        sets = {"reference": sizes[0], "samples": sizes[1]}
-        how["precision_recall"] = {"k": _NEAREST, **sets, "distances": distances}
+        how["inception_score"] = _parts(samples.logits)
+    real, fake = reference.pool, samples.pool
+    if found["kid"] is not None and real is not None and fake is not None:
+        how |= _pairs(real, fake, device)
     return how
+
+
+def _parts(logits: Tensor) -> dict[str, int]:
+    """In which parts an Inception score was taken."""
+    sizes = [len(rows) for rows in torch.split(logits, PART)]
+    return {"parts": len(sizes), "part": PART, "last_part": sizes[-1]}
+
+
+def _pairs(real: Tensor, fake: Tensor, device: str | torch.device) -> dict[str, Any]:
+    """Of which pairs the kernel distance, precision and recall were taken."""
+    sets = {"reference": len(real), "samples": len(fake)}
+    fewest = min(sets.values())
+    block = min(_BLOCK, fewest)
+    how = {"distances": f"{real.dtype} on {torch.device(device).type}"}
+    kid = {"block": block, "blocks": fewest // block}
+    return {"kid": kid, "precision_recall": {"k": _NEAREST, **sets, **how}}
 
 
 def _known_answers() -> Iterator[tuple[str, object, object]]:

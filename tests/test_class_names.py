@@ -16,13 +16,13 @@ pytestmark = pytest.mark.filterwarnings(
     [
         ("white shrak", ValueError, "no class 'white shrak'; did you mean white shark"),
         ("crane", ValueError, r"classes \[1, 2\]; give the number"),
-        (3, ValueError, "class label 3: this model has classes 0 to 2"),
-        ([0, -1], ValueError, "class label -1"),
-        (True, TypeError, "class label True"),
-        ([0.5], TypeError, "class label 0.5: expected a name or an integer"),
-        ([[0], [3]], ValueError, "class label 3: this model has classes 0 to 2"),
-        (np.array([0.0]), TypeError, "class label 0.0: expected a name or an integer"),
-        (np.array([True]), TypeError, "class label True"),
+        (3, ValueError, "class label=3: expected an integer from 0 to 2"),
+        ([0, -1], ValueError, "class label=-1"),
+        (True, TypeError, "class label=True"),
+        ([0.5], TypeError, "class label=0.5: expected an integer"),
+        ([[0], [3]], ValueError, "class label=3: expected an integer from 0 to 2"),
+        (np.array([0.0]), TypeError, "class label=0.0: expected an integer"),
+        (np.array([True]), TypeError, "class label=True"),
         (None, ValueError, "class_labels are missing: there are 3 classes"),
     ],
 )
@@ -32,5 +32,5 @@ def test_bad_labels_are_explained(labels, error, message):
 
 
 def test_names_outside_the_table_are_refused():
-    with pytest.raises(ValueError, match="'3': 'dog', but the classes are 0 to 2"):
+    with pytest.raises(ValueError, match="'3': 'dog', but classes are 0 to 2"):
         piped(id2label={3: "dog"})

@@ -24,7 +24,7 @@ def test_scoring_sees_the_pixels_that_training_sees(tmp_path, exif_rotate):
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.asfortranarray(some(4)), "Fortran order.*ascontiguousarray"),
+        (np.asfortranarray(some(4)), "Fortran order: store np.ascontiguousarray"),
         (some(4).astype(np.float32), "holds float32, expected uint8"),
         (some(4)[..., :2], "shape .4, 4, 4, 2., expected .n, H, W, 3."),
     ],
