@@ -99,15 +99,9 @@ class TensorData(Dataset):
         classes: Sequence[str] | None = None,
         levels: int | None = 256,
     ) -> None:
-        _check_tensors(images, labels, classes)
-        if labels is None:
-            labels, classes = torch.zeros(len(images)), ()
-        self.images, self.labels = images.to(torch.float32), labels.to(torch.int64)
-        self.classes = tuple(
-            [str(c) for c in range(int(labels.max()) + 1)]
-            if classes is None
-            else classes
-        )
+        _check_images(images)
+        self.images = images.to(torch.float32)
+        self.labels, self.classes = _labelled(len(images), labels, classes)
         self.num_classes, self.flip, self.levels = len(self.classes), flip, levels
 
     def __len__(self) -> int:
@@ -125,52 +119,28 @@ class TensorData(Dataset):
         return digest.hexdigest()
 
 
-def _check_tensors(
-    images: Tensor, labels: Tensor | None, classes: Sequence[str] | None
-) -> None:
-    refuse(
-        not images.is_floating_point(),
-        f"images are {images.dtype}; expected floats in [-1, 1]: divide by 127.5, "
-        "subtract 1",
-        TypeError,
-    )
+def _labelled(
+    n: int, labels: Tensor | None, classes: Sequence[str] | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels int64 (n,), 0 if there are none, and the names of their classes."""
+    if labels is None:
+        refuse(classes, "class names were given without labels")
+        return torch.zeros(n, dtype=torch.int64), ()
+    expect("labels, one per image,", labels, "n", n=n)
+    expect_int("label", labels.min().item(), least=0)
+    last = expect_int("label", labels.max().item())
+    names = tuple(map(str, range(last + 1)) if classes is None else classes)
+    expect_int("label", last, most=len(names) - 1)
+    return labels.to(torch.int64), names
+
+
+def _check_images(images: Tensor) -> None:
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}: expected floats, byte / 127.5 - 1")
     expect("images", images, "n C H W")
     expect_int("number of images", len(images), least=1)
-    low, high = images.min().item(), images.max().item()
-    if not (-1 <= low <= high <= 1):  # False for NaN too
-        raise ValueError(
-            f"images span [{low:.3g}, {high:.3g}]; expected finite values in [-1, 1]"
-        )
-    if labels is not None:
-        _check_labels(labels, len(images), classes)
-    elif classes is not None:
-        raise ValueError("class names were given without labels")
-
-
-def _check_labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> None:
-    kind = labels.dtype
-    refuse(
-        kind.is_floating_point or kind.is_complex or kind == torch.bool,
-        f"labels are {kind}; expected integers",
-        TypeError,
-    )
-    expect("labels, one per image,", labels, "n", n=n)
-    last = None if classes is None else len(classes) - 1  # as many as there are names
-    for label in (labels.min(), labels.max()):
-        expect_int("label", int(label), least=0, most=last)
-
-
-def _check_batch(n: int, batch_size: int, step: int, seed: int) -> None:
-    expect_int("n", n, least=1)
-    expect_int("batch_size", batch_size, least=1)
-    expect_int("step", step, least=0)
-    expect_int("seed", seed, least=0)
-    refuse(
-        batch_size > n,
-        f"batch_size is {batch_size}, but the data set has {n} images: every batch "
-        f"would repeat some. Take a batch_size of {n} at most, or look whether the "
-        "data are where you think",
-    )
+    expect_number("images.min()", images.min().item(), least=-1)
+    expect_number("images.max()", images.max().item(), most=1)
 
 
 def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray:
@@ -208,23 +178,29 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 def sample_order(n: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits `n` samples: a permutation, int64 (n,)."""
-    expect_int("n", n, least=1)
     expect_int("seed", seed, least=0)
     expect_int("epoch", epoch, least=0)
     return _order(n, seed, epoch).clone()
+
+
+def _positions(n: int, batch_size: int, step: int) -> range:
+    """Where in the endless row a batch stands."""
+    expect_int("step", step, least=0)
+    expect_int("batch_size", batch_size, least=1)
+    if batch_size > n:
+        raise ValueError(f"batch_size={batch_size}: the data set has {n} images in all")
+    return range(step * batch_size, (step + 1) * batch_size)
 
 
 def _windows(
     n: int, batch_size: int, step: int, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
     """(epoch, indices) of each part of a batch: one, or two across an epoch's end."""
-    _check_batch(n, batch_size, step, seed)
-    position, end = step * batch_size, (step + 1) * batch_size
-    while position < end:
-        epoch, first = divmod(position, n)
-        count = min(n - first, end - position)
-        yield epoch, _order(n, seed, epoch)[first : first + count]
-        position += count
+    expect_int("seed", seed, least=0)
+    row = _positions(n, batch_size, step)
+    for epoch in range(row[0] // n, row[-1] // n + 1):
+        first, end = max(row.start - epoch * n, 0), row.stop - epoch * n
+        yield epoch, _order(n, seed, epoch)[first:end]
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffussm.bound import bits_per_dim, discretized_gaussian_log_likelihood, normal_kl
 from diffussm.forward_process import ForwardProcess, check_batch, working_dtype
-from diffussm.guards import expect, expect_int, readable, refuse
+from diffussm.guards import expect, expect_int, readable
 
 __all__ = ["DenoisingModel", "GaussianDiffusion", "find_attribute", "standard_normal"]
 
@@ -68,7 +68,8 @@ class GaussianDiffusion(ForwardProcess):
         x_t.
         """
         output = model(x_t, self.timestep_map.to(t.device)[t], y)  # (B, 2C, H, W)
-        _check_output(output, x_t)
+        B, C, H, W = x_t.shape
+        expect("model output, noise and v,", output, "B C H W", B=B, C=2 * C, H=H, W=W)
         eps, v = output.to(x_t.dtype).chunk(2, dim=1)  # (B, C, H, W) each
         return eps, v
 
@@ -277,20 +278,8 @@ class GaussianDiffusion(ForwardProcess):
 
 def _check_timestep_map(timestep_map: Tensor, num_timesteps: int) -> None:
     expect("timestep_map", timestep_map, "T", T=num_timesteps)
-    refuse(
-        timestep_map.is_floating_point(),
-        f"timestep_map is {timestep_map.dtype}: expected integers",
-        TypeError,
-    )
-
-
-def _check_output(output: Tensor, x_t: Tensor) -> None:
-    batch, channels, *size = x_t.shape
-    refuse(
-        output.shape != (batch, 2 * channels, *size),
-        f"the model returned {tuple(output.shape)} for x_t of {tuple(x_t.shape)}: "
-        f"expected {(batch, 2 * channels, *size)}, the noise and v",
-    )
+    if timestep_map.is_floating_point():
+        raise TypeError(f"timestep_map is {timestep_map.dtype}: expected integers")
 
 
 def find_attribute(model: Any, name: str, default: Any = None) -> Any:

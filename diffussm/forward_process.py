@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect, expect_real, readable, refuse
+from diffussm.guards import (
+    expect,
+    expect_finite,
+    expect_indices,
+    expect_int,
+    expect_number,
+    expect_real,
+    readable,
+)
 
 __all__ = ["ForwardProcess", "working_dtype", "check_batch"]
 
@@ -116,45 +124,21 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_betas(betas: Tensor) -> None:
-    expect("betas", betas, "T")
     expect_real(betas=betas)
-    if not len(betas) or not bool(((betas > 0) & (betas < 1)).all()):
-        reach = f"{betas.min():.3g} to {betas.max():.3g}" if len(betas) else "nothing"
-        raise ValueError(
-            f"betas reach from {reach}: expected each, the variance of a step, "
-            "strictly between 0 and 1"
-        )
+    (T,) = expect("betas", betas, "T")
+    expect_int("number of betas", T, least=1)
+    for beta in betas.tolist():
+        expect_number("beta", beta, above=0, below=1)
 
 
 def check_batch(num_timesteps: int, t: Tensor, **images: Tensor) -> None:
     """Refuse images (B, C, H, W) and timesteps (B,) that do not fit each other."""
-    sizes: dict[str, int] = {}
-    for name, x in images.items():
-        sizes = dict(zip("BCHW", expect(name, x, "B C H W", **sizes), strict=True))
-        refuse(
-            not x.is_floating_point(),
-            f"{name} is {x.dtype}: expected floating point, images scaled to [-1, 1]",
-            TypeError,
-        )
-    name, x = next(iter(images.items()))
-    if readable(x) and not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise ValueError(
-            f"{name} has NaN or infinite values in samples {bad[:10]} of the batch: "
-            "leave these images out, or find what made them so"
-        )
-    _check_timesteps(t, sizes["B"], num_timesteps)
-
-
-def _check_timesteps(t: Tensor, batch: int, num_timesteps: int) -> None:
-    expect("t", t, "B", B=batch)
-    refuse(
-        t.is_floating_point() or t.dtype == torch.bool,
-        f"t is {t.dtype}: expected integers from 0 to {num_timesteps - 1}",
-        TypeError,
-    )
-    if readable(t) and len(t) and not 0 <= int(t.min()) <= int(t.max()) < num_timesteps:
-        raise ValueError(
-            f"t reaches from {int(t.min())} to {int(t.max())}: expected 0 to "
-            f"{num_timesteps - 1}, the timesteps of this schedule"
-        )
+    (first, x), *others = images.items()
+    B, C, H, W = expect(first, x, "B C H W")
+    for name, other in others:
+        expect(name, other, "B C H W", B=B, C=C, H=H, W=W)
+    expect_real(**images)
+    if readable(x):
+        expect_finite(first, x, "leave these images out, or find what made them so")
+    expect("t", t, "B", B=B)
+    expect_indices("t", t, num_timesteps)

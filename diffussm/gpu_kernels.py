@@ -292,27 +292,22 @@ def triton_convolve(u: Tensor, spectra: Tensor, precision: str = "tf32x3") -> Te
 
     Source: ch. "GPU kernels".
     """
-    _check_kinds(u, spectra, precision)
     _, L, D = expect("u", u, "B L D")
+    _check_kinds(u, spectra, precision)
     expect("spectra", spectra, "2 D F", D=D, F=L + 1)
     y: Tensor = _TritonConvolve.apply(u, spectra, precision)
     return y
 
 
 _PRECISIONS = ("tf32", "tf32x3", "ieee")
+_REAL = (torch.float32, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex64,)
 
 
 def _check_kinds(u: Tensor, spectra: Tensor, precision: str) -> None:
     expect_one_of("precision", precision, _PRECISIONS)
-    real = u.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if not real or spectra.dtype != torch.complex64:
-        raise TypeError(
-            f"u has dtype {u.dtype} and spectra {spectra.dtype}: expected float32, "
-            "bfloat16 or float16, and complex64; for others use "
-            "fft_convolution.convolve"
-        )
-    if u.ndim == 3 and u.shape[1] not in LENGTHS:
-        raise ValueError(
-            f"L={u.shape[1]}: the kernels are written for "
-            f"{', '.join(map(str, LENGTHS))}; for others use fft_convolution.convolve"
-        )
+    for name, x, known in (("u", u, _REAL), ("spectra", spectra, _COMPLEX)):
+        if x.dtype not in known:
+            raise TypeError(f"{name} is {x.dtype}: expected {known}, or use convolve")
+    if u.shape[1] not in LENGTHS:
+        raise ValueError(f"L={u.shape[1]}: expected one of {LENGTHS}, or use convolve")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from diffussm.diffusion import GaussianDiffusion, find_attribute, standard_normal
 from diffussm.embeddings import Labels, as_labels
+from diffussm.forward_process import working_dtype
 from diffussm.guards import (
     bounded,
     check_fields,
@@ -21,7 +22,6 @@ from diffussm.guards import (
     expect_int,
     expect_number,
     expect_real,
-    refuse,
 )
 from diffussm.reverse_process import ancestral_step, ddim_step
 
@@ -50,40 +50,31 @@ def guided(
         ValueError: a scale or number of channels that cannot work, or a model without
             `null_label`.
     """
-    null_label = _check_guidance(model, cfg_scale, guidance_channels)
-    if cfg_scale == 1:
+    if expect_number("cfg_scale", cfg_scale, least=0) == 1:
         return model
+    null_label = find_attribute(model, "null_label")
+    if null_label is None:
+        raise ValueError(f"{cfg_scale=}: this model has no label for 'no class', use 1")
 
     def guided_model(x: Tensor, t: Tensor, y: Labels) -> Tensor:
+        C = x.shape[1]
+        n = C if guidance_channels is None else guidance_channels
+        expect_int("guidance_channels", n, least=1, most=C)
         y = as_labels(y).to(x.device)
-        n = guidance_channels or x.shape[1]
-        expect_int("guidance_channels", n, most=x.shape[1])
         both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
         output = model(torch.cat([x, x]), torch.cat([t, t]), both)  # (2B, 2C, H, W)
-        # A difference of nearby numbers, magnified: not in bf16.
-        working = torch.promote_types(output.dtype, torch.float32)
-        conditional, unconditional = output.to(working).chunk(2)
-        eps, eps_null = conditional[:, :n], unconditional[:, :n]
-        eps = eps_null + cfg_scale * (eps - eps_null)
-        return torch.cat([eps, conditional[:, n:]], dim=1)  # (B, 2C, H, W)
+        return _exaggerated(output, cfg_scale, n)
 
     return guided_model
 
 
-def _check_guidance(
-    model: Callable[..., Tensor], cfg_scale: float, guidance_channels: int | None
-) -> int:
-    """The label for "no class", if guidance can work (0 where none is needed)."""
-    expect_number("cfg_scale", cfg_scale, least=0)
-    if guidance_channels is not None:
-        expect_int("guidance_channels", guidance_channels, least=1)
-    null_label = find_attribute(model, "null_label")
-    if cfg_scale != 1 and null_label is None:
-        raise ValueError(
-            f"cfg_scale={cfg_scale}: this model has no label for 'no class' "
-            "(null_label), hence nothing to guide away from; use cfg_scale=1"
-        )
-    return null_label or 0
+def _exaggerated(output: Tensor, w: float, n: int) -> Tensor:
+    """Guide n channels (eq-sampling-guidance): answers (2B, 2C, H, W), first those with
+    the label, become one (B, 2C, H, W).
+    """
+    conditional, unconditional = output.to(working_dtype(output)).chunk(2)
+    eps, eps_null = conditional[:, :n], unconditional[:, :n]
+    return torch.cat([eps_null + w * (eps - eps_null), conditional[:, n:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -109,11 +100,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        refuse(
-            self.eta and self.method == "ddpm",
-            f"eta={self.eta} with method='ddpm': eta belongs to 'ddim', "
-            "ddpm learns its variance",
-        )
+        if self.eta and self.method == "ddpm":
+            raise ValueError(f"eta={self.eta}: eta belongs to 'ddim', not to 'ddpm'")
 
     def step_back(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """One step: arguments and results as for `ancestral_step`."""
@@ -121,6 +109,20 @@ class Sampler:
         if self.method == "ddpm":
             return ancestral_step(*arguments, **options)
         return ddim_step(*arguments, **options | {"eta": self.eta})
+
+    def _steps_back(
+        self,
+        model: Callable[..., Tensor],
+        predict: Callable[..., Tensor],
+        chain: GaussianDiffusion,
+        x: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        with find_attribute(model, "cached_kernels", nullcontext)():
+            for step in reversed(range(self.steps)):
+                x, x0 = self.step_back(predict, chain, x, step, y, generator)
+                yield int(chain.timestep_map[step]), x, x0
 
     def walk(
         self,
@@ -133,17 +135,12 @@ class Sampler:
         shape: tuple[int, ...] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """From noise to images, step by step: arguments and items as for `denoise`."""
-        x, y = _start(self, model, y, generator, noise, shape)
-        chain = diffusion.respace(self.steps)
+        if y is None and self.cfg_scale != 1:
+            raise ValueError(f"cfg_scale={self.cfg_scale}: guidance needs y, or use 1")
         predict = guided(model, self.cfg_scale, self.guidance_channels)
-
-        def steps_back(x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-            with find_attribute(model, "cached_kernels", nullcontext)():
-                for step in reversed(range(self.steps)):
-                    x, x0 = self.step_back(predict, chain, x, step, y, generator)
-                    yield int(chain.timestep_map[step]), x, x0
-
-        return steps_back(x)
+        chain = diffusion.respace(self.steps)
+        x, labels = _start(model, y, generator, noise, shape)
+        return self._steps_back(model, predict, chain, x, labels, generator)
 
     def draw(
         self,
@@ -167,7 +164,6 @@ class Sampler:
 
 
 def _start(
-    sampler: Sampler,
     model: Callable[..., Tensor],
     y: Labels | None,
     generator: torch.Generator | None,
@@ -175,13 +171,43 @@ def _start(
     shape: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """x_T (B, C, H, W) and the labels (B,), both on the device of the model."""
+    sizes = dict(zip("CHW", _image_shape(model, noise, shape), strict=False))
     labels = None if y is None else as_labels(y)
-    size = _check_start(sampler, model, labels, noise, shape)
+    if labels is not None:
+        (sizes["B"],) = expect("y", labels, "B")
     if noise is None:
-        weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
-        where: Any = next(iter(weights), labels)
-        noise = standard_normal(size, generator, where.device, torch.float32)
+        noise = _drawn_noise(model, labels, generator, **sizes)
+    expect_real(noise=noise)
+    expect("noise", noise, "B C H W", **sizes)
     return noise, None if labels is None else labels.to(noise.device)
+
+
+def _drawn_noise(
+    model: Callable[..., Tensor],
+    labels: Tensor | None,
+    generator: torch.Generator | None,
+    **sizes: int,
+) -> Tensor:
+    if labels is None:
+        raise ValueError("y=None without noise: pass noise (B, C, H, W)")
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    where = next(iter(weights), labels).device
+    size = [sizes[letter] for letter in "BCHW"]
+    return standard_normal(size, generator, where, torch.float32)
+
+
+def _image_shape(
+    model: Callable[..., Tensor], noise: Tensor | None, shape: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """(C, H, W); nothing where the noise has a shape and no other is asked for."""
+    if shape is None and noise is not None:
+        return ()
+    config = find_attribute(model, "config")
+    if shape is None and config is not None:
+        return config.in_channels, config.height, config.width
+    if shape is None or len(shape) != 3:
+        raise ValueError(f"{shape=}: expected (C, H, W), or a model with a config")
+    return shape
 
 
 def denoise(
@@ -242,35 +268,3 @@ def sample(
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Numbers of NumPy as Python's."""
     return {k: v.item() if hasattr(v, "item") else v for k, v in options.items()}
-
-
-def _check_start(
-    sampler: Sampler,
-    model: Callable[..., Tensor],
-    y: Tensor | None,
-    noise: Tensor | None,
-    shape: tuple[int, ...] | None,
-) -> tuple[int, ...]:
-    """(B, C, H, W), if labels, noise and shape agree."""
-    if y is None and sampler.cfg_scale != 1:
-        raise ValueError(
-            f"cfg_scale={sampler.cfg_scale} without labels: guidance needs y, "
-            "use cfg_scale=1"
-        )
-    sizes = {} if y is None else {"B": expect("y", y, "B")[0]}
-    config = find_attribute(model, "config")
-    if shape is None and noise is None and config is not None:
-        shape = (config.in_channels, config.height, config.width)
-    if y is None and noise is None:
-        raise ValueError(
-            "y=None and no noise: pass noise (B, C, H, W) to say how many to draw"
-        )
-    if len(shape or ()) != 3 and (noise is None or shape is not None):
-        raise ValueError(
-            f"shape={shape}: expected (C, H, W); a model with a config knows it"
-        )
-    sizes |= dict(zip("CHW", shape or (), strict=False))
-    if noise is None:
-        return tuple(sizes.values())
-    expect_real(noise=noise)
-    return expect("noise", noise, "B C H W", **sizes)

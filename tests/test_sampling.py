@@ -602,7 +602,7 @@ def test_trajectory_is_that_of_diffusers():
         (
             {"cfg_scale": 2.0, "guidance_channels": 3},
             ValueError,
-            "guidance_channels=3: expected an integer of at most 2",
+            "guidance_channels=3: expected an integer from 1 to 2",
         ),
         (
             {"y": torch.tensor([[1]])},
