@@ -75,9 +75,7 @@ class _Renamed(MetaPathFinder):
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         name = fullname.removeprefix("diffussm.")
         if fullname != name and name in _RENAMED:
-            raise ModuleNotFoundError(
-                f"{fullname} is now {_RENAMED[name]}", name=fullname
-            )
+            raise ModuleNotFoundError(f"{fullname} is now {_RENAMED[name]}")
 
 
 sys.meta_path.append(_Renamed())  # after those that find modules

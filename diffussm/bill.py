@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffussm.features import WEIGHTS
 from diffussm.files import sha256
-from diffussm.guards import refuse
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe
@@ -128,9 +127,6 @@ def published(file: Path) -> Download | None:
     for known in DOWNLOADS:
         if known.sha256 == found:
             return known
-        refuse(
-            known.sha256 and known.name == file.name,
-            f"{file} is not the published {known.name}: its sha256 is {found}, not "
-            f"{known.sha256}",
-        )
+        if known.sha256 and known.name == file.name:
+            raise ValueError(f"{file} is not the published one; fetch {known.url}")
     return None

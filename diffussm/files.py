@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffussm.guards import explain
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -65,17 +67,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(path)
     except OSError as error:
-        if not folder or error.errno not in UNSUPPORTED:
+        if not path.is_dir() or error.errno not in UNSUPPORTED:
             raise  # a disk that is full or broken
         _warn_of_flushing(str(error.strerror))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # What systems answer that lack a call for a kind of file, or at all
@@ -125,10 +130,8 @@ def read_json(path: Path, what: str = "the file") -> Any:
     Raises:
         ValueError: it is no JSON.
     """
-    try:
+    with explain(f"{what} {path} is damaged", ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} {path} is damaged: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], **facts: str) -> None:
@@ -149,7 +152,5 @@ def read_tensors(path: Path, what: str = "the file") -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with explain(f"{what} {path} is damaged", SafetensorError):
         return dict(load_file(path))
-    except SafetensorError as error:
-        raise ValueError(f"{what} {path} is damaged: {error}") from error

@@ -10,8 +10,10 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffussm.data import Dataset
-from diffussm.guards import expect_int, refuse
+from diffussm.guards import expect_int, expect_there, refuse
 from diffussm.images import (
     EXTENSIONS,
     WHITE,
@@ -113,21 +115,24 @@ class StoredImages(Dataset):
             digest.update(b"background %d %d %d" % self.background)
         return digest.hexdigest()
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        index = range(len(self))[index]  # IndexError, and negative numbers as in a list
+    def _candidates(self, index: int) -> list[int]:
+        """Image `index`, those of its class that follow, then those before it."""
         label = int(self.labels[index])
         first = int(torch.searchsorted(self.labels, label))
         last = int(torch.searchsorted(self.labels, label, right=True))
-        candidates = chain(range(index, last), range(first, index))
-        for candidate in islice(candidates, PATIENCE):
+        return list(islice(chain(range(index, last), range(first, index)), PATIENCE))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        index = range(len(self))[index]  # IndexError, and negative numbers as in a list
+        candidates = self._candidates(index)
+        for candidate in candidates:
             try:
-                return self.read(candidate), label
+                return self.read(candidate), int(self.labels[index])
             except BadImage as error:
                 self._skip(candidate, str(error))
-        tried, reason = min(last - first, PATIENCE), self.skipped[-1].reason
         raise BadImage(
-            f"none of the {tried} images from {self.name(index)!r} of {self.root!r} on "
-            f"can be decoded; the last reason: {reason}"
+            f"none of the {len(candidates)} images from {self.name(index)!r} of "
+            f"{self.root!r} on can be decoded; the last: {self.skipped[-1].reason}"
         )
 
     def _skip(self, index: int, reason: str) -> None:
@@ -171,23 +176,23 @@ def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
     return sorted(seen, key=lambda entry: entry.name)
 
 
-def _walk(
-    folder: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[os.DirEntry[str]]:
+_Place = tuple[int, int]
+
+
+def _place(folder: str) -> _Place:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _walk(folder: str, above: frozenset[_Place]) -> Iterator[os.DirEntry[str]]:
     """All visible files below, sorted by name."""
-    here = _place(folder)
-    if here in above:
+    if (here := _place(folder)) in above:
         return
     for entry in visible(folder):
         if is_folder(entry):
             yield from _walk(entry.path, above | {here})
         else:
             yield entry
-
-
-def _place(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
 
 
 class ImageFolder(StoredImages):
@@ -217,7 +222,7 @@ class ImageFolder(StoredImages):
         exif_rotate: bool = False,
     ) -> None:
         super().__init__(root, size, flip, background, exif_rotate)
-        _check_folder(self.root)
+        expect_there(Path(self.root), "a folder of images")
         folders = self._class_folders() if conditional else [("", self.root)]
         above = frozenset({_place(self.root)} if conditional else ())
         self._keep([self._images_below(path, above) for _, path in folders])
@@ -225,15 +230,11 @@ class ImageFolder(StoredImages):
         self.classes = tuple(name for name, _ in folders) if conditional else ()
         self.num_classes = len(self.classes)
 
-    def _images_below(self, path: str, above: frozenset[tuple[int, int]]) -> list[str]:
-        found = [
-            os.path.relpath(entry.path, self.root)
-            for entry in _walk(path, above)
-            if self._by_name(entry)
-        ]
+    def _images_below(self, path: str, above: frozenset[_Place]) -> list[str]:
+        found = [entry.path for entry in _walk(path, above) if self._by_name(entry)]
         if not found:
             _LOG.warning("class folder %s holds no images", path)
-        return found
+        return [os.path.relpath(image, self.root) for image in found]
 
     def _keep(self, found: Sequence[Sequence[str]]) -> None:
         self._names = NameList(map(os.fsencode, chain.from_iterable(found)))
@@ -264,21 +265,20 @@ class ImageFolder(StoredImages):
 
     def without(self, bad: Iterable[Skipped]) -> "ImageFolder":
         """The same folder with these files taken out, and with the same classes."""
-        skipped = list(dict.fromkeys([*self.skipped, *bad]))
-        paths = {path for path, _ in skipped}
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.skipped = list(dict.fromkeys([*self.skipped, *bad]))
+        other._keep(self._names_except({path for path, _ in other.skipped}))
+        refuse(not len(other), f"all images of {self.root!r} would be taken out")
+        return other
+
+    def _names_except(self, paths: set[str]) -> list[list[str]]:
+        """The names of each class, but for the images at these paths."""
         kept: list[list[str]] = [[] for _ in self.classes or ("",)]
         for i, label in enumerate(self.labels.tolist()):
             if self.path(i) not in paths:
                 kept[label].append(self.name(i))
-        other = copy.copy(self)
-        other.__dict__.pop("fingerprint", None)
-        other.skipped = skipped
-        other._keep(kept)
-        refuse(
-            not len(other),
-            f"all {len(self)} images of {self.root!r} would be taken out",
-        )
-        return other
+        return kept
 
     def _by_name(self, entry: os.DirEntry[str]) -> bool:
         suffix = os.path.splitext(entry.name)[1].lower()
@@ -298,53 +298,35 @@ class ImageFolder(StoredImages):
             elif self._by_name(entry):
                 reason = "lies beside the class folders, in none of them"
                 self.skipped.append(Skipped(entry.path, reason))
-        _check_classes(self.root, [name for name, _ in folders])
+        if not folders:
+            raise ValueError(
+                f"{self.root} has no sub-folders; for no classes pass conditional=False"
+            )
+        if {name for name, _ in folders} <= {"train", "val", "test"}:
+            raise ValueError(f"{folders[0][1]} is a split and no class; pass it itself")
         return folders
 
     def _announce(self) -> None:
         """Say what was left out by its name; ValueError if nothing else is there."""
-        count = len(self.skipped)
-        first = [
-            f"{os.path.relpath(path, self.root)!r} {reason}"
-            for path, reason in self.skipped[:3]
-        ]
-        more = [f"and {count - 3} more"] * (count > 3)
-        files = f"{count} files are" if count > 1 else "1 file is"
-        left_out = f"{files} left out: {', '.join(first + more)}"
-        refuse(
-            not len(self),
-            f"no images below {self.root!r}; expected files ending in "
-            f"{', '.join(sorted(EXTENSIONS))}{f'. {left_out}' if count else ''}",
-        )
-        if count:
+        left_out = self._left_out()
+        if not len(self):
+            raise ValueError(
+                f"no images below {self.root} (.jpg, .png, ...); {left_out}"
+            )
+        if self.skipped:
             _LOG.warning("%s: %s", self.root, left_out)
+
+    def _left_out(self) -> str:
+        """In words: how many files are left out by their names, and why the first."""
+        count, first = len(self.skipped), self.skipped[:3]
+        shown = [f"{os.path.relpath(path, self.root)!r} {why}" for path, why in first]
+        more = [f"and {count - 3} more"] * (count > 3)
+        files = {0: "no file is", 1: "1 file is"}.get(count, f"{count} files are")
+        return f"{files} left out{': ' if count else ''}{', '.join(shown + more)}"
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or leads to one; a link to itself does not."""
-    try:
+    with suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _check_folder(root: str) -> None:
-    if not os.path.exists(root):
-        raise FileNotFoundError(
-            f"there is no folder {root!r}; expected a folder of images"
-        )
-    if not os.path.isdir(root):
-        raise NotADirectoryError(f"{root!r} is a file; expected a folder of images")
-
-
-def _check_classes(root: str, names: list[str]) -> None:
-    refuse(
-        not names,
-        f"{root!r} has no sub-folders; expected one folder of images for each "
-        "class. For images without classes pass conditional=False",
-    )
-    if set(names) <= {"train", "val", "test"}:
-        raise ValueError(
-            f"{root!r} holds {', '.join(names)}, which are splits and not classes. "
-            f"Pass one of them, as in {os.path.join(root, names[0])!r}"
-        )
+    return False

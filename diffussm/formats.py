@@ -6,7 +6,6 @@ Generated from book/52_formats.md by `make export`: edit there.
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from diffussm.folders import (
     is_folder,
     visible,
 )
-from diffussm.guards import expect_int, refuse
+from diffussm.guards import expect_int, expect_there, explain, refuse
 from diffussm.images import EXTENSIONS, WHITE, BadImage
 
 __all__ = ["LmdbImages", "images_from", "find_broken_images"]
@@ -51,10 +50,7 @@ class LmdbImages(StoredImages):
         self._env = _open_lmdb(self.root)
         with self._env.begin() as reading:
             self._keys = NameList(reading.cursor().iternext(keys=True, values=False))
-        refuse(
-            not len(self._keys),
-            f"{self.root} is an empty LMDB; expected encoded images",
-        )
+        refuse(not len(self._keys), f"{self.root} is an LMDB without any images")
         self.labels = torch.zeros(len(self._keys), dtype=torch.int64)
 
     def key(self, index: int) -> bytes:
@@ -66,11 +62,12 @@ class LmdbImages(StoredImages):
         return self.key(index).decode(errors="backslashreplace")
 
     def _content(self, index: int) -> bytes:
+        import lmdb
+
         what = f"record {self.name(index)!r} of {self.root} cannot be read"
-        with _naming(what), self._env.begin() as reading:
+        with explain(what, lmdb.Error, error=OSError), self._env.begin() as reading:
             content = reading.get(self.key(index))
-        if content is None:
-            raise BadImage("no longer there")
+        refuse(content is None, "no longer there", BadImage)
         return bytes(content)
 
     def _facts(self) -> Iterator[bytes]:
@@ -91,47 +88,48 @@ _OPEN: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
 def _open_lmdb(root: str) -> Any:
     import lmdb
 
-    data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
-    _check_lmdb(data)
+    data = _whole_lmdb(root)
     file = (data.stat().st_dev, data.stat().st_ino)
     environment = _OPEN.get(file)
     if environment is None:
         how = {"subdir": False, "readonly": True, "lock": False, "readahead": False}
-        with _naming(f"{data} cannot be read as an LMDB"):
+        with explain(f"{data} cannot be read as an LMDB", lmdb.Error, error=OSError):
             environment = lmdb.open(str(data), **how)
         _OPEN[file] = environment
     return environment
 
 
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """An error of LMDB as one that says of what."""
-    import lmdb
+def _whole_lmdb(root: str) -> Path:
+    """The file of an LMDB that is as long as its header says."""
+    data = Path(root) / "data.mdb" if Path(root).is_dir() else Path(root)
+    expect_there(data, "the file of an LMDB")
+    size, promised = data.stat().st_size, _promised_bytes(data)
+    refuse(not promised, f"{data} is no LMDB of a 64-bit machine, or damaged", OSError)
+    refuse(size < promised, f"{data} is truncated: {size} of {promised} bytes", OSError)
+    return data
 
-    try:
-        yield
-    except lmdb.Error as error:
-        raise OSError(f"{what}: {error}") from error
+
+def _promised_bytes(data: Path) -> int:
+    """How long an LMDB is by its own account; 0 if it is none."""
+    with data.open("rb") as file:
+        head = file.read(2 << 16)
+    page = int.from_bytes(head[40:44], "little")
+    headers = [_header(head[start:]) for start in (16, page + 16)]
+    if any(magic != _MAGIC for _, _, magic in headers):
+        return 0
+    _, last, _ = max(headers)  # of the later transaction
+    return (last + 1) * page
 
 
-def _check_lmdb(file: Path) -> None:
-    """Refuse what is no LMDB, and a file shorter than its header says."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}; expected the folder of an LMDB")
-    with file.open("rb") as opened:
-        head = opened.read(2 << 16)
-    try:
-        (page,) = struct.unpack_from("<I", head, 40)
-        # Two headers take turns, the newer is valid: magic, last page, transaction
-        starts = (16, page + 16)
-        metas = [struct.unpack_from("<I116xQQ", head, start) for start in starts]
-    except struct.error:
-        metas = [(0, 0, 0)]
-    if any(magic != 0xBEEFC0DE for magic, _, _ in metas):
-        raise OSError(f"{file} is no LMDB of a 64-bit machine, or damaged")
-    size, last = file.stat().st_size, max(metas, key=lambda meta: meta[2])[1]
-    if size < (last + 1) * page:
-        raise OSError(f"{file} is truncated: {size} of {(last + 1) * page} bytes")
+_MAGIC = 0xBEEFC0DE  # how the header of every LMDB begins
+_HEADER = struct.Struct("<I116xQQ")
+
+
+def _header(page: bytes) -> tuple[int, int, int]:
+    """Transaction, last page and magic number; zeros where the file is too short."""
+    part = page[: _HEADER.size].ljust(_HEADER.size, b"\0")
+    magic, last, transaction = _HEADER.unpack(part)
+    return transaction, last, magic
 
 
 def images_from(
@@ -149,9 +147,7 @@ def images_from(
     """
     path = Path(path)
     if path.suffix == ".mdb" or (path / "data.mdb").is_file():
-        refuse(
-            conditional, f"{path} is an LMDB, which has no classes; omit conditional"
-        )
+        refuse(conditional, f"{path} is an LMDB, with no classes; omit conditional")
         return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
     if conditional is None:
         conditional = path.is_dir() and _holds_classes(path)

@@ -8,7 +8,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,15 +16,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffussm.guards import expect_int, refuse
+from diffussm.guards import expect_int, explain, refuse
 
 __all__ = [
     "WHITE",
     "BadImage",
     "decode_image",
+    "check_colour",
     "EXTENSIONS",
     "center_crop",
-    "check_colour",
     "image_tensor",
     "read_image",
     "file_content",
@@ -54,32 +54,33 @@ def decode_image(
         ValueError: background is no colour.
     """
     check_colour(background)
-    with (
-        _every_error_as_bad_image(data),
-        Image.open(io.BytesIO(data), formats=_FORMATS) as image,
-    ):
-        _check_size(image)
-        image.load()
+    with _every_error_as_bad_image():
+        image = _loaded(data)
         return _to_rgb(_upright(image) if exif_rotate else image, background)
 
 
+def check_colour(background: tuple[int, int, int]) -> None:
+    """ValueError for what is no colour, before any file is blamed for it."""
+    parts = [type(part) is int and 0 <= part <= 255 for part in background]
+    if parts != [True] * 3:
+        raise ValueError(f"background={background}: expected three integers, 0 to 255")
+
+
 @contextmanager
-def _every_error_as_bad_image(data: bytes) -> Iterator[None]:
-    if not data:
-        raise BadImage("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            # Pillow's opinions on odd metadata; what matters raises below
-            warnings.simplefilter("ignore")
-            yield
-    except BadImage:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage("not an image in any known format") from None
-    except Image.DecompressionBombError:
-        raise BadImage(f"more pixels than the limit of {_MAX_PIXELS}") from None
-    except Exception as error:  # OSError, SyntaxError, struct.error ...
-        raise BadImage(f"cannot be decoded: {error}") from None
+def _every_error_as_bad_image() -> Iterator[None]:
+    with (
+        warnings.catch_warnings(action="ignore"),  # Pillow's opinions on odd metadata
+        explain("cannot be decoded", Exception, error=BadImage),
+    ):
+        yield
+
+
+def _loaded(data: bytes) -> Image.Image:
+    image = _opened(data)
+    w, h = image.size
+    refuse(w * h > _MAX_PIXELS, f"{w} x {h} pixels; the limit is {_MAX_PIXELS}")
+    image.load()
+    return image
 
 
 _AVIF = find_spec("PIL._avif") is not None  # Pillow is built with it or without
@@ -90,21 +91,52 @@ EXTENSIONS = frozenset(
 )
 
 
+def _opened(data: bytes) -> Image.Image:
+    refuse(not data, "empty file (0 bytes)")
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:  # whose own words name an object in memory
+        raise BadImage("not an image in any known format") from None
+
+
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        levels = _check_range(image.mode, np.asarray(image)) / 257
-        return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
+        return _eight_bits(image).convert("RGB")
     if image.has_transparency_data:
         behind = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))
     return image.convert("RGB")
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.float64)
+    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise BadImage(f"mode {image.mode} has no agreed range; save 8 or 16 bits")
+    return Image.fromarray((levels / 257).round().astype(np.uint8))
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    try:
+    with suppress(Exception):  # noisy EXIF: the pixels are still good
         return ImageOps.exif_transpose(image)
-    except Exception:  # noisy EXIF: the pixels are still good
-        return image
+    return image
+
+
+def _halved(image: Image.Image, size: int) -> Image.Image:
+    """Step 1."""
+    while min(image.size) >= 2 * size:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    return image
+
+
+def _scaled(image: Image.Image, size: int) -> Image.Image:
+    """Step 2."""
+    w, h = image.size
+    scale = size / min(w, h)
+    width, height = round(w * scale), round(h * scale)
+    if width * height > max(_MAX_PIXELS, size * size):
+        raise BadImage(f"too elongated: {w} x {h} would become {width} x {height}")
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -117,47 +149,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         BadImage: the scaled image would hold more than `_MAX_PIXELS` (a strip, say).
     """
     expect_int("size", size, least=1)
-    while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    _check_elongation(image, width, height, size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    image = _scaled(_halved(image, size), size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > _MAX_PIXELS:
-        raise BadImage(
-            f"{image.width} x {image.height} pixels; the limit is {_MAX_PIXELS} in all"
-        )
-
-
-def _check_range(mode: str, levels: np.ndarray) -> np.ndarray:
-    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage(
-            f"pixels of mode {mode} have no agreed range; expected 8 or 16 bits"
-        )
-    return levels.astype(np.float64)
-
-
-def _check_elongation(image: Image.Image, width: int, height: int, size: int) -> None:
-    if width * height > max(_MAX_PIXELS, size * size):
-        raise BadImage(
-            f"too elongated: {image.width} x {image.height} would become "
-            f"{width} x {height}"
-        )
-
-
-def check_colour(background: tuple[int, int, int]) -> None:
-    """ValueError for what is no colour, before any file is blamed for it."""
-    refuse(
-        len(background) != 3
-        or not all(type(part) is int and 0 <= part <= 255 for part in background),
-        f"background is {background!r}; expected three integers from 0 to 255",
-    )
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -202,10 +196,11 @@ def file_content(path: str | os.PathLike[str]) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        # reading fails without saying where
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        error.filename = error.filename or os.fspath(path)  # `read` does not say it
         raise
+
+
+_GONE = (errno.ENOENT, errno.ELOOP)  # no such file, or a link to itself
 
 
 def listed_content(path: str) -> bytes:
@@ -213,13 +208,16 @@ def listed_content(path: str) -> bytes:
     try:
         return file_content(path)
     except OSError as error:
-        gone = error.errno in (errno.ENOENT, errno.ELOOP)
-        if not gone or not os.path.isdir(os.path.dirname(path)):
+        if error.errno not in _GONE or not os.path.isdir(os.path.dirname(path)):
             raise
-        reason = "no longer there"
-        if os.path.islink(path):
-            reason = f"a link to {os.readlink(path)!r}, where no file is"
-        raise BadImage(reason) from None
+    raise BadImage(_absence(path))
+
+
+def _absence(path: str) -> str:
+    """In words: why there is no file."""
+    if os.path.islink(path):
+        return f"a link to {os.readlink(path)!r}, where no file is"
+    return "no longer there"
 
 
 def file_size(path: str) -> int:
@@ -227,6 +225,6 @@ def file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        return -1
+        if error.errno in _GONE:
+            return -1
+        raise

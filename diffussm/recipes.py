@@ -16,7 +16,7 @@ from torch import Tensor
 from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
 from diffussm.data import Dataset
 from diffussm.formats import images_from
-from diffussm.guards import refuse
+from diffussm.guards import expect_there, explain, refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, from_flat, load_dataset
@@ -27,11 +27,8 @@ __all__ = ["recipe_files", "read_recipe", "open_data", "takes_latents", "open_de
 def recipe_files() -> dict[str, Path]:
     """The YAML files that come with the package, by name."""
     folder = Path(str(files("diffussm"))) / "configs"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"), key=_stem)}
-
-
-def _stem(file: Path) -> str:
-    return file.stem
+    found = {file.stem: file for file in folder.glob("*.yaml")}
+    return {name: found[name] for name in sorted(found)}
 
 
 def read_recipe(name: str) -> tuple[Recipe, Execution]:
@@ -40,72 +37,22 @@ def read_recipe(name: str) -> tuple[Recipe, Execution]:
     Raises:
         ValueError, OSError: it is none; the message names the file and the option.
     """
-    file = _recipe_file(name)
-    values = _read_yaml(file)
-    try:
-        return from_flat(values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _recipe_file(name: str) -> Path:
     known = recipe_files()
-    file = known.get(name) or Path(name)
-    refuse(
-        not file.is_file(),
-        f"there is no recipe {name!r}; give a YAML file, or one of {', '.join(known)}",
+    file = expect_there(
+        known.get(name) or Path(name), f"a YAML file, or one of {', '.join(known)}"
     )
-    return file
+    with explain(f"{file} is no recipe", ValueError, yaml.YAMLError, RecursionError):
+        return from_flat(_read_yaml(file))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases (*name), which a recipe does not need")
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
+    text = file.read_text(encoding="utf-8")
+    aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+    refuse(aliased, "it has aliases (*name); write out what they stand for")
+    values = yaml.safe_load(text)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(
-            f"{file} is no recipe; expected lines such as 'steps: 1000' and a 'model:' "
-            "section"
-        )
+        raise ValueError("expected lines such as 'steps: 1000' and a section 'model:'")
     return values
-
-
-def _data_path(recipe: Recipe) -> Path:
-    path = Path(recipe.data)
-    if not recipe.data:
-        latents = takes_latents(recipe.model)
-        written = "the folder that diffussm encode has written"
-        what = written if latents else "a folder of images"
-        raise ValueError(f"this recipe needs --data: {what}")
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; --data is 'digits', a latent store, or a folder of "
-            "images"
-        )
-    return path
-
-
-def _open_latents(path: Path, recipe: Recipe) -> LatentStore:
-    store = LatentStore(path)
-    refuse(
-        recipe.flip and not store.flip,
-        f"{path} holds no mirrored images; encode without --no_flip, or train with "
-        "--flip false",
-    )
-    return store
-
-
-def _check_pixels(path: Path, model: DiffuSSMConfig) -> None:
-    refuse(
-        takes_latents(model),
-        f"{path} holds no latents, and this model takes {model.in_channels} "
-        f"channels; make them first: diffussm encode {path} LATENTS --vae VAE "
-        "--size PIXELS",
-    )
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -116,17 +63,29 @@ def open_data(recipe: Recipe) -> Dataset:
     """
     if recipe.data == "digits":
         return load_dataset(recipe)
-    path = _data_path(recipe)
+    refuse(
+        not recipe.data,
+        "this recipe needs --data: images, or what diffussm encode wrote",
+    )
+    path = expect_there(Path(recipe.data), "'digits', a latent store, or images")
     if (path / "manifest.json").exists() or (path / "plan.json").exists():
         return _open_latents(path, recipe)
-    _check_pixels(path, recipe.model)
-    return images_from(
-        path,
-        recipe.model.height,
-        flip=recipe.flip,
-        conditional=recipe.model.num_classes > 0,
-        exif_rotate=recipe.exif_rotate,
-    )
+    return _open_images(path, recipe)
+
+
+def _open_latents(path: Path, recipe: Recipe) -> LatentStore:
+    store = LatentStore(path)
+    if recipe.flip and not store.flip:
+        raise ValueError(f"{path} holds no mirrored images; train with --flip false")
+    return store
+
+
+def _open_images(path: Path, recipe: Recipe) -> Dataset:
+    model, classes = recipe.model, recipe.model.num_classes > 0
+    how = {"flip": recipe.flip, "exif_rotate": recipe.exif_rotate}
+    if takes_latents(model):
+        raise ValueError(f"{path} holds no latents; first diffussm encode {path} ...")
+    return images_from(path, model.height, conditional=classes, **how)
 
 
 def takes_latents(model: DiffuSSMConfig) -> bool:
