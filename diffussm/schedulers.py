@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler
 from torch import Tensor
 
-from diffussm.guards import expect_number
+from diffussm.guards import expect_int, expect_number, expect_one_of
 
 __all__ = [
     "ancestral_scheduler",
@@ -70,9 +70,6 @@ def linear_alphas_cumprod(num_train_timesteps: int) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
-_TAKES_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)
-
-
 def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
     """The scheduler to run, and whether it takes the network's second half, v, as well
     as the noise.
@@ -82,73 +79,58 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
             noise levels, or is of a class or has options with which its images would be
             wrong.
     """
+    _check_scheduler(scheduler, num_train_timesteps)
     kind, config = type(scheduler), scheduler.config
-    _check_scheduler(scheduler, kind.__name__, config, num_train_timesteps)
     learned = config.get("variance_type") == "learned_range"
-    if isinstance(scheduler, _TAKES_VARIANCE):
+    if isinstance(scheduler, DDPMScheduler | DDPMParallelScheduler):
         return scheduler, learned
     if learned and "variance_type" in inspect.signature(kind).parameters:
-        return kind.from_config(config, variance_type=None), False
+        scheduler = kind.from_config(config, variance_type=None)
     return scheduler, False
 
 
-# options with which a scheduler leaves the noise levels that the pipeline gives it, and
-# what to set instead
-_OWN_LEVELS = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
+# what an option may be, the best first; None and what is not said are right, too
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon",),
+    "variance_type": (
+        "learned_range",
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+    ),
+    # the others leave noise on the finished image
+    "algorithm_type": (
+        "dpmsolver++",
+        "sde-dpmsolver++",
+        "deis",
+        "data_prediction",
+        "noise_prediction",
+    ),
+    "interpolation_type": ("linear",),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
 }
 
 
-def _check_scheduler(scheduler: Any, name: str, config: Any, T: int) -> None:
-    _check_kind(name, config)
-    _check_options(name, config)
+def _check_scheduler(scheduler: Any, T: int) -> None:
+    name, config = type(scheduler).__name__, scheduler.config
+    expect_one_of("scheduler", name, FEWEST_STEPS)
+    for option, (best, *others) in _ACCEPTED.items():
+        given = config.get(option, best)
+        if given not in (None, best, *others):
+            raise ValueError(
+                f"{name} with {option}={given!r} draws wrong images from a DiffuSSM: "
+                f"make it with {option}={best!r}"
+            )
     ours, theirs = linear_alphas_cumprod(T).float(), scheduler.alphas_cumprod
     if theirs.shape != ours.shape or not torch.allclose(theirs.cpu(), ours, rtol=1e-3):
         raise ValueError(
-            f"{name} has another noise schedule than the one in which this model was "
-            f"trained, linear betas from {0.1 / T:g} to {20 / T:g}, {T} of them. Make "
-            f"it with {name}.from_config("
-            f"diffussm.schedulers.ancestral_scheduler({T}).config)"
-        )
-    if config.get("variance_type") == "learned":
-        raise ValueError(
-            f"{name} has variance_type='learned'; a DiffuSSM learns a 'learned_range'"
-        )
-
-
-def _check_kind(name: str, config: Any) -> None:
-    known = ", ".join(sorted(FEWEST_STEPS))
-    if config.get("prediction_type") != "epsilon":
-        raise ValueError(
-            f"{name} has prediction_type={config.get('prediction_type')!r}; a DiffuSSM "
-            f"predicts the noise: expected 'epsilon', and one of {known}"
-        )
-    if name not in FEWEST_STEPS:
-        raise ValueError(
-            f"{name} is not among the schedulers that draw right images from a "
-            "DiffuSSM; the others need other noise levels, serve another task or give "
-            f"the images a wrong spread. Use one of {known}"
-        )
-
-
-def _check_options(name: str, config: Any) -> None:
-    for option, expected in _OWN_LEVELS.items():
-        if config.get(option, expected) not in (expected, None):
-            raise ValueError(
-                f"{name} has {option}={config[option]!r}; the noise levels are the "
-                f"pipeline's to choose, equally spaced in t: make it with "
-                f"{option}={expected!r}"
-            )
-    kind = config.get("algorithm_type")
-    if kind in ("dpmsolver", "sde-dpmsolver"):
-        raise ValueError(
-            f"{name} has algorithm_type={kind!r}, which leaves noise on the finished "
-            f"image; use '{kind}++'"
+            f"{name} has another noise schedule than the model: make it with "
+            f"{name}.from_config(diffussm.schedulers.ancestral_scheduler({T}).config)"
         )
 
 
@@ -173,28 +155,37 @@ def _respaced_options(betas: Tensor) -> dict[str, Any]:
     }
 
 
-def _with_levels(scheduler: Any, levels: Tensor, device: Any) -> Any:
-    """A scheduler of the same class whose alphas_cumprod are `levels`, ready to
-    step.
-    """
-    kind, steps = type(scheduler), len(levels)
+def _with_levels(scheduler: Any, levels: Tensor) -> Any:
+    """A scheduler of the same class whose alphas_cumprod are `levels`."""
     betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
-    known = inspect.signature(kind).parameters
+    known = inspect.signature(type(scheduler)).parameters
     options = {k: v for k, v in _respaced_options(betas).items() if k in known}
-    short = kind.from_config(scheduler.config, **options)
+    short = type(scheduler).from_config(scheduler.config, **options)
     # of its own products over float32 betas the last digits are wrong
     short.alphas_cumprod = levels.float()
+    return short
+
+
+def _set_timesteps(short: Any, steps: int, device: Any) -> None:
+    """Make a scheduler with `steps` levels ready to walk all of them."""
     if "timesteps" in inspect.signature(short.set_timesteps).parameters:
         short.set_timesteps(timesteps=[*reversed(range(steps))], device=device)
     else:  # which "trailing" gives, too
         short.set_timesteps(steps, device=device)
     if hasattr(short, "sigmas") and short.sigmas[-1] > 0:
         short.sigmas[-1] = 1e-6  # it knows no option for the end
-    return short
 
 
 def _log_sigma(alphas_cumprod: Tensor) -> Any:
     return ((1 - alphas_cumprod) / alphas_cumprod).log().div(2).numpy()
+
+
+def _told(timesteps: Any, levels: Tensor, everywhere: Tensor) -> tuple[Tensor, Any]:
+    """Training's timesteps, and alphas_cumprod, at those of a schedule of `levels`."""
+    asked = np.interp(timesteps, np.arange(len(levels)), _log_sigma(levels))
+    numbers = np.arange(float(len(everywhere)))
+    times = np.interp(asked, _log_sigma(everywhere), numbers)
+    return torch.from_numpy(times), 1 / (1 + np.exp(2 * asked))
 
 
 def respaced_scheduler(
@@ -211,20 +202,17 @@ def respaced_scheduler(
         ValueError: so few steps that the images would have a wrong spread.
     """
     name = type(scheduler).__name__
-    _check_steps(name, steps)
+    expect_int(f"{name} with num_inference_steps", steps, least=FEWEST_STEPS[name])
     everywhere = linear_alphas_cumprod(num_train_timesteps)
     levels = everywhere[_walked(name, num_train_timesteps, steps)]
-    short = _with_levels(scheduler, levels, device)
-
+    short = _with_levels(scheduler, levels)
+    _set_timesteps(short, steps, device)
     asked = short.timesteps.double().cpu().numpy()
-    asked = np.interp(asked, np.arange(steps), _log_sigma(levels))
-    numbers = np.arange(float(num_train_timesteps))
-    times = torch.from_numpy(np.interp(asked, _log_sigma(everywhere), numbers))
+    times, alphas_cumprod = _told(asked, levels, everywhere)
     if hasattr(short, "tau_func"):
         short.tau_func = _in_training_time(scheduler.tau_func, times)
-    whole = bool((times == times.round()).all())
-    times = times.to(device, torch.int64 if whole else torch.float32)
-    return short, times, (1 / (1 + np.exp(2 * asked))).tolist()
+    dtype = torch.int64 if bool((times == times.round()).all()) else torch.float32
+    return short, times.to(device, dtype), alphas_cumprod.tolist()
 
 
 def _in_training_time(
@@ -238,21 +226,8 @@ def _in_training_time(
 
 def step_options(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:
     """Those of the two that the step of this scheduler takes."""
-    known = inspect.signature(scheduler.step).parameters
-    expect_number("eta", eta, least=0, most=1)
-    if eta and "eta" not in known:
-        raise ValueError(
-            f"eta={eta}: {type(scheduler).__name__} has no such noise, only DDIM; "
-            "omit eta"
-        )
-    given = {"eta": eta, "generator": generator}
-    return {name: value for name, value in given.items() if name in known}
-
-
-def _check_steps(name: str, steps: int) -> None:
-    if steps < FEWEST_STEPS[name]:
-        raise ValueError(
-            f"{name} with num_inference_steps={steps}: the spread of its images would "
-            f"be wrong by over 2%. Use {FEWEST_STEPS[name]} steps or more, or "
-            "DDPMScheduler, whose learned variance needs few"
-        )
+    name, step = type(scheduler).__name__, inspect.signature(scheduler.step)
+    given = {"eta": expect_number("eta", eta, least=0, most=1), "generator": generator}
+    if eta and "eta" not in step.parameters:
+        raise ValueError(f"eta={eta}: {name} has no such noise, only DDIM; omit eta")
+    return {key: value for key, value in given.items() if key in step.parameters}

@@ -218,11 +218,11 @@ def test_schedulers_do_not_see_the_variance_unless_they_want_it(monkeypatch):
     [
         (
             lambda: diffusers.DDIMScheduler(prediction_type="v_prediction"),
-            "'v_prediction'.*expected 'epsilon'",
+            "'v_prediction'.*make it with prediction_type='epsilon'",
         ),
         (
             lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
-            "FlowMatchEuler.*expected 'epsilon'",
+            "scheduler='FlowMatchEuler.*': did you mean .*EulerDiscreteScheduler",
         ),
         (
             lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear"),
