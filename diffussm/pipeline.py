@@ -17,12 +17,26 @@ from torch import Tensor, nn
 from diffussm.class_names import check_names, class_numbers, label_table
 from diffussm.convolution import later
 from diffussm.denoiser import Denoiser
-from diffussm.guards import expect, expect_int, expect_number, expect_one_of
+from diffussm.guards import (
+    expect,
+    expect_finite,
+    expect_int,
+    expect_number,
+    expect_one_of,
+    refuse,
+)
 from diffussm.model import DiffuSSM
 from diffussm.sampling import guided
 from diffussm.schedulers import respaced_scheduler, scheduler_for, step_options
 
 __all__ = ["DiffuSSMPipeline"]
+
+
+def _denoiser(network: Any) -> Any:
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        network = network.module
+    plain = isinstance(network, DiffuSSM) and not isinstance(network, Denoiser)
+    return Denoiser.of(network) if plain else network
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
@@ -61,11 +75,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         training: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(denoiser, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            denoiser = denoiser.module
-        if isinstance(denoiser, DiffuSSM) and not isinstance(denoiser, Denoiser):
-            denoiser = Denoiser.of(denoiser)
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
+        network = _denoiser(denoiser)
+        self.register_modules(denoiser=network, scheduler=scheduler, vae=vae)
         # a mapping, never a list: in model_index.json a list is a component
         names = {str(number): name for number, name in (id2label or {}).items()}
         check_names(names, self.denoiser.config.num_classes)
@@ -88,7 +99,14 @@ class DiffuSSMPipeline(DiffusionPipeline):
     ) -> tuple[Tensor | None, int]:
         """y (B,) on the device, or None, and B."""
         each = expect_int("images_per_label", images_per_label, least=1)
-        if not self._check_conditional(class_labels):
+        none, classes = class_labels is None, self.denoiser.config.num_classes
+        refuse(
+            none and classes, f"class_labels are missing: there are {classes} classes"
+        )
+        refuse(
+            not (none or classes), "class_labels for an unconditional model: omit them"
+        )
+        if not classes:
             return None, each
         numbers, device = self.get_label_ids(class_labels), self._execution_device
         y = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -160,27 +178,28 @@ class DiffuSSMPipeline(DiffusionPipeline):
         steps = expect_int("num_inference_steps", num_inference_steps, least=1, most=T)
         y, count = self._labels(class_labels, images_per_label)
         model = self._guided(guidance_scale, guidance_channels)
-        self._check_start(count, generator, latents)
         scheduler, times, levels = respaced_scheduler(scheduler, T, steps, device)
         options = step_options(scheduler, eta, generator)
         x = self._start(count, generator, latents)
         ask = _asking(model, y, times, levels, takes_variance, clip_denoised, x.dtype)
         x = self._walk(x, scheduler, times, ask, options, callback_on_step_end)
-        how = f"{type(scheduler).__name__}, {steps} steps"
-        _check_finite(x, "the chain ended with", how)
+        _check_finite(f"{type(scheduler).__name__}, {steps} steps", x)
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _start(self, count: int, generator: Any, latents: Tensor | None) -> Tensor:
         """x_T, standard normal (B, C, H, W)."""
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} images")
         dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
-        if latents is not None:
-            return latents.to(self._execution_device, dtype)
         config, where = self.denoiser.config, self._execution_device
         size = count, config.in_channels, config.height, config.width
-        x: Tensor = randn_tensor(size, generator, where, dtype)
-        return x
+        if latents is None:
+            x: Tensor = randn_tensor(size, generator, where, dtype)
+            return x
+        expect("latents", latents, "B C H W", **dict(zip("BCHW", size, strict=True)))
+        return latents.to(where, dtype)
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -198,8 +217,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         shift = self.vae.config.get("shift_factor") or 0.0
         x = x / self.vae.config.scaling_factor + shift
         images: Tensor = self.vae.decode(x.to(self.vae.dtype)).sample[: len(latents)]
-        how = f"latents up to {x.abs().max():.3g}, {self.vae.dtype}"
-        _check_finite(images, "the VAE decoded to", how)
+        _check_finite(f"the VAE in {self.vae.dtype}", images)
         return images
 
     def save_pretrained(  # type: ignore[override]
@@ -236,28 +254,14 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """The pipeline of a training run: see `load_run`."""
         return cls(**later("sharing:load_run")(Path(run), weights, vae, step))
 
-    def _check_conditional(self, class_labels: Any) -> bool:
-        classes: int = self.denoiser.config.num_classes
-        if class_labels is not None and not classes:
-            raise ValueError("class_labels for an unconditional model: omit them")
-        if class_labels is None and classes:
-            raise ValueError(f"class_labels are missing: there are {classes} classes")
-        return bool(classes)
-
     def _check_vae(self) -> None:
         if not hasattr(self.denoiser, "config"):
-            raise TypeError(
-                f"the denoiser is a {type(self.denoiser).__name__}: expected a "
-                "DiffuSSM. Take it out of its wrapper: "
-                "pipe.denoiser = pipe.denoiser.module"
-            )
-        channels = self.denoiser.config.in_channels
-        theirs = channels if self.vae is None else self.vae.config.latent_channels
-        if theirs != channels:
-            raise ValueError(
-                f"the VAE has latents of {theirs} channels, but the model makes "
-                f"{channels}; pass the VAE that encoded its training data"
-            )
+            kind = type(self.denoiser).__name__
+            raise TypeError(f"the denoiser is a {kind}: expected pipe.denoiser.module")
+        ours = self.denoiser.config.in_channels
+        theirs = ours if self.vae is None else self.vae.config.latent_channels
+        if theirs != ours:
+            raise ValueError(f"the VAE has latents of {theirs} channels, not {ours}")
 
     def _makes_pixels(self) -> bool:
         channels: int = self.denoiser.config.in_channels
@@ -267,44 +271,23 @@ class DiffuSSMPipeline(DiffusionPipeline):
         self._check_vae()
         expect_one_of("output_type", output_type, ("pil", "np", "pt", "latent"))
         if output_type != "latent" and self.vae is None and not self._makes_pixels():
-            raise ValueError(
-                f"the model makes latents of {self.denoiser.config.in_channels} "
-                "channels and there is no VAE to decode them; pass vae= to the "
-                "pipeline, or output_type='latent'"
-            )
+            raise ValueError("no VAE to decode with: pass it, or output_type='latent'")
 
     def _check_clipping(self, scheduler: Any, clip_denoised: bool) -> None:
-        if self._makes_pixels():
-            return
-        why = "the range of pixels; this model makes latents, which go beyond"
-        if clip_denoised:
-            raise ValueError(
-                "clip_denoised=True clamps what the network takes for the clean image "
-                f"to [-1, 1], {why}: omit it"
-            )
-        for option in ("clip_sample", "thresholding"):
-            if scheduler.config.get(option):
+        options = {**scheduler.config, "clip_denoised": clip_denoised}
+        for option in ("clip_denoised", "clip_sample", "thresholding"):
+            if options.get(option) and not self._makes_pixels():
                 raise ValueError(
-                    f"{type(scheduler).__name__} has {option}=True, which clamps "
-                    f"predicted images to {why}: make it with {option}=False"
+                    f"{option}=True, here or in the scheduler, clamps to the range of "
+                    f"pixels; latents go beyond: make it with {option}=False"
                 )
 
     def _guided(self, scale: float, channels: int | None) -> Callable[..., Tensor]:
         if channels is not None:
             most = self.denoiser.config.in_channels
             expect_int("guidance_channels", channels, least=1, most=most)
-        expect_number("guidance_scale", scale, least=0)
+        scale = expect_number("guidance_scale", scale, least=0)
         return guided(self.denoiser, scale, channels)
-
-    def _check_start(self, count: int, generator: Any, latents: Tensor | None) -> None:
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(
-                f"{len(generator)} generators for {count} images: expected one for each"
-            )
-        if latents is not None:
-            config = self.denoiser.config
-            size = {"C": config.in_channels, "H": config.height, "W": config.width}
-            expect("latents", latents, "B C H W", B=count, **size)
 
 
 def _asking(
@@ -338,11 +321,6 @@ def _clipped(eps: Tensor, x_t: Tensor, alpha_bar: float) -> Tensor:
     return implied
 
 
-def _check_finite(x: Tensor, what: str, how: str) -> None:
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
-        raise FloatingPointError(
-            f"{what} numbers that are not finite in {len(bad)} of {len(x)} images "
-            f"({how}): the weights have diverged, or half precision overflowed "
-            "(torch_dtype=torch.float32 does not)"
-        )
+def _check_finite(what: str, x: Tensor) -> None:
+    advice = "the weights have diverged, or half precision overflowed: try float32"
+    expect_finite(what, x, advice, FloatingPointError)

@@ -291,10 +291,10 @@ def test_no_labels_give_no_images(labels, vae):
         ({"eta": 0.5}, "eta=0.5: DDPMScheduler has no such noise"),
         (
             {"clip_denoised": True},
-            "clip_denoised=True clamps .* latents, which go beyond: omit it",
+            "clip_denoised=True.* clamps .* latents go beyond: .* clip_denoised=False",
         ),
         ({"output_type": "jpg"}, "output_type='jpg'"),
-        ({"output_type": "pil"}, "there is no VAE to decode"),
+        ({"output_type": "pil"}, "no VAE to decode with: pass it, or output_type"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0: expected a finite number"),
         ({"guidance_channels": 5}, "guidance_channels=5: .* from 1 to 4"),
         ({"images_per_label": 0}, "images_per_label=0"),
@@ -393,9 +393,7 @@ def test_latents_are_unscaled_and_decoded():
 
 
 def test_a_vae_of_other_channels_is_refused():
-    with pytest.raises(
-        ValueError, match="latents of 2 channels, but the model makes 4"
-    ):
+    with pytest.raises(ValueError, match="latents of 2 channels, not 4"):
         piped(vae=small_vae(2))
     pipe = piped()
     pipe.vae = small_vae(2)
@@ -409,7 +407,7 @@ def test_images_that_are_not_finite_are_an_error(output_type):
     with torch.no_grad():
         pipe.denoiser.head.bias.fill_(float("nan"))
     with pytest.raises(
-        FloatingPointError, match="not finite in 3 of 3 images .DDPMScheduler, 5 steps"
+        FloatingPointError, match="DDPMScheduler, 5 steps: .* not finite in 3 of 3"
     ):
         draw(pipe, output_type=output_type)
     pipe = piped(vae=small_vae())
@@ -417,7 +415,7 @@ def test_images_that_are_not_finite_are_an_error(output_type):
         pipe.vae.decoder.conv_out.bias.fill_(float("inf"))
     if output_type != "latent":
         with pytest.raises(
-            FloatingPointError, match="the VAE decoded to numbers that are not finite"
+            FloatingPointError, match="the VAE in torch.float32: .* not finite in 3"
         ):
             draw(pipe, output_type=output_type)
 
@@ -460,7 +458,7 @@ def test_schedulers_that_clip_latents_are_refused(option):
     )
     with pytest.raises(
         ValueError,
-        match=f"DDIMScheduler has {option}=True.*make it with {option}=False",
+        match=f"{option}=True.* in the scheduler.*make it with {option}=False",
     ):
         draw(piped(scheduler=scheduler))
     draw(piped(network(in_channels=1), scheduler=scheduler))
