@@ -3,13 +3,14 @@
 Generated from book/62_model_card.md by `make export`: edit there.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from diffussm.files import read_json
 
 __all__ = ["model_card", "read_evaluation"]
 
@@ -158,11 +159,7 @@ def _example(pipe: Any) -> str:
 def read_evaluation(evaluation: dict[str, Any] | str | Path | None) -> dict[str, Any]:
     """The result of an evaluation, or the file that holds it, as a dictionary."""
     if isinstance(evaluation, str | Path):
-        try:
-            evaluation = json.loads(Path(evaluation).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"the evaluation is no JSON: {error}") from error
+        evaluation = read_json(Path(evaluation), "the evaluation")
     if not isinstance(evaluation, dict | None):
-        kind = type(evaluation).__name__
-        raise ValueError(f"the evaluation is a {kind}: expected a JSON object")
+        raise ValueError(f"evaluation={evaluation!r:.40}: expected a JSON object")
     return evaluation or {}

@@ -4,8 +4,10 @@ Generated from book/61_one_file.md by `make export`: edit there.
 """
 
 import ast
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
+
+from diffussm.guards import refuse
 
 __all__ = ["self_contained_code", "COMPONENT_FILE", "COMPONENT_CODE"]
 
@@ -16,12 +18,7 @@ class _Source:
     """
 
     def __init__(self, module: str) -> None:
-        spec = find_spec(f"diffussm.{module}")
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(
-                f"the package diffussm has no module {module}; install it again"
-            )
-        text = Path(spec.origin).read_text(encoding="utf-8")
+        text = (files("diffussm") / f"{module}.py").read_text(encoding="utf-8")
         self.lines, tree = text.splitlines(), ast.parse(text)
         self.title = f"# {module}: {(ast.get_docstring(tree) or '').splitlines()[0]}"
         self.defined: dict[str, ast.stmt] = {}
@@ -39,14 +36,17 @@ class _Source:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             self.defined |= {ast.unparse(target): node for target in targets}
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            origin = str(node.module) if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                name = alias.asname or alias.name.partition(".")[0]
-                if origin.startswith("diffussm."):
-                    self.ours[name] = origin.removeprefix("diffussm.")
-                else:
-                    known = self.imported.setdefault(name, [])
-                    known.append((origin, ast.unparse(alias)))
+            self._file_import(node)
+
+    def _file_import(self, node: ast.Import | ast.ImportFrom) -> None:
+        """Enter what is imported, from this package or from elsewhere."""
+        origin = str(node.module) if isinstance(node, ast.ImportFrom) else ""
+        for alias in node.names:
+            name = alias.asname or alias.name.partition(".")[0]
+            if origin.startswith("diffussm."):
+                self.ours[name] = origin.removeprefix("diffussm.")
+            else:
+                self.imported.setdefault(name, []).append((origin, ast.unparse(alias)))
 
     def text(self, name: str) -> str:
         """A definition as it is written, with decorators and the comment above it."""
@@ -77,19 +77,23 @@ class _Needed:
 
     def add(self, module: str, name: str) -> None:
         """Look a name up, and all that its definition uses."""
-        source = self.sources.get(module) or _Source(module)
-        self.sources[module] = source
+        if module not in self.sources:
+            self.sources[module] = _Source(module)
+        source = self.sources[module]
         if name in source.ours:
             self.add(source.ours[name], name)
         for origin, what in source.imported.get(name, []):
             self.imports.setdefault(origin, set()).add(what)
-        if name not in source.defined or self.chosen.get(name) == module:
-            return
-        if self.chosen.setdefault(name, module) != module:
-            raise RuntimeError(
-                f"{module} and {self.chosen[name]} both define {name}: rename one"
-            )
-        for node in ast.walk(source.defined[name]):
+        if name in source.defined and self.chosen.get(name) != module:
+            self._define(module, name)
+
+    def _define(self, module: str, name: str) -> None:
+        """Take a definition, and look up what it uses."""
+        other = self.chosen.setdefault(name, module)
+        refuse(
+            other != module, f"{other} and {module} define {name}: rename", RuntimeError
+        )
+        for node in ast.walk(self.sources[module].defined[name]):
             if isinstance(node, ast.Name):
                 self.add(module, node.id)
             elif isinstance(node, ast.Constant) and node.value in _LATER:
@@ -109,6 +113,13 @@ class _Needed:
             place(module)
         return list(placed)
 
+    def part(self, module: str) -> str:
+        """The definitions that are needed of a module, as they are written there."""
+        source = self.sources[module]
+        names = [name for name in source.defined if self.chosen.get(name) == module]
+        texts = [f"{source.text(name)}\n" for name in names]
+        return "\n\n".join([f"\n{source.title}\n", *texts]) if names else ""
+
 
 def self_contained_code(
     module: str = "pipeline", name: str = "DiffuSSMPipeline"
@@ -123,16 +134,13 @@ def self_contained_code(
     needed = _Needed()
     needed.add(module, name)
     order = needed.order([module, *needed.sources])
-    parts = [_HEAD.format(modules=", ".join(order)), *_imports(needed.imports), ""]
-    for other in order:
-        source = needed.sources[other]
-        names = [n for n in source.defined if needed.chosen.get(n) == other]
-        if names:
-            texts = [f"{source.text(n)}\n" for n in names]
-            parts.append("\n\n".join([f"\n{source.title}\n", *texts]))
+    head = [_HEAD.format(modules=", ".join(order)), *_imports(needed.imports), ""]
+    parts = [needed.part(other) for other in order]
     # in the file, a function of a later chapter is one of this file
     home = "home = import_module(f\"{__package__ or 'diffussm'}.{module}\")"
-    return "\n".join(parts).replace(home, "home = import_module(__name__)")
+    return "\n".join([*head, *filter(None, parts)]).replace(
+        home, "home = import_module(__name__)"
+    )
 
 
 _HEAD = '''\

@@ -69,7 +69,7 @@ def test_evaluation_is_read_from_its_file(tmp_path):
         and "# Scored" in card
     )
     result.write_text("FID: 9")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="the evaluation .*result.json is damaged"):
         piped().save_pretrained(tmp_path / "broken", evaluation=result)
     with pytest.raises(FileNotFoundError):
         piped().save_pretrained(tmp_path / "broken", evaluation=tmp_path / "none.json")
