@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffussm.files import apply_umask, read_json, whole_folder
+from diffussm.guards import expect_there, explain, refuse
 from diffussm.model import DiffuSSM
 from diffussm.model_card import model_card, read_evaluation
 from diffussm.one_file import COMPONENT_CODE, COMPONENT_FILE, self_contained_code
@@ -82,14 +83,9 @@ def _readers() -> tuple[Any, Any]:
     """The modules that read runs, looked up here: a saved pipeline has no training in
     its one file.
     """
-    try:
-        names = ("diffussm.run_folder", "diffussm.autoencoder")
-        runs, autoencoder = (import_module(name) for name in names)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "a training run is read by the package diffussm; install it"
-        ) from error
-    return runs, autoencoder
+    with explain("install diffussm, which reads runs", ImportError, error=ImportError):
+        runs = import_module("diffussm.run_folder")
+        return runs, import_module("diffussm.autoencoder")
 
 
 def _found_step(runs: Any, run: Path, step: int | None) -> int | None:
@@ -174,18 +170,11 @@ def _index(pipe: Any) -> str:
 
 
 def _check_saving(folder: Path, options: dict[str, Any]) -> None:
-    refused = [k for k, value in options.items() if value and k != "safe_serialization"]
-    if options.get("safe_serialization", True) is not True:
-        refused.append("safe_serialization=False")
-    if refused:
-        raise ValueError(
-            f"save_pretrained with {', '.join(refused)}: only whole files in "
-            "safetensors are written"
-        )
+    whole = "safe_serialization"
+    wrong = [f"{k}={v}" for k, v in options.items() if bool(v) != (k == whole)]
+    refuse(wrong, f"save_pretrained with {wrong}: only whole safetensors are written")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not an empty folder; nothing was written"
-        )
+        raise FileExistsError(f"{folder} is no empty folder: nothing was written")
 
 
 def load_pipeline(
@@ -194,7 +183,6 @@ def load_pipeline(
     torch_dtype: torch.dtype | None = None,
     scheduler: Any = None,
     vae: Any = None,
-    **unknown: Any,
 ) -> dict[str, Any]:
     """The arguments of the pipeline that `save_pipeline` wrote. Runs no code out of the
     folder.
@@ -209,64 +197,40 @@ def load_pipeline(
         ValueError: it holds another pipeline, or damaged files.
         TypeError: an unknown option.
     """
-    _check_loading(folder, unknown)
     names, settings = _read_index(folder / "model_index.json")
     if scheduler is None:
-        kind = _kind(names["scheduler"], diffusers.SchedulerMixin)
+        kind = _scheduler_class(names["scheduler"])
         scheduler = _component(folder / "scheduler", kind)
     if vae is None and names["vae"]:
         whole = {"use_safetensors": True, "low_cpu_mem_usage": False}
-        kind = _kind("AutoencoderKL", AutoencoderKL)
-        vae = _component(folder / "vae", kind, torch_dtype=torch_dtype, **whole)
+        options = {"torch_dtype": torch_dtype, **whole}
+        vae = _component(folder / "vae", AutoencoderKL, **options)
     denoiser = DiffuSSM.from_pretrained(folder / "denoiser").to(dtype=torch_dtype)
     return {"denoiser": denoiser, "scheduler": scheduler, "vae": vae, **settings}
 
 
-def _check_loading(folder: Path, unknown: dict[str, Any]) -> None:
-    if unknown:
-        raise TypeError(
-            f"unknown options {sorted(unknown)}: expected torch_dtype, scheduler or vae"
-        )
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is no folder with a model_index.json, as save_pretrained "
-            "writes. A name on the hub: download it first, or use "
-            "diffusers.DiffusionPipeline with trust_remote_code=True"
-        )
-
-
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Class names of the components, and the settings."""
+    expect_there(path, "a saved pipeline (of the hub: download it first)")
     index = read_json(path, "the index")
-    try:
+    with explain(f"{path} is damaged", KeyError, TypeError, IndexError):
         kind = index["_class_name"][1]
         names = {"scheduler": index["scheduler"][1], "vae": index["vae"][0]}
         kept = ("id2label", "num_train_timesteps", "training")
         settings = {key: index[key] for key in kept}
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-    if kind != "DiffuSSMPipeline":
-        raise ValueError(f"{path.parent} holds a {kind}: expected a DiffuSSMPipeline")
+    refuse(kind != "DiffuSSMPipeline", f"{path} holds a {kind}, no DiffuSSMPipeline")
     return names, settings
 
 
-def _kind(name: Any, base: Any) -> Any:
-    """The class of diffusers with this name, if it is one of that kind."""
+def _scheduler_class(name: Any) -> Any:
+    """The scheduler of diffusers with this name."""
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not inspect.isclass(kind) or not issubclass(kind, base):
-        raise ValueError(
-            f"model_index.json names {name!r}: expected a {base.__name__} of diffusers"
-        )
+    if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ValueError(f"the index has {name!r}: expected a scheduler of diffusers")
     return kind
 
 
 def _component(folder: Path, kind: Any, **options: Any) -> Any:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is missing; the pipeline was copied in part, copy or save it "
-            "again"
-        )
-    try:
+    expect_there(folder, "a part of the pipeline; copy or save it again")
+    with explain(f"{folder} is no usable {kind.__name__}", Exception):
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except Exception as error:  # whatever its libraries raise
-        raise ValueError(f"{folder} is no usable {kind.__name__}: {error}") from error

@@ -308,7 +308,7 @@ def damaged(saved, tmp_path):
             "model_index.json",
             None,
             FileNotFoundError,
-            "no folder with a model_index.json",
+            "there is no .*model_index.json: expected a saved pipeline",
         ),
         ("model_index.json", "{", ValueError, "is damaged"),
         ("model_index.json", "[]", ValueError, "is damaged"),
@@ -356,7 +356,7 @@ def test_an_index_cannot_make_us_call_anything_else(saved, tmp_path, name):
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", name]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="expected a SchedulerMixin"):
+    with pytest.raises(ValueError, match="expected a scheduler of diffusers"):
         load(folder)
 
 
@@ -368,7 +368,7 @@ def test_our_loader_runs_no_code_of_the_folder(saved, tmp_path):
 
 
 def test_other_pipelines_and_unknown_options_are_refused(saved, tmp_path):
-    with pytest.raises(TypeError, match=r"unknown options \['variant'\]"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'variant'"):
         load(saved.folder, variant="fp16")
     folder = damaged(saved, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
