@@ -36,12 +36,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "statistics": statistics,
 }
-# what adds to the options of a command's own signature
-_GROUPS: dict[str, Group] = {
-    "doctor": recipe_group,
-    "train": recipe_group,
-    "sample": preset_group,
-}
 
 
 def _dispatch(words: list[str]) -> int:
@@ -59,6 +53,13 @@ def _dispatch(words: list[str]) -> int:
     return 0
 
 
+_GROUPS: dict[str, Group] = {
+    "doctor": recipe_group,
+    "train": recipe_group,
+    "sample": preset_group,
+}
+
+
 def _run(name: str, words: Sequence[str]) -> int:
     try:
         return call(COMMANDS[name], words, _GROUPS.get(name))
@@ -72,14 +73,9 @@ def _run(name: str, words: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:<12}{told_of(one)[0]}" for name, one in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: diffussm COMMAND [options]    "
-            "(diffussm COMMAND --help lists the options)",
-            "",
-            *lines,
-        ]
-    )
+    usage = "usage: diffussm COMMAND [options]"
+    more = "(diffussm COMMAND --help lists the options)"
+    return "\n".join([f"{usage}    {more}", "", *lines])
 
 
 _LOG = logging.getLogger("diffussm")
@@ -112,20 +108,17 @@ class _Pipe:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except BrokenPipeError:
-            self._close()
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._close()
+        self._try(self._stream.flush)
 
-    def _close(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        # what Python still holds for it goes there too
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+    def _try(self, do: Callable[..., Any], *words: str) -> None:
+        try:
+            do(*words)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            # what Python still holds for it goes there too
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)

@@ -18,12 +18,13 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from diffussm.guards import explain, refuse
+
 __all__ = [
     "Take",
     "Group",
     "told_of",
     "call",
-    "refuse",
     "refuse_idle",
     "recipe_group",
     "preset_group",
@@ -33,7 +34,6 @@ __all__ = [
     "nothing_kept",
     "start",
     "check_new",
-    "check_at_least_one",
 ]
 
 _DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
@@ -59,25 +59,23 @@ def _parser_of(command: Callable[..., int]) -> ArgumentParser:
     )
     parameters = inspect.signature(command).parameters
     for name, told in helps.items():
-        _add_option(parser, parameters[name], told.replace("DEVICE", _DEVICE))
+        add = partial(parser.add_argument, help=told.replace("DEVICE", _DEVICE))
+        _add_option(add, parameters[name])
     return parser
 
 
-def _add_option(
-    parser: ArgumentParser, parameter: inspect.Parameter, told: str
-) -> None:
+def _add_option(add: Callable[..., Any], parameter: inspect.Parameter) -> None:
     name, kind = parameter.name.rstrip("_"), parameter.annotation  # from_ is --from
-    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-        many: dict[str, Any] = {"nargs": "*"} if get_origin(kind) is list else {}
-        kind = get_args(kind)[0] if many else kind
-        parser.add_argument(name, type=kind, help=told, **many)
-    elif parameter.default is False:
-        parser.add_argument(f"--{name}", action="store_true", help=told)
-    elif parameter.default is parameter.empty:
-        parser.add_argument(f"--{name}", type=kind, required=True, help=told)
+    if parameter.default is False:
+        add(f"--{name}", action="store_true")
+    elif parameter.kind is parameter.KEYWORD_ONLY:
+        needed = parameter.default is parameter.empty
+        default = {"required": True} if needed else {"default": parameter.default}
+        add(f"--{name}", type=kind, **default)
+    elif get_origin(kind) is list:
+        add(name, type=get_args(kind)[0], nargs="*")
     else:
-        default = parameter.default
-        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+        add(name, type=kind)
 
 
 def call(
@@ -89,12 +87,10 @@ def call(
     with a parameter `given` gets the names of the options that were typed.
     """
     parser, words = _parser_of(command), [_with_underscores(word) for word in words]
-    take = group(parser, words) if group else None
+    take = group(parser, words) if group else lambda options: {}
     options = parser.parse_args(words)
-    names = [name for name in told_of(command)[2] if name.rstrip("_") in options]
-    values = {name: options[name.rstrip("_")] for name in names}
-    if take is not None:
-        values |= take(options)
+    values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
+    values |= take(options)
     if "given" in inspect.signature(command).parameters:
         values["given"] = _typed(words)
     return command(**values)
@@ -128,50 +124,49 @@ _IDLE = {
 }
 
 
-def refuse(when: bool, told: str) -> None:
-    """ValueError with a sentence, in this case."""
-    if when:
-        raise ValueError(told)
-
-
-def refuse_idle(given: set[str], situation: str) -> None:
+def refuse_idle(given: set[str], situation: str, when: object = True) -> None:
     """ValueError that names the options among `given` without effect in a situation."""
-    idle = [f"--{name}" for name in _IDLE[situation].split() if name in given]
-    named = " and ".join(idle)
-    refuse(bool(idle), f"{named} would have no effect {situation}; omit {named}")
+    typed = [f"--{name}" for name in _IDLE[situation].split() if name in given]
+    idle = " and ".join(typed)
+    refuse(when and idle, f"{idle} would have no effect {situation}; omit {idle}")
 
 
 def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
     """The recipe and, with its values for defaults, every option of a run."""
-    from diffussm.options import RENAMED, Execution, Recipe, flat, from_flat
+    from diffussm.options import RENAMED, flat
     from diffussm.recipes import read_recipe, recipe_files
 
     words[:] = _with_new_names(words, RENAMED)
     names = ", ".join(recipe_files())
-    told = f"what to train: a YAML file, or one of {names}"
+    _add_run(parser, f"what to train: a YAML file, or one of {names}")
+    if words and not words[0].startswith("-"):
+        parser.set_defaults(_plain(flat(*read_recipe(words[0]))))
+    elif not {"-h", "--help"} & set(words):
+        raise ValueError(f"name what to train first, a recipe: a file, or {names}")
+    return _run_of
+
+
+def _add_run(parser: ArgumentParser, told: str) -> None:
+    """The options of a run; `--keep 400k,338M images` is a list without brackets."""
+    from diffussm.options import Execution, Recipe
+
     parser.add_argument("recipe", type=str, help=told)
     told = "YAML file with any of the options below"
     parser.add_argument("--config", action="config", help=told)
     parser.add_class_arguments(Recipe, help="what is learnt")
     parser.add_class_arguments(Execution, help="how it is carried out", skip={"keep"})
-    _add_keep(parser)
-    _check_recipe_named(parser, words, names)
-    if words and not words[0].startswith("-"):
-        parser.set_defaults(_plain(flat(*read_recipe(words[0]))))
-
-    def take(options: Any) -> dict[str, Any]:
-        known = [field.name for part in (Recipe, Execution) for field in fields(part)]
-        values = options.as_dict()
-        recipe, execution = from_flat({name: values[name] for name in known})
-        return {"recipe": recipe, "execution": execution}
-
-    return take
-
-
-def _add_keep(parser: ArgumentParser) -> None:
-    """`--keep 400k,338M images`: a list without the brackets of YAML."""
     told = "checkpoints to keep: steps or images, as in 400k,338M images"
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=told)
+
+
+def _run_of(options: Any) -> dict[str, Any]:
+    """The recipe and the execution that the options of a run make."""
+    from diffussm.options import Execution, Recipe, from_flat
+
+    known = [field.name for part in (Recipe, Execution) for field in fields(part)]
+    values = options.as_dict()
+    recipe, execution = from_flat({name: values[name] for name in known})
+    return {"recipe": recipe, "execution": execution}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,21 +181,27 @@ def preset_group(parser: ArgumentParser, words: list[str]) -> Take:
 
     known = Literal[tuple(SAMPLE_PRESETS)]  # type: ignore[valid-type]
     parser.add_argument("--preset", type=known, default="paper-fid")
-    told = "options of the preset"
-    parser.add_class_arguments(SampleSet, help=told, skip={"classes", "sampler"})
-    parser.add_class_arguments(Sampler, help="how each is drawn", skip={"eta"})
+    parser.add_class_arguments(SampleSet, help="what is drawn", skip=_UNASKED)
+    parser.add_class_arguments(Sampler, help="how each is drawn", skip=_UNASKED)
     preset = SAMPLE_PRESETS.get(_preset_named(words), SampleSet())
-    outer, inner = asdict(preset), asdict(preset.sampler)
-    del outer["classes"], outer["sampler"], inner["eta"]
-    parser.set_defaults(outer | inner)
+    values = asdict(preset) | asdict(preset.sampler)
+    parser.set_defaults({name: values[name] for name in values.keys() - _UNASKED})
+    return _set_of
 
-    def take(options: Any) -> dict[str, Any]:
-        sampler = Sampler(**{name: options[name] for name in inner})
-        values = {name: options[name] for name in outer}
-        wanted = SampleSet(**values, sampler=sampler)
-        return {"wanted": wanted, "preset": options.preset}
 
-    return take
+_UNASKED = {"classes", "sampler", "eta"}
+
+
+def _set_of(options: Any) -> dict[str, Any]:
+    """The set that the options of a preset make."""
+    from diffussm.samples import SampleSet
+    from diffussm.sampling import Sampler
+
+    inner, outer = (
+        {name: options[name] for name in part.__dataclass_fields__.keys() - _UNASKED}
+        for part in (Sampler, SampleSet)
+    )
+    return {"wanted": SampleSet(**outer, sampler=Sampler(**inner))}
 
 
 def _preset_named(words: Sequence[str]) -> str:
@@ -271,47 +272,21 @@ def start(
 
     `stoppable`: Ctrl-C and a queue's signals ask it to stop where nothing is lost.
     """
-    _check_device(device)
+    import torch
+
     from diffussm.distributed import processes
 
+    with explain(f"--device {device}", RuntimeError):
+        kind = torch.device(device or "cpu").type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU; see diffussm doctor")
     return processes(device, stoppable=stoppable, report=partial(report, command))
 
 
-def _check_recipe_named(
-    parser: ArgumentParser, words: Sequence[str], names: str
-) -> None:
-    asks = {"-h", "--help"} & set(words)
-    first = f"name what to train first, as in: {parser.prog} digits"
-    unnamed = not words or words[0].startswith("-")
-    refuse(unnamed and not asks, f"{first}; the recipes are {names}")
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        kind = torch.device(device or "cpu").type
-    except RuntimeError:
-        raise ValueError(
-            f"--device {device}: no such kind of device; try cpu or cuda"
-        ) from None
-    lacking = f"--device {device}: this machine has no GPU that torch can use"
-    lost = kind == "cuda" and not torch.cuda.is_available()
-    refuse(lost, f"{lacking}; see diffussm doctor")
-
-
-def check_new(path: Path | None, suffix: str) -> None:
+def check_new(path: Path, *suffixes: str, overwrite: bool = False) -> None:
     """ValueError unless a file of this kind can be made there, and is not there yet."""
-    if path is None:
-        return
-    refuse(path.suffix != suffix, f"{path}: give a name that ends in {suffix}")
-    refuse(path.exists(), f"{path} exists; give another name, or remove it yourself")
-    missing = f"{path}: the folder {path.parent} does not exist"
-    refuse(not path.parent.is_dir(), missing)
-
-
-def check_at_least_one(**values: int | None) -> None:
-    """ValueError that names all of these options if one of them is below 1."""
-    *first, last = (f"--{name}" for name in values)
-    small = any(value is not None and value < 1 for value in values.values())
-    refuse(small, f"{', '.join(first)} and {last} are at least 1")
+    refuse(
+        path.suffix not in suffixes, f"{path}: take a name that ends in {suffixes[0]}"
+    )
+    refuse(path.exists() and not overwrite, f"{path} exists; give another name")
+    refuse(not path.parent.is_dir(), f"{path}: its folder does not exist")

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from diffussm import features
 from diffussm.bill import VAE_FILE, checkpoints_kept, published
+from diffussm.guards import explain
 from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
 from diffussm.recipes import open_data, open_decoder, takes_latents
@@ -57,8 +59,7 @@ class Plan:
         asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if asked.index is not None and "LOCAL_RANK" in os.environ:
             raise ValueError(
-                f"--device {asked} is one GPU for all processes; pass --device cuda, "
-                "and each takes its own"
+                f"{asked} is one GPU for all processes; pass --device cuda"
             )
         gpus = torch.cuda.device_count() if asked.type == "cuda" else 0
         if asked.type == "cuda":
@@ -101,8 +102,7 @@ def examine(what: str, plan: Plan) -> Finding:
     except _Skip as reason:
         return Finding(what, "skip", str(reason))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        return Finding(what, "FAIL", told)
+        return Finding(what, "FAIL", " ".join(str(error).split()) or repr(error))
 
 
 def _ask_memory(plan: Plan) -> str:
@@ -113,10 +113,11 @@ def _ask_memory(plan: Plan) -> str:
     else:
         here = os.environ.get("LOCAL_WORLD_SIZE", plan.processes)
         free = _free_memory() / int(here)
-    each = f"needed for each of {plan.processes} processes (computed)"
-    told = f"{_gigabytes(need)} {each}, {_gigabytes(free)} free"
-    cure = "lower --micro_batch, or pass --activation_checkpointing true"
-    return _judged(need <= free, told, f"{cure} or --strategy fsdp")
+    each = (
+        f"{_gigabytes(need)} needed for each of {plan.processes} processes (computed)"
+    )
+    cure = "lower --micro_batch, or --activation_checkpointing true, --strategy fsdp"
+    return _judged(need <= free, f"{each}, {_gigabytes(free)} free", cure)
 
 
 def _gigabytes(count: float) -> str:
@@ -125,14 +126,10 @@ def _gigabytes(count: float) -> str:
 
 def _free_memory() -> float:
     """Bytes of main memory that are free, as Linux says it."""
-    try:
+    with explain("this system does not say it", OSError, KeyError, error=_Skip):
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return 1024.0 * int(line.split()[1])
-    raise _Skip("this system does not say in /proc/meminfo how much memory is free")
+        said = dict(line.split(":") for line in lines)["MemAvailable"]
+    return 1024.0 * int(said.split()[0])
 
 
 def _ask_disk(plan: Plan) -> str:
@@ -140,15 +137,20 @@ def _ask_disk(plan: Plan) -> str:
     _first_process_only()
     kept = checkpoints_kept(plan.recipe, plan.execution)
     need = kept * 4 * 4.0 * parameter_count(plan.recipe.model)
-    out = plan.out.absolute()
-    there = next(path for path in (out, *out.parents) if path.is_dir())
+    there = _written_to(plan.out)
+    free = shutil.disk_usage(there).free
+    both = f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free"
+    cure = "free some, raise --keep_every, or choose another --out"
+    return _judged(need <= free, f"{both} at {there}", cure)
+
+
+def _written_to(out: Path) -> Path:
+    """The folder that is there already, at or above the one of a run."""
+    above = (out.absolute(), *out.absolute().parents)
+    there = next(path for path in above if path.is_dir())
     writable = os.access(there, os.W_OK)
     _judged(writable, f"{there} cannot be written to", "choose another --out")
-    free = shutil.disk_usage(there).free
-    told = f"{_gigabytes(need)} needed for {kept} checkpoints"
-    told = f"{told}, {_gigabytes(free)} free at {there}"
-    cure = "free some, raise --keep_every, or choose another --out"
-    return _judged(need <= free, told, cure)
+    return there
 
 
 def _ask_data(plan: Plan) -> str:
@@ -171,15 +173,19 @@ def _ask_vae(plan: Plan) -> str:
     vae = _skip_unless(plan.vae, "say with --vae what decodes the samples")
     found = open_data(plan.recipe) if plan.recipe.data else None
     decode, _ = open_decoder(vae, plan.device, getattr(found, "vae", None))
-    shape = (1, model.in_channels, model.height, model.width)
-    image = decode(torch.zeros(shape, device=plan.device))
+    h, w = model.height, model.width
+    image = decode(torch.zeros(1, model.in_channels, h, w, device=plan.device))
     finite = bool(image.isfinite().all())
     _judged(finite, f"{vae} decodes to numbers that are not finite", "take another")
-    (h, w), (height, width) = shape[2:], image.shape[2:]
+    height, width = image.shape[2:]
+    return f"decodes {h} x {w} to {height} x {width} pixels{_whose(vae)}"
+
+
+def _whose(vae: str) -> str:
+    """Whose weights an autoencoder has, if they are published ones."""
     file = Path(vae) / VAE_FILE
     known = published(file) if _rank() == 0 and file.is_file() else None
-    whose = f"; its weights are those of {known.url}" if known else ""
-    return f"decodes {h} x {w} to {height} x {width} pixels{whose}"
+    return f"; its weights are those of {known.url}" if known else ""
 
 
 def _ask_gpu(plan: Plan) -> str:
@@ -187,7 +193,8 @@ def _ask_gpu(plan: Plan) -> str:
     enough = "none is used; a CPU is enough for digits and openmoji"
     _skip_unless(plan.device.type == "cuda", enough)
     gpus, mine = torch.cuda.device_count(), plan.device.index
-    _check_gpus(gpus, mine)
+    _judged(gpus > 0, "torch sees no GPU", "ask nvidia-smi; is torch built for CUDA?")
+    _judged(mine < gpus, f"process {mine} has no GPU: there are {gpus}", "start fewer")
     seen = [mine] if "LOCAL_RANK" in os.environ else range(gpus)
     cards = (torch.cuda.get_device_properties(i) for i in seen)
     return ", ".join(f"{c.name} with {_gigabytes(c.total_memory)}" for c in cards)
@@ -195,15 +202,14 @@ def _ask_gpu(plan: Plan) -> str:
 
 def _ask_bf16(plan: Plan) -> str:
     """Does the arithmetic of the recipe work here?"""
-    precision, cure = plan.recipe.precision, "train with --precision float32"
+    precision, has_it = plan.recipe.precision, True
     _skip_unless(precision == "bf16", f"the recipe trains in {precision}")
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-        _judged(has_it, "this GPU has no bf16", cure)
     x = torch.ones(8, 8, dtype=torch.bfloat16, device=plan.device)
-    right = (x @ x).float().sum().item() == 512
-    _judged(right, "a product in bf16 is wrong", cure)
+    right = has_it and (x @ x).float().sum().item() == 512
+    _judged(right, "bf16 does not work here", "train with --precision float32")
     return "works"
 
 
@@ -234,13 +240,6 @@ def _first_process_only() -> None:
     _skip_unless(_rank() == 0, "the first process looks")
 
 
-def _check_gpus(gpus: int, mine: int) -> None:
-    cure = "see what nvidia-smi says, and whether torch was built for CUDA"
-    _judged(gpus > 0, "torch sees no GPU", cure)
-    alone = f"process {mine} of this machine has no GPU of its own: there are {gpus}"
-    _judged(mine < gpus, alone, "start fewer processes")
-
-
 _ADVICE = {
     "cuda": "set NCCL_DEBUG=INFO and try again; if it hangs, NCCL_P2P_DISABLE=1 or "
     "NCCL_IB_DISABLE=1 tell which link is at fault, NCCL_SOCKET_IFNAME names the "
@@ -248,12 +247,6 @@ _ADVICE = {
     "cpu": "set GLOO_SOCKET_IFNAME to the network to use, e.g. lo, and see that no "
     "firewall is between them",
 }
-
-
-def _check_ended(job: "subprocess.Popen[bytes]", said: str, kind: str) -> None:
-    if job.returncode != 0:
-        last = said.strip().splitlines()[-1:] or ["no message"]
-        raise OSError(f"a process failed: {last[0]:.200}; {_ADVICE[kind]}")
 
 
 def add_up(kind: str) -> None:
@@ -279,27 +272,37 @@ def probe_all_reduce(
 
     Returns what to report; raises OSError if they fail or hang, having ended them.
     """
-    begun, jobs = time.monotonic(), []
+    begun = time.monotonic()
+    with _begun([*program, kind], processes) as jobs:
+        for job in jobs:
+            left = max(limit - (time.monotonic() - begun), 0.01)
+            try:
+                _, said = job.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                raise OSError(f"a hang of {limit:g} s; {_ADVICE[kind]}") from None
+            last = said.decode().strip().splitlines()[-1:] or ["no message"]
+            done = job.returncode == 0
+            _judged(done, f"a process failed: {last[0]:.200}", _ADVICE[kind])
+    means = "NCCL" if kind == "cuda" else "gloo"
+    return f"{processes} processes added up a tensor with {means}"
+
+
+@contextmanager
+def _begun(
+    command: Sequence[str], processes: int
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes of the probe, which have ended when this is left."""
+    jobs = []
     try:
         for who in _meeting(processes):
             environment = os.environ | {"OMP_NUM_THREADS": "1"} | who
-            jobs.append(subprocess.Popen([*program, kind], env=environment, **_QUIET))
-        for job in jobs:
-            left = max(limit - (time.monotonic() - begun), 0.01)
-            _, said = job.communicate(timeout=left)
-            _check_ended(job, said.decode(), kind)
-    except subprocess.TimeoutExpired:
-        raise OSError(
-            f"not all of {processes} finished in {limit:g} s; they were ended. "
-            f"{_ADVICE[kind]}"
-        ) from None
+            jobs.append(subprocess.Popen(command, env=environment, **_QUIET))
+        yield jobs
     finally:
         for job in jobs:
             if job.poll() is None:
                 job.kill()
                 job.communicate()
-    means = "NCCL" if kind == "cuda" else "gloo"
-    return f"{processes} processes added up a tensor with {means}"
 
 
 def _meeting(processes: int) -> list[dict[str, str]]:

@@ -10,75 +10,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+
 from diffussm.command_line import (
-    check_at_least_one,
     check_new,
     interruptible,
     nothing_kept,
-    refuse,
     refuse_idle,
     start,
 )
 from diffussm.files import apply_umask, whole_folder, write_json
+from diffussm.guards import explain, refuse
 
 __all__ = ["vae", "encode", "SHOWN", "tell_skipped", "evaluate", "statistics"]
-
-
-def _check_vae(
-    out: Path, size: int, steps: int, batch_size: int, lr: float, seed: int
-) -> None:
-    check_at_least_one(size=size, steps=steps, batch_size=batch_size)
-    told = "--lr lies in (0, 1), --seed is not negative"
-    refuse(not 0 < lr < 1 or seed < 0, told)
-    full = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    refuse(full, f"{out} exists; choose a new folder for the autoencoder")
-
-
-def _check_evaluate(
-    samples: list[Path],
-    reference: Path | None,
-    out: Path | None,
-    self_test: bool,
-    given: set[str],
-) -> None:
-    if self_test:
-        refuse_idle(given, "beside --self_test")
-    both = self_test == bool(samples) or self_test == bool(reference)
-    refuse(both, "give SAMPLES and --reference, or --self_test alone")
-    if out is not None:
-        taken = f"{out} is where diffussm sample keeps the record of a set"
-        other = f"give another name, such as {out.with_suffix('.scores.json')}"
-        records = [path.with_suffix(".json") for path in samples]
-        refuse(out in records, f"{taken}; {other}")
-    check_new(out, ".json")
-    pictures = [*samples, *([reference] if reference else [])]
-    if pictures and all(path.suffix == ".npz" for path in pictures):
-        refuse_idle(given, "for .npz files, whose pictures are as they are")
-
-
-def _open_images(
-    data: Path, size: int, no_classes: bool, exif_rotate: bool, given: set[str]
-) -> Any:
-    from diffussm import formats
-
-    classes = False if no_classes else None
-    source = formats.images_from(
-        data, size, conditional=classes, exif_rotate=exif_rotate
-    )
-    if isinstance(source, formats.LmdbImages):
-        refuse_idle(given, "for an LMDB, which has no classes")
-    return source
 
 
 def vae(
     images: Path,
     out: Path,
     *,
-    size: int = 64,
-    steps: int = 380,
-    batch_size: int = 4,
-    lr: float = 4e-3,
-    seed: int = 0,
+    size: PositiveInt = 64,
+    steps: PositiveInt = 380,
+    batch_size: PositiveInt = 4,
+    lr: OpenUnitInterval = 4e-3,
+    seed: NonNegativeInt = 0,
     exif_rotate: bool = False,
 ) -> int:
     """train a small autoencoder on a folder of images
@@ -95,19 +50,14 @@ def vae(
         seed: of all that is random
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
     """
-    _check_vae(out, size, steps, batch_size, lr, seed)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
     from diffussm import autoencoder, formats
 
     source = formats.images_from(images, size, exif_rotate=exif_rotate)
+    sizes = {"batch_size": min(batch_size, len(source)), "crop": min(32, size)}
     with interruptible(nothing_kept):
-        trained = autoencoder.train_vae(
-            source,
-            steps=steps,
-            batch_size=min(batch_size, len(source)),
-            crop=min(32, size),
-            lr=lr,
-            seed=seed,
-        )
+        trained = autoencoder.train_vae(source, steps=steps, lr=lr, seed=seed, **sizes)
         _save_vae(trained, out)
     scale = trained.config.scaling_factor
     print(f"wrote {out}: an autoencoder with a scaling factor of {scale}")
@@ -127,10 +77,10 @@ def encode(
     given: set[str],
     *,
     vae: str,
-    size: int,
-    batch_size: int = 16,
-    shard_size: int = 8192,
-    workers: int = 4,
+    size: PositiveInt,
+    batch_size: PositiveInt = 16,
+    shard_size: PositiveInt = 8192,
+    workers: PositiveInt = 4,
     no_flip: bool = False,
     no_classes: bool = False,
     exif_rotate: bool = False,
@@ -155,26 +105,32 @@ def encode(
         verify: read all of it again and compare checksums
         device: DEVICE
     """
-    numbers: dict[str, Any] = {
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "workers": workers,
-    }
-    check_at_least_one(size=size, **numbers)
     from diffussm import autoencoder, encoding
     from diffussm.distributed import barrier, rank, world_size
 
     source = _open_images(data, size, no_classes, exif_rotate, given)
+    how: dict[str, Any] = {"flip": not no_flip, "workers": workers}
+    how |= {"batch_size": batch_size, "shard_size": shard_size}
     with start("encode", device) as own, interruptible(partial(_shards_kept, out)):
         coder = autoencoder.load_vae(vae, own)
-        who: Any = {"rank": rank(), "world_size": world_size()}
-        encoding.encode(source, out, coder, vae, flip=not no_flip, **numbers, **who)
+        how |= {"rank": rank(), "world_size": world_size()}
+        encoding.encode(source, out, coder, vae, **how)
         barrier()  # until every process has done its share
         _tell_stored(out, verify)
     return 0
 
 
-SHOWN = 20  # so many skipped images are named
+def _open_images(
+    data: Path, size: int, no_classes: bool, exif_rotate: bool, given: set[str]
+) -> Any:
+    from diffussm import formats
+
+    classes = False if no_classes else None
+    how: dict[str, Any] = {"conditional": classes, "exif_rotate": exif_rotate}
+    source = formats.images_from(data, size, **how)
+    lmdb = isinstance(source, formats.LmdbImages)
+    refuse_idle(given, "for an LMDB, which has no classes", lmdb)
+    return source
 
 
 def _tell_stored(out: Path, verify: bool) -> None:
@@ -186,8 +142,8 @@ def _tell_stored(out: Path, verify: bool) -> None:
     if verify:
         from diffussm.latents import verify_store
 
-        if problems := on_rank_zero(partial(verify_store, out)):
-            raise ValueError("; ".join(problems))
+        problems = on_rank_zero(partial(verify_store, out))
+        refuse(problems, "; ".join(problems))
         if rank() == 0:
             print(f"every file of {out} is as it was written")
 
@@ -202,6 +158,9 @@ def _tell_held(out: Path) -> None:
     tell_skipped(skipped)
 
 
+SHOWN = 20  # so many skipped images are named
+
+
 def tell_skipped(skipped: Sequence[Any]) -> None:
     """Name the images that were skipped, and why: pairs of name and reason."""
     for name, reason in skipped[:SHOWN]:
@@ -211,10 +170,8 @@ def tell_skipped(skipped: Sequence[Any]) -> None:
 
 
 def _shards_kept(out: Path) -> str:
-    finished = len(list(out.glob("shard-*.json")))
-    return (
-        f"{finished} finished shards are kept, and the same command encodes the others"
-    )
+    kept = len(list(out.glob("shard-*.json")))
+    return f"{kept} finished shards are kept; the same command encodes the others"
 
 
 def evaluate(
@@ -223,9 +180,9 @@ def evaluate(
     *,
     reference: Path | None = None,
     weights: Path | None = None,
-    size: int | None = None,
+    size: PositiveInt | None = None,
     exif_rotate: bool = False,
-    batch_size: int = 64,
+    batch_size: PositiveInt = 64,
     device: str | None = None,
     out: Path | None = None,
     self_test: bool = False,
@@ -245,19 +202,33 @@ def evaluate(
         out: a .json file to write
         self_test: check the metrics, and nothing else
     """
-    _check_evaluate(samples, reference, out, self_test, given)
-    if self_test:
+    if self_test == bool(samples) or self_test == bool(reference):
+        raise ValueError("give SAMPLES and --reference, or --self_test alone")
+    if reference is None:
+        refuse_idle(given, "beside --self_test")
         return _self_test()
-    how = _scoring(weights, size, exif_rotate, batch_size, device)
+    if out is not None:
+        _check_result(out, samples)
+    _check_turned(given, *samples, reference)
     from diffussm import evaluation
 
+    how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
+    how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
     with interruptible(nothing_kept):
         drawn = samples if len(samples) > 1 else samples[0]
-        result = evaluation.evaluate(drawn, reference or "", **how)
+        result = evaluation.evaluate(drawn, reference, **how)
     if out is not None:
         write_json(out, result)
     print(json.dumps(result, indent=2))
     return 0
+
+
+def _check_result(out: Path, samples: Sequence[Path]) -> None:
+    """ValueError unless the scores of these sets can be written there."""
+    other = out.with_suffix(".scores.json")
+    if out in [path.with_suffix(".json") for path in samples]:
+        raise ValueError(f"{out} is for the record of a set; take {other}")
+    check_new(out, ".json")
 
 
 def statistics(
@@ -266,9 +237,9 @@ def statistics(
     given: set[str],
     *,
     weights: Path | None = None,
-    size: int | None = None,
+    size: PositiveInt | None = None,
     exif_rotate: bool = False,
-    batch_size: int = 64,
+    batch_size: PositiveInt = 64,
     device: str | None = None,
 ) -> int:
     """store the statistics of a reference, for evaluate
@@ -285,43 +256,32 @@ def statistics(
         device: DEVICE
     """
     check_new(out, ".npz")
-    if data.suffix == ".npz":
-        refuse_idle(given, "for .npz files, whose pictures are as they are")
-    how = _scoring(weights, size, exif_rotate, batch_size, device)
+    _check_turned(given, data)
     from diffussm import features
 
+    how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
+    how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
     with interruptible(nothing_kept):
         features.save_statistics(data, out, **how)
     print(f"wrote {out}")
     return 0
 
 
-def _scoring(
-    weights: Path | None,
-    size: int | None,
-    exif_rotate: bool,
-    batch_size: int,
-    device: str | None,
-) -> dict[str, Any]:
-    """What both hand to the evaluation."""
-    check_at_least_one(batch_size=batch_size, size=size)
+def _check_turned(given: set[str], *pictures: Path) -> None:
+    packed = all(path.suffix == ".npz" for path in pictures)
+    refuse_idle(given, "for .npz files, whose pictures are as they are", packed)
+
+
+def _chosen(device: str | None) -> str:
     from torch import cuda
 
-    return {
-        "weights": weights,
-        "size": size,
-        "exif_rotate": exif_rotate,
-        "batch_size": batch_size,
-        "device": device or ("cuda" if cuda.is_available() else "cpu"),
-    }
+    return device or ("cuda" if cuda.is_available() else "cpu")
 
 
 def _self_test() -> int:
     from diffussm import metrics
 
-    try:
+    with explain("the metrics are wrong here", AssertionError):
         metrics.self_test()
-    except AssertionError as error:
-        raise ValueError(f"the metrics are wrong here: {error}") from error
     print("the metrics give what they must on data with known answers")
     return 0

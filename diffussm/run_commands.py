@@ -6,11 +6,15 @@ Generated from book/96_run_commands.md by `make export`: edit there.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffussm.command_line import interruptible, refuse, refuse_idle, start
+from jsonargparse.typing import NonNegativeInt, PositiveFloat
+
+from diffussm.command_line import interruptible, refuse_idle, start
+from diffussm.guards import explain
 
 if TYPE_CHECKING:
     from diffussm.data import Dataset
@@ -25,38 +29,6 @@ def takes_latents(recipe: "Recipe") -> bool:
     from diffussm import recipes
 
     return recipes.takes_latents(recipe.model)
-
-
-def _check_doctor(
-    recipe: "Recipe", given: set[str], processes: int, limit: float
-) -> None:
-    wrong = processes < 0 or not limit > 0
-    refuse(wrong, "--processes is not negative, and --limit is more than 0")
-    if not takes_latents(recipe):
-        refuse_idle(given, "for a model of pixels")
-    if "WORLD_SIZE" in os.environ:
-        refuse_idle(given, "under torchrun")
-
-
-def _check_train(
-    recipe: "Recipe",
-    execution: "Execution",
-    given: set[str],
-    vae: str | None,
-    no_grid: bool,
-) -> None:
-    every = execution.sample_every
-    told = f"sample_every={every}: to draw latents, say with --vae what decodes them"
-    refuse(every > 0 and takes_latents(recipe) and vae is None, told)
-    if no_grid and not every:
-        refuse_idle(given, "where no samples are drawn")
-
-
-def _check_data_options(given: set[str], recipe: "Recipe") -> None:
-    if recipe.data == "digits":
-        refuse_idle(given, "for digits")
-    latents = takes_latents(recipe)
-    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
 
 
 def _claim(
@@ -80,13 +52,8 @@ def _claim(
 
 def _board_writer() -> Any:
     """TensorBoard's writer; ValueError if it is not installed."""
-    try:
+    with explain("--tensorboard: install tensorboard, or omit it", ImportError):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"--tensorboard needs the package tensorboard ({error}); omit the option, "
-            "or install it"
-        ) from None
     return SummaryWriter
 
 
@@ -107,9 +74,9 @@ def doctor(
     vae: str | None = None,
     weights: Path | None = None,
     reference: Path | None = None,
-    processes: int = 0,
+    processes: NonNegativeInt = 0,
     device: str | None = None,
-    limit: float = 120.0,
+    limit: PositiveFloat = 120.0,
     quick: bool = False,
 ) -> int:
     """see whether this machine can carry out a run, before it starts
@@ -126,22 +93,14 @@ def doctor(
         limit: seconds that the processes may take to talk
         quick: do not read all of the latents
     """
-    _check_doctor(recipe, given, processes, limit)
+    refuse_idle(given, "for a model of pixels", not takes_latents(recipe))
+    refuse_idle(given, "under torchrun", "WORLD_SIZE" in os.environ)
     from diffussm.doctor import Plan
 
-    files: dict[str, Any] = {
-        "out": out,
-        "vae": vae,
-        "weights": weights,
-        "reference": reference,
-    }
-    how: dict[str, Any] = {
-        "device": device,
-        "processes": processes,
-        "limit": limit,
-        "quick": quick,
-    }
-    return _examine_all(Plan.here(recipe, execution, **files, **how))
+    files: dict[str, Any] = {"weights": weights, "reference": reference}
+    how: dict[str, Any] = {"out": out, "vae": vae, "limit": limit, "quick": quick}
+    plan = Plan.here(recipe, execution, device, processes, **files, **how)
+    return _examine_all(plan)
 
 
 def _examine_all(plan: Any) -> int:
@@ -180,12 +139,16 @@ def train(
         device: DEVICE
         no_grid: draw no samples at the end
     """
-    _check_train(recipe, execution, given, vae, no_grid)
     from diffussm.distributed import on_rank_zero
     from diffussm.recipes import open_data
 
+    if execution.sample_every and takes_latents(recipe) and vae is None:
+        raise ValueError("--sample_every: say with --vae what decodes latents")
+    refuse_idle(
+        given, "where no samples are drawn", no_grid and not execution.sample_every
+    )
     data, writer = open_data(recipe), _board_writer() if tensorboard else None
-    _check_data_options(given, recipe)
+    _refuse_idle_data(given, recipe)
     goes_on = partial(_goes_on, out)
     with (
         interruptible(goes_on),  # looks again once a checkpoint is whole
@@ -195,6 +158,12 @@ def train(
         decode = _decoder_of(recipe, vae, own, data)
         on_rank_zero(lambda: _claim(out, recipe, execution, data, other_data))
         return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
+
+
+def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
+    latents = takes_latents(recipe)
+    refuse_idle(given, "for digits", recipe.data == "digits")
+    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
 
 
 def _carry_out(
@@ -211,25 +180,25 @@ def _carry_out(
     from diffussm import runs
     from diffussm.distributed import Preempted, rank
 
-    board = writer(str(out / "tensorboard")) if writer and rank() == 0 else None
-    hooks: dict[str, Any] = {
-        "on_log": partial(_log, board, recipe.steps),
-        "on_samples": partial(_draw_step, recipe, out, decode),
-    }
-    if rank() == 0:
+    first, draw = rank() == 0, partial(_draw_step, recipe, out, decode)
+    if first:
         _say_begun(recipe, data)
-    try:
-        state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
-    except Preempted as stop:
-        return _preempted(out, str(stop))
-    finally:
-        if board is not None:
-            board.close()
-    if rank() == 0:
+    with _board(writer if first else None, out) as board:
+        hooks: Any = {"on_log": partial(_log, board, recipe.steps), "on_samples": draw}
+        try:
+            state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
+        except Preempted as stop:
+            return _preempted(out, str(stop))
+    if first:
         _say_done(out, state.step)
     if (decode or not takes_latents(recipe)) and not no_grid:
         _draw_last(recipe, out, decode, state)
     return 0
+
+
+def _board(writer: Callable[[str], Any] | None, out: Path) -> Any:
+    """TensorBoard's folder, closed in the end; None for whom it is not."""
+    return closing(writer(str(out / "tensorboard"))) if writer else nullcontext()
 
 
 def _log(board: Any, steps: int, row: dict[str, Any]) -> None:
@@ -237,11 +206,15 @@ def _log(board: Any, steps: int, row: dict[str, Any]) -> None:
     for name, value in row.items():
         if board is not None and isinstance(value, int | float):
             board.add_scalar(name, value, row["step"])
+    say(_line(steps, row))
+
+
+def _line(steps: int, row: dict[str, Any]) -> str:
     # None: all steps were left out
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     speed = f"{row['images_per_second']:.1f} images/s"
     left = f"{_duration(row['seconds_left'])} left"
-    say(f"step {row['step']} of {steps}: loss {loss}, {speed}, {left}")
+    return f"step {row['step']} of {steps}: loss {loss}, {speed}, {left}"
 
 
 def _duration(seconds: float) -> str:

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jsonargparse.typing import PositiveInt
+
 from diffussm.command_line import (
+    check_new,
     interruptible,
     nothing_kept,
-    refuse,
     refuse_idle,
     start,
 )
+from diffussm.guards import expect_int
 from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
@@ -39,10 +42,9 @@ def sample(
     grid: Path | None = None,
     out: Path | None = None,
     classes: str | None = None,
-    per_class: int = 8,
+    per_class: PositiveInt = 8,
     device: str | None = None,
     overwrite: bool = False,
-    preset: str = "paper-fid",
 ) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored
 
@@ -62,18 +64,36 @@ def sample(
         device: DEVICE
         overwrite: replace the grid if it exists
     """
-    _check_target(grid, out, per_class, overwrite, given)
+    _check_target(grid, out, overwrite, given)
     kept = _batches_kept if out is not None else nothing_kept
     with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
         run = _find(from_, step, weights)
         wanted = _for_run(run, wanted, classes, given, strict=grid is None)
         run = _with_decoder(run, vae, own)
         if out is not None:
-            _check_count(run, wanted, preset, given)
+            _check_count(run, wanted.count, given)
             return _draw_set(run, wanted, out, own)
         if grid is not None:
             _draw_picture(run, wanted, grid, per_class, given)
         return 0
+
+
+def _check_target(
+    grid: Path | None, out: Path | None, overwrite: bool, given: set[str]
+) -> None:
+    if (grid is None) == (out is None):
+        raise ValueError("give either --grid FILE.png, a picture, or --out, a set")
+    refuse_idle(given, "beside --grid" if out is None else "beside --out")
+    if grid is not None:
+        check_new(grid, ".png", ".PNG", overwrite=overwrite)
+
+
+def _check_count(run: "_Found", count: int, given: set[str]) -> None:
+    from diffussm.run_folder import read_run
+
+    seen = read_run(run.run).data["images"]
+    if "count" not in given and count > seen:
+        raise ValueError(f"{count:,} images of a run that saw {seen:,}: give --count")
 
 
 @dataclass(frozen=True)
@@ -104,20 +124,29 @@ def _find(run: Path, step: int | None, weights: str) -> _Found:
 
 def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:
     """The same on a device, with what decodes its latents, and what is recorded."""
-    from diffussm.run_folder import encoder_of
-
-    recipe, decode, identity = found.recipe, None, {}
-    made_by = encoder_of(found.run, recipe.data)
-    if made_by is not None or takes_latents(recipe):
-        decode, identity = _open_decoder(found.run, vae, device, made_by)
     model = found.model.to(device).eval()
     facts: dict[str, Any] = {"weights": found.weights}
     facts["checkpoint"] = f"step_{found.step:08d}"
-    facts["ema_decay"] = recipe.ema_decay
+    facts["ema_decay"] = found.recipe.ema_decay
+    decode, identity = _open_decoder(found, vae, device)
     if identity:
         kept = ("name", "encoder_sha256", "decoder_sha256")
         facts["vae"] = {name: identity[name] for name in kept}
     return replace(found, model=model, facts=facts, decode=decode)
+
+
+def _open_decoder(found: _Found, vae: str | None, device: Any) -> tuple[Any, Any]:
+    """What decodes the latents of a run, and its identity; for pixels, nothing."""
+    from diffussm.recipes import open_decoder
+    from diffussm.run_folder import encoder_of
+
+    made_by = encoder_of(found.run, found.recipe.data)
+    if made_by is None and not takes_latents(found.recipe):
+        return None, None
+    if vae is None:
+        coder = (made_by or {}).get("name", "this run")
+        raise ValueError(f"say with --vae what decodes the latents of {coder}")
+    return open_decoder(vae, device, made_by)
 
 
 def _for_run(
@@ -125,22 +154,43 @@ def _for_run(
 ) -> "SampleSet":
     """The set for this run, with its classes; ValueError for what it has no use for."""
     _check_sampler(run.recipe, wanted.sampler, given)
-    most = run.recipe.timesteps
-    if wanted.sampler.steps > most:
-        # a set is of a protocol: its steps are not lowered without a word
-        told = f"--steps {wanted.sampler.steps}: the run has {most} timesteps"
-        refuse(strict or "steps" in given, f"{told}; give that many or fewer")
-        wanted = replace(wanted, sampler=replace(wanted.sampler, steps=most))
+    steps, most = wanted.sampler.steps, run.recipe.timesteps
+    # a set is of a protocol: its steps are not lowered without a word
+    if steps > most and (strict or "steps" in given):
+        raise ValueError(f"--steps {steps}: the run has only {most} timesteps")
+    sampler = replace(wanted.sampler, steps=min(steps, most))
     if classes is not None:
         wanted = replace(wanted, classes=tuple(_parse_classes(classes, run.names)))
-    return wanted.of(run.recipe.model)
+    return replace(wanted, sampler=sampler).of(run.recipe.model)
+
+
+def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> None:
+    model, latents = recipe.model, takes_latents(recipe)
+    refuse_idle(given, "for a run without classes", not model.num_classes)
+    unguided = sampler.cfg_scale == 1
+    refuse_idle(given, "without guidance, at a cfg_scale of 1", unguided)
+    refuse_idle(given, "for a model of pixels", not latents)
+    if latents and sampler.clip_denoised:
+        raise ValueError("--clip_denoised true is for pixels: omit it for latents")
+    if "guidance_channels" in given and sampler.guidance_channels:
+        channels = sampler.guidance_channels
+        expect_int("--guidance_channels", channels, most=model.in_channels)
 
 
 def _parse_classes(words: str, names: Sequence[str]) -> list[int]:
     """ "all", or numbers or names separated by commas, as class numbers."""
     if words == "all":
         return list(range(len(names)))
-    return [_class_of(word.strip(), words, names) for word in words.split(",")]
+    return [_class_of(word.strip(), names) for word in words.split(",")]
+
+
+def _class_of(word: str, names: Sequence[str]) -> int:
+    if word in names:
+        return list(names).index(word)
+    if word.isdecimal() and len(word) < 10 and int(word) < len(names):
+        return int(word)
+    known = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
+    raise ValueError(f"--classes: {word!r} is no class; the {len(names)} are {known}")
 
 
 def _draw_picture(
@@ -148,31 +198,31 @@ def _draw_picture(
 ) -> None:
     from diffussm.distributed import rank
     from diffussm.options import diffusion_of
-    from diffussm.pictures import GRID_ROWS, draw_grid
+    from diffussm.pictures import draw_grid
 
     if rank() > 0:
         return
+    images = _rows(run, wanted) * per_class
+    if "clip_denoised" not in given:
+        sampler = replace(wanted.sampler, clip_denoised=run.decode is None)
+        wanted = replace(wanted, sampler=sampler)
+    print(_how_many(images, images, wanted.sampler), flush=True)
+    how: dict[str, Any] = {"per_class": per_class, "decode": run.decode}
+    for name in ("sampler", "classes", "precision", "seed"):
+        how[name] = getattr(wanted, name)
+    draw_grid(run.model, diffusion_of(run.recipe), picture, **how)
+    print(f"wrote {picture}")
 
-    known, sampler = run.recipe.model.num_classes, wanted.sampler
+
+def _rows(run: _Found, wanted: "SampleSet") -> int:
+    """How many rows a picture has; says so if it shows only the first classes."""
+    from diffussm.pictures import GRID_ROWS
+
+    known = run.recipe.model.num_classes
     rows = len(wanted.classes or range(min(known, GRID_ROWS) or 1))
     if wanted.classes is None and rows < known:
         print(f"the first {rows} of {known} classes; name others with --classes")
-    if "clip_denoised" not in given:
-        sampler = replace(sampler, clip_denoised=run.decode is None)
-    images = rows * per_class
-    print(_how_many(images, images, sampler), flush=True)
-    draw_grid(
-        run.model,
-        diffusion_of(run.recipe),
-        picture,
-        sampler=sampler,
-        classes=wanted.classes,
-        per_class=per_class,
-        precision=wanted.precision,
-        seed=wanted.seed,
-        decode=run.decode,
-    )
-    print(f"wrote {picture}")
+    return rows
 
 
 def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
@@ -200,88 +250,9 @@ def _how_many(images: int, at_once: int, sampler: "Sampler") -> str:
     passes = batches * at_once * sampler.steps * (2 if guided else 1)
     drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
     both = ", each with and without the class" if guided else ""
-    return (
-        f"{drawn}, {sampler.steps} steps{both}: {passes:,} passes of an image through "
-        "the network"
-    )
+    walk = f"{drawn}, {sampler.steps} steps{both}"
+    return f"{walk}: {passes:,} passes of an image through the network"
 
 
 def _batches_kept() -> str:
     return "finished batches are kept, and the same command draws the others"
-
-
-def _open_decoder(run: Path, vae: str | None, device: Any, made_by: Any) -> Any:
-    from diffussm.recipes import open_decoder
-
-    if vae is None:
-        source = f", {made_by['name']}" if made_by else ""
-        raise ValueError(
-            f"{run} was trained on latents; say with --vae what decodes them{source}"
-        )
-    return open_decoder(vae, device, made_by)
-
-
-def _check_target(
-    grid: Path | None,
-    out: Path | None,
-    per_class: int,
-    overwrite: bool,
-    given: set[str],
-) -> None:
-    """ValueError unless one picture or one set is asked for, and can be written."""
-    either = "give either --grid FILE.png, for a picture, or --out, for a set of images"
-    refuse((grid is None) == (out is None), either)
-    refuse_idle(given, "beside --grid" if out is None else "beside --out")
-    at_least = f"--per_class {per_class}: draw at least one image per class"
-    refuse(per_class < 1, at_least)
-    if grid is not None:
-        png = f"--grid {grid}: the picture is a PNG; give a name that ends in .png"
-        refuse(grid.suffix.lower() != ".png", png)
-        there = f"{grid} exists; give another name, or --overwrite"
-        refuse(grid.exists() and not overwrite, there)
-    folder = (grid or out or Path()).parent
-    refuse(not folder.is_dir(), f"{grid or out}: the folder {folder} does not exist")
-
-
-def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> None:
-    model, channels = recipe.model, sampler.guidance_channels or 0
-    if not model.num_classes:
-        refuse_idle(given, "for a run without classes")
-    elif sampler.cfg_scale == 1:
-        refuse_idle(given, "without guidance, at a cfg_scale of 1")
-    latents = takes_latents(recipe)
-    if not latents:
-        refuse_idle(given, "for a model of pixels")
-    refuse(latents and sampler.clip_denoised, _CLAMPED)
-    has = f"--guidance_channels {channels}: the model has {model.in_channels}"
-    refuse("guidance_channels" in given and channels > model.in_channels, has)
-
-
-_CLAMPED = (
-    "--clip_denoised true clamps predicted images to the range of pixels; this run "
-    "makes latents, which go beyond: omit it"
-)
-
-
-def _check_count(
-    run: _Found, wanted: "SampleSet", preset: str, given: set[str]
-) -> None:
-    from diffussm.run_folder import read_run
-
-    seen = read_run(run.run).data["images"]
-    drawn = f"the preset {preset} draws {wanted.count:,} images"
-    learnt = f"this run has learnt from {seen:,}; say with --count how many to draw"
-    many = "count" not in given and wanted.count > seen
-    refuse(many, f"{drawn}, and {learnt}")
-
-
-def _class_of(word: str, words: str, names: Sequence[str]) -> int:
-    if word in names:
-        return list(names).index(word)
-    if word.isdecimal() and len(word) < 10 and int(word) < len(names):
-        return int(word)
-    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    raise ValueError(
-        f"--classes {words}: {word!r} is no class of this model; its {len(names)} are "
-        f"{known}"
-    )
