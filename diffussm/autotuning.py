@@ -104,20 +104,24 @@ def _right_ones(
     return right, errors, faults
 
 
+def _seconds(side: Convolution, problem: tuple[Tensor, Tensor, Tensor]) -> float:
+    """One forward and backward pass."""
+    wait = torch.cuda.synchronize if problem[0].is_cuda else int
+    wait()
+    start = time.perf_counter()
+    _run(side, *problem)
+    wait()
+    return time.perf_counter() - start
+
+
 def _median_seconds(
     sides: dict[str, Convolution], problem: tuple[Tensor, Tensor, Tensor], runs: int = 5
 ) -> dict[str, float]:
-    wait = torch.cuda.synchronize if problem[0].is_cuda else int
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for run in range(runs + 1):
-        for name, side in sides.items():
-            wait()
-            start = time.perf_counter()
-            _run(side, *problem)
-            wait()
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    rounds = [
+        {name: _seconds(side, problem) for name, side in sides.items()}
+        for _ in range(runs + 1)
+    ]
+    return {name: statistics.median(r[name] for r in rounds[1:]) for name in sides}
 
 
 @dataclass(frozen=True)

@@ -145,13 +145,12 @@ class GaussianDiffusion(ForwardProcess):
     ) -> Tensor:
         """L_t in bits per dimension, (B,) (eq-diffusion-bound)."""
         mean, _, log_variance = self._posterior(x0, x_t, t)
-        kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
+        step_back = p["mean"], p["log_variance"]
+        kl = bits_per_dim(normal_kl(mean, log_variance, *step_back))
         if readable(t) and not bool((t == 0).any()):
-            return bits_per_dim(kl)
-        likelihood = discretized_gaussian_log_likelihood(
-            x0, p["mean"], p["log_variance"], self.levels
-        )
-        return torch.where(t == 0, bits_per_dim(-likelihood), bits_per_dim(kl))
+            return kl
+        log_mass = discretized_gaussian_log_likelihood(x0, *step_back, self.levels)
+        return torch.where(t == 0, bits_per_dim(-log_mass), kl)
 
     def losses(
         self,
@@ -301,5 +300,6 @@ def standard_normal(
     device the same.
     """
     where = device if generator is None else generator.device
-    noise = torch.randn(*shape, generator=generator, device=where, dtype=dtype)
-    return noise.to(device)
+    return torch.randn(*shape, generator=generator, device=where, dtype=dtype).to(
+        device
+    )

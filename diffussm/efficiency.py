@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffussm.embeddings import sincos_positions, timestep_features, to_image, to_stream
-from diffussm.guards import refuse
 from diffussm.hourglass import linear_macs
 from diffussm.model_config import DiffuSSMConfig
 
@@ -95,10 +94,8 @@ class DiTBlock(nn.Module):
     def __init__(self, d_model: int, n_heads: int = 16) -> None:
         super().__init__()
         D = d_model
-        refuse(
-            n_heads < 1 or D % n_heads,
-            f"n_heads={n_heads}: expected a divisor of d_model={D}",
-        )
+        if n_heads < 1 or D % n_heads:
+            raise ValueError(f"n_heads={n_heads}: expected a divisor of d_model={D}")
         self.n_heads = n_heads
         self.attention: Attention = F.scaled_dot_product_attention
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
@@ -106,10 +103,13 @@ class DiTBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp_in, self.mlp_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
         self.modulation = nn.Linear(D, 6 * D)
+        self._reset()
+
+    def _reset(self) -> None:
         for linear in (self.qkv, self.proj, self.mlp_in, self.mlp_out):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.modulation.weight)  # a new block is the identity
+        nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class ForwardProcess:
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
         ones = self.betas.new_ones(1)
         self.alphas_cumprod_prev = torch.cat([ones, self.alphas_cumprod[:-1]])
-        self._tabulate_posterior()
+        self._tabulate_means()
+        self._tabulate_variances()
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
@@ -83,15 +84,19 @@ class ForwardProcess:
         check_batch(self.num_timesteps, t, x0=x0, noise=noise)
         return self._noised(x0, t, noise)
 
-    def _tabulate_posterior(self) -> None:
-        """The letters of eq-diffusion-posterior, (T,) each."""
+    def _tabulate_means(self) -> None:
+        """What x_0 and x_t are multiplied by in eq-diffusion-posterior, (T,) each."""
+        before, after = self.alphas_cumprod_prev, self.alphas_cumprod
+        self.posterior_x0_factor = self.betas * before.sqrt() / (1 - after)
+        self.posterior_x_t_factor = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
+
+    def _tabulate_variances(self) -> None:
+        """beta-tilde of eq-diffusion-posterior and its clipped logarithm, (T,) each."""
         before, after = self.alphas_cumprod_prev, self.alphas_cumprod
         self.posterior_variance = self.betas * (1 - before) / (1 - after)
         clipped = self.posterior_variance.clone()
         clipped[0] = clipped[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = clipped.log()
-        self.posterior_x0_factor = self.betas * before.sqrt() / (1 - after)
-        self.posterior_x_t_factor = (1 - before) * (1 - self.betas).sqrt() / (1 - after)
 
     def _posterior(
         self, x0: Tensor, x_t: Tensor, t: Tensor

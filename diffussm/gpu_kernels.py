@@ -223,6 +223,12 @@ def _shape(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
 
 
+def _backward_shape(
+    grad: Tensor, u: Tensor, spectra: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(spectra)
+
+
 @operator("triton_convolve", _shape)
 def _triton_convolve(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     B, L, D = u.shape
@@ -231,12 +237,6 @@ def _triton_convolve(u: Tensor, spectra: Tensor, precision: str) -> Tensor:
     tables, constants = dft_tables(L, u.device), _constants(L, precision)
     _forward_kernel[(B, D)](x, _tiles(spectra), y, *tables, D, **constants)
     return y.flatten(1, 2).transpose(1, 2).contiguous()  # (B, L, 2D)
-
-
-def _backward_shape(
-    grad: Tensor, u: Tensor, spectra: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), torch.empty_like(spectra)
 
 
 @operator("triton_convolve_backward", _backward_shape)
