@@ -58,29 +58,22 @@ def _differs_from_adm(
     extractor: Extractor, how: dict[str, Any], kind: str
 ) -> list[str]:
     """In what these scores were computed otherwise than by ADM's evaluator."""
-    differs = ["means in float64; ADM's in float32"]
-    if isinstance(extractor, Inception):
-        differs += [
-            "weights converted to PyTorch by torch-fidelity from those of ADM's graph"
-        ]
-    else:
-        differs += [f"the features are those of {extractor.name}, not Inception's"]
-    if how.get("inception_score", {}).get("parts", 1) > 1:
-        differs += [
-            "parts of the Inception score in the order of the images' keys; ADM's in "
-            "that of the file"
-        ]
-    if "precision_recall" in how:
-        differs += [
-            "distances between features in float32; ADM's in float16 where these are "
-            "finite"
-        ]
-    if "precision_recall" in how and kind != "adm":
-        differs += [
-            "the reference's images for precision and recall are others than those in "
-            "ADM's file"
-        ]
-    return differs
+    inception, pairs = isinstance(extractor, Inception), "precision_recall" in how
+    several = how.get("inception_score", {}).get("parts", 1) > 1
+    known = {
+        "means in float64; ADM's in float32": True,
+        "weights converted to PyTorch by torch-fidelity from those of ADM's graph": (
+            inception
+        ),
+        f"the features are those of {extractor.name}, not Inception's": not inception,
+        "parts of the Inception score in the order of the images' keys; ADM's in "
+        "that of the file": several,
+        "distances between features in float32; ADM's in float16 where these are "
+        "finite": pairs,
+        "the reference's images for precision and recall are others than those in "
+        "ADM's file": pairs and kind != "adm",
+    }
+    return [difference for difference, holds in known.items() if holds]
 
 
 def _notes(
@@ -209,10 +202,7 @@ def _facts(source: Source) -> dict[str, Any]:
     except (OSError, ValueError):
         return facts
     if isinstance(written, dict) and written.get("complete") is False:
-        raise ValueError(
-            f"{path} is not complete; give the same `diffussm sample` command again "
-            "first"
-        )
+        raise ValueError(f"{path} is not complete; finish it with `diffussm sample`")
     return facts | (written if isinstance(written, dict) else {})
 
 

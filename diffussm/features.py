@@ -6,6 +6,7 @@ Generated from book/57_features.md by `make export`: edit there.
 import io
 import json
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,14 @@ from torch import Tensor
 from diffussm.autoencoder import full_precision
 from diffussm.files import sha256, whole_file
 from diffussm.formats import LmdbImages
-from diffussm.guards import refuse
+from diffussm.guards import (
+    expect,
+    expect_finite,
+    expect_int,
+    expect_there,
+    explain,
+    refuse,
+)
 from diffussm.image_sets import FirstByKey, ImageSet, Source, digests_of, keys_of
 from diffussm.metrics import FeatureStatistics, RunningMoments
 
@@ -92,34 +100,18 @@ def check_weights(path: str | Path, starts_with: str = "6726825d") -> str:
     Raises FileNotFoundError when it is not there, ValueError when it is another file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Scores need Inception's weights: get {WEIGHTS} "
-            "from the releases of torch-fidelity (v0.2.0) on a machine with network, "
-            "and name the file with --weights"
-        )
+    expect_there(path, f"{WEIGHTS}, a release of torch-fidelity (v0.2.0), as --weights")
     digest = sha256(path)
     if not digest.startswith(starts_with):
-        raise ValueError(
-            f"{path} is not {WEIGHTS}: its sha256 starts with {digest[:8]}, not with "
-            f"{starts_with}"
-        )
+        raise ValueError(f"{path} has sha256 {digest[:8]}, not {starts_with}")
     return digest
 
 
 def _network(name: str, weights: str | Path) -> Any:
-    try:
+    with explain("pip install torch-fidelity", ImportError, error=ImportError):
         from torch_fidelity import feature_extractor_inceptionv3
-    except ImportError as error:
-        raise ImportError(
-            "Inception comes with torch-fidelity: pip install torch-fidelity"
-        ) from error
-    try:
+    with explain(f"{weights} does not hold the weights of a network", Exception):
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds
-        raise ValueError(
-            f"{weights} does not hold the weights of a network: {error}"
-        ) from error
     safe = io.BytesIO()  # torch-fidelity loads pickles; it gets one of ours
     torch.save(state, safe)
     safe.seek(0)
@@ -131,11 +123,7 @@ def _network(name: str, weights: str | Path) -> Any:
 def load_inception(weights: str | Path | None, device: str) -> Extractor:
     """Inception; ValueError where no file is named."""
     if weights is None:
-        raise ValueError(
-            f"scores need Inception's weights: name the file {WEIGHTS} with --weights "
-            "(it is in the releases of torch-fidelity, v0.2.0); nothing is downloaded "
-            "silently"
-        )
+        raise ValueError(f"name {WEIGHTS} (--weights): nothing is downloaded silently")
     return Inception(weights, device)
 
 
@@ -152,53 +140,34 @@ def statistics(
     ValueError for fewer than two images, or features not finite.
     """
     images = source if isinstance(source, ImageSet) else ImageSet(source)
-    moments: dict[str, RunningMoments] = {}
-    kept = FirstByKey(keep)
-    digests: list[bytes] = []
-    shape: tuple[int, ...] = ()
+    moments: dict[str, RunningMoments] = defaultdict(RunningMoments)
+    kept, digests, shape = FirstByKey(keep), list[bytes](), tuple[int, ...]()
     for batch in images.batches(batch_size):
         found, features = digests_of(batch), extractor(batch)
-        _check_finite(features, extractor)
-        for name in features.keys() - {"logits"}:
-            moments.setdefault(name, RunningMoments()).add(features[name])
+        _add(moments, features)
         single = {name: x.float() for name, x in features.items() if name != "spatial"}
         kept.add(keys_of(found), single)
         digests, shape = digests + found, tuple(batch.shape[2:])
-    _check_enough(digests, images)
-    record = images.record(digests, shape)
-    return _read(len(digests), moments, kept.read()[1], record)
+    expect_int(f"number of images in {images.name}", len(digests), least=2)
+    return _read(moments, kept.read()[1], images.record(digests, shape))
+
+
+def _add(moments: dict[str, RunningMoments], features: dict[str, Tensor]) -> None:
+    for name, x in features.items():
+        expect_finite(f"{name} features of a batch", x, "look at these images")
+        if name != "logits":
+            moments[name].add(x)
 
 
 def _read(
-    count: int,
-    moments: dict[str, RunningMoments],
-    kept: dict[str, Tensor],
-    record: dict[str, Any],
+    moments: dict[str, RunningMoments], some: dict[str, Tensor], record: dict[str, Any]
 ) -> FeatureStatistics:
-    mu, sigma = moments["pool"].read()
+    pool, kept = moments["pool"], (some["pool"], some.get("logits"))
     mu_s, sigma_s = moments["spatial"].read() if "spatial" in moments else (None, None)
-    pool, logits = kept["pool"], kept.get("logits")
-    return FeatureStatistics(count, mu, sigma, mu_s, sigma_s, pool, logits, record)
+    return FeatureStatistics(pool.count, *pool.read(), mu_s, sigma_s, *kept, record)
 
 
-def _check_finite(features: dict[str, Tensor], extractor: Extractor) -> None:
-    for name, x in features.items():
-        refuse(
-            not bool(torch.isfinite(x).all()),
-            f"the {name} features of {extractor.name} are not finite for some images",
-        )
-
-
-def _check_enough(digests: list[bytes], images: ImageSet) -> None:
-    refuse(
-        len(digests) < 2,
-        f"{images.source} holds fewer than two images; nothing can be said of it",
-    )
-
-
-NEIGHBOURS = (
-    10_000  # images that precision and recall look at, as many as in ADM's file
-)
+NEIGHBOURS = 10_000  # images that precision and recall look at, as in ADM's file
 
 
 def save_statistics(
@@ -220,16 +189,22 @@ def save_statistics(
     images = ImageSet(source, size, exif_rotate)
     extractor = extractor or load_inception(weights, device)
     found = statistics(images, extractor, batch_size, keep=NEIGHBOURS)
-    arrays: dict[str, Any] = {"mu": found.mu, "sigma": found.sigma}
-    optional = {"mu_s": found.mu_s, "sigma_s": found.sigma_s, "pool": found.pool}
-    arrays |= {name: x for name, x in optional.items() if x is not None}
-    arrays["count"] = np.array(found.count)
-    arrays["extractor"] = np.array(f"{extractor.name} {extractor.checksum}")
-    arrays["record"] = np.array(json.dumps(found.record))
     out = Path(out)
     with whole_file(out) as draft, draft.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **_as_arrays(found, extractor))
     return out
+
+
+_NUMBERS = ("mu", "sigma", "mu_s", "sigma_s", "pool", "count")
+
+
+def _as_arrays(found: FeatureStatistics, extractor: Extractor) -> dict[str, Any]:
+    """What the file of a reference holds."""
+    numbers = {name: getattr(found, name) for name in _NUMBERS}
+    arrays = {name: np.asarray(x) for name, x in numbers.items() if x is not None}
+    arrays["extractor"] = np.array(f"{extractor.name} {extractor.checksum}")
+    arrays["record"] = np.array(json.dumps(found.record))
+    return arrays
 
 
 def load_reference(
@@ -249,25 +224,19 @@ def load_reference(
     if "mu" not in arrays:
         images = ImageSet(path, size, exif_rotate)
         return statistics(images, extractor, batch_size, keep=NEIGHBOURS), _kind(images)
-    _check_reference(path, arrays, extractor)
-    if "extractor" not in arrays and "arr_0" in arrays:
-        images = ImageSet(path)
-        _check_crop(path, list(next(images.batches(1)).shape[2:]), size)
-        some = statistics(images, extractor, batch_size, keep=NEIGHBOURS)
-        return _stored(arrays, 0, some.pool, some.record), "adm"
-    record = _loaded(path, arrays.get("record", "{}"))
-    _check_crop(path, record.get("image_size"), size)
-    pool = torch.from_numpy(arrays["pool"]) if "pool" in arrays else None
-    count = int(arrays.get("count", 0))
-    return _stored(arrays, count, pool, record), "statistics"
+    _check_reference(path, arrays, extractor, size)
+    if not arrays["adm"]:
+        return _stored(arrays), "statistics"
+    some = statistics(path, extractor, batch_size, keep=NEIGHBOURS)
+    arrays |= {"count": 0, "pool": some.pool, "record": some.record}
+    return _stored(arrays), "adm"
 
 
-def _stored(
-    arrays: dict[str, Any], count: int, pool: Tensor | None, record: dict[str, Any]
-) -> FeatureStatistics:
-    moments = {name: arrays.get(name) for name in ("mu_s", "sigma_s")}
-    known: dict[str, Any] = {"pool": pool, "record": record, **moments}
-    return FeatureStatistics(count, arrays["mu"], arrays["sigma"], **known)
+def _stored(arrays: dict[str, Any]) -> FeatureStatistics:
+    names = ("mu", "sigma", "mu_s", "sigma_s", "record")
+    known: dict[str, Any] = {name: arrays.get(name) for name in names}
+    pool = torch.as_tensor(arrays["pool"]) if "pool" in arrays else None
+    return FeatureStatistics(int(arrays.get("count", 0)), pool=pool, **known)
 
 
 def _kind(images: ImageSet) -> str:
@@ -276,67 +245,55 @@ def _kind(images: ImageSet) -> str:
     return "lmdb" if isinstance(images.files, LmdbImages) else "folder"
 
 
-_MOMENTS = {"mu", "sigma", "mu_s", "sigma_s", "pool", "count"}
-_TEXTS = {"extractor", "record"}
+_UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    """What a reference's .npz holds besides images; of arr_0 only that it is there."""
-    if not path.exists():
-        raise FileNotFoundError(f"the reference {path} does not exist")
+    """What a reference's .npz holds besides images; nothing where there are no moments.
+
+    "adm" says whether it is ADM's, with images whose features are not stored.
+    """
+    expect_there(path, "images, ADM's .npz, or a file of `diffussm statistics`")
     if path.is_dir() or path.suffix == ".mdb":
         return {}
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            names = set(archive.files)
-            wanted = names & _MOMENTS if "mu" in names else set()
-            numbers = {name: np.asarray(archive[name]) for name in wanted}
-            refuse(
-                any(array.dtype.kind not in "fiu" for array in numbers.values()),
-                "it holds other things than numbers",
-            )
-            texts = {name: str(archive[name]) for name in names & _TEXTS}
-            return numbers | texts | ({"arr_0": None} if "arr_0" in names else {})
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"the reference {path} cannot be read: {error}") from error
+    with (
+        explain(f"the reference {path} cannot be read", *_UNREADABLE),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as archive,
+    ):
+        names = set(archive.files)
+        if "mu" not in names:
+            return {}
+        wanted = {"mu", "sigma"} | names & {*_NUMBERS}
+        numbers = {name: np.asarray(archive[name]) for name in wanted}
+        kinds = {array.dtype.kind for array in numbers.values()}
+        refuse(kinds - {*"fiu"}, "it holds other things than numbers")
+        texts = {name: str(archive[name]) for name in names & {"extractor", "record"}}
+        adm = "extractor" not in names and "arr_0" in names
+        record = dict(json.loads(texts.get("record", "{}")))
+        return {**numbers, **texts, "record": record, "adm": adm}
 
 
-def _check_reference(path: Path, arrays: dict[str, Any], extractor: Extractor) -> None:
-    made_by = arrays.get("extractor")
-    refuse(
-        made_by not in (None, f"{extractor.name} {extractor.checksum}"),
-        f"the reference {path} was made with {made_by}, not with {extractor.name}: "
-        "make it again",
-    )
-    d = np.shape(arrays["mu"])
-    refuse(
-        len(d) != 1 or np.shape(arrays.get("sigma", 0)) != d * 2,
-        f"the reference {path} has mu {d} and no sigma {d * 2}",
-    )
-    if len(arrays.get("pool", ())) > NEIGHBOURS:
+def _size_of(path: Path, arrays: dict[str, Any]) -> list[int] | None:
+    """[H, W] of the images that stored moments are of, where it is known."""
+    if arrays["adm"]:
+        return [*next(ImageSet(path).batches(1)).shape[2:]]
+    size: list[int] | None = arrays["record"].get("image_size")
+    return size
+
+
+def _check_reference(
+    path: Path, arrays: dict[str, Any], extractor: Extractor, size: int | None
+) -> None:
+    ours = f"{extractor.name} {extractor.checksum}"
+    if (made_by := arrays.get("extractor", ours)) != ours:
+        raise ValueError(f"{path} was made with {made_by}: make it with {ours}")
+    (d,) = expect(f"mu of {path}", arrays["mu"], "d")
+    expect(f"sigma of {path}", arrays["sigma"], "d d", d=d)
+    if (n := len(arrays.get("pool", ()))) > NEIGHBOURS:
+        raise ValueError(f"{path} has {n} images, over {NEIGHBOURS}: make it again")
+    stored = _size_of(path, arrays)
+    if size is not None and stored not in (None, [size, size]):
         raise ValueError(
-            f"the reference {path} holds features of {len(arrays['pool'])} images in "
-            f"the order of their files; precision and recall take {NEIGHBOURS}: make "
-            "it again with `diffussm statistics`"
-        )
-
-
-def _loaded(path: Path, text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"the reference {path} has a record that is no JSON: {error}"
-        ) from error
-    if not isinstance(record, dict):
-        raise ValueError(f"the reference {path} has a record that is no JSON object")
-    return record
-
-
-def _check_crop(path: Path, made_of: list[int] | None, size: int | None) -> None:
-    if size is not None and made_of is not None and made_of != [size, size]:
-        raise ValueError(
-            f"size is {size}, but the reference {path} holds moments of images of "
-            f"{tuple(made_of)} pixels, which nothing can crop any more: omit size, or "
-            "make the reference again"
+            f"size is {size}, but the reference {path} has {stored} pixels: omit size"
         )

@@ -32,7 +32,7 @@ from diffussm.distributed import (
     together,
 )
 from diffussm.files import read_json, whole_file, write_json
-from diffussm.guards import bounded, check_fields, differences
+from diffussm.guards import bounded, check_fields, expect_same
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
 from diffussm.sampling import Sampler
@@ -65,16 +65,18 @@ class SampleSet:
         if not num_classes:
             return None
         among = torch.tensor(self.classes or range(num_classes))
-        numbers = np.arange(indices.start, indices.stop)
+        numbers = np.arange(indices.start, indices.stop, dtype=np.uint64)
         if self.labels == "random":
             numbers = random_bits(self.seed, "labels", numbers)
-        chosen = numbers % numbers.dtype.type(len(among))
-        return among[torch.from_numpy(chosen.astype(np.int64))]
+        chosen = (numbers % np.uint64(len(among))).astype(np.int64)
+        return among[torch.from_numpy(chosen)]
 
     def of(self, model: DiffuSSMConfig) -> "SampleSet":
         """What of this applies to a model; ValueError for classes that it lacks."""
-        _check_classes(self.classes, model.num_classes)
-        scale = self.sampler.cfg_scale if model.num_classes else 1.0
+        known = model.num_classes
+        if self.classes and max(self.classes) >= known:
+            raise ValueError(f"classes={self.classes}: this model has {known}, from 0")
+        scale = self.sampler.cfg_scale if known else 1.0
         channels = self.sampler.guidance_channels
         if scale == 1 or (channels is not None and channels >= model.in_channels):
             channels = None  # nothing is guided, or all of it
@@ -92,13 +94,9 @@ class SampleSet:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        chosen = self.classes
-        if chosen is not None and (
-            not chosen or min(chosen) < 0 or len(set(chosen)) != len(chosen)
-        ):
-            raise ValueError(
-                f"classes={chosen}: expected class numbers, each once, or None for all"
-            )
+        chosen = (0,) if self.classes is None else self.classes
+        if min(chosen, default=-1) < 0 or len({*chosen}) < len(chosen):
+            raise ValueError(f"classes={chosen}: expected numbers from 0, each once")
 
 
 SAMPLE_PRESETS = {
@@ -209,8 +207,9 @@ def _draw_missing(
         done = batches - len(missing) + int(all_reduce(torch.tensor([drawn])))
         bar.update(done - bar.n)
     if done < batches:
-        told = f"asked to stop: {done} of {batches} batches are drawn and kept"
-        raise together(Preempted(told))
+        raise together(
+            Preempted(f"asked to stop: {done} of {batches} batches are kept")
+        )
     return batches
 
 
@@ -241,14 +240,23 @@ class _SampleFiles:
         """Begin the set, or go on with it; True if it is complete."""
         if not self.record.exists():
             self._check_free()
-            self.parts.mkdir(parents=True, exist_ok=True)
+            self.record.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.record, {**self.how, "complete": False})
-            return False
-        complete = self._check_same(read_json(self.record, "the record of the set"))
+        complete = self._is_complete()
         if complete:  # and then killed, perhaps, before all was tidy
             shutil.rmtree(self.parts, ignore_errors=True)
         else:
             self.parts.mkdir(exist_ok=True)
+        return complete
+
+    def _is_complete(self) -> bool:
+        """Whether all is drawn; ValueError if the set that is there is another."""
+        theirs = read_json(self.record, "the record of the set")
+        complete = bool(theirs.get("complete"))
+        ours = json.loads(json.dumps(self.how))
+        a, b = (_deciding(one, complete) for one in (ours, {"random": 1} | theirs))
+        what = f"{self.out} holds other samples, which differ in"
+        expect_same(what, a, b, "Choose another name.")
         return complete
 
     def part(self, number: int) -> Path:
@@ -289,30 +297,18 @@ class _SampleFiles:
         there = list(self.out.iterdir()) if self.out.is_dir() else []
         strange = [p for p in there if p != self.parts and not p.match(".*.tmp")]
         if strange or self.out.is_file():
-            raise ValueError(
-                f"{self.out} exists and is no set of samples; choose another name"
-            )
+            raise ValueError(f"{self.out} is no set of samples; choose another name")
         if self.parts.exists() and any(self.parts.iterdir()):
-            raise ValueError(
-                f"{self.parts} is left of a set of samples without a record; remove it"
-            )
+            raise ValueError(f"{self.parts} is of a set without a record; remove it")
 
-    def _check_same(self, theirs: dict[str, Any]) -> bool:
-        """Is it complete? ValueError unless the set that is there is this one."""
-        complete = bool(theirs.get("complete"))
-        if not complete and theirs.get("random", 1) != RANDOM:
-            raise ValueError(
-                f"{self.out} was begun by a version that drew its random numbers in "
-                "another way, so that the rest would not belong to the same set; "
-                "choose another name, or finish it with that version"
-            )
-        ours = json.loads(json.dumps(self.how))
-        if different := differences(_deciding(ours), _deciding(theirs)):
-            raise ValueError(
-                f"{self.out} holds other samples, which differ in "
-                f"{'; '.join(different)}; choose another name"
-            )
-        return complete
+
+def _deciding(how: dict[str, Any], complete: bool) -> dict[str, Any]:
+    """What must be the same to go on with a set: an autoencoder may have moved."""
+    free = {"complete", "random"} if complete else {"complete"}
+    kept = {key: value for key, value in how.items() if key not in free}
+    if isinstance(vae := kept.get("vae"), dict):
+        kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
+    return kept
 
 
 def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor | None) -> None:
@@ -327,17 +323,3 @@ def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor | None) 
                 file.write(np.load(part, allow_pickle=False).tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, classes.numpy())
-
-
-def _check_classes(classes: tuple[int, ...] | None, known: int) -> None:
-    if classes is not None and max(classes) >= known:
-        has = f"classes 0 to {known - 1}" if known else "no classes"
-        raise ValueError(f"classes={classes}: this model has {has}")
-
-
-def _deciding(how: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same to go on with a set: an autoencoder may have moved."""
-    kept = {k: v for k, v in how.items() if k not in ("complete", "random")}
-    if isinstance(vae := kept.get("vae"), dict):
-        kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
-    return kept

@@ -109,7 +109,7 @@ MISTAKES = [
     (
         "evaluate {w}/images --reference {w}/images --weights {t}/none --out "
         "{t}/x.json",
-        "does not exist",
+        "there is no ",
     ),
     (
         "evaluate {w}/images --reference {w}/images --weights {w}/tiny.yaml --out "

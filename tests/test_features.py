@@ -172,7 +172,7 @@ def test_weights_are_checked_before_they_are_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match="--weights"):
         check_weights(tmp_path / "nowhere.pth")
     (tmp_path / "other.pth").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match="not with 6726825d"):
+    with pytest.raises(ValueError, match="not 6726825d"):
         Inception(tmp_path / "other.pth")
 
     class Harm:
