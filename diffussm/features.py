@@ -123,7 +123,10 @@ def _network(name: str, weights: str | Path) -> Any:
 def load_inception(weights: str | Path | None, device: str) -> Extractor:
     """Inception; ValueError where no file is named."""
     if weights is None:
-        raise ValueError(f"name {WEIGHTS} (--weights): nothing is downloaded silently")
+        raise ValueError(
+            f"--weights is missing: {WEIGHTS}, of torch-fidelity's release v0.2.0; "
+            "nothing is downloaded silently"
+        )
     return Inception(weights, device)
 
 

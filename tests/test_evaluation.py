@@ -179,7 +179,7 @@ def test_precision_and_recall_take_so_many_images_of_the_reference(
         assert result["protocol"]["precision_recall"]["reference"] == 20
         assert result["reference"]["count"] == 60
     monkeypatch.setattr("diffussm.features.NEIGHBOURS", 10)
-    with pytest.raises(ValueError, match="20 images .*make it again"):
+    with pytest.raises(ValueError, match="20 images.*make it again"):
         load_reference(tmp_path / "statistics.npz", Colours())
 
 
