@@ -41,8 +41,8 @@ def kernel_spectra(k_forward: Tensor, k_backward: Tensor) -> Tensor:
     expect("k_backward", k_backward, "D L", D=D, L=expect_int("L", L, least=1))
     dtype = torch.promote_types(k_forward.dtype, k_backward.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    forward = torch.fft.rfft(k_forward.to(dtype), n=2 * L)  # (D, L + 1)
-    backward = torch.fft.rfft(k_backward.to(dtype), n=2 * L)  # (D, L + 1)
+    kernels = k_forward.to(dtype), k_backward.to(dtype)
+    forward, backward = (torch.fft.rfft(k, n=2 * L) for k in kernels)  # (D, L + 1)
     return torch.stack([forward, backward.conj()])
 
 

@@ -78,10 +78,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def _check_convolution(u: Tensor, k: Tensor) -> None:
     expect_real(u=u, k=k)
-    if k.ndim == 0 or u.ndim < k.ndim or u.shape[-k.ndim :] != k.shape:
+    if not k.ndim or u.shape[-k.ndim :] != k.shape:
         raise ValueError(
-            f"u has shape {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L)"
-            " and (D, L); make the kernel as long as the input, kernel(u.shape[-1])"
+            f"u is {tuple(u.shape)} and k {tuple(k.shape)}: expected (..., D, L) and "
+            "(D, L), as of kernel(u.shape[-1])"
         )
 
 
@@ -168,28 +168,32 @@ class S4DKernel(nn.Module):
         dt_max: float = 1e-1,
     ) -> None:
         super().__init__()
-        expect_int("d_model", d_model, least=1)
+        D = expect_int("d_model", d_model, least=1)
         expect_one_of("discretization", discretization, DISCRETIZATIONS)
         expect_number("dt_max", dt_max, least=expect_number("dt_min", dt_min, above=0))
         A = INITIALISATIONS[expect_one_of("init", init, INITIALISATIONS)](d_state)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        log_dt = torch.empty(d_model, dtype=dtype)
+        log_dt = torch.empty(D, dtype=dtype)
         log_dt.uniform_(math.log(dt_min), math.log(dt_max))
-        C = torch.randn(d_model, d_state // 2, 2, dtype=dtype) / math.sqrt(2)
+        C = torch.randn(D, d_state // 2, 2, dtype=dtype) / math.sqrt(2)
         self.log_dt = nn.Parameter(log_dt)
-        self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype).repeat(d_model, 1))
-        self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(d_model, 1))
+        self.log_A_real = nn.Parameter(torch.log(-A.real).to(dtype).repeat(D, 1))
+        self.A_imag = nn.Parameter(A.imag.to(dtype).repeat(D, 1))
         self.C = nn.Parameter(C)
         self.discretization = discretization
         self.vandermonde: Kernel = later("two_level:vandermonde_two_level")
 
-    def discrete(self) -> tuple[Tensor, Tensor]:
-        """The discrete system, (log dA, C dB), complex (D, N/2) each, with B = 1."""
+    def continuous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The continuous system: A (D, N/2), dt (D, 1), C (D, N/2); B = 1."""
         # at least float32: there is no complex bfloat16, should a checkpoint be in it
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         A = torch.complex(-torch.exp(self.log_A_real.to(dtype)), self.A_imag.to(dtype))
-        dt = torch.exp(self.log_dt.to(dtype))[:, None]  # (D, 1)
-        C = torch.view_as_complex(self.C.to(dtype).contiguous())  # (D, N/2)
+        dt = torch.exp(self.log_dt.to(dtype))[:, None]
+        return A, dt, torch.view_as_complex(self.C.to(dtype).contiguous())
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """The discrete system, (log dA, C dB), complex (D, N/2) each, with B = 1."""
+        A, dt, C = self.continuous()
         if self.discretization == "zoh":
             return dt * A, C * discretize_zoh(A, 1.0, dt)[1]
         return _log_bilinear(dt * A), C * discretize_bilinear(A, 1.0, dt)[1]

@@ -53,9 +53,7 @@ def as_labels(y: Labels) -> Tensor:
         if array.dtype.kind in "iu" or array.size == 0:
             return torch.from_numpy(array.astype(np.int64))
         given = f"{type(y).__name__} of {array.dtype}"
-    raise TypeError(
-        f"y is {given}: expected an integer tensor, array or list, one label per image"
-    )
+    raise TypeError(f"y is {given}: expected an integer tensor, array or list")
 
 
 def to_stream(x: Tensor, patch_size: int, downsample: int) -> Tensor:

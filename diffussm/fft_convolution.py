@@ -17,8 +17,8 @@ from diffussm.guards import expect, expect_real
 __all__ = ["operator", "convolve", "bidirectional_conv"]
 
 
-_PIECE = 2**20  # real numbers transformed at a time on a CPU: what a core's cache holds
-_PIECE_ON_GPU = 2**28  # there the pieces only bound the memory
+_PIECE = 2**20  # real numbers transformed at a time on a CPU
+_PIECE_ON_GPU = 2**28
 
 
 def _pieces(u: Tensor) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffussm.bidirectional import BidirectionalSSM
-from diffussm.guards import expect, expect_int
+from diffussm.guards import expect, expect_int, refuse
 
 __all__ = ["PositionLinear", "HourglassBlock", "linear_macs"]
 
@@ -62,8 +62,9 @@ class HourglassBlock(nn.Module):
 
     def __init__(self, d_model: int, d_state: int = 64, downsample: int = 2) -> None:
         super().__init__()
-        D, M = _checked_sizes(d_model, downsample)
-        self.downsample = M
+        D = expect_int("d_model", d_model, least=1)
+        self.downsample = M = expect_int("downsample", downsample, least=1)
+        refuse(2 * D % M, f"downsample={M} does not divide 2 * d_model = {2 * D}")
         self.norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(D, 2 * D)  # scale and shift
         self.w0 = nn.Linear(D, D)
@@ -109,17 +110,6 @@ class HourglassBlock(nn.Module):
             nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.w3.weight)  # a new block adds nothing
         nn.init.zeros_(self.w3.bias)
-
-
-def _checked_sizes(d_model: int, downsample: int) -> tuple[int, int]:
-    D = expect_int("d_model", d_model, least=1)
-    M = expect_int("downsample", downsample, least=1)
-    if 2 * D % M:
-        raise ValueError(
-            f"downsample={M} does not divide 2 * d_model = {2 * D}: each of the M "
-            "pieces has width 2D/M"
-        )
-    return D, M
 
 
 def linear_macs(config: Any, length: int | None = None) -> float:

@@ -24,7 +24,15 @@ from diffussm.embeddings import (
     to_stream,
 )
 from diffussm.files import read_tensors, write_json, write_tensors
-from diffussm.guards import differences, expect, expect_real, nearest
+from diffussm.guards import (
+    differences,
+    expect,
+    expect_indices,
+    expect_one_of,
+    expect_real,
+    expect_same,
+    expect_there,
+)
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS
@@ -80,9 +88,9 @@ class DiffuSSM(nn.Module):
             ValueError: shapes that do not fit, labels missing or outside the table.
             TypeError: `x` is not floating-point or `y` not integer.
         """
-        y = _checked_inputs(self.config, x, t, y)
+        self._check(x, t)
         P, M, (H, W) = self.config.patch_size, self.config.downsample, x.shape[2:]
-        c = self._condition(t, y)  # (B, D)
+        c = self._condition(t, self._labels(y, x))  # (B, D)
         x = self._embed(x)  # (B, J, D)
         kept = self._spectra(H * W // P**2)
         for block, spectra in zip(self.blocks, kept, strict=True):
@@ -136,9 +144,8 @@ class DiffuSSM(nn.Module):
         Raises:
             ValueError: no such preset, or an override that `DiffuSSMConfig` refuses.
         """
-        if name not in PRESETS:
-            raise ValueError(f"there is no preset {name!r}; {nearest(name, PRESETS)}")
-        return cls(DiffuSSMConfig.from_dict({**PRESETS[name], **overrides}))
+        sizes = PRESETS[expect_one_of("preset", name, PRESETS)]
+        return cls(DiffuSSMConfig.from_dict({**sizes, **overrides}))
 
     def _step(self, block: nn.Module, x: Tensor, c: Tensor, spectra: Any) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -158,9 +165,7 @@ class DiffuSSM(nn.Module):
         Source: ch. "The model" (as DiT does; the paper does not mention it).
         """
         if self.null_label is None:
-            raise ValueError(
-                "an unconditional model (num_classes=0) has no labels to drop"
-            )
+            raise ValueError("an unconditional model has no labels to drop")
         device = y.device if generator is None else generator.device
         chance = torch.rand(y.shape, generator=generator, device=device)
         dropped = chance < self.config.label_dropout
@@ -204,6 +209,30 @@ class DiffuSSM(nn.Module):
         """What a copy or a pickle takes along: not the kernels that somebody keeps."""
         return {**self.__dict__, "_samplers": 0, "_cache": None}
 
+    def _labels(self, y: Labels | None, x: Tensor) -> Tensor | None:
+        """The labels of the images as a tensor (B,); None in an unconditional model."""
+        last = self.null_label
+        if y is None and last is None:
+            return None
+        if last is None:
+            raise ValueError("y was given to an unconditional model: pass y=None")
+        if y is None:
+            raise ValueError(f"y is missing: expected 0 to {last}, {last} for no class")
+        y = as_labels(y).to(y.device if isinstance(y, Tensor) else x.device)
+        expect("y", y, "B", B=len(x))
+        expect_indices("y", y, last + 1)
+        return y
+
+    def _check(self, x: Tensor, t: Tensor) -> None:
+        P, M = self.config.patch_size, self.config.downsample
+        B, _, H, W = expect("x", x, "B C H W", C=self.config.in_channels)
+        expect_real(x=x)
+        expect("t", t, "B", B=B)
+        if H % P or W % P or H * W == 0 or (H // P) * (W // P) % M:
+            raise ValueError(
+                f"x is {H} x {W}: crop or pad it to fit patch_size={P}, downsample={M}"
+            )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, each complete or not at all.
 
@@ -227,12 +256,12 @@ class DiffuSSM(nn.Module):
             FileNotFoundError: the folder or one of its two files is missing.
             ValueError: a file is damaged, or does not belong to a model of this kind.
         """
-        config, tensors = _read_model(Path(folder))
+        folder = Path(folder)
+        for path in (folder, folder / CONFIG_FILE, folder / _WEIGHTS_FILE):
+            expect_there(path, "what save_pretrained writes")
         with torch.device("meta"):
-            model = cls(config)
-        _check_tensors(Path(folder, _WEIGHTS_FILE), model.state_dict(), tensors)
-        wide = {n: w.float() if w.element_size() < 4 else w for n, w in tensors.items()}
-        model.load_state_dict(wide, assign=True)
+            model = cls(read_config(folder / CONFIG_FILE))
+        model.load_state_dict(_read_weights(folder / _WEIGHTS_FILE, model), assign=True)
         return model.to(device)
 
 
@@ -256,91 +285,31 @@ class _Cache:
         return bool(torch.stack(norms).max() == 0)  # never for a NaN
 
 
-def _checked_inputs(
-    cfg: DiffuSSMConfig, x: Tensor, t: Tensor, y: Labels | None
-) -> Tensor | None:
-    """The labels as a tensor, once everything that was given fits."""
-    P, M = cfg.patch_size, cfg.downsample
-    B, _, H, W = expect("x", x, "B C H W", C=cfg.in_channels)
-    expect_real(x=x)
-    if H % P or W % P or H * W == 0 or (H // P) * (W // P) % M:
-        raise ValueError(
-            f"x is {H} x {W}: expected sides that patch_size={P} divides, and a number "
-            f"of positions that downsample={M} divides; crop or pad the input"
-        )
-    expect("t", t, "B", B=B)
-    if not cfg.num_classes and y is not None:
-        raise ValueError(
-            "y was given, but this model is unconditional (num_classes=0); pass y=None"
-        )
-    return _checked_labels(cfg.num_classes, y, B, x.device) if cfg.num_classes else None
-
-
-def _checked_labels(
-    classes: int, y: Labels | None, batch: int, device: torch.device
-) -> Tensor:
-    if y is None:
-        raise ValueError(
-            f"y is missing: this model knows {classes} classes; for none of them pass "
-            f"torch.full(({batch},), model.null_label)"
-        )
-    y = as_labels(y).to(y.device if isinstance(y, Tensor) else device)
-    expect("y", y, "B", B=batch)
-    # Reading values waits for a GPU and breaks a compiled graph; there the lookup fails
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high > classes:
-            raise ValueError(
-                f"y has labels from {low} to {high}: expected 0 to {classes - 1}, "
-                f"or {classes} for no class"
-            )
-    return y
-
-
 _WEIGHTS_FILE = "model.safetensors"
 
 
 def _refuse_another(folder: Path, config: DiffuSSMConfig) -> None:
     """ValueError if a folder holds a model that is not of this configuration."""
-    unlike = []
-    if (folder / CONFIG_FILE).exists():
-        unlike = differences(asdict(config), asdict(read_config(folder / CONFIG_FILE)))
-    elif (folder / _WEIGHTS_FILE).exists():
-        unlike = [f"there is no {CONFIG_FILE}"]
-    if unlike:
+    path, ours = folder / CONFIG_FILE, asdict(config)
+    if not path.exists() and (folder / _WEIGHTS_FILE).exists():
+        raise ValueError(f"{folder} holds another model: it has no {CONFIG_FILE}")
+    theirs = asdict(read_config(path)) if path.exists() else ours
+    expect_same(f"{folder} holds another model:", ours, theirs, "Take a new folder.")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The shape of each tensor; of one that is not floating-point, its type."""
+    return {
+        name: tuple(x.shape) if x.is_floating_point() else x.dtype
+        for name, x in tensors.items()
+    }
+
+
+def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a model needs, from a file; in float32 at least."""
+    found = read_tensors(path, "the model")
+    if unlike := differences(_shapes(model.state_dict()), _shapes(found)):
         raise ValueError(
-            f"{folder} holds another model: {', '.join(unlike)}; nothing was written, "
-            "choose another folder"
+            f"{len(unlike)} tensors of {path} do not fit: {'; '.join(unlike[:3])}"
         )
-
-
-def _read_model(folder: Path) -> tuple[DiffuSSMConfig, dict[str, Tensor]]:
-    for path in (folder, folder / CONFIG_FILE, folder / _WEIGHTS_FILE):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist; expected a folder written by save_pretrained, "
-                f"with {CONFIG_FILE} and {_WEIGHTS_FILE}"
-            )
-    return read_config(folder / CONFIG_FILE), read_tensors(
-        folder / _WEIGHTS_FILE, "the model"
-    )
-
-
-def _check_tensors(
-    path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]
-) -> None:
-    faults = [f"{name} is missing" for name in expected if name not in found]
-    faults += [f"{n} is not part of this model" for n in found if n not in expected]
-    for name in (name for name in expected if name in found):
-        want, have = expected[name], found[name]
-        if have.shape != want.shape or not have.is_floating_point():
-            faults.append(
-                f"{name} is {str(have.dtype).removeprefix('torch.')} "
-                f"{tuple(have.shape)}, expected a floating-point {tuple(want.shape)}"
-            )
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise ValueError(
-            f"{path} holds the weights of another model than its {CONFIG_FILE} "
-            f"describes: {'; '.join(faults[:3])}{more}"
-        )
+    return {n: w.float() if w.element_size() < 4 else w for n, w in found.items()}

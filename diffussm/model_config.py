@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from diffussm.files import read_json
-from diffussm.guards import bounded, check_fields, from_dict, refuse
+from diffussm.guards import bounded, check_fields, explain, from_dict, refuse
 
 __all__ = ["DiffuSSMConfig", "PRESETS", "CONFIG_FILE", "read_config"]
 
@@ -55,7 +55,18 @@ class DiffuSSMConfig:
         if isinstance(self.input_size, list):  # as JSON and YAML write a pair
             object.__setattr__(self, "input_size", tuple(self.input_size))
         check_fields(self)
-        _check_fit(self)
+        (H, W), P, L = (self.height, self.width), self.patch_size, self.seq_len
+        D, M, N = self.d_model, self.downsample, self.d_state
+        sincos = self.pos_embed == "sincos"
+        for wrong, why in (
+            (min(H, W) < 1, f"input_size={self.input_size}: expected positive sides"),
+            (N % 2, f"d_state={N} is odd: states come in pairs, take an even number"),
+            (H % P or W % P, f"patch_size={P} does not divide input_size={H} x {W}"),
+            (L % M, f"downsample={M} does not divide the {L} positions of {H} x {W}"),
+            (2 * D % M, f"downsample={M} does not divide 2 * d_model = {2 * D}"),
+            (D % 4 and sincos, f"d_model={D}: expected a multiple of 4 with 'sincos'"),
+        ):
+            refuse(wrong, why)
 
     @property
     def height(self) -> int:
@@ -77,44 +88,17 @@ class DiffuSSMConfig:
         return (self.height // self.patch_size) * (self.width // self.patch_size)
 
 
-def _check_fit(config: DiffuSSMConfig) -> None:
-    """Whether the sizes fit together; each has its own range already."""
-    H, W, P = config.height, config.width, config.patch_size
-    D, M, N = config.d_model, config.downsample, config.d_state
-    for wrong, why in (
-        (min(H, W) < 1, f"input_size={config.input_size}: expected positive sides"),
-        (
-            N % 2,
-            f"d_state={N} is odd: states come in conjugate pairs, take an even one",
-        ),
-        (H % P or W % P, f"patch_size={P} does not divide input_size={H} x {W}"),
-        (
-            config.seq_len % M,
-            f"downsample={M} does not divide the {config.seq_len} positions of a "
-            f"{H} x {W} input with patch_size={P}: change downsample or input_size",
-        ),
-        (
-            2 * D % M,
-            f"downsample={M} does not divide 2 * d_model = {2 * D}: the pieces have "
-            "width 2D/M",
-        ),
-        (
-            config.pos_embed == "sincos" and D % 4,
-            f"d_model={D}: expected a multiple of 4 with pos_embed='sincos'",
-        ),
-    ):
-        refuse(wrong, why)
-
-
 _WIDTH_AND_DEPTH = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 29)}
-_DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
-_EMOJI = {"input_size": 32, "in_channels": 3, "num_classes": 14, "patch_size": 2}
-
-PRESETS: dict[str, dict[str, Any]] = {
+_FROM_THE_PAPER: dict[str, dict[str, Any]] = {
     f"DiffuSSM-{size}{suffix}": {"d_model": D, "n_blocks": n, "patch_size": P}
     for suffix, P in (("", 1), ("/2", 2))
     for size, (D, n) in _WIDTH_AND_DEPTH.items()
-} | {
+}
+
+_DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+_EMOJI = {"input_size": 32, "in_channels": 3, "num_classes": 14, "patch_size": 2}
+
+PRESETS: dict[str, dict[str, Any]] = _FROM_THE_PAPER | {
     "digits": _DIGITS | {"d_model": 96, "n_blocks": 3, "d_state": 16},
     "emoji": _EMOJI | {"d_model": 128, "n_blocks": 6, "d_state": 32},
 }
@@ -124,9 +108,5 @@ CONFIG_FILE = "config.json"
 
 def read_config(path: Path) -> DiffuSSMConfig:
     """The configuration in a file; ValueError if there is another thing in it."""
-    try:
+    with explain(f"{path} is not the configuration of a DiffuSSM", ValueError):
         return DiffuSSMConfig.from_dict(read_json(path))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not the configuration of a DiffuSSM: {error}"
-        ) from error

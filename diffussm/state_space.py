@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffussm.guards import expect_int, expect_number, refuse
+from diffussm.guards import expect_int, expect_number
 
 __all__ = [
     "discretize_zoh",
@@ -28,12 +28,8 @@ def _expm1(z: Tensor) -> Tensor:
 
 
 def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
-    refuse(
-        not torch.is_complex(A),
-        f"A is {A.dtype}: expected the complex diagonal of a state matrix, e.g. "
-        "s4d_lin(64); a real one becomes torch.complex(A, torch.zeros_like(A))",
-        TypeError,
-    )
+    if not A.is_complex():
+        raise TypeError(f"A is {A.dtype}: expected the complex diagonal, or A + 0j")
     if not isinstance(dt, Tensor):
         expect_number("dt", dt, above=0)
 
@@ -82,15 +78,11 @@ def discretize_bilinear(
 
 
 def _check_system(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> None:
-    sizes = [tuple(t.shape) for t in (dA, dB, C)]
-    if len({shape[-1] for shape in sizes if shape}) != 1 or () in sizes:
-        shown = ", ".join(map(str, sizes))
-        raise ValueError(
-            f"dA, dB, C have shapes {shown}: expected (..., N/2) with the same N/2"
-        )
-    refuse(
-        torch.is_complex(u), f"u is {u.dtype}: expected a real input of shape (..., L)"
-    )
+    shapes = [tuple(t.shape) for t in (dA, dB, C)]
+    if () in shapes or len({shape[-1] for shape in shapes}) > 1:
+        raise ValueError(f"dA, dB, C are {shapes}: expected (..., N/2), the same N/2")
+    if u.is_complex():
+        raise ValueError(f"u is {u.dtype}: expected a real input of shape (..., L)")
 
 
 def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -130,12 +122,15 @@ def hippo_legs(n_state: int) -> Tensor:
     return -torch.tril(root[:, None] * root[None, :], diagonal=-1) - torch.diag(n + 1)
 
 
-def _check_state_size(n_state: int) -> None:
-    refuse(
-        expect_int("n_state", n_state, least=2) % 2,
-        f"n_state={n_state}: the states of S4D come in conjugate pairs; expected a "
-        "positive even integer, e.g. n_state=64",
-    )
+def _pairs(n_state: int) -> int:
+    """N/2; ValueError unless `n_state` is positive and even."""
+    if expect_int("n_state", n_state, least=2) % 2:
+        raise ValueError(f"n_state={n_state}: expected a positive even integer")
+    return n_state // 2
+
+
+def _decaying(frequencies: Tensor) -> Tensor:
+    return torch.complex(torch.full_like(frequencies, -0.5), frequencies)
 
 
 def s4d_legs(n_state: int) -> Tensor:
@@ -146,13 +141,12 @@ def s4d_legs(n_state: int) -> Tensor:
 
     Source: eq-state-space-nplr (Gu et al., S4D, 2022).
     """
-    _check_state_size(n_state)
+    pairs = _pairs(n_state)
     p = torch.sqrt(torch.arange(n_state, dtype=torch.float64) + 0.5)
     half = 0.5 * torch.eye(n_state, dtype=torch.float64)
     skew = hippo_legs(n_state) + p[:, None] * p[None, :] + half
     # i * skew is Hermitian: its eigenvalues are real, ascending, accurate to round-off
-    frequencies = -torch.linalg.eigvalsh(1j * skew)[: n_state // 2].flip(0)
-    return torch.complex(torch.full_like(frequencies, -0.5), frequencies)
+    return _decaying(-torch.linalg.eigvalsh(1j * skew)[:pairs].flip(0))
 
 
 def s4d_lin(n_state: int) -> Tensor:
@@ -161,9 +155,8 @@ def s4d_lin(n_state: int) -> Tensor:
     ValueError unless `n_state` is positive and even.
     Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
-    _check_state_size(n_state)
-    n = torch.arange(n_state // 2, dtype=torch.float64)
-    return torch.complex(torch.full_like(n, -0.5), math.pi * n)
+    n = torch.arange(_pairs(n_state), dtype=torch.float64)
+    return _decaying(math.pi * n)
 
 
 def s4d_inv(n_state: int) -> Tensor:
@@ -172,7 +165,5 @@ def s4d_inv(n_state: int) -> Tensor:
     ValueError unless `n_state` is positive and even.
     Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
-    _check_state_size(n_state)
-    n = torch.arange(n_state // 2, dtype=torch.float64)
-    frequencies = n_state / math.pi * (n_state / (2 * n + 1) - 1)
-    return torch.complex(torch.full_like(n, -0.5), frequencies)
+    n = torch.arange(_pairs(n_state), dtype=torch.float64)
+    return _decaying(n_state / math.pi * (n_state / (2 * n + 1) - 1))
