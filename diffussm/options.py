@@ -26,7 +26,7 @@ from diffussm.data import (
     generator,
 )
 from diffussm.diffusion import GaussianDiffusion
-from diffussm.guards import bounded, check_fields, nearest, refuse
+from diffussm.guards import bounded, check_fields, expect_one_of, refuse
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 
 __all__ = [
@@ -70,11 +70,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        refuse(
-            self.warmup + self.cooldown > self.steps,
-            f"warmup={self.warmup} and cooldown={self.cooldown} must fit into "
-            f"steps={self.steps} together",
-        )
+        if (both := self.warmup + self.cooldown) > self.steps:
+            raise ValueError(
+                f"warmup + cooldown={both} must fit into steps={self.steps}"
+            )
 
 
 RECIPES = {
@@ -98,11 +97,8 @@ def diffusion_of(recipe: Recipe) -> GaussianDiffusion:
 
 def load_dataset(recipe: Recipe) -> Dataset:
     """The training digits; other data are opened elsewhere, and handed over."""
-    refuse(
-        recipe.data != "digits",
-        f"data={recipe.data!r}: only the digits come by their name; open other "
-        "images and pass them as dataset=, for example ImageFolder(path, size)",
-    )
+    if recipe.data != "digits":
+        raise ValueError(f"data={recipe.data!r}: open these images and pass dataset=")
     images, labels = digits("train")
     y = labels if recipe.model.num_classes else None
     return TensorData(images, y, flip=recipe.flip, levels=17)
@@ -131,30 +127,26 @@ class Execution:
         return frozenset(_kept_step(entry, batch_size) for entry in self.keep)
 
     def __post_init__(self) -> None:
-        keep: object = self.keep
-        if isinstance(keep, str | int | list):
-            entries = keep if isinstance(keep, list) else str(keep).split(",")
-            kept = tuple(str(entry).strip() for entry in entries)
-            object.__setattr__(self, "keep", kept)
+        object.__setattr__(self, "keep", _listed(self.keep))
         check_fields(self)
         self.keep_steps(1)  # refuses what cannot be read
 
 
 def _kept_step(entry: str, batch_size: int) -> int:
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?) ?([kM]?)( images)?", entry)
-    if match is None:
-        return _refuse_kept(entry)
-    unit = {"": 1, "k": 10**3, "M": 10**6}[match[2]]
-    number = Fraction(match[1].replace("_", "")) * unit
-    step = math.ceil(number / batch_size) if match[3] else number
-    return int(step) if step >= 1 and step == int(step) else _refuse_kept(entry)
+    count, unit, images = match.groups() if match else ("0", "", None)
+    number = Fraction(count.replace("_", "")) * {"": 1, "k": 10**3, "M": 10**6}[unit]
+    step = math.ceil(number / batch_size) if images else number
+    if step < 1 or step != int(step):
+        raise ValueError(f"keep={entry!r}: expected a step as '400k', or '338M images'")
+    return int(step)
 
 
-def _refuse_kept(entry: str) -> int:
-    raise ValueError(
-        f"keep={entry!r}: expected a step such as '1320313' or '400k', or a number "
-        "of images such as '338M images'"
-    )
+def _listed(keep: Any) -> Any:
+    """`keep` as it stands in YAML: a list, one entry, or several with commas."""
+    if isinstance(keep, str | int):
+        keep = str(keep).split(",")
+    return tuple(str(x).strip() for x in keep) if isinstance(keep, list) else keep
 
 
 def flat(recipe: Recipe, execution: Execution) -> dict[str, Any]:
@@ -171,18 +163,12 @@ def from_flat(values: dict[str, Any]) -> tuple[Recipe, Execution]:
     Raises:
         ValueError: an unknown or missing option, or a value that cannot work.
     """
-    values = _with_new_names(values)
-    known = {field.name: part for part in _PARTS for field in fields(part)}
-    _refuse_unknown(values, known)
-    values["model"] = DiffuSSMConfig.from_dict(values["model"])
+    values = _known(_with_new_names(values))
     recipe, execution = (
-        {key: value for key, value in values.items() if known[key] is part}
-        for part in _PARTS
+        {name: values[name] for name in values.keys() & names} for names in _NAMES
     )
+    recipe["model"] = DiffuSSMConfig.from_dict(recipe["model"])
     return Recipe(**recipe), Execution(**execution)
-
-
-_PARTS = (Recipe, Execution)
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -195,12 +181,14 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _refuse_unknown(values: dict[str, Any], known: dict[str, Any]) -> None:
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(
-            f"unknown training option {unknown[0]!r}; {nearest(unknown[0], known)}"
-        )
+_NAMES = [{field.name for field in fields(part)} for part in (Recipe, Execution)]
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    for name in sorted(values):
+        expect_one_of("training option", name, sorted(set.union(*_NAMES)))
     refuse("model" not in values, "a training configuration needs a 'model' section")
+    return values
 
 
 @cache  # each text once
@@ -290,26 +278,17 @@ def training_batches(
 
 def check_data(dataset: Dataset, recipe: Recipe) -> None:
     """ValueError if the images do not fit the model, or its labels, or the batch."""
-    model, what = recipe.model, repr(recipe.data)
-    shape = (model.in_channels, model.height, model.width)
-    image, _ = dataset[0]
-    refuse(
-        tuple(image.shape) != shape,
-        f"the images of {what} are {tuple(image.shape)}, the model takes {shape}; "
-        "set model.input_size and model.in_channels",
-    )
-    refuse(
-        model.num_classes != dataset.num_classes,
-        f"{what} has {dataset.num_classes} classes, the model {model.num_classes}; "
-        f"set model.num_classes={dataset.num_classes}, or 0 to train without labels",
-    )
-    refuse(
-        recipe.batch_size > len(dataset),
-        f"batch_size={recipe.batch_size}, but {what} has only {len(dataset)} "
-        f"images; set batch_size={len(dataset)} or less",
-    )
-    refuse(
-        recipe.exif_rotate and not hasattr(dataset, "read"),
-        f"exif_rotate applies to files of photographs, and {what} holds none; omit "
-        "it (for latents it is an option of diffussm encode)",
-    )
+    model, what, n = recipe.model, repr(recipe.data), len(dataset)
+    found = tuple(dataset[0][0].shape)
+    takes = (model.in_channels, model.height, model.width)
+    if found != takes:
+        raise ValueError(
+            f"the images of {what} are {found}, the model takes {takes}; "
+            "set model.input_size and model.in_channels"
+        )
+    if model.num_classes != (k := dataset.num_classes):
+        raise ValueError(f"{what} has {k} classes: set model.num_classes={k}, or 0")
+    if recipe.batch_size > n:
+        raise ValueError(f"{what} has {n} images: set batch_size={n} or less")
+    if recipe.exif_rotate and not hasattr(dataset, "read"):
+        raise ValueError(f"exif_rotate applies to files, and {what} has none: omit it")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffussm.bidirectional import Convolution, way
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
-from diffussm.guards import refuse
+from diffussm.guards import explain
 from diffussm.model import DiffuSSM
 from diffussm.options import Batch, Execution, Recipe
 from diffussm.training import Meter, TrainState, backward
@@ -61,19 +61,16 @@ def micro_batch_of(recipe: Recipe, execution: Execution, processes: int = 1) -> 
     Raises:
         ValueError: the batch does not split into such parts.
     """
-    share, left = divmod(recipe.batch_size, processes)
-    refuse(
-        left or not share,
-        f"batch_size={recipe.batch_size} cannot be shared by {processes} "
-        f"processes; take a multiple of {processes}",
-    )
-    micro = execution.micro_batch or share
-    refuse(
-        share % micro,
-        f"micro_batch={micro} does not divide the {share} images that each of "
-        f"{processes} processes has of batch_size={recipe.batch_size}; choose a "
-        f"divisor of {share}",
-    )
+    B, n = recipe.batch_size, processes
+    if B % n or n > B:
+        raise ValueError(
+            f"batch_size={B} cannot be shared by {n} processes: take a multiple of {n}"
+        )
+    micro = execution.micro_batch or B // n
+    if B // n % micro:
+        raise ValueError(
+            f"micro_batch={micro} does not divide {B // n} images a process"
+        )
     return micro
 
 
@@ -155,24 +152,12 @@ def chooser(convolution: str) -> Callable[..., Any] | None:
         ValueError: there is neither such a function nor such a way.
     """
     place = _AUTO if convolution == "auto" else convolution
-    if ":" not in place:
-        _refuse_unknown_way(convolution)
-        return None
-    module, _, function = place.partition(":")
-    try:
-        choose: Callable[..., Any] = getattr(import_module(module), function)
-        return choose
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"convolution={convolution!r} cannot be had ({error}); expected 'fft', "
-            "'auto', or 'package.module:function'"
-        ) from error
-
-
-def _refuse_unknown_way(convolution: str) -> None:
-    try:
-        way(convolution)
-    except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"{error}; or 'auto', or 'package.module:function', which chooses"
-        ) from error
+    module, named, function = place.partition(":")
+    with explain(
+        f"convolution={convolution!r}, not 'auto' or 'package.module:function'",
+        ImportError,
+        AttributeError,
+        ValueError,
+    ):
+        choose = getattr(import_module(module), function) if named else way(convolution)
+    return cast(Callable[..., Any], choose) if named else None

@@ -18,7 +18,7 @@ from diffussm.checkpoints import find_checkpoint
 from diffussm.data import RANDOM, Dataset
 from diffussm.distributed import on_rank_zero
 from diffussm.files import UNSUPPORTED, read_json, write_json
-from diffussm.guards import differences
+from diffussm.guards import expect_same, explain
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
@@ -36,10 +36,9 @@ class RunConfig(NamedTuple):
 
     def write(self, run: Path) -> None:
         """Write it, whole or not at all."""
-        parts = {k: asdict(getattr(self, k)) for k in ("recipe", "execution")}
-        write_json(
-            run / "config.json", parts | {"data": self.data, "random": self.random}
-        )
+        recipe, execution = asdict(self.recipe), asdict(self.execution)
+        parts = self._asdict() | {"recipe": recipe, "execution": execution}
+        write_json(run / "config.json", parts)
 
 
 def read_run(run: Path) -> RunConfig:
@@ -48,16 +47,18 @@ def read_run(run: Path) -> RunConfig:
     Raises:
         ValueError: its file is damaged, or of something else.
     """
-    values = read_json(run / "config.json", "the configuration")
-    if isinstance(values, dict) and isinstance(values.get("dataset"), dict):
-        data, random = values.pop("dataset"), values.pop("random", 1)
-        return RunConfig(*from_flat(values), data, random)
-    try:
+    file = run / "config.json"
+    values = read_json(file, "the configuration")
+    with explain(f"{file} is not of a training run", KeyError, TypeError):
+        if "dataset" in values:
+            values = _in_parts(values)
         options = from_flat({**values["recipe"], **values["execution"]})
         return RunConfig(*options, dict(values["data"]), values.get("random", 1))
-    except (KeyError, TypeError):
-        file = run / "config.json"
-        raise ValueError(f"{file} is not the configuration of a training run") from None
+
+
+def _in_parts(values: dict[str, Any]) -> dict[str, Any]:
+    data, random = values.pop("dataset"), values.pop("random", 1)
+    return {"recipe": values, "execution": {}, "data": data, "random": random}
 
 
 def open_run(
@@ -91,9 +92,7 @@ def _go_on(
 ) -> None:
     """Compare what is there with what is asked."""
     if not (run / "config.json").is_file():
-        raise ValueError(
-            f"{run} is not empty and holds no training run; choose a new folder"
-        )
+        raise ValueError(f"{run} holds no training run, but files: name another")
     theirs = read_run(run)
     _compare_recipe(run, ours.recipe, theirs.recipe)
     if encoder is not None:
@@ -104,33 +103,31 @@ def _go_on(
 
 def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
     free = {"data"} | ({"steps"} if ours.cooldown == 0 else set())
-    asked, there = (
+    now, then = (
         {key: value for key, value in asdict(recipe).items() if key not in free}
         for recipe in (ours, theirs)
     )
-    if differing := differences(asked, there):
-        raise ValueError(
-            f"{run} holds another run, which differs in {'; '.join(differing)}. "
-            "Choose a new folder, or give the same options to resume it; nothing was "
-            "written"
-        )
+    expect_same(
+        f"{run} holds another run, which differs in", now, then, "Name a new folder."
+    )
 
 
 def _compare_data(
     run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
 ) -> None:
-    known = theirs.data
-    differing = [
-        f"data.{name} (there {known.get(name)!r:.60}, now {value!r:.60})"
-        for name, value in ours.data.items()
-        if known.get(name) != value
-        and not (name == "fingerprint" and None in (known.get(name), value))
-    ]
-    if differing and not other_data:
-        _refuse_data(run, differing)
-    if differing:
-        earlier = [*known.pop("earlier", []), known]
-        theirs._replace(data={**ours.data, "earlier": earlier}).write(run)
+    now, then = _comparable(ours.data, theirs.data)
+    if other_data and now != then:
+        earlier = [*theirs.data.pop("earlier", []), theirs.data]
+        return theirs._replace(data={**ours.data, "earlier": earlier}).write(run)
+    expect_same(
+        f"{run}: other data, which differ in", now, then, "Give those, or --other_data."
+    )
+
+
+def _comparable(*facts: dict[str, Any]) -> list[dict[str, Any]]:
+    unknown = None in [one.get("fingerprint") for one in facts]
+    names = facts[0].keys() - ({"fingerprint"} if unknown else set())
+    return [{f"data.{name}": one.get(name) for name in names} for one in facts]
 
 
 def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | None:
@@ -145,25 +142,15 @@ def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | No
     return None
 
 
-def _refuse_data(run: Path, differing: list[str]) -> None:
-    raise ValueError(
-        f"{run} was trained on other data, which differ in {'; '.join(differing)}. "
-        "Give the data that it was trained on (they may have moved), choose a new "
-        "folder, or pass --other_data (other_data=True) to go on with these; nothing "
-        "was written"
-    )
-
-
 def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
     known = encoder_of(run) or encoder
-    for name in ("encoder_sha256", "scaling_factor"):
-        if known.get(name) != encoder.get(name):
-            raise ValueError(
-                f"{run} has learned latents of the encoder of {known.get('name')}, and "
-                f"these are of that of {encoder.get('name')} ({name} there "
-                f"{known.get(name)}, now {encoder.get(name)}); give its own latents, "
-                "or choose a new folder. Nothing was written"
-            )
+    now, then = (
+        {name: made_by.get(name) for name in ("encoder_sha256", "scaling_factor")}
+        for made_by in (encoder, known)
+    )
+    expect_same(
+        f"{run} has another encoder, which differs in", now, then, "Name a new folder."
+    )
     write_json(run / "vae.json", known)
 
 
@@ -206,12 +193,7 @@ def _lock(run: Path) -> Callable[[], None]:
         return handle.close
     except OSError as error:
         handle.close()
-        if not isinstance(error, BlockingIOError):
-            return _lock_without_flock(run, error)
-    raise ValueError(
-        f"{run} is being trained by another process; wait for it, or stop it (a killed "
-        "torchrun leaves its children alive)"
-    )
+        return _lock_without_flock(run, error)
 
 
 _THIS_PROCESS = uuid.uuid4().hex  # a number such as 7 may come again in a container
@@ -220,6 +202,8 @@ _NO_FLOCK = UNSUPPORTED | {errno.ENOLCK}  # network disks, FUSE and Lustre
 
 
 def _lock_without_flock(run: Path, error: OSError) -> Callable[[], None]:
+    if isinstance(error, BlockingIOError):
+        raise ValueError(f"{run} is being trained by another process: wait, or stop it")
     if error.errno not in _NO_FLOCK:
         raise error
     return _lock_by_file(run, f"this disk has no flock: {error.strerror}")
@@ -233,16 +217,11 @@ def _lock_by_file(run: Path, reason: str) -> Callable[[], None]:
     )
     holder = {"host": host, "process": os.getpid(), "token": _THIS_PROCESS}
     for _ in range(2):
-        try:
-            with path.open("x") as file:
-                json.dump(holder, file)
+        with suppress(FileExistsError), path.open("x") as file:
+            json.dump(holder, file)
             return lambda: path.unlink(missing_ok=True)
-        except FileExistsError:
-            _remove_if_stale(path, host)
-    raise ValueError(
-        f"{run} is being trained by another process, which took {path} just now; wait "
-        "for it"
-    )
+        _remove_if_stale(path, host)
+    raise ValueError(f"another process has taken {path} just now: wait for it")
 
 
 def _remove_if_stale(path: Path, host: str) -> None:
@@ -251,9 +230,8 @@ def _remove_if_stale(path: Path, host: str) -> None:
         return
     if owner != host or _alive(process, token):  # of other machines we know nothing
         raise ValueError(
-            f"{path.parent} is held by process {process} of the machine {owner!r}, "
-            f"says {path}. If it still trains, wait for it or stop it; if it was "
-            "killed, remove that file and give the command again"
+            f"{path} is held by process {process} of the machine {owner!r}: wait, or "
+            "stop it; if it was killed, remove that file"
         )
     warn(
         f"{path} was left by process {process} of this machine, which is no more; it "
@@ -284,13 +262,11 @@ def _alive(process: int, token: str) -> bool:
         return token == _THIS_PROCESS
     if os.name != "posix":  # where the question would end the process
         return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+    with suppress(ProcessLookupError):
+        with suppress(PermissionError):  # another user's
+            os.kill(process, 0)
+        return True
+    return False
 
 
 def load_run(
@@ -306,15 +282,10 @@ def load_run(
     """
     run = Path(run)
     if not (run / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{run} is not a training run: it has no config.json, as `diffussm train` "
-            "writes"
-        )
+        raise FileNotFoundError(f"{run} is not a training run: no config.json")
     trained = read_run(run)
     checkpoint = find_checkpoint(run, step)
     if checkpoint is None:
-        raise FileNotFoundError(
-            f"{run} has no valid checkpoint yet; train longer, or lower save_every"
-        )
+        raise FileNotFoundError(f"{run} has no valid checkpoint yet: train it longer")
     model = DiffuSSM.from_pretrained(checkpoint / weights)
     return model, trained.recipe, trained.data.get("classes", [])
