@@ -99,13 +99,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
     ) -> tuple[Tensor | None, int]:
         """y (B,) on the device, or None, and B."""
         each = expect_int("images_per_label", images_per_label, least=1)
-        none, classes = class_labels is None, self.denoiser.config.num_classes
-        refuse(
-            none and classes, f"class_labels are missing: there are {classes} classes"
-        )
-        refuse(
-            not (none or classes), "class_labels for an unconditional model: omit them"
-        )
+        given, classes = class_labels is not None, self.denoiser.config.num_classes
+        refuse(given and not classes, "the model is unconditional: omit class_labels")
+        refuse(classes and not given, f"class_labels are missing for {classes} classes")
         if not classes:
             return None, each
         numbers, device = self.get_label_ids(class_labels), self._execution_device
@@ -206,7 +202,10 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return x
         if self.vae is not None:
             x = self._decode_latents(x)
-        images = (x.float() / 2 + 0.5).clamp(0, 1)
+        return self._as_asked((x.float() / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _as_asked(self, images: Tensor, output_type: str) -> Any:
+        """Images (B, C, H, W) in [0, 1] as "pt", "np" or "pil"."""
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()

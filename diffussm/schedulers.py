@@ -82,11 +82,10 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
     _check_scheduler(scheduler, num_train_timesteps)
     kind, config = type(scheduler), scheduler.config
     learned = config.get("variance_type") == "learned_range"
-    if isinstance(scheduler, DDPMScheduler | DDPMParallelScheduler):
-        return scheduler, learned
-    if learned and "variance_type" in inspect.signature(kind).parameters:
+    takes = isinstance(scheduler, DDPMScheduler | DDPMParallelScheduler)
+    if learned and not takes and "variance_type" in inspect.signature(kind).parameters:
         scheduler = kind.from_config(config, variance_type=None)
-    return scheduler, False
+    return scheduler, learned and takes
 
 
 # what an option may be, the best first; None and what is not said are right, too

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
         ([[0], [3]], ValueError, "class label=3: expected an integer from 0 to 2"),
         (np.array([0.0]), TypeError, "class label=0.0: expected an integer"),
         (np.array([True]), TypeError, "class label=True"),
-        (None, ValueError, "class_labels are missing: there are 3 classes"),
+        (None, ValueError, "class_labels are missing for 3 classes"),
     ],
 )
 def test_bad_labels_are_explained(labels, error, message):

@@ -363,7 +363,9 @@ def test_progress_bar_can_be_silenced(capsys):
 def test_unconditional_models_take_a_number():
     pipe = piped(network(num_classes=0))
     assert draw(pipe, None, images_per_label=2).shape == (2, 4, 4, 4)
-    with pytest.raises(ValueError, match="for an unconditional model: omit them"):
+    with pytest.raises(
+        ValueError, match="the model is unconditional: omit class_labels"
+    ):
         draw(pipe, 0)
     with pytest.raises(ValueError, match="no label for 'no class'"):
         draw(pipe, None, guidance_scale=2.0)
