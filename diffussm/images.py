@@ -21,8 +21,8 @@ from diffussm.guards import expect_int, explain, refuse
 __all__ = [
     "WHITE",
     "BadImage",
-    "decode_image",
     "check_colour",
+    "decode_image",
     "EXTENSIONS",
     "center_crop",
     "image_tensor",
@@ -39,6 +39,13 @@ _MAX_PIXELS = 1 << 27  # 134 million: more than any camera makes, 400 MB once de
 
 class BadImage(ValueError):
     """A file that cannot become a training image; the message is the reason."""
+
+
+def check_colour(background: tuple[int, int, int]) -> None:
+    """ValueError for what is no colour, before any file is blamed for it."""
+    parts = [type(part) is int and 0 <= part <= 255 for part in background]
+    if parts != [True] * 3:
+        raise ValueError(f"background={background}: expected three integers, 0 to 255")
 
 
 def decode_image(
@@ -59,19 +66,10 @@ def decode_image(
         return _to_rgb(_upright(image) if exif_rotate else image, background)
 
 
-def check_colour(background: tuple[int, int, int]) -> None:
-    """ValueError for what is no colour, before any file is blamed for it."""
-    parts = [type(part) is int and 0 <= part <= 255 for part in background]
-    if parts != [True] * 3:
-        raise ValueError(f"background={background}: expected three integers, 0 to 255")
-
-
 @contextmanager
 def _every_error_as_bad_image() -> Iterator[None]:
-    with (
-        warnings.catch_warnings(action="ignore"),  # Pillow's opinions on odd metadata
-        explain("cannot be decoded", Exception, error=BadImage),
-    ):
+    silence = warnings.catch_warnings(action="ignore")  # opinions on odd metadata
+    with silence, explain("cannot be decoded", Exception, error=BadImage):
         yield
 
 
