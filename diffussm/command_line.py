@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from diffussm.guards import explain, refuse
+from diffussm.guards import expect_there, explain, refuse
 
 __all__ = [
     "Take",
@@ -33,6 +33,7 @@ __all__ = [
     "interruptible",
     "nothing_kept",
     "start",
+    "check_device",
     "check_new",
 ]
 
@@ -272,21 +273,30 @@ def start(
 
     `stoppable`: Ctrl-C and a queue's signals ask it to stop where nothing is lost.
     """
-    import torch
-
+    check_device(device)
     from diffussm.distributed import processes
+
+    return processes(device, stoppable=stoppable, report=partial(report, command))
+
+
+def check_device(device: str | None) -> None:
+    """ValueError for a device that torch does not know, or does not see here."""
+    import torch
 
     with explain(f"--device {device}", RuntimeError):
         kind = torch.device(device or "cpu").type
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU; see diffussm doctor")
-    return processes(device, stoppable=stoppable, report=partial(report, command))
 
 
-def check_new(path: Path, *suffixes: str, overwrite: bool = False) -> None:
-    """ValueError unless a file of this kind can be made there, and is not there yet."""
+def check_new(path: Path, *suffixes: str, overwrite: bool | None = None) -> None:
+    """ValueError unless a file of this kind can be made there, and is not there yet.
+
+    `overwrite` None: there is no such option.
+    """
+    hint = ", or --overwrite" if overwrite is False else ""
     refuse(
         path.suffix not in suffixes, f"{path}: take a name that ends in {suffixes[0]}"
     )
-    refuse(path.exists() and not overwrite, f"{path} exists; give another name")
-    refuse(not path.parent.is_dir(), f"{path}: its folder does not exist")
+    refuse(path.exists() and not overwrite, f"{path} exists; take another name{hint}")
+    expect_there(path.parent, f"a folder for {path.name}")

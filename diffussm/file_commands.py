@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 
 from diffussm.command_line import (
+    check_device,
     check_new,
     interruptible,
     nothing_kept,
@@ -273,6 +274,7 @@ def _check_turned(given: set[str], *pictures: Path) -> None:
 
 
 def _chosen(device: str | None) -> str:
+    check_device(device)
     from torch import cuda
 
     return device or ("cuda" if cuda.is_available() else "cpu")

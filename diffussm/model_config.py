@@ -89,7 +89,7 @@ class DiffuSSMConfig:
 
 
 _WIDTH_AND_DEPTH = {"S": (384, 12), "B": (768, 12), "L": (1024, 24), "XL": (1152, 29)}
-_FROM_THE_PAPER: dict[str, dict[str, Any]] = {
+_OF_LATENTS: dict[str, dict[str, Any]] = {
     f"DiffuSSM-{size}{suffix}": {"d_model": D, "n_blocks": n, "patch_size": P}
     for suffix, P in (("", 1), ("/2", 2))
     for size, (D, n) in _WIDTH_AND_DEPTH.items()
@@ -98,7 +98,7 @@ _FROM_THE_PAPER: dict[str, dict[str, Any]] = {
 _DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
 _EMOJI = {"input_size": 32, "in_channels": 3, "num_classes": 14, "patch_size": 2}
 
-PRESETS: dict[str, dict[str, Any]] = _FROM_THE_PAPER | {
+PRESETS: dict[str, dict[str, Any]] = _OF_LATENTS | {
     "digits": _DIGITS | {"d_model": 96, "n_blocks": 3, "d_state": 16},
     "emoji": _EMOJI | {"d_model": 128, "n_blocks": 6, "d_state": 32},
 }

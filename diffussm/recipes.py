@@ -16,7 +16,7 @@ from torch import Tensor
 from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
 from diffussm.data import Dataset
 from diffussm.formats import images_from
-from diffussm.guards import expect_there, explain, refuse
+from diffussm.guards import expect_there, explain, nearest, refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, from_flat, load_dataset
@@ -38,9 +38,9 @@ def read_recipe(name: str) -> tuple[Recipe, Execution]:
         ValueError, OSError: it is none; the message names the file and the option.
     """
     known = recipe_files()
-    file = expect_there(
-        known.get(name) or Path(name), f"a YAML file, or one of {', '.join(known)}"
-    )
+    file = known.get(name) or Path(name)
+    told = f"there is no recipe {name!r}, and no such file; {nearest(name, known)}"
+    refuse(not file.is_file(), told)
     with explain(f"{file} is no recipe", ValueError, yaml.YAMLError, RecursionError):
         return from_flat(_read_yaml(file))
 

@@ -19,7 +19,7 @@ from diffussm.command_line import (
     refuse_idle,
     start,
 )
-from diffussm.guards import expect_int
+from diffussm.guards import expect_int, expect_there
 from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def _check_target(
     refuse_idle(given, "beside --grid" if out is None else "beside --out")
     if grid is not None:
         check_new(grid, ".png", ".PNG", overwrite=overwrite)
+    if out is not None:
+        expect_there(out.parent, f"a folder for {out.name}")
 
 
 def _check_count(run: "_Found", count: int, given: set[str]) -> None:

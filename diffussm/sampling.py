@@ -210,6 +210,11 @@ def _image_shape(
     return shape
 
 
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of NumPy as Python's."""
+    return {k: v.item() if hasattr(v, "item") else v for k, v in options.items()}
+
+
 def denoise(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
@@ -263,8 +268,3 @@ def sample(
     start |= {"generator": generator, "progress": progress}
     options |= {"steps": steps, "method": method, "cfg_scale": cfg_scale}
     return Sampler(**_plain(options)).draw(model, diffusion, y, **start)
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of NumPy as Python's."""
-    return {k: v.item() if hasattr(v, "item") else v for k, v in options.items()}

@@ -23,7 +23,10 @@ MISTAKES = [
     ("sample --from {w}/digits --classes 10 --grid {t}/x.png", "'10' is no class"),
     ("sample --from {t}/nowhere --grid {t}/x.png", "not a training run"),
     ("sample --from {w}/digits --grid {t}/x.jpg", "ends in .png"),
-    ("sample --from {w}/digits --grid {t}/no/such/folder/x.png", "does not exist"),
+    (
+        "sample --from {w}/digits --grid {t}/no/such/folder/x.png",
+        "expected a folder for x.png",
+    ),
     ("sample --from {w}/digits --grid {t}/x.png --per_class 0", "per_class"),
     ("sample --from {w}/digits --grid {t}/x.png --steps 0", "steps"),
     ("sample --from {w}/digits --grid {t}/x.png --steps many", "steps"),
@@ -101,10 +104,12 @@ MISTAKES = [
     ),
     (
         "evaluate {w}/images --reference {w}/images --out {t}/no/x.json",
-        "does not exist",
+        "expected a folder for x.json",
     ),
     ("statistics {w}/images {t}/x.csv", ".npz"),
-    ("statistics {w}/images {t}/no/x.npz", "does not exist"),
+    ("statistics {w}/images {t}/x.npz --device quantum", "quantum"),
+    ("evaluate {w}/images --reference {w}/images --device cuda", "no GPU"),
+    ("statistics {w}/images {t}/no/x.npz", "expected a folder for x.npz"),
     ("evaluate {w}/images --reference {w}/images", "--weights"),
     (
         "evaluate {w}/images --reference {w}/images --weights {t}/none --out "
