@@ -21,7 +21,7 @@ from diffussm.command_line import (
     told_of,
 )
 from diffussm.file_commands import encode, evaluate, statistics, vae
-from diffussm.run_commands import doctor, train
+from diffussm.run_commands import doctor, show, train
 from diffussm.sample_command import sample
 
 __all__ = ["COMMANDS", "main"]
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "encode": encode,
     "doctor": doctor,
     "train": train,
+    "show": show,
     "sample": sample,
     "evaluate": evaluate,
     "statistics": statistics,

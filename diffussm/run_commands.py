@@ -5,6 +5,7 @@ Generated from book/96_run_commands.md by `make export`: edit there.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
-from diffussm.command_line import interruptible, refuse_idle, start
+from diffussm.command_line import check_new, interruptible, refuse_idle, start
 from diffussm.guards import explain
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from diffussm.model import DiffuSSM
     from diffussm.options import Execution, Recipe
 
-__all__ = ["takes_latents", "doctor", "train", "say"]
+__all__ = ["takes_latents", "doctor", "train", "say", "show"]
 
 
 def takes_latents(recipe: "Recipe") -> bool:
@@ -284,3 +285,31 @@ def _goes_on(run: Path) -> str:
     if not saved:
         return "no checkpoint was saved, so the same command begins again"
     return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
+
+
+def show(run: Path, *, out: Path | None = None, overwrite: bool = False) -> int:
+    """see where a run stands: its curves and its newest samples
+
+    Print where a run stands, and draw its losses, learning rate, speed and newest
+    samples as one picture. The run may go on meanwhile.
+
+    Args:
+        run: folder of the run
+        out: a PNG file to write; default: show.png in that folder, drawn anew each time
+        overwrite: replace the file named by --out if it exists
+    """
+    from diffussm.show import draw_history, read_history, summary
+
+    if out is not None:
+        check_new(out, ".png", ".PNG", overwrite=overwrite)
+    history, picture = read_history(run), out or run / "show.png"
+    print(summary(history, time.time()), flush=True)
+    try:
+        draw_history(history, picture)
+    except ValueError as cannot:
+        if out is not None:
+            raise
+        print(f"no picture: {cannot}")
+    else:
+        print(f"wrote {picture}")
+    return 0

@@ -185,6 +185,7 @@ def test_help_lists_the_commands_and_does_not_wait_for_torch():
         "encode",
         "doctor",
         "train",
+        "show",
         "sample",
         "evaluate",
         "statistics",
