@@ -203,7 +203,7 @@ def draw_history(history: History, out: Path) -> None:
     picture = history.picture()
     figure = Figure(figsize=(11 if picture else 7, 6), layout="constrained")
     beside = ["samples"] if picture else []
-    rows = [[name, *beside] for name in ("loss", "learning rate", "images/s")]
+    rows: Any = [[name, *beside] for name in ("loss", "learning rate", "images/s")]
     axes = figure.subplot_mosaic(rows, height_ratios=[3, 1, 1])
     _fill(axes, history)
     figure.suptitle(f"{history.run.resolve().name}, step {history.step():,}")
