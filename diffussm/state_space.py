@@ -122,7 +122,7 @@ def hippo_legs(n_state: int) -> Tensor:
     return -torch.tril(root[:, None] * root[None, :], diagonal=-1) - torch.diag(n + 1)
 
 
-def _pairs(n_state: int) -> int:
+def _count_pairs(n_state: int) -> int:
     """N/2; ValueError unless `n_state` is positive and even."""
     if expect_int("n_state", n_state, least=2) % 2:
         raise ValueError(f"n_state={n_state}: expected a positive even integer")
@@ -141,7 +141,7 @@ def s4d_legs(n_state: int) -> Tensor:
 
     Source: eq-state-space-nplr (Gu et al., S4D, 2022).
     """
-    pairs = _pairs(n_state)
+    pairs = _count_pairs(n_state)
     p = torch.sqrt(torch.arange(n_state, dtype=torch.float64) + 0.5)
     half = 0.5 * torch.eye(n_state, dtype=torch.float64)
     skew = hippo_legs(n_state) + p[:, None] * p[None, :] + half
@@ -155,7 +155,7 @@ def s4d_lin(n_state: int) -> Tensor:
     ValueError unless `n_state` is positive and even.
     Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
-    n = torch.arange(_pairs(n_state), dtype=torch.float64)
+    n = torch.arange(_count_pairs(n_state), dtype=torch.float64)
     return _decaying(math.pi * n)
 
 
@@ -165,5 +165,5 @@ def s4d_inv(n_state: int) -> Tensor:
     ValueError unless `n_state` is positive and even.
     Source: eq-state-space-lin (Gu et al., S4D, 2022).
     """
-    n = torch.arange(_pairs(n_state), dtype=torch.float64)
+    n = torch.arange(_count_pairs(n_state), dtype=torch.float64)
     return _decaying(n_state / math.pi * (n_state / (2 * n + 1) - 1))
