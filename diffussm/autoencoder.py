@@ -16,7 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.data import Dataset, batch_indices, generator
-from diffussm.guards import expect_int, expect_number, refuse
+from diffussm.guards import (
+    expect_finite,
+    expect_int,
+    expect_number,
+    expect_same,
+    expect_there,
+    explain,
+    refuse,
+)
 
 __all__ = [
     "train_vae",
@@ -39,15 +47,19 @@ def _vae_loss(vae: Any, x: Tensor, kl_weight: float, noise: torch.Generator) -> 
     return loss
 
 
+def _kind() -> Any:
+    """The class; imported only now, for that costs seconds."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL
+
+
 def _new_vae(
     channels: Sequence[int], latent_channels: int, side: int, seed: int
 ) -> Any:
-    from diffusers import AutoencoderKL  # imported here: it costs seconds
-
-    kind: Any = AutoencoderKL
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(generator(seed, "weights", 0).get_state())
-        vae = kind(
+        vae = _kind()(
             block_out_channels=tuple(channels),
             down_block_types=("DownEncoderBlock2D",) * len(channels),
             up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -62,15 +74,14 @@ def _new_vae(
 
 @torch.no_grad()
 def _start_as_identity(vae: Any) -> None:
-    """Pass colours on, so that a few hundred steps are enough."""
+    """Pass colours on from the start."""
     for name, module in vae.named_modules():
         if name.endswith("conv2"):  # the end of a residual branch
             module.weight.zero_()
         elif isinstance(module, torch.nn.Conv2d) and not name.endswith("conv1"):
             identity = torch.nn.init.dirac_(torch.empty_like(module.weight))
             module.weight.mul_(0.5).add_(identity)
-    # A posterior of standard deviation 0.05: with 1, the decoder would first learn to
-    # ignore the latents.
+    # deviations of 0.05: with 1, the decoder would first learn to ignore the latents
     vae.quant_conv.bias[vae.config.latent_channels :] -= 6
 
 
@@ -106,7 +117,10 @@ def train_vae(
     expect_number("kl_weight", kl_weight, least=0)
     expect_int("steps", steps, least=1)
     side = min(source[0][0].shape[-2:])
-    _check_crop(side, channels, crop)
+    expect_int("crop", crop, least=1, most=side)
+    factor = 2 ** (len(channels) - 1)
+    if crop % factor or any(width % 4 for width in channels):
+        raise ValueError(f"{crop=}, {channels=}: expected multiples of {factor} and 4")
     vae = _new_vae(channels, latent_channels, side, seed)
     _start_as_identity(vae)
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
@@ -126,28 +140,14 @@ def train_vae(
     return vae
 
 
-def _check_crop(side: int, channels: Sequence[int], crop: int) -> None:
-    factor = 2 ** (len(channels) - 1)
-    refuse(
-        crop > side or crop % factor or any(width % 4 for width in channels),
-        f"{crop=}, channels={tuple(channels)}: expected crops of {side} pixels at "
-        f"most and a multiple of {factor}, and channels that are multiples of 4",
-    )
-
-
 @torch.no_grad()
 def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
     """f of eq-latents-scale, from some images; ValueError if they are all alike."""
     indices = batch_indices(len(source), min(images, len(source)), 0, 0)
-    means = []
-    for part in torch.split(indices, 16):
-        x, _ = source.batch(part)
-        means.append(vae.encode(x.to(vae.device)).latent_dist.mean)
-    std = torch.cat(means).std().item()
-    refuse(
-        not 0 < std < math.inf,
-        f"the latents have a standard deviation of {std}; are the images all alike?",
-    )
+    batches = (source.batch(part)[0] for part in torch.split(indices, 16))
+    z = torch.cat([vae.encode(x.to(vae.device)).latent_dist.mean for x in batches])
+    std = z.std().item()
+    refuse(not 0 < std < math.inf, f"std of latents {std}: are the images all alike?")
     return round(1 / std, 5)
 
 
@@ -160,58 +160,40 @@ def load_vae(name_or_path: str | Path, device: str | torch.device = "cpu") -> An
     folder = Path(name_or_path)
     if (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
-    local = folder.is_dir()
-    _check_place(folder, local, name_or_path)
-    vae, found = _from_pretrained(folder, local, name_or_path)
-    _check_fit(vae, found, folder)
+    local, name = folder.is_dir(), str(name_or_path)
+    vae, found = _from_folder(folder) if local else _from_hub(name)
+    odd = [key for keys in found.values() for key in keys]
+    refuse(odd, f"the weights of {name} do not fit its config.json, such as {odd[:1]}")
+    if vae.config.get("shift_factor"):
+        raise ValueError(f"{name} has a shift_factor; only a scaling_factor is known")
     return vae.requires_grad_(False).eval().to(device)
 
 
-def _check_place(folder: Path, local: bool, name: str | Path) -> None:
-    if local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no config.json; expected the folder of an AutoencoderKL"
-        )
-    if not local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        raise FileNotFoundError(
-            f"there is no folder {name}; expected one with config.json and safetensors "
-            "weights, or a name on the hub such as stabilityai/sd-vae-ft-ema"
-        )
+def _from_folder(folder: Path) -> Any:
+    expect_there(folder / "config.json", "that of an AutoencoderKL")
+    with explain(f"{folder} is no usable AutoencoderKL in safetensors", Exception):
+        return _from_pretrained(str(folder), local_files_only=True)
 
 
-def _from_pretrained(folder: Path, local: bool, name: str | Path) -> Any:
-    from diffusers import AutoencoderKL
-
-    kind: Any = AutoencoderKL
-    try:
-        return kind.from_pretrained(
-            str(folder),
-            local_files_only=local,
-            use_safetensors=True,  # never a pickle
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # the hub's client raises what it likes
-        if local:
-            raise ValueError(
-                f"{folder} is no usable AutoencoderKL in safetensors: {error}"
-            ) from error
-        raise OSError(
-            f"there is no folder {name}, and the Hugging Face hub does not give it: "
-            f"{error}. Download it where there is a network, and pass the folder"
-        ) from error
+def _from_hub(name: str) -> Any:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(f"there is no folder {name}; the hub has OWNER/NAME")
+    with explain(
+        f"there is no folder {name}, and the hub does not give it: download it where "
+        "there is a network, and pass the folder",
+        Exception,  # the hub's client raises what it likes
+        error=OSError,
+    ):
+        return _from_pretrained(name)
 
 
-def _check_fit(vae: Any, found: dict[str, Any], folder: Path) -> None:
-    if wrong := [key for keys in found.values() for key in keys]:
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {len(wrong)} are "
-            f"missing, unknown or of another shape, such as {wrong[0]}"
-        )
-    refuse(
-        getattr(vae.config, "shift_factor", None),
-        f"{folder} shifts its latents (shift_factor); "
-        "only a scaling_factor is supported",
+def _from_pretrained(place: str, **options: Any) -> Any:
+    return _kind().from_pretrained(
+        place,
+        use_safetensors=True,  # never a pickle
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+        **options,
     )
 
 
@@ -243,20 +225,15 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
 
     Identities of who made the latents and of who is to use them; `what` names them.
     """
-    refuse(
-        "encoder_sha256" not in made_by,
-        f"the record of the autoencoder of {what} names no encoder "
-        "(encoder_sha256): an older version wrote it, which did not tell encoder "
-        "and decoder apart. Encode the images again",
+    if "encoder_sha256" not in made_by:  # an older version wrote it
+        raise ValueError(f"{what}: no encoder is on record. Encode the images again")
+    deciding = ("encoder_sha256", "scaling_factor")
+    expect_same(
+        f"{what}: made by the encoder of {made_by.get('name')!r}. This one differs in",
+        {key: identity[key] for key in deciding},
+        {key: made_by[key] for key in deciding},
+        "Use the autoencoder that made them, or one with another decoder only",
     )
-    for key in ("encoder_sha256", "scaling_factor"):
-        if made_by[key] != identity[key]:
-            raise ValueError(
-                f"{what}: made by the encoder of {made_by.get('name')!r} "
-                f"({key} {made_by[key]}). {identity['name']!r} has another "
-                f"({key} {identity[key]}), to which these latents mean nothing. Use "
-                "the autoencoder that made them, or one with another decoder only"
-            )
 
 
 @contextmanager
@@ -283,11 +260,7 @@ def moments(vae: Any, images: Tensor) -> Tensor:
     with full_precision():
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
-    refuse(
-        not stored.isfinite().all(),
-        "the autoencoder gave moments beyond float16 (65504) or not a number; are "
-        "the images in [-1, 1], and is it the right autoencoder?",
-    )
+    expect_finite("moments in float16", stored, "are the images in [-1, 1]?")
     return stored
 
 

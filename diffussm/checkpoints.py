@@ -6,8 +6,7 @@ Generated from book/41_checkpoints.md by `make export`: edit there.
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from diffussm.files import (
     write_json,
     write_tensors,
 )
+from diffussm.guards import explain, refuse
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.training import TrainState
 
@@ -81,6 +81,12 @@ def _distribute(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, like.placements, src_data_rank=None)
 
 
+def _copied(tensor: Tensor, keep: bool) -> Tensor | None:
+    """A copy in main memory, if to be kept."""
+    whole = full_tensor(tensor.detach())  # together, also by those who keep nothing
+    return torch.empty(whole.shape, dtype=whole.dtype).copy_(whole) if keep else None
+
+
 def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
     """Copy everything: nothing that training does afterwards changes it.
 
@@ -88,14 +94,17 @@ def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for file, named in _tensors_of(state).items():
-        tensors[file] = {}
-        for name, tensor in named.items():
-            whole = full_tensor(tensor.detach())
-            if keep:
-                copy = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole)
-                tensors[file][name] = copy
+        copies = ((name, _copied(tensor, keep)) for name, tensor in named.items())
+        tensors[file] = {name: copy for name, copy in copies if copy is not None}
     meter, skipped = state.meter.sums.tolist(), list(state.skipped)
     return Snapshot(state.step, state.model.config, tensors, meter, skipped)
+
+
+_CHECKPOINT_FILES = {
+    *WEIGHTS.values(),
+    *(f"{name}/config.json" for name in WEIGHTS),
+    _OPTIMIZER,
+}
 
 
 def _write(taken: Snapshot, folder: Path) -> None:
@@ -108,13 +117,6 @@ def _write(taken: Snapshot, folder: Path) -> None:
         sums = {file: sha256(draft / file) for file in sorted(_CHECKPOINT_FILES)}
         record = {"step": taken.step, "meter": taken.meter, "skipped": taken.skipped}
         write_json(draft / "state.json", {**record, "sha256": sums})
-
-
-_CHECKPOINT_FILES = {
-    *WEIGHTS.values(),
-    *(f"{name}/config.json" for name in WEIGHTS),
-    _OPTIMIZER,
-}
 
 
 def write_checkpoint(
@@ -130,7 +132,13 @@ def write_checkpoint(
         OSError: the disk is full, or the folder cannot be written.
     """
     folder = _folder_of(run, taken.step)
-    with _explained(taken.step, folder.parent):
+    with explain(
+        f"the checkpoint of step {taken.step} could not be written into {run}: make "
+        "room or repair the folder, and give the same command again",
+        OSError,
+        SafetensorError,
+        error=OSError,
+    ):
         if folder.exists():  # it is damaged: a valid one would have been resumed from
             shutil.rmtree(folder)
         _write(taken, folder)
@@ -145,19 +153,6 @@ def _folder_of(run: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The step of a checkpoint, by its folder's name."""
     return int(folder.name.removeprefix("step_"))
-
-
-@contextmanager
-def _explained(step: int, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"the checkpoint of step {step} could not be written into {folder}: "
-            f"{error}. The run stops here rather than train on without one; make room "
-            "or repair the folder, and give the same command again to go on from the "
-            "last checkpoint"
-        ) from error
 
 
 def _prune(
@@ -182,12 +177,16 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
     """
     folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
     if step is not None:
-        return _checkpoint_of(run, step, [step_of(f) for f in reversed(folders)])
+        return _named(run, step, folders)
     for folder in folders:
         if (fault := _fault(folder)) is None:
             return folder
-        _tell_damaged(folder, fault)
-    _refuse_all_damaged(run, folders)
+        print(f"{folder} is damaged ({fault}); trying the one before", file=sys.stderr)
+    if folders:  # to begin again would bury them
+        raise ValueError(
+            f"none of the {len(folders)} checkpoints of {run} is whole: restore one "
+            "from a copy, or move them away to begin again from the first step"
+        )
     return None
 
 
@@ -202,7 +201,7 @@ def _fault(folder: Path) -> str | None:
             return f"files missing or foreign: {', '.join(sorted(odd))}"
         wrong = [name for name in sorted(sums) if sha256(folder / name) != sums[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"state.json cannot be read: {error or type(error).__name__}"
+        return f"state.json cannot be read: {str(error) or type(error).__name__}"
     return f"{', '.join(wrong)}: other content than state.json says" if wrong else None
 
 
@@ -211,9 +210,10 @@ def _files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def _checkpoint_of(run: Path, step: int, present: list[int]) -> Path:
-    if step not in present:
-        there = ", ".join(map(str, present)) or "none yet"
+def _named(run: Path, step: int, folders: list[Path]) -> Path:
+    steps = sorted(map(step_of, folders))
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none yet"
         raise FileNotFoundError(
             f"{run} has no checkpoint of step {step}; there are {there}"
         )
@@ -223,27 +223,14 @@ def _checkpoint_of(run: Path, step: int, present: list[int]) -> Path:
     return folder
 
 
-def _tell_damaged(folder: Path, fault: str) -> None:
-    told = f"{folder} is damaged ({fault}); falling back to the one before"
-    print(told, file=sys.stderr)
-
-
-def _refuse_all_damaged(run: Path, folders: list[Path]) -> None:
-    if folders:
-        raise ValueError(
-            f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is "
-            "whole; restore one from a copy, or move that folder away to begin again "
-            "from the first step"
-        )
-
-
 def load_checkpoint(folder: Path, state: TrainState) -> None:
     """Fill `state`, made with the same recipe, from a checkpoint folder.
 
     Raises:
         ValueError: the files do not hold what such a state does.
     """
-    with _of_this_run(folder):
+    wrong = (KeyError, TypeError, RuntimeError, ValueError)
+    with explain(f"{folder} is no checkpoint of this run", *wrong):
         record = read_json(folder / "state.json")
         for name, file in WEIGHTS.items():
             _fill(getattr(state, name), read_tensors(folder / file), file)
@@ -256,7 +243,8 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
     targets = network.state_dict()
-    _same_shapes(tensors, targets, file)
+    ours, theirs = ({k: v.shape for k, v in d.items()} for d in (targets, tensors))
+    refuse(ours != theirs, f"{file} holds the weights of another model")
     for name, target in targets.items():
         target.copy_(_distribute(tensors[name], target))
 
@@ -270,22 +258,6 @@ def _fill_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
         alone = slot == "step"
         placed = value.to(parameter.device) if alone else _distribute(value, parameter)
         state.optimizer.state[parameter][slot] = placed
-
-
-def _same_shapes(
-    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], file: str
-) -> None:
-    ours, theirs = ({k: v.shape for k, v in d.items()} for d in (targets, tensors))
-    if ours != theirs:
-        raise ValueError(f"{file} holds the weights of another model")
-
-
-@contextmanager
-def _of_this_run(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is no checkpoint of this run: {error}") from error
 
 
 def whole_ema(state: TrainState) -> DiffuSSM:

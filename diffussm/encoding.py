@@ -4,9 +4,7 @@ Generated from book/59_encoding.md by `make export`: edit there.
 """
 
 import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +21,15 @@ from diffussm.autoencoder import moments, vae_identity
 from diffussm.data import Dataset
 from diffussm.files import read_json, sha256, whole_file, write_json
 from diffussm.folders import Skipped, StoredImages
-from diffussm.guards import differences, refuse
+from diffussm.guards import expect_int, expect_same, refuse
 from diffussm.images import BadImage
 from diffussm.latents import (
-    ENCODE_AGAIN,
     FORMAT,
-    OLD_FORMAT,
     LatentStore,
     npy_header,
     open_shard,
-    shard_flaws,
+    parse_shard,
+    read_record,
     shard_shape,
     with_checksum,
 )
@@ -69,11 +66,8 @@ def _sizes(source: Dataset, factor: int) -> tuple[int, int, int, int]:
     """Height and width of images and of latents."""
     size = getattr(source, "size", None)
     height, width = (size, size) if size else source[0][0].shape[-2:]
-    refuse(
-        height % factor or width % factor,
-        f"images of {height} x {width} pixels; this autoencoder needs multiples of "
-        f"{factor}",
-    )
+    if height % factor or width % factor:
+        raise ValueError(f"{height} x {width} pixels: expected multiples of {factor}")
     return height, width, height // factor, width // factor
 
 
@@ -90,47 +84,29 @@ def _fingerprint(source: Dataset) -> str:
 
 def _settle(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """The plan of folder `out`: this one if it is new, the one there if it is alike."""
-    _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "plan.json").exists():
+    present = {path.name for path in out.glob("[!.]*")}
+    if "plan.json" not in present:
+        refuse(present, f"{out} is not empty and holds no latents; choose a new folder")
         _write(out / "plan.json", plan)
         return plan
-    theirs: dict[str, Any] = read_json(out / "plan.json", "the plan")
-    _check_alike(out, plan, theirs)
+    theirs = read_record(out / "plan.json", "the plan")
+    expect_same(
+        f"{out} holds other latents:", _flat(plan), _flat(theirs), "Choose a new folder"
+    )
     return theirs
 
 
-def _check_folder(out: Path) -> None:
-    names = os.listdir(out) if out.exists() else []
-    present = {name for name in names if not name.startswith(".")}
-    refuse(
-        present and "plan.json" not in present,
-        f"{out} is not empty and holds no latents; choose a new folder",
-    )
+_MAY_DIFFER = ("vae.name", "vae.decoder_sha256")
 
 
-def _check_alike(out: Path, plan: dict[str, Any], theirs: Any) -> None:
-    if isinstance(theirs, dict) and theirs.get("format") == OLD_FORMAT:
-        raise ValueError(f"{out}: {ENCODE_AGAIN}")
-    here = json.loads(json.dumps(plan))
-    if facts := differences(_flat(here), _flat(theirs)):
-        shown = "; ".join(f"{fact:.200}" for fact in facts)
-        raise ValueError(
-            f"{out} holds other latents: {shown}. Nothing was written; choose a new "
-            "folder"
-        )
-
-
-def _flat(plan: Any) -> dict[str, Any]:
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
     """The entries of a plan by dotted names, without those that may differ."""
-    if not isinstance(plan, dict) or not isinstance(plan.get("vae"), dict):
-        raise ValueError("plan.json is not the plan of a latent store")
     flat: dict[str, Any] = {}
     for key, value in plan.items():
         nested = value if isinstance(value, dict) else {"": value}
         flat |= {f"{key}.{inner}".rstrip("."): one for inner, one in nested.items()}
-    may_differ = ("vae.name", "vae.decoder_sha256")
-    return {key: value for key, value in flat.items() if key not in may_differ}
+    return {key: value for key, value in flat.items() if key not in _MAY_DIFFER}
 
 
 def encode(
@@ -157,10 +133,12 @@ def encode(
     Returns the store, or None while other processes are still at work. Raises
     ValueError when `out` holds something else.
     """
-    _check_options(rank, world_size, batch_size, shard_size, workers)
+    sizes = {"batch_size": batch_size, "shard_size": shard_size}
+    for name, size in {**sizes, "workers": workers}.items():
+        expect_int(name, size, least=1)
+    expect_int("rank", rank, least=0, most=world_size - 1)
     out, identity = Path(out), vae_identity(vae, vae_name)
-    options = {"batch_size": batch_size, "shard_size": shard_size}
-    plan = _settle(out, make_plan(source, identity, **options, flip=flip))
+    plan = _settle(out, make_plan(source, identity, **sizes, flip=flip))
     _remove_stale(out, rank, world_size)
     shards = math.ceil(len(source) / shard_size)
     mine = range(rank, shards, world_size)
@@ -248,13 +226,11 @@ def _finished(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | 
     path = out / f"shard-{number:05d}.json"
     try:
         record: dict[str, Any] = read_json(path, "the record")
-        if any(shard_flaws(record, number, len(plan["classes"]))):
-            return None
-        shape = shard_shape(plan, record["images"])
-        open_shard(path.with_suffix(".npy"), shape)
-        return record
+        shard = parse_shard(record, number, len(plan["classes"]))
+        open_shard(path.with_suffix(".npy"), shard_shape(plan, shard.images))
     except (OSError, ValueError):
         return None
+    return record
 
 
 def _remove_stale(out: Path, rank: int, world_size: int) -> None:
@@ -269,13 +245,3 @@ def _write(path: Path, value: dict[str, Any]) -> None:
         write_json(path, value)
     except FileNotFoundError:  # a process that starts has removed the draft
         write_json(path, value)
-
-
-def _check_options(
-    rank: int, world_size: int, batch_size: int, shard_size: int, workers: int
-) -> None:
-    refuse(
-        not 0 <= rank < world_size or min(batch_size, shard_size, workers) < 1,
-        f"impossible: rank {rank} of {world_size}, {batch_size=}, {shard_size=}, "
-        f"{workers=}",
-    )

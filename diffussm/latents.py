@@ -7,9 +7,10 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor
 from diffussm.autoencoder import check_encoder, vae_identity
 from diffussm.data import Dataset, Fetch
 from diffussm.files import read_json, sha256
-from diffussm.guards import refuse
+from diffussm.guards import (
+    bounded,
+    check_fields,
+    expect_there,
+    explain,
+    from_dict,
+    refuse,
+)
 
 __all__ = [
     "FORMAT",
@@ -27,9 +35,13 @@ __all__ = [
     "open_shard",
     "with_checksum",
     "read_manifest",
-    "OLD_FORMAT",
-    "ENCODE_AGAIN",
-    "shard_flaws",
+    "read_record",
+    "Encoder",
+    "Shard",
+    "Manifest",
+    "D",
+    "parse_shard",
+    "parse_manifest",
     "LatentStore",
     "verify_store",
 ]
@@ -56,18 +68,13 @@ def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
 
     Raises ValueError or OSError for any other file; nothing in it is interpreted.
     """
-    header = npy_header(shape)
-    expected, size = len(header) + 2 * math.prod(shape), path.stat().st_size
-    refuse(
-        size != expected,
-        f"{path} has {size} bytes, expected {expected}: truncated, or of another store",
-    )
+    header, size = npy_header(shape), path.stat().st_size
+    start, end = len(header), len(header) + 2 * math.prod(shape)
+    refuse(size != end, f"{path} is truncated or foreign: {size} bytes, not {end}")
     content = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    refuse(
-        content[: len(header)].tobytes() != header,
-        f"{path} does not begin as a float16 array of shape {tuple(shape)}",
-    )
-    return content[len(header) :].view("<f2").reshape(shape)
+    if content[:start].tobytes() != header:
+        raise ValueError(f"{path} does not begin as float16 of shape {tuple(shape)}")
+    return content[start:].view("<f2").reshape(shape)
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -78,85 +85,107 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a store; ValueError or OSError unless every entry is sound."""
+    """The manifest of a store, as it was written; ValueError or OSError for others."""
     file = Path(path) / "manifest.json"
-    if not file.is_file():
-        unfinished = (Path(path) / "plan.json").is_file()
-        advice = "it is unfinished: run the same encode again" if unfinished else ""
-        raise FileNotFoundError(f"there is no {file}; {advice or 'is it a store?'}")
-    manifest: dict[str, Any] = read_json(file, "the manifest")
-    if wrong := next(_flaws(manifest), None):
-        raise ValueError(f"{file}: {wrong}")
+    expect_there(file, "a store (if unfinished, run the same encode again)")
+    manifest = read_record(file, "the manifest")
+    if manifest.get("checksum") != with_checksum(manifest)["checksum"]:
+        raise ValueError(f"{file}: changed or damaged, its checksum does not fit")
     return manifest
 
 
-OLD_FORMAT = "diffussm-latents-1"
-ENCODE_AGAIN = (
-    f"this is a store of the format {OLD_FORMAT}, which did not tell encoder and "
-    "decoder apart and turned images by EXIF; encode the images again, into a new "
-    "folder"
-)
+_FIRST_FORMAT = "diffussm-latents-1"  # did not tell encoder and decoder apart
 
 
-def _natural(value: Any, least: int = 0, most: int = 2**40) -> bool:
-    return type(value) is int and least <= value <= most
+def read_record(file: Path, what: str) -> dict[str, Any]:
+    """A plan or a manifest of the current format; ValueError for any other file."""
+    record = read_json(file, what)
+    found = record.get("format") if isinstance(record, dict) else None
+    if found == _FIRST_FORMAT:
+        raise ValueError(f"{file}: {found}; encode the images again, into a new folder")
+    refuse(found != FORMAT, f"{file}: format {found!r:.60}, expected {FORMAT}")
+    return dict(record)
 
 
-def _flaws(m: Any) -> Iterator[str]:
-    """What is wrong; a check may rely on all before it, so take one flaw and stop."""
-    if isinstance(m, dict) and m.get("format") == OLD_FORMAT:
-        yield ENCODE_AGAIN
-    if not isinstance(m, dict) or m.get("format") != FORMAT:
-        yield f"is not the manifest of a latent store ({FORMAT})"
-    if m.get("checksum") != with_checksum(m)["checksum"]:
-        yield "its checksum does not fit its content; it was changed or damaged"
-    vae, shape, classes, shards = (
-        m.get(key) for key in ("vae", "shape", "classes", "shards")
-    )
-    if not isinstance(vae, dict) or not isinstance(vae.get("encoder_sha256"), str):
-        yield f"vae is {vae!r:.80}; expected an identity with its encoder_sha256"
-    scale = vae.get("scaling_factor")
-    if type(scale) not in (int, float) or not 1e-6 < scale < 1e6:
-        yield f"scaling_factor is {scale!r:.80}; expected a positive number"
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 3
-        or not all(_natural(side, 1, 2**16) for side in shape)
-    ):
-        yield f"shape is {shape!r:.80}; expected three positive integers"
-    if not isinstance(m.get("flip"), bool):
-        yield f"flip is {m.get('flip')!r:.80}; expected true or false"
-    if not isinstance(classes, list) or not all(
-        isinstance(name, str) for name in classes
-    ):
-        yield f"classes are {classes!r:.80}; expected names"
-    if not isinstance(shards, list) or not shards:
-        yield "has no shards"
-    for number, shard in enumerate(shards):
-        yield from shard_flaws(shard, number, len(classes))
-    if sum(shard["images"] for shard in shards) == 0:
-        yield "has no images"
+@dataclass(frozen=True)
+class _Declared:
+    """A part of a manifest whose fields have the types and ranges declared."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
-def shard_flaws(shard: Any, number: int, classes: int) -> Iterator[str]:
-    """What is wrong with the record of a shard, of whose manifest the rest is sound."""
+@dataclass(frozen=True)
+class Encoder(_Declared):
+    """Of an autoencoder's identity, what decides the latents (see `vae_identity`)."""
+
+    encoder_sha256: str
+    scaling_factor: float = bounded(MISSING, above=1e-6, below=1e6)
+
+
+@dataclass(frozen=True)
+class Shard(_Declared):
+    """The record of a finished shard; `labels` are pairs of a label and how often."""
+
+    name: Any  # compared with the only one that it may have
+    sha256: str
+    labels: tuple[list[int], ...]
+    images: int = bounded(MISSING, least=0, most=2**40)
+
+
+@dataclass(frozen=True)
+class Manifest(_Declared):
+    """What a store relies on in its manifest."""
+
+    vae: Encoder
+    shape: tuple[int, int, int]
+    flip: bool
+    classes: tuple[str, ...]
+    shards: tuple[Any, ...]  # of `Shard`
+
+
+D = TypeVar("D", bound=_Declared)
+
+
+def _declared(cls: type[D], record: Any, what: str) -> D:
+    """The entries that `cls` declares; others may stand beside them."""
+    if isinstance(record, dict):
+        names = {field.name for field in fields(cls)}
+        record = {key: record[key] for key in names & record.keys()}
+    return from_dict(cls, record, what)
+
+
+def parse_shard(record: Any, number: int, classes: int) -> Shard:
+    """The record of a shard; ValueError unless it is one that the shard can have."""
+    shard = _declared(Shard, record, f"shard {number}")
     name = f"shard-{number:05d}.npy"  # known beforehand: no record leads elsewhere
-    if not isinstance(shard, dict) or shard.get("name") != name:
-        yield f"shard {number} is {shard!r:.80}; expected a name, {name!r}, and more"
-    if not _natural(shard.get("images")) or not isinstance(shard.get("sha256"), str):
-        yield f"{name} has no count of images or no sha256"
-    runs = shard.get("labels")
-    if not isinstance(runs, list) or not all(
-        isinstance(run, list) and len(run) == 2 for run in runs
-    ):
-        yield f"the labels of {name} are not pairs of label and count"
-    if not all(
-        _natural(label, 0, max(classes - 1, 0)) and _natural(count, 1)
-        for label, count in runs
-    ):
-        yield f"{name} has labels outside the {classes} classes"
-    if sum(count for _, count in runs) != shard["images"]:
-        yield f"the labels of {name} are not as many as its images"
+    refuse(shard.name != name, f"{shard.name!r:.60}: expected a name, {name!r}")
+    within = all(
+        len(run) == 2
+        and type(run[0]) is type(run[1]) is int
+        and 0 <= run[0] < max(classes, 1)
+        and run[1] > 0
+        for run in shard.labels
+    )
+    if not within or sum(count for _, count in shard.labels) != shard.images:
+        raise ValueError(
+            f"{name}: expected pairs of a label, of {classes} classes, and a count, "
+            f"for {shard.images} images"
+        )
+    return shard
+
+
+def parse_manifest(path: Path, record: dict[str, Any]) -> Manifest:
+    """What the store `path` relies on; ValueError unless every entry is sound."""
+    with explain(str(path / "manifest.json"), ValueError):
+        vae = _declared(Encoder, record.get("vae"), "vae")
+        manifest = _declared(Manifest, {**record, "vae": vae}, "the manifest")
+        shape, classes = manifest.shape, len(manifest.classes)
+        refuse(not 0 < min(shape) <= max(shape) <= 2**16, f"{shape=}: no latents' size")
+        numbered = enumerate(manifest.shards)
+        shards = tuple(parse_shard(one, i, classes) for i, one in numbered)
+        refuse(not any(shard.images for shard in shards), "the store has no images")
+        return replace(manifest, shards=shards)
 
 
 class LatentStore(Dataset):
@@ -174,40 +203,38 @@ class LatentStore(Dataset):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self._open(parse_manifest(self.path, self.manifest))
         self.vae: dict[str, Any] = self.manifest["vae"]
-        self.scale = float(self.vae["scaling_factor"])
-        self.shape = tuple(self.manifest["shape"])
-        self.flip: bool = self.manifest["flip"]
-        self.classes = tuple(self.manifest["classes"])
-        self.num_classes = len(self.classes)
         self.fingerprint: str = self.manifest["checksum"]
-        self.levels = None  # latents have no grey levels
-        self._open(self.manifest["shards"])
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _open(self, shards: list[dict[str, Any]]) -> None:
+    def _open(self, manifest: Manifest) -> None:
+        self.flip, self.shape = manifest.flip, manifest.shape
+        self.scale = float(manifest.vae.scaling_factor)
+        self.classes, self.num_classes = manifest.classes, len(manifest.classes)
+        self.levels = None  # latents have no grey levels
         self._shards = [
-            open_shard(
-                self.path / one["name"], shard_shape(self.manifest, one["images"])
-            )
-            for one in shards
+            open_shard(self.path / shard.name, shard_shape(self.manifest, shard.images))
+            for shard in manifest.shards
         ]
-        self._ends = np.cumsum([one["images"] for one in shards])
-        runs = torch.tensor([run for one in shards for run in one["labels"]])
+        self._ends = np.cumsum([shard.images for shard in manifest.shards])
+        runs = torch.tensor([run for shard in manifest.shards for run in shard.labels])
         self.labels = torch.repeat_interleave(runs[:, 0], runs[:, 1])
+
+    def _find(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each image, and its row there."""
+        if len(i) and not 0 <= i.min() <= i.max() < len(self):
+            raise IndexError(f"indices {i.min()} to {i.max()} of {len(self)} images")
+        numbers = np.searchsorted(self._ends, i, side="right")
+        starts = np.concatenate([[0], self._ends])
+        return numbers, i - starts[numbers]
 
     def moments(self, indices: Tensor, flips: Tensor | None = None) -> Tensor:
         """Stored moments: int64 (B,), bool (B,) -> float16 (B, 2, C, h, w)."""
         i = indices.numpy()
-        if len(i) and not 0 <= i.min() <= i.max() < len(self):
-            raise IndexError(
-                f"indices {i.min()} to {i.max()}; the store has {len(self)} images"
-            )
-        numbers = np.searchsorted(self._ends, i, side="right")
-        counts = [len(self._shards[number]) for number in numbers]
-        rows = i - self._ends[numbers] + counts
+        numbers, rows = self._find(i)
         sides = np.zeros(len(i), int)
         if flips is not None and self.flip:
             sides = flips.numpy().astype(int)
@@ -244,21 +271,18 @@ class LatentStore(Dataset):
 def verify_store(path: str | Path) -> list[str]:
     """What is wrong with a store, of which every byte is read, or an empty list."""
     try:
-        manifest = read_manifest(path)
+        record = read_manifest(path)
+        shards = parse_manifest(Path(path), record).shards
     except (OSError, ValueError) as error:
         return [str(error)]
-    found = (_shard_problem(Path(path), manifest, one) for one in manifest["shards"])
-    return [problem for problem in found if problem]
+    found = (_damage(Path(path) / one.name, record, one) for one in shards)
+    return [damage for damage in found if damage]
 
 
-def _shard_problem(
-    path: Path, manifest: dict[str, Any], shard: dict[str, Any]
-) -> str | None:
-    file = path / shard["name"]
+def _damage(file: Path, record: dict[str, Any], shard: Shard) -> str | None:
     try:
-        open_shard(file, shard_shape(manifest, shard["images"]))
-        if sha256(file) == shard["sha256"]:
-            return None
+        open_shard(file, shard_shape(record, shard.images))
+        changed = sha256(file) != shard.sha256
     except (OSError, ValueError) as error:
         return str(error)
-    return f"{file} has changed since it was written; delete it and encode again"
+    return f"{file} has changed; delete it and encode again" if changed else None

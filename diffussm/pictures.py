@@ -20,7 +20,7 @@ from torch.nn import functional
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.files import whole_file
-from diffussm.guards import refuse
+from diffussm.guards import expect_finite, refuse
 from diffussm.model import DiffuSSM
 from diffussm.sampling import Sampler
 
@@ -38,48 +38,30 @@ Decode = Callable[[Tensor], Tensor]  # latents (B, C, h, w) -> images (B, 3, H, 
 
 
 def _levels(images: Tensor) -> Tensor:
+    if (channels := images.shape[1]) not in (1, 3):
+        raise ValueError(f"{channels} channels: latents; pass --vae, an autoencoder")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (n, 1 or 3, H, W) in [-1, 1] as RGB, uint8 (n, H, W, 3)."""
-    _check_drawn(images)
+    expect_finite("the images drawn", images, "the weights have probably diverged")
     rgb = _levels(images).expand(-1, 3, -1, -1)
     return rgb.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _check_drawn(images: Tensor) -> None:
-    if images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"these samples have {images.shape[1]} channels: latents, which an "
-            "autoencoder must decode; pass --vae"
-        )
-    refuse(
-        not bool(images.isfinite().all()),
-        "the model drew images that are not finite; its weights have probably diverged",
-    )
-
-
-def _check_grid(images: Tensor, columns: int) -> None:
-    n, channels, *_ = images.shape
-    refuse(
-        channels not in (1, 3),
-        f"these samples have {channels} channels: latents; say with --vae what "
-        "decodes them",
-    )
-    refuse(n % columns, f"{n} images do not fill rows of {columns}")
-
-
-_MARGIN = 2  # white pixels around each image of a grid
+def _tiled(images: Tensor, columns: int, margin: int = 2) -> Tensor:
+    """Images (n, C, H, W) row by row, white around each: (height, width, C)."""
+    scale = max(1, math.ceil(48 / images.shape[2]))
+    pixels = _levels(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    pixels = functional.pad(pixels, (margin,) * 4, value=255)
+    return rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
 
 
 def save_grid(images: Tensor, columns: int, path: Path) -> None:
     """Write images (n, C, H, W) in [-1, 1] row by row as one PNG, small ones larger."""
-    _check_grid(images, columns)
-    scale = max(1, math.ceil(48 / images.shape[2]))
-    pixels = _levels(images).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = functional.pad(pixels, (_MARGIN,) * 4, value=255)
-    grid = rearrange(pixels, "(r k) c h w -> (r h) (k w) c", k=columns)
+    refuse(len(images) % columns, f"{len(images)} images do not fill rows of {columns}")
+    grid = _tiled(images, columns)
     grey = grid.shape[2] == 1
     with whole_file(path) as draft:
         picture = Image.fromarray((grid.squeeze(-1) if grey else grid).cpu().numpy())
@@ -140,10 +122,9 @@ def _draw_rows(
     where = next(model.parameters()).device
     draws = generator(seed, "grid", 0)
     noise = torch.randn(len(rows) * per_class, *image_shape(model), generator=draws)
-    labels = torch.tensor(rows).repeat_interleave(per_class).to(where)
-    y = None if model.null_label is None else labels
-    if y is None:
-        sampler = replace(sampler, cfg_scale=1.0)
+    y: Tensor | None = torch.tensor(rows).repeat_interleave(per_class).to(where)
+    if model.null_label is None:
+        y, sampler = None, replace(sampler, cfg_scale=1.0)
     how: dict[str, Any] = {"generator": draws, "noise": noise.to(where)}
     with computing_in(precision, where):
         return sampler.draw(model, diffusion, y, **how, progress=progress).float()

@@ -247,13 +247,13 @@ def test_killed_with_three_ranks_and_resumed_with_two_at_once(
 
 
 def test_impossible_ranks_and_sizes_are_refused(vae, root, tmp_path):
-    for options in (
-        {"rank": 2, "world_size": 2},
-        {"batch_size": 0},
-        {"shard_size": 0},
-        {"workers": 0},
+    for options, said in (
+        ({"rank": 2, "world_size": 2}, "rank=2: .* from 0 to 1"),
+        ({"batch_size": 0}, "batch_size=0: .* of at least 1"),
+        ({"shard_size": 0}, "shard_size=0: .* of at least 1"),
+        ({"workers": 0}, "workers=0: .* of at least 1"),
     ):
-        with pytest.raises(ValueError, match="impossible"):
+        with pytest.raises(ValueError, match=said):
             encode(
                 ImageFolder(root, SIZE),
                 tmp_path / "o",
