@@ -35,10 +35,10 @@ __all__ = [
     "open_shard",
     "with_checksum",
     "read_manifest",
-    "read_record",
     "Encoder",
     "Shard",
     "Manifest",
+    "read_record",
     "D",
     "parse_shard",
     "parse_manifest",
@@ -94,6 +94,35 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """Of an autoencoder's identity, what decides the latents (see `vae_identity`)."""
+
+    encoder_sha256: str
+    scaling_factor: float = bounded(MISSING, above=1e-6, below=1e6)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The record of a finished shard; `labels` are pairs of a label and how often."""
+
+    name: Any  # compared with the only one that it may have
+    sha256: str
+    labels: tuple[list[int], ...]
+    images: int = bounded(MISSING, least=0, most=2**40)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store relies on in its manifest."""
+
+    vae: Encoder
+    shape: tuple[int, int, int]
+    flip: bool
+    classes: tuple[str, ...]
+    shards: tuple[Any, ...]  # of `Shard`
+
+
 _FIRST_FORMAT = "diffussm-latents-1"  # did not tell encoder and decoder apart
 
 
@@ -107,52 +136,17 @@ def read_record(file: Path, what: str) -> dict[str, Any]:
     return dict(record)
 
 
-@dataclass(frozen=True)
-class _Declared:
-    """A part of a manifest whose fields have the types and ranges declared."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True)
-class Encoder(_Declared):
-    """Of an autoencoder's identity, what decides the latents (see `vae_identity`)."""
-
-    encoder_sha256: str
-    scaling_factor: float = bounded(MISSING, above=1e-6, below=1e6)
-
-
-@dataclass(frozen=True)
-class Shard(_Declared):
-    """The record of a finished shard; `labels` are pairs of a label and how often."""
-
-    name: Any  # compared with the only one that it may have
-    sha256: str
-    labels: tuple[list[int], ...]
-    images: int = bounded(MISSING, least=0, most=2**40)
-
-
-@dataclass(frozen=True)
-class Manifest(_Declared):
-    """What a store relies on in its manifest."""
-
-    vae: Encoder
-    shape: tuple[int, int, int]
-    flip: bool
-    classes: tuple[str, ...]
-    shards: tuple[Any, ...]  # of `Shard`
-
-
-D = TypeVar("D", bound=_Declared)
+D = TypeVar("D", Encoder, Shard, Manifest)
 
 
 def _declared(cls: type[D], record: Any, what: str) -> D:
-    """The entries that `cls` declares; others may stand beside them."""
+    """The entries that `cls` declares, checked; others may stand beside them."""
     if isinstance(record, dict):
         names = {field.name for field in fields(cls)}
         record = {key: record[key] for key in names & record.keys()}
-    return from_dict(cls, record, what)
+    declared = from_dict(cls, record, what)
+    check_fields(declared)
+    return declared
 
 
 def parse_shard(record: Any, number: int, classes: int) -> Shard:
@@ -168,10 +162,7 @@ def parse_shard(record: Any, number: int, classes: int) -> Shard:
         for run in shard.labels
     )
     if not within or sum(count for _, count in shard.labels) != shard.images:
-        raise ValueError(
-            f"{name}: expected pairs of a label, of {classes} classes, and a count, "
-            f"for {shard.images} images"
-        )
+        raise ValueError(f"{name}: labels of other classes, or not one for each image")
     return shard
 
 
@@ -181,7 +172,9 @@ def parse_manifest(path: Path, record: dict[str, Any]) -> Manifest:
         vae = _declared(Encoder, record.get("vae"), "vae")
         manifest = _declared(Manifest, {**record, "vae": vae}, "the manifest")
         shape, classes = manifest.shape, len(manifest.classes)
-        refuse(not 0 < min(shape) <= max(shape) <= 2**16, f"{shape=}: no latents' size")
+        refuse(
+            not 0 < min(shape) <= max(shape) <= 2**16, f"{shape=}: sides are 1 to 65536"
+        )
         numbered = enumerate(manifest.shards)
         shards = tuple(parse_shard(one, i, classes) for i, one in numbered)
         refuse(not any(shard.images for shard in shards), "the store has no images")
@@ -235,9 +228,7 @@ class LatentStore(Dataset):
         """Stored moments: int64 (B,), bool (B,) -> float16 (B, 2, C, h, w)."""
         i = indices.numpy()
         numbers, rows = self._find(i)
-        sides = np.zeros(len(i), int)
-        if flips is not None and self.flip:
-            sides = flips.numpy().astype(int)
+        sides = 0 * i if flips is None or not self.flip else flips.numpy().astype(int)
         out = np.empty((len(i), 2, *self.shape), np.float16)
         where = zip(numbers.tolist(), rows.tolist(), sides.tolist(), strict=True)
         for place, (number, row, side) in zip(out, where, strict=True):
