@@ -39,9 +39,7 @@ __all__ = [
     "Shard",
     "Manifest",
     "read_record",
-    "D",
     "parse_shard",
-    "parse_manifest",
     "LatentStore",
     "verify_store",
 ]
@@ -136,10 +134,10 @@ def read_record(file: Path, what: str) -> dict[str, Any]:
     return dict(record)
 
 
-D = TypeVar("D", Encoder, Shard, Manifest)
+_D = TypeVar("_D", Encoder, Shard, Manifest)
 
 
-def _declared(cls: type[D], record: Any, what: str) -> D:
+def _declared(cls: type[_D], record: Any, what: str) -> _D:
     """The entries that `cls` declares, checked; others may stand beside them."""
     if isinstance(record, dict):
         names = {field.name for field in fields(cls)}
@@ -166,7 +164,7 @@ def parse_shard(record: Any, number: int, classes: int) -> Shard:
     return shard
 
 
-def parse_manifest(path: Path, record: dict[str, Any]) -> Manifest:
+def _parse_manifest(path: Path, record: dict[str, Any]) -> Manifest:
     """What the store `path` relies on; ValueError unless every entry is sound."""
     with explain(str(path / "manifest.json"), ValueError):
         vae = _declared(Encoder, record.get("vae"), "vae")
@@ -196,7 +194,7 @@ class LatentStore(Dataset):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self._open(parse_manifest(self.path, self.manifest))
+        self._open(_parse_manifest(self.path, self.manifest))
         self.vae: dict[str, Any] = self.manifest["vae"]
         self.fingerprint: str = self.manifest["checksum"]
 
@@ -263,7 +261,7 @@ def verify_store(path: str | Path) -> list[str]:
     """What is wrong with a store, of which every byte is read, or an empty list."""
     try:
         record = read_manifest(path)
-        shards = parse_manifest(Path(path), record).shards
+        shards = _parse_manifest(Path(path), record).shards
     except (OSError, ValueError) as error:
         return [str(error)]
     found = (_damage(Path(path) / one.name, record, one) for one in shards)
