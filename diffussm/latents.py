@@ -37,7 +37,6 @@ __all__ = [
     "read_manifest",
     "Encoder",
     "Shard",
-    "Manifest",
     "read_record",
     "parse_shard",
     "LatentStore",
@@ -111,7 +110,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class _Manifest:
     """What a store relies on in its manifest."""
 
     vae: Encoder
@@ -134,7 +133,7 @@ def read_record(file: Path, what: str) -> dict[str, Any]:
     return dict(record)
 
 
-_D = TypeVar("_D", Encoder, Shard, Manifest)
+_D = TypeVar("_D", Encoder, Shard, _Manifest)
 
 
 def _declared(cls: type[_D], record: Any, what: str) -> _D:
@@ -164,11 +163,11 @@ def parse_shard(record: Any, number: int, classes: int) -> Shard:
     return shard
 
 
-def _parse_manifest(path: Path, record: dict[str, Any]) -> Manifest:
+def _parse_manifest(path: Path, record: dict[str, Any]) -> _Manifest:
     """What the store `path` relies on; ValueError unless every entry is sound."""
     with explain(str(path / "manifest.json"), ValueError):
         vae = _declared(Encoder, record.get("vae"), "vae")
-        manifest = _declared(Manifest, {**record, "vae": vae}, "the manifest")
+        manifest = _declared(_Manifest, {**record, "vae": vae}, "the manifest")
         shape, classes = manifest.shape, len(manifest.classes)
         refuse(
             not 0 < min(shape) <= max(shape) <= 2**16, f"{shape=}: sides are 1 to 65536"
@@ -201,7 +200,7 @@ class LatentStore(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _open(self, manifest: Manifest) -> None:
+    def _open(self, manifest: _Manifest) -> None:
         self.flip, self.shape = manifest.flip, manifest.shape
         self.scale = float(manifest.vae.scaling_factor)
         self.classes, self.num_classes = manifest.classes, len(manifest.classes)

@@ -310,6 +310,7 @@ def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     found = read_tensors(path, "the model")
     if unlike := differences(_shapes(model.state_dict()), _shapes(found)):
         raise ValueError(
-            f"{len(unlike)} tensors of {path} do not fit: {'; '.join(unlike[:3])}"
+            f"{len(unlike)} tensors of {path} do not fit {CONFIG_FILE}: "
+            f"{'; '.join(unlike[:3])}"
         )
     return {n: w.float() if w.element_size() < 4 else w for n, w in found.items()}

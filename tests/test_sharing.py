@@ -316,9 +316,9 @@ def damaged(saved, tmp_path):
             "denoiser/model.safetensors",
             None,
             FileNotFoundError,
-            "model.safetensors does not exist",
+            "there is no .*model.safetensors",
         ),
-        ("denoiser/config.json", "{}", ValueError, "another model"),
+        ("denoiser/config.json", "{}", ValueError, "do not fit config.json"),
         (
             "scheduler/scheduler_config.json",
             None,
