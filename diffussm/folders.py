@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffussm.data import Dataset
@@ -37,9 +38,10 @@ __all__ = [
     "StoredImages",
     "PATIENCE",
     "NameList",
+    "Entry",
+    "scan",
     "visible",
     "ImageFolder",
-    "is_folder",
 ]
 
 _LOG = logging.getLogger("diffussm.folders")
@@ -87,8 +89,8 @@ class StoredImages(Dataset):
         """Where image `index` lies."""
         return self.name(index)
 
-    def _content(self, index: int) -> bytes:
-        """The file's bytes; BadImage where there is none."""
+    def _content(self, index: int) -> bytes | Image.Image:
+        """The file's bytes, or what Pillow made of them; BadImage where there is none."""
         raise NotImplementedError
 
     def _facts(self) -> Iterator[bytes]:
@@ -165,34 +167,24 @@ class NameList:
         return self.block[self.ends[index] : self.ends[index + 1]]
 
 
-def visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What lies in a folder, sorted by name, without what systems hide there."""
+class Entry(NamedTuple):
+    """What lies in a folder."""
+
+    name: str
+    path: str
+    kind: str  # "folder", "file", or in words what it is instead
+
+
+def scan(folder: str | os.PathLike[str]) -> list[Entry]:
+    """What lies in a folder on a disk."""
     with os.scandir(folder) as entries:
-        seen = [
-            entry
-            for entry in entries
-            if not entry.name.startswith(".") and entry.name != "__MACOSX"
-        ]
-    return sorted(seen, key=lambda entry: entry.name)
+        return [Entry(entry.name, entry.path, _kind(entry)) for entry in entries]
 
 
-_Place = tuple[int, int]
-
-
-def _place(folder: str) -> _Place:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _walk(folder: str, above: frozenset[_Place]) -> Iterator[os.DirEntry[str]]:
-    """All visible files below, sorted by name."""
-    if (here := _place(folder)) in above:
-        return
-    for entry in visible(folder):
-        if is_folder(entry):
-            yield from _walk(entry.path, above | {here})
-        else:
-            yield entry
+def visible(entries: Iterable[Entry]) -> list[Entry]:
+    """Entries by name, without what systems hide in a folder."""
+    seen = [one for one in entries if not one.name.startswith(".")]
+    return sorted(one for one in seen if one.name != "__MACOSX")
 
 
 class ImageFolder(StoredImages):
@@ -222,16 +214,35 @@ class ImageFolder(StoredImages):
         exif_rotate: bool = False,
     ) -> None:
         super().__init__(root, size, flip, background, exif_rotate)
-        expect_there(Path(self.root), "a folder of images")
+        above = frozenset({self._place(self.root)} if conditional else ())
         folders = self._class_folders() if conditional else [("", self.root)]
-        above = frozenset({_place(self.root)} if conditional else ())
         self._keep([self._images_below(path, above) for _, path in folders])
         self._announce()
         self.classes = tuple(name for name, _ in folders) if conditional else ()
         self.num_classes = len(self.classes)
 
-    def _images_below(self, path: str, above: frozenset[_Place]) -> list[str]:
-        found = [entry.path for entry in _walk(path, above) if self._by_name(entry)]
+    def _visible(self, folder: str) -> list[Entry]:
+        return visible(scan(folder))
+
+    def _place(self, folder: str) -> Hashable:
+        """What a folder is called by everyone, whichever links lead to it."""
+        status = expect_there(Path(folder), "a folder of images").stat()
+        return status.st_dev, status.st_ino
+
+    def _walk(self, folder: str, above: frozenset[Hashable]) -> Iterator[Entry]:
+        """All visible files below, sorted by name."""
+        if (here := self._place(folder)) in above:
+            return
+        for entry in self._visible(folder):
+            if entry.kind == "folder":
+                yield from self._walk(entry.path, above | {here})
+            else:
+                yield entry
+
+    def _images_below(self, path: str, above: frozenset[Hashable]) -> list[str]:
+        found = [
+            entry.path for entry in self._walk(path, above) if self._by_name(entry)
+        ]
         if not found:
             _LOG.warning("class folder %s holds no images", path)
         return [os.path.relpath(image, self.root) for image in found]
@@ -252,9 +263,12 @@ class ImageFolder(StoredImages):
     def _content(self, index: int) -> bytes:
         return listed_content(self.path(index))
 
+    def _size(self, index: int) -> int:
+        return file_size(self.path(index))
+
     def _facts(self) -> Iterator[bytes]:
         def sizes(part: np.ndarray) -> list[int]:
-            return [file_size(self.path(i)) for i in part.tolist()]
+            return [self._size(i) for i in part.tolist()]
 
         parts = np.array_split(np.arange(len(self)), max(len(self) // 1000, 1))
         with ThreadPoolExecutor(16) as pool:
@@ -280,11 +294,11 @@ class ImageFolder(StoredImages):
                 kept[label].append(self.name(i))
         return kept
 
-    def _by_name(self, entry: os.DirEntry[str]) -> bool:
+    def _by_name(self, entry: Entry) -> bool:
         suffix = os.path.splitext(entry.name)[1].lower()
-        if suffix in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
+        if suffix in EXTENSIONS and entry.kind == "file":
             return True
-        reason = "neither a file nor a link to one"  # a pipe would be waited for
+        reason = entry.kind
         if suffix not in EXTENSIONS:
             reason = f"not an image by its name ({suffix or 'no ending'})"
         self.skipped.append(Skipped(entry.path, reason))
@@ -292,8 +306,8 @@ class ImageFolder(StoredImages):
 
     def _class_folders(self) -> list[tuple[str, str]]:
         folders = []
-        for entry in visible(self.root):
-            if is_folder(entry):
+        for entry in self._visible(self.root):
+            if entry.kind == "folder":
                 folders.append((entry.name, entry.path))
             elif self._by_name(entry):
                 reason = "lies beside the class folders, in none of them"
@@ -325,8 +339,10 @@ class ImageFolder(StoredImages):
         return f"{files} left out{': ' if count else ''}{', '.join(shown + more)}"
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or leads to one; a link to itself does not."""
-    with suppress(OSError):
-        return entry.is_dir()
-    return False
+def _kind(entry: os.DirEntry[str]) -> str:
+    with suppress(OSError):  # a link to itself leads to no folder
+        if entry.is_dir():
+            return "folder"
+    if entry.is_symlink() or entry.is_file():
+        return "file"
+    return "neither a file nor a link to one"  # a pipe would be waited for

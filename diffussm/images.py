@@ -49,12 +49,14 @@ def check_colour(background: tuple[int, int, int]) -> None:
 
 
 def decode_image(
-    data: bytes, background: tuple[int, int, int] = WHITE, exif_rotate: bool = False
+    data: bytes | Image.Image,
+    background: tuple[int, int, int] = WHITE,
+    exif_rotate: bool = False,
 ) -> Image.Image:
-    """The bytes of a file as an 8-bit RGB image: its first frame, on `background`.
+    """A file's bytes as an 8-bit RGB image: its first frame, on `background`.
 
-    Pixels stay in the order in which they are stored, as in ADM's code, unless
-    `exif_rotate` asks for the orientation that EXIF states.
+    Also what Pillow has opened. Pixels stay in the order in which they are stored, as
+    in ADM's code, unless `exif_rotate` asks for the orientation that EXIF states.
 
     Raises:
         BadImage: nothing to decode, or pixels without an agreed range.
@@ -73,8 +75,8 @@ def _every_error_as_bad_image() -> Iterator[None]:
         yield
 
 
-def _loaded(data: bytes) -> Image.Image:
-    image = _opened(data)
+def _loaded(data: bytes | Image.Image) -> Image.Image:
+    image = _opened(data) if isinstance(data, bytes) else data
     w, h = image.size
     refuse(w * h > _MAX_PIXELS, f"{w} x {h} pixels; the limit is {_MAX_PIXELS}")
     image.load()
@@ -159,7 +161,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def image_tensor(
-    data: bytes,
+    data: bytes | Image.Image,
     size: int | None,
     background: tuple[int, int, int] = WHITE,
     exif_rotate: bool = False,
