@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm.adapters import IndexedImages
 from diffussm.autoencoder import full_precision
 from diffussm.files import sha256, whole_file
-from diffussm.formats import LmdbImages
+from diffussm.formats import LmdbImages, holds_images
 from diffussm.guards import (
     expect,
     expect_finite,
@@ -27,6 +28,7 @@ from diffussm.guards import (
 )
 from diffussm.image_sets import FirstByKey, ImageSet, Source, digests_of, keys_of
 from diffussm.metrics import FeatureStatistics, RunningMoments
+from diffussm.zips import ZipFolder
 
 __all__ = [
     "Extractor",
@@ -217,7 +219,7 @@ def load_reference(
     size: int | None = None,
     exif_rotate: bool = False,
 ) -> tuple[FeatureStatistics, str]:
-    """A reference and its kind: "folder", "lmdb", "images", "statistics" or "adm".
+    """A reference and its kind: "folder", "images" (.npz), "statistics", "adm", ...
 
     `size` crops images, and is refused for moments of images of another size. Raises
     ValueError for that, for statistics of another extractor, and for other files.
@@ -245,7 +247,8 @@ def _stored(arrays: dict[str, Any]) -> FeatureStatistics:
 def _kind(images: ImageSet) -> str:
     if images.files is None:
         return "images"
-    return "lmdb" if isinstance(images.files, LmdbImages) else "folder"
+    kinds = {LmdbImages: "lmdb", ZipFolder: "zip", IndexedImages: "data set"}
+    return kinds.get(type(images.files), "folder")
 
 
 _UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile)
@@ -256,9 +259,9 @@ def _arrays(path: Path) -> dict[str, Any]:
 
     "adm" says whether it is ADM's, with images whose features are not stored.
     """
-    expect_there(path, "images, ADM's .npz, or a file of `diffussm statistics`")
-    if path.is_dir() or path.suffix == ".mdb":
+    if holds_images(path):
         return {}
+    expect_there(path, "images, ADM's .npz, or a file of `diffussm statistics`")
     with (
         explain(f"the reference {path} cannot be read", *_UNREADABLE),
         path.open("rb") as file,

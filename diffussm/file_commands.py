@@ -42,7 +42,7 @@ def vae(
     For data of one's own, or a rehearsal of a larger run.
 
     Args:
-        images: folder of images, or an LMDB
+        images: folder of images, a zip of it, or an LMDB
         out: folder to write, which --vae then takes
         size: images are cropped to size x size
         steps: how long it learns
@@ -88,12 +88,12 @@ def encode(
     verify: bool = False,
     device: str | None = None,
 ) -> int:
-    """store the latents of a folder of images (or an LMDB)
+    """store the latents of a folder of images (or a zip, an LMDB)
 
     Encode images once; also under torchrun. The same command again goes on.
 
     Args:
-        data: class folders as in ImageNet, a plain folder, or an LMDB
+        data: class folders as in ImageNet, a plain folder, a zip, or an LMDB
         out: folder of the latent store
         vae: folder of an AutoencoderKL, or its name on the hub
         size: images are cropped to size x size pixels
@@ -248,7 +248,7 @@ def statistics(
     Store what evaluate needs to know of a reference.
 
     Args:
-        data: a folder of images, class folders, an LMDB, or a .npz file
+        data: a folder of images, class folders, a zip, an LMDB, or a .npz file
         out: the .npz file to write
         weights: Inception's weights, a file
         size: crop images to size x size, as ADM does

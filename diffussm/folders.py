@@ -90,7 +90,7 @@ class StoredImages(Dataset):
         return self.name(index)
 
     def _content(self, index: int) -> bytes | Image.Image:
-        """The file's bytes, or what Pillow made of them; BadImage where there is none."""
+        """A file's bytes, or what Pillow has opened; BadImage where there is none."""
         raise NotImplementedError
 
     def _facts(self) -> Iterator[bytes]:

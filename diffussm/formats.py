@@ -13,18 +13,13 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from diffussm.folders import (
-    ImageFolder,
-    NameList,
-    Skipped,
-    StoredImages,
-    is_folder,
-    visible,
-)
+from diffussm.adapters import is_saved, saved_images
+from diffussm.folders import ImageFolder, NameList, Skipped, StoredImages, scan
 from diffussm.guards import expect_int, expect_there, explain, refuse
-from diffussm.images import EXTENSIONS, WHITE, BadImage
+from diffussm.images import WHITE, BadImage
+from diffussm.zips import ZipFolder, holds_classes, zip_of
 
-__all__ = ["LmdbImages", "images_from", "find_broken_images"]
+__all__ = ["LmdbImages", "images_from", "holds_images", "find_broken_images"]
 
 
 class LmdbImages(StoredImages):
@@ -139,28 +134,36 @@ def images_from(
     flip: bool = False,
     conditional: bool | None = None,
     exif_rotate: bool = False,
-) -> ImageFolder | LmdbImages:
-    """The images at `path`, whatever it is: an LMDB, class folders, or a plain folder.
+) -> StoredImages:
+    """The images at `path`, whatever it is.
+
+    Class folders or a plain folder, a zip of either (or a folder in a zip), an LMDB, or
+    what `save_to_disk` of Hugging Face's `datasets` wrote.
 
     `conditional` says whether the sub-folders are classes; None: they are if no image
     lies beside them. The other options are those of `ImageFolder`.
     """
     path = Path(path)
-    if path.suffix == ".mdb" or (path / "data.mdb").is_file():
+    how: dict[str, Any] = {"flip": flip, "exif_rotate": exif_rotate}
+    if _is_lmdb(path):
         refuse(conditional, f"{path} is an LMDB, with no classes; omit conditional")
         return LmdbImages(path, size, flip, exif_rotate=exif_rotate)
+    if zip_of(path):
+        return ZipFolder(path, size, conditional=conditional, **how)
+    if is_saved(path):
+        return saved_images(path, size, conditional=conditional, **how)
     if conditional is None:
-        conditional = path.is_dir() and _holds_classes(path)
-    return ImageFolder(
-        path, size, flip=flip, conditional=conditional, exif_rotate=exif_rotate
-    )
+        conditional = path.is_dir() and holds_classes(scan(path))
+    return ImageFolder(path, size, conditional=conditional, **how)
 
 
-def _holds_classes(path: Path) -> bool:
-    """Whether there are sub-folders, and no image beside them."""
-    folders = [entry for entry in visible(path) if is_folder(entry)]
-    beside = {Path(e.name).suffix.lower() for e in visible(path) if not is_folder(e)}
-    return bool(folders) and not beside & EXTENSIONS
+def _is_lmdb(path: Path) -> bool:
+    return path.suffix == ".mdb" or (path / "data.mdb").is_file()
+
+
+def holds_images(path: Path) -> bool:
+    """Whether `images_from` has to be asked what is at a path, and nobody else."""
+    return path.is_dir() or _is_lmdb(path) or zip_of(path) is not None
 
 
 def find_broken_images(images: StoredImages, workers: int = 0) -> list[Skipped]:

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffussm.data import random_bits
-from diffussm.folders import ImageFolder, Skipped
-from diffussm.formats import LmdbImages, images_from
+from diffussm.folders import Skipped, StoredImages
+from diffussm.formats import holds_images, images_from
 from diffussm.guards import expect, expect_one_of, explain, refuse
 from diffussm.images import BadImage, center_crop
 
@@ -34,12 +34,11 @@ __all__ = [
 
 
 Source = str | Path | Iterable[Tensor]
-_Files = ImageFolder | LmdbImages
 _RECORDS = {"samples.json", "labels.json"}  # written by `diffussm sample` beside images
 
 
 class ImageSet:
-    """Images to be scored: a folder, a tree, an LMDB, an .npz, or batches.
+    """Images to be scored: a folder, a tree, a zip, an LMDB, an .npz, or batches.
 
     Args:
         source: where they are; batches are uint8 (B, 3, H, W).
@@ -59,14 +58,16 @@ class ImageSet:
         self.by_name = [one for one in skipped if Path(one.path).name not in _RECORDS]
         self.left_out = list(self.by_name)
 
-    def _open(self) -> _Files | None:
-        """A folder or an LMDB; None for an .npz and for batches."""
+    def _open(self) -> StoredImages | None:
+        """What `images_from` opens; None for an .npz and for batches."""
         path = Path(self.source) if isinstance(self.source, str | Path) else None
-        if path and (path.is_dir() or path.suffix == ".mdb"):
+        if path and holds_images(path):
             how = {"conditional": False, "exif_rotate": self.exif_rotate}
             return images_from(path, self.size, **how)
         if path and (path.suffix != ".npz" or not path.is_file()):
-            raise FileNotFoundError(f"no folder, LMDB or .npz of images is at {path}")
+            raise FileNotFoundError(
+                f"no folder, zip, LMDB or .npz of images is at {path}"
+            )
         return None
 
     @property
@@ -100,13 +101,13 @@ class ImageSet:
             return batch
         return _cropped(batch, self.size)
 
-    def _from_files(self, files: _Files, batch_size: int) -> Iterator[Tensor]:
+    def _from_files(self, files: StoredImages, batch_size: int) -> Iterator[Tensor]:
         """The images of files in batches, each of which has images of one size."""
         for _, alike in groupby(self._good(files), lambda pixels: pixels.shape):
             while batch := list(islice(alike, batch_size)):
                 yield torch.stack(batch)
 
-    def _good(self, files: _Files) -> Iterator[Tensor]:
+    def _good(self, files: StoredImages) -> Iterator[Tensor]:
         for i in range(len(files)):
             try:
                 pixels = files.read(i)  # (3, H, W) in [-1, 1]

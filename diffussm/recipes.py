@@ -20,6 +20,7 @@ from diffussm.guards import expect_there, explain, nearest, refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, from_flat, load_dataset
+from diffussm.zips import zip_of
 
 __all__ = ["recipe_files", "read_recipe", "open_data", "takes_latents", "open_decoder"]
 
@@ -56,7 +57,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def open_data(recipe: Recipe) -> Dataset:
-    """What `recipe.data` names: the digits, a latent store, or images (folder or LMDB).
+    """What `recipe.data` names: the digits, a latent store, or images (`images_from`).
 
     Raises:
         ValueError, OSError: it does not exist, is damaged, or not what the model takes.
@@ -67,7 +68,8 @@ def open_data(recipe: Recipe) -> Dataset:
         not recipe.data,
         "this recipe needs --data: images, or what diffussm encode wrote",
     )
-    path = expect_there(Path(recipe.data), "'digits', a latent store, or images")
+    path = Path(recipe.data)
+    expect_there(zip_of(path) or path, "'digits', a latent store, or images")
     if (path / "manifest.json").exists() or (path / "plan.json").exists():
         return _open_latents(path, recipe)
     return _open_images(path, recipe)
