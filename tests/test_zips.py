@@ -182,7 +182,7 @@ def test_what_a_zip_was_made_by_does_not_change_its_names(zoo, tmp_path):
         path = tmp_path / f"{maker}.zip"
         path.write_bytes(content.replace(b"?" * len(written), written))
         packed = ZipFolder(path, 16, conditional=False)
-        assert packed.name(0) == expected, maker
+        assert {packed.name(0), packed.name(1)} == {expected, "z/0.jpg"}, maker
         assert torch.equal(packed[0][0], packed[1][0])
 
 
