@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import subprocess
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -269,8 +270,12 @@ def test_a_picture_that_unfolds_beyond_its_size_is_cut_off_there(tmp_path):
     path.write_bytes(content)
     packed = ZipFolder(path, 16)
     assert packed._size(0) == 100
+    tracemalloc.start()
     with pytest.raises(BadImage, match="checksum"):
         packed.read(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_noise_in_a_zip_is_an_image_a_broken_image_or_one_clear_error(zoo, tmp_path):
