@@ -46,7 +46,7 @@ def time_by_kind(job: Callable[[], object]) -> dict[str, float]:
 def _profiled(job: Callable[[], object], on_gpu: bool) -> dict[str, float]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is to be quiet
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as recorded:
+    with profile(activities=[activity], acc_events=True) as recorded:
         job()
         if on_gpu:
             torch.cuda.synchronize()
