@@ -191,6 +191,9 @@ def _lock(run: Path) -> Callable[[], None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return handle.close
+    except BlockingIOError:
+        handle.close()
+        raise ValueError(f"another process trains {run}: wait, or stop it") from None
     except OSError as error:
         handle.close()
         return _lock_without_flock(run, error)
@@ -202,8 +205,6 @@ _NO_FLOCK = UNSUPPORTED | {errno.ENOLCK}  # network disks, FUSE and Lustre
 
 
 def _lock_without_flock(run: Path, error: OSError) -> Callable[[], None]:
-    if isinstance(error, BlockingIOError):
-        raise ValueError(f"{run} is being trained by another process: wait, or stop it")
     if error.errno not in _NO_FLOCK:
         raise error
     return _lock_by_file(run, f"this disk has no flock: {error.strerror}")
