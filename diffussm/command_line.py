@@ -27,6 +27,7 @@ __all__ = [
     "call",
     "refuse_idle",
     "recipe_group",
+    "tell",
     "preset_group",
     "sentence",
     "report",
@@ -84,17 +85,16 @@ def call(
 ) -> int:
     """Run a command with the options that words give it; its exit code.
 
-    `group` adds options, and says what parameters of the command they make. A command
-    with a parameter `given` gets the names of the options that were typed.
+    `group` adds options, and says what parameters they make; `given` are the names of
+    the options that were typed. A command gets those that are in its signature.
     """
     parser, words = _parser_of(command), [_with_underscores(word) for word in words]
     take = group(parser, words) if group else lambda options: {}
     options = parser.parse_args(words)
     values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
-    values |= take(options)
-    if "given" in inspect.signature(command).parameters:
-        values["given"] = _typed(words)
-    return command(**values)
+    values |= take(options) | {"given": _typed(words)}
+    wanted = inspect.signature(command).parameters
+    return command(**{name: values[name] for name in values if name in wanted})
 
 
 def _with_underscores(word: str) -> str:
@@ -139,12 +139,13 @@ def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
 
     words[:] = _with_new_names(words, RENAMED)
     names = ", ".join(recipe_files())
-    _add_run(parser, f"what to train: a YAML file, or one of {names}")
+    told = f"what to train: a YAML file, a run's config.json, or one of {names}"
+    _add_run(parser, told)
     if words and not words[0].startswith("-"):
         parser.set_defaults(_plain(flat(*read_recipe(words[0]))))
     elif not {"-h", "--help"} & set(words):
         raise ValueError(f"name what to train first, a recipe: a file, or {names}")
-    return _run_of
+    return partial(_run_of, parser, words)
 
 
 def _add_run(parser: ArgumentParser, told: str) -> None:
@@ -160,14 +161,37 @@ def _add_run(parser: ArgumentParser, told: str) -> None:
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=told)
 
 
-def _run_of(options: Any) -> dict[str, Any]:
-    """The recipe and the execution that the options of a run make."""
+def _run_of(parser: ArgumentParser, words: list[str], options: Any) -> dict[str, Any]:
+    """The recipe and the execution that the options make, and what is left open."""
     from diffussm.options import Execution, Recipe, from_flat
+    from diffussm.recipes import left_open
 
+    given = parser.parse_args(words, defaults=False)
+    free = left_open(words[0]) - set(given.keys())
     known = [field.name for part in (Recipe, Execution) for field in fields(part)]
     values = options.as_dict()
-    recipe, execution = from_flat({name: values[name] for name in known})
-    return {"recipe": recipe, "execution": execution}
+    values = {name: values[name] for name in known}
+    recipe, execution = from_flat(values | _shortened(words[0], values, free))
+    return {"recipe": recipe, "execution": execution, "free": free}
+
+
+def _shortened(
+    name: str, values: dict[str, Any], free: frozenset[str]
+) -> dict[str, int]:
+    """What a short run changes in the options of a recipe; says so."""
+    from diffussm.options import as_flags
+    from diffussm.recipes import read_recipe, shortened
+
+    changed = shortened(values, read_recipe(name)[0].steps, free)
+    if changed:
+        tell(f"{values['steps']} steps are few for {name}: {as_flags(changed)}")
+    return changed
+
+
+def tell(line: str) -> None:
+    """Print a line, once for all processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

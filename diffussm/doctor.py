@@ -23,7 +23,7 @@ from diffussm.bill import VAE_FILE, checkpoints_kept, published
 from diffussm.guards import explain
 from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
-from diffussm.recipes import open_data, open_decoder, takes_latents
+from diffussm.recipes import fit, open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
 
 __all__ = ["Plan", "Finding", "examine", "add_up", "probe_all_reduce", "QUESTIONS"]
@@ -45,6 +45,7 @@ class Plan:
     reference: Path | None = None
     limit: float = 120.0
     quick: bool = False
+    free: frozenset[str] = frozenset()
 
     @classmethod
     def here(
@@ -155,8 +156,8 @@ def _written_to(out: Path) -> Path:
 
 def _ask_data(plan: Plan) -> str:
     """Are there data that this model can be trained on, every checksum right?"""
-    found = open_data(plan.recipe)
-    check_data(found, plan.recipe)
+    found = open_data(plan.recipe, plan.free, plan.out.parent)
+    check_data(found, fit(plan.recipe, found, plan.free))
     _first_process_only()
     told = f"{len(found)} images in {found.num_classes} classes"
     if not isinstance(found, LatentStore) or plan.quick:
@@ -171,7 +172,8 @@ def _ask_vae(plan: Plan) -> str:
     model = plan.recipe.model
     _skip_unless(takes_latents(model), "the recipe trains on pixels")
     vae = _skip_unless(plan.vae, "say with --vae what decodes the samples")
-    found = open_data(plan.recipe) if plan.recipe.data else None
+    known, place = plan.recipe.data, plan.out.parent
+    found = open_data(plan.recipe, plan.free, place) if known else None
     decode, _ = open_decoder(vae, plan.device, getattr(found, "vae", None))
     h, w = model.height, model.width
     image = decode(torch.zeros(1, model.in_channels, h, w, device=plan.device))

@@ -3,6 +3,7 @@
 Generated from book/34_options.md by `make export`: edit there.
 """
 
+import json
 import math
 import re
 import sys
@@ -42,6 +43,8 @@ __all__ = [
     "Batch",
     "training_batch",
     "training_batches",
+    "misfits",
+    "as_flags",
     "check_data",
 ]
 
@@ -72,7 +75,8 @@ class Recipe:
         check_fields(self)
         if (both := self.warmup + self.cooldown) > self.steps:
             raise ValueError(
-                f"warmup + cooldown={both} must fit into steps={self.steps}"
+                f"warmup + cooldown={both} must fit into steps={self.steps}: lower "
+                f"--warmup and --cooldown, or take --steps {both}"
             )
 
 
@@ -276,19 +280,40 @@ def training_batches(
             yield ready
 
 
+def misfits(dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """The options that do not fit the data, each with the value that would."""
+    model, (C, h, w) = recipe.model, dataset[0][0].shape
+    most = min(recipe.batch_size, len(dataset))
+    pairs: dict[str, tuple[Any, Any]] = {
+        "model.in_channels": (model.in_channels, C),
+        "model.input_size": (_side(model.height, model.width), _side(h, w)),
+        "model.num_classes": (model.num_classes, dataset.num_classes),
+        "batch_size": (recipe.batch_size, most),
+    }
+    return {name: fits for name, (has, fits) in pairs.items() if has != fits}
+
+
+def _side(height: int, width: int) -> int | tuple[int, int]:
+    """How `input_size` says it: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def as_flags(options: dict[str, Any]) -> str:
+    """Options as one would type them: `--model.num_classes 2 --batch_size 12`."""
+    word = partial(json.dumps, separators=(",", ":"))
+    return " ".join(f"--{name} {word(value)}" for name, value in options.items())
+
+
 def check_data(dataset: Dataset, recipe: Recipe) -> None:
     """ValueError if the images do not fit the model, or its labels, or the batch."""
-    model, what, n = recipe.model, repr(recipe.data), len(dataset)
-    found = tuple(dataset[0][0].shape)
-    takes = (model.in_channels, model.height, model.width)
-    if found != takes:
+    model, what, k = recipe.model, repr(recipe.data), dataset.num_classes
+    if wrong := misfits(dataset, recipe):
+        found = tuple(dataset[0][0].shape)
+        takes = (model.in_channels, model.height, model.width)
         raise ValueError(
-            f"the images of {what} are {found}, the model takes {takes}; "
-            "set model.input_size and model.in_channels"
+            f"{what} has {len(dataset)} images {found} in {k} classes, the model takes "
+            f"{takes} in {model.num_classes} classes, and a batch {recipe.batch_size} "
+            f"images: add {as_flags(wrong)}"
         )
-    if model.num_classes != (k := dataset.num_classes):
-        raise ValueError(f"{what} has {k} classes: set model.num_classes={k}, or 0")
-    if recipe.batch_size > n:
-        raise ValueError(f"{what} has {n} images: set batch_size={n} or less")
     if recipe.exif_rotate and not hasattr(dataset, "read"):
         raise ValueError(f"exif_rotate applies to files, and {what} has none: omit it")

@@ -3,10 +3,13 @@
 Generated from book/91_recipes.md by `make export`: edit there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,10 +22,22 @@ from diffussm.formats import images_from
 from diffussm.guards import expect_there, explain, nearest, refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
-from diffussm.options import Execution, Recipe, from_flat, load_dataset
+from diffussm.openmoji import draw_openmoji
+from diffussm.options import Execution, Recipe, flat, from_flat, load_dataset, misfits
+from diffussm.run_folder import read_run
 from diffussm.zips import zip_of
 
-__all__ = ["recipe_files", "read_recipe", "open_data", "takes_latents", "open_decoder"]
+__all__ = [
+    "recipe_files",
+    "read_recipe",
+    "open_data",
+    "takes_latents",
+    "left_open",
+    "inferred",
+    "fit",
+    "shortened",
+    "open_decoder",
+]
 
 
 def recipe_files() -> dict[str, Path]:
@@ -33,17 +48,30 @@ def recipe_files() -> dict[str, Path]:
 
 
 def read_recipe(name: str) -> tuple[Recipe, Execution]:
-    """What a recipe says: one that comes with the package, by its name, or a YAML file.
+    """What a recipe says: its name, a YAML file, or the config.json of a run.
 
     Raises:
         ValueError, OSError: it is none; the message names the file and the option.
     """
+    file = _file_of(name)
+    with explain(f"{file} is no recipe", ValueError, yaml.YAMLError, RecursionError):
+        return from_flat(_options_in(file))
+
+
+def _file_of(name: str) -> Path:
     known = recipe_files()
     file = known.get(name) or Path(name)
     told = f"there is no recipe {name!r}, and no such file; {nearest(name, known)}"
     refuse(not file.is_file(), told)
-    with explain(f"{file} is no recipe", ValueError, yaml.YAMLError, RecursionError):
-        return from_flat(_read_yaml(file))
+    return file
+
+
+def _options_in(file: Path) -> dict[str, Any]:
+    """The options that a recipe says, as one mapping."""
+    if file.name == "config.json":
+        recipe, execution, *_ = read_run(file.parent)
+        return flat(recipe, execution)
+    return _read_yaml(file)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -56,8 +84,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def open_data(recipe: Recipe) -> Dataset:
-    """What `recipe.data` names: the digits, a latent store, or images (`images_from`).
+def open_data(
+    recipe: Recipe, free: Collection[str] = (), beside: Path = Path(".")
+) -> Dataset:
+    """What `recipe.data` names: digits, openmoji, a latent store, or `images_from`.
+
+    Args:
+        free: the options that the data may still decide, see `left_open`.
+        beside: where the emoji are drawn, if they are not there.
 
     Raises:
         ValueError, OSError: it does not exist, is damaged, or not what the model takes.
@@ -68,31 +102,96 @@ def open_data(recipe: Recipe) -> Dataset:
         not recipe.data,
         "this recipe needs --data: images, or what diffussm encode wrote",
     )
+    if recipe.data == "openmoji":
+        return _open_images(partial(_drawn, beside), recipe, free)
     path = Path(recipe.data)
-    expect_there(zip_of(path) or path, "'digits', a latent store, or images")
+    expect_there(zip_of(path) or path, "digits, openmoji, latents, or images")
     if (path / "manifest.json").exists() or (path / "plan.json").exists():
-        return _open_latents(path, recipe)
-    return _open_images(path, recipe)
+        return _open_latents(path, recipe, free)
+    return _open_images(lambda size: path, recipe, free)
 
 
-def _open_latents(path: Path, recipe: Recipe) -> LatentStore:
+def _open_latents(path: Path, recipe: Recipe, free: Collection[str]) -> LatentStore:
     store = LatentStore(path)
-    if recipe.flip and not store.flip:
+    if recipe.flip and not store.flip and "flip" not in free:
         raise ValueError(f"{path} holds no mirrored images; train with --flip false")
     return store
 
 
-def _open_images(path: Path, recipe: Recipe) -> Dataset:
-    model, classes = recipe.model, recipe.model.num_classes > 0
+def _open_images(
+    place: Callable[[int], Path], recipe: Recipe, free: Collection[str]
+) -> Dataset:
+    """The images at the place that a size has."""
+    model, data = recipe.model, recipe.data
+    refuse(
+        takes_latents(model),
+        f"{data} holds no latents; first diffussm encode {data} ..., or train pixels: "
+        "--model.in_channels 3",
+    )
+    classes = None if "model.num_classes" in free else model.num_classes > 0
     how = {"flip": recipe.flip, "exif_rotate": recipe.exif_rotate}
-    if takes_latents(model):
-        raise ValueError(f"{path} holds no latents; first diffussm encode {path} ...")
-    return images_from(path, model.height, conditional=classes, **how)
+    size = model.height
+    return images_from(place(size), size, conditional=classes, **how)
+
+
+def _drawn(beside: Path, size: int) -> Path:
+    """The training images of OpenMoji in this size."""
+    root = beside / f"openmoji-{size}"
+    if not root.exists():
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".openmoji-", dir=beside) as own:
+            drawn = draw_openmoji(Path(own) / "drawn", size)
+            with suppress(OSError):  # another was first
+                drawn.replace(root)
+    return draw_openmoji(root, size) / "train"
 
 
 def takes_latents(model: DiffuSSMConfig) -> bool:
     """Whether a model is of latents: an image has one channel or three."""
     return model.in_channels not in (1, 3)
+
+
+_OF_IMAGES = {"model.in_channels", "model.input_size", "model.num_classes"}
+_OF_LENGTH = {"batch_size", "flip", "warmup", "cooldown"}
+
+
+def left_open(name: str) -> frozenset[str]:
+    """The options of a recipe that its data, or the number of steps, may decide."""
+    options = _options_in(_file_of(name))
+    said = {*options, *(f"model.{key}" for key in options["model"])}
+    if name not in recipe_files():
+        return frozenset((_OF_IMAGES | _OF_LENGTH) - said)
+    general = "model.num_classes" not in said
+    return frozenset(_OF_LENGTH | (_OF_IMAGES if general else set()))
+
+
+def inferred(recipe: Recipe, data: Dataset, free: Collection[str]) -> dict[str, Any]:
+    """The options that the data decide, each with its value."""
+    wanted = misfits(data, recipe)
+    if recipe.flip and not data.flip:
+        wanted["flip"] = False
+    return {name: value for name, value in wanted.items() if name in free}
+
+
+def fit(recipe: Recipe, data: Dataset, free: Collection[str]) -> Recipe:
+    """The recipe with all that its data decide."""
+    values, model = inferred(recipe, data, free), {}
+    for name in _OF_IMAGES & values.keys():
+        model[name.removeprefix("model.")] = values.pop(name)
+    return replace(recipe, model=replace(recipe.model, **model), **values)
+
+
+def shortened(
+    options: dict[str, Any], steps: int, free: Collection[str]
+) -> dict[str, int]:
+    """Warm-up and cool-down for fewer steps than they need, in proportion.
+
+    `steps` are those that the recipe was made for. Empty if the options fit.
+    """
+    phases = [name for name in ("warmup", "cooldown") if options[name]]
+    if sum(options[name] for name in phases) <= options["steps"]:
+        return {}
+    return {k: options[k] * options["steps"] // steps for k in phases if k in free}
 
 
 def open_decoder(

@@ -7,14 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
-from diffussm.command_line import check_new, interruptible, refuse_idle, start
+from diffussm.command_line import check_new, interruptible, refuse_idle, start, tell
 from diffussm.guards import explain
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def _decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset")
 def doctor(
     recipe: "Recipe",
     execution: "Execution",
+    free: frozenset[str],
     given: set[str],
     *,
     out: Path = Path("."),
@@ -94,12 +95,15 @@ def doctor(
         limit: seconds that the processes may take to talk
         quick: do not read all of the latents
     """
-    refuse_idle(given, "for a model of pixels", not takes_latents(recipe))
-    refuse_idle(given, "under torchrun", "WORLD_SIZE" in os.environ)
     from diffussm.doctor import Plan
 
+    with suppress(ValueError, OSError, ImportError):  # a question says what is wrong
+        recipe, _ = _fitted(recipe, free, out)
+    refuse_idle(given, "for a model of pixels", not takes_latents(recipe))
+    refuse_idle(given, "under torchrun", "WORLD_SIZE" in os.environ)
     files: dict[str, Any] = {"weights": weights, "reference": reference}
     how: dict[str, Any] = {"out": out, "vae": vae, "limit": limit, "quick": quick}
+    how["free"] = free
     plan = Plan.here(recipe, execution, device, processes, **files, **how)
     return _examine_all(plan)
 
@@ -119,6 +123,7 @@ def _examine_all(plan: Any) -> int:
 def train(
     recipe: "Recipe",
     execution: "Execution",
+    free: frozenset[str],
     given: set[str],
     *,
     out: Path,
@@ -141,14 +146,16 @@ def train(
         no_grid: draw no samples at the end
     """
     from diffussm.distributed import on_rank_zero
-    from diffussm.recipes import open_data
 
-    if execution.sample_every and takes_latents(recipe) and vae is None:
-        raise ValueError("--sample_every: say with --vae what decodes latents")
     refuse_idle(
         given, "where no samples are drawn", no_grid and not execution.sample_every
     )
-    data, writer = open_data(recipe), _board_writer() if tensorboard else None
+    writer = _board_writer() if tensorboard else None
+    recipe, data = _fitted(recipe, free, out)
+    if execution.sample_every and takes_latents(recipe) and vae is None:
+        raise ValueError(
+            "--sample_every: say with --vae what decodes latents, or --sample_every 0"
+        )
     _refuse_idle_data(given, recipe)
     goes_on = partial(_goes_on, out)
     with (
@@ -159,6 +166,19 @@ def train(
         decode = _decoder_of(recipe, vae, own, data)
         on_rank_zero(lambda: _claim(out, recipe, execution, data, other_data))
         return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
+
+
+def _fitted(
+    recipe: "Recipe", free: frozenset[str], out: Path
+) -> tuple["Recipe", "Dataset"]:
+    """A recipe with what its data decide, and these; says what it was."""
+    from diffussm.options import as_flags
+    from diffussm.recipes import fit, inferred, open_data
+
+    data = open_data(recipe, free, out.parent)
+    if found := inferred(recipe, data, free):
+        tell(f"from {recipe.data}: {as_flags(found)}")
+    return fit(recipe, data, free), data
 
 
 def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
