@@ -125,8 +125,8 @@ def _open_images(
     model, data = recipe.model, recipe.data
     refuse(
         takes_latents(model),
-        f"{data} holds no latents; first diffussm encode {data} ..., or train pixels: "
-        "--model.in_channels 3",
+        f"{data} holds no latents; first diffussm encode {data} ..., or take a model "
+        "of pixels, as train pixels or --model.in_channels 3 does",
     )
     classes = None if "model.num_classes" in free else model.num_classes > 0
     how = {"flip": recipe.flip, "exif_rotate": recipe.exif_rotate}

@@ -232,3 +232,17 @@ def test_the_program_of_the_probe_adds_up_and_says_when_the_sum_is_wrong(monkeyp
     monkeypatch.setattr(doctor.dist, "all_reduce", lambda x: None)
     with pytest.raises(SystemExit, match="the sum is wrong"):
         doctor.add_up("cpu")
+
+
+def test_doctor_infers_what_train_would(work, tmp_path):
+    words = "doctor pixels --device cpu --processes 1 --quick --out {t}/run --data "
+    said = diffussm(words + "{w}/images", w=work, t=tmp_path)
+    assert "--model.num_classes 2 --batch_size 12" in said
+    assert "pass  data: 12 images in 2 classes" in said
+    said = diffussm(words + "{w}/images --batch_size 20", 1, w=work, t=tmp_path)
+    assert "FAIL  data" in said and "add --batch_size 12" in said
+    said = diffussm(words + "{t}/nowhere", 1, w=work, t=tmp_path)
+    assert "FAIL  data: there is no" in said and "pass  memory" in said
+    said = diffussm(words.replace("pixels", "latents") + "{w}/images", 1, w=work, t="x")
+    assert "FAIL  data" in said and "diffussm encode" in said
+    assert not list(tmp_path.iterdir())

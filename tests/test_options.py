@@ -14,8 +14,11 @@ from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import (
     RECIPES,
     Execution,
+    as_flags,
+    check_data,
     flat,
     from_flat,
+    misfits,
     training_batch,
     training_batches,
     warn,
@@ -185,3 +188,25 @@ def test_each_draw_of_a_step_has_a_purpose_of_its_own():
     labels = data.labels[batch_indices(50, *count, 3, TINY.seed)]
     dropped = model.drop_labels(labels, draw("label dropout"))
     assert torch.equal(batch.y, dropped)
+
+
+def test_misfits_are_named_as_one_would_type_them():
+    data = TensorData(torch.zeros(5, 3, 8, 12), torch.arange(5) % 2)
+    wrong = misfits(data, TINY)
+    assert wrong == {
+        "model.in_channels": 3,
+        "model.input_size": (8, 12),
+        "model.num_classes": 2,
+        "batch_size": 5,
+    }
+    flags = (
+        "--model.in_channels 3 --model.input_size [8,12] --model.num_classes 2 "
+        "--batch_size 5"
+    )
+    assert as_flags(wrong) == flags and as_flags({"flip": False}) == "--flip false"
+    with pytest.raises(ValueError) as refused:
+        check_data(data, TINY)
+    assert str(refused.value).endswith(f"add {flags}")
+    square = replace(TINY, model=replace(TINY.model, input_size=(8, 8)))
+    ten = TensorData(torch.zeros(10, 1, 8, 8), torch.arange(10))
+    assert not misfits(ten, square)

@@ -451,7 +451,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(autoencoder, "load_vae", load_vae)
     monkeypatch.setattr(recipes, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
-    monkeypatch.setattr(recipes, "open_data", lambda recipe: [])
+    monkeypatch.setattr(recipes, "open_data", lambda *given: [])
+    monkeypatch.setattr(recipes, "inferred", lambda *given: {})
+    monkeypatch.setattr(recipes, "fit", lambda recipe, *given: recipe)
     monkeypatch.setattr(run_commands, "_decoder_of", reach)
 
     def start(*given: object, **options: object) -> nullcontext[str]:

@@ -8,15 +8,26 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from commands import REFUSED, listing, nonsense
 from PIL import Image
 
 from diffussm import recipes
+from diffussm.data import TensorData
 from diffussm.folders import ImageFolder
 from diffussm.images import BadImage
 from diffussm.latents import read_manifest, verify_store, with_checksum
 from diffussm.model import PRESETS, DiffuSSMConfig
-from diffussm.options import RECIPES, Execution, Recipe, diffusion_of, flat, from_flat
+from diffussm.options import (
+    RECIPES,
+    Execution,
+    Recipe,
+    check_data,
+    diffusion_of,
+    flat,
+    from_flat,
+)
+from diffussm.run_folder import RunConfig
 
 
 def test_the_shipped_digits_recipe_is_the_one_of_chapter_9():
@@ -50,10 +61,11 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
         assert config.model == replace(
             recipes.read_recipe(name[:-3])[0].model, downsample=1
         )
-    elif name != "openmoji":
-        assert config.model == DiffuSSMConfig(
-            **PRESETS["digits" if name == "digits" else "emoji"]
-        )
+    elif name not in ("openmoji", "latents"):
+        preset = DiffuSSMConfig(**PRESETS["digits" if name == "digits" else "emoji"])
+        classes = config.model.num_classes  # those of pixels are its data's
+        assert replace(config.model, num_classes=preset.num_classes) == preset
+        assert name == "pixels" or classes == preset.num_classes
     if config.model.d_model == 1152:  # the paper's appendix
         paper = {
             "batch_size": 256,
@@ -80,6 +92,142 @@ def test_the_lengths_are_those_of_table_1():
         round(images["imagenet256"] / 1e6) == 550
         and round(images["imagenet512"] / 1e6) == 192
     )
+
+
+EVERYTHING_OPEN = frozenset(
+    {
+        "model.in_channels",
+        "model.input_size",
+        "model.num_classes",
+        "batch_size",
+        "flip",
+        "warmup",
+        "cooldown",
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("pixels", set()),
+        ("latents", set()),
+        ("imagenet256", {"model.in_channels", "model.input_size", "model.num_classes"}),
+        ("model: {in_channels: 3}\nwarmup: 7", {"model.in_channels", "warmup"}),
+        ("model: {num_classes: 2}", {"model.num_classes"}),
+    ],
+)
+def test_what_a_recipe_says_is_not_open_and_one_of_the_package_shrinks(
+    tmp_path, name, fixed
+):
+    if name.startswith("model"):
+        (tmp_path / "mine.yaml").write_text(name)
+        name = str(tmp_path / "mine.yaml")
+    assert recipes.left_open(name) == EVERYTHING_OPEN - fixed
+
+
+def images(shape, count=12, classes=2, flip=False, levels=256):
+    labels = torch.arange(count) % classes if classes else None
+    return TensorData(torch.zeros(count, *shape), labels, flip=flip, levels=levels)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (images((3, 32, 32)), {"model.num_classes": 2, "batch_size": 12}),
+        (images((3, 32, 32), 50, 0), {"model.num_classes": 0}),
+        (
+            images((1, 8, 12), 40, 10),
+            {
+                "model.in_channels": 1,
+                "model.input_size": (8, 12),
+                "model.num_classes": 10,
+            },
+        ),
+        (images((3, 32, 32), 1000, 1000, flip=True), {}),
+    ],
+)
+def test_data_decide_exactly_what_is_open_and_does_not_fit(data, options):
+    asked, _ = recipes.read_recipe("pixels")
+    assert recipes.inferred(asked, data, EVERYTHING_OPEN) == options
+    found = recipes.fit(asked, data, EVERYTHING_OPEN)
+    check_data(data, found)
+    model = {
+        key.removeprefix("model."): value
+        for key, value in options.items()
+        if key.startswith("model.")
+    }
+    rest = {key: value for key, value in options.items() if "." not in key}
+    assert found == replace(asked, model=replace(asked.model, **model), **rest)
+    for name in options:
+        with pytest.raises(ValueError, match=f"add --{name} "):
+            check_data(data, recipes.fit(asked, data, EVERYTHING_OPEN - {name}))
+    assert recipes.fit(asked, data, ()) == asked
+
+
+def test_mirrored_latents_are_asked_for_only_where_they_are_stored():
+    asked, _ = recipes.read_recipe("latents")
+    plain, both = (
+        images((4, 16, 16), 40, 3, flip=flip, levels=None) for flip in (False, True)
+    )
+    assert asked.flip and recipes.fit(asked, both, {"flip"}).flip
+    assert not recipes.fit(asked, plain, {"flip"}).flip
+    assert recipes.fit(asked, plain, ()).flip
+
+
+def test_a_short_run_keeps_the_shape_of_its_recipe_where_it_may():
+    digits, free = flat(*recipes.read_recipe("digits")), {"warmup", "cooldown"}
+    assert (digits["warmup"], digits["cooldown"], digits["steps"]) == (100, 600, 1500)
+    for steps in range(1, 1501):
+        found = recipes.shortened(digits | {"steps": steps}, 1500, free)
+        if steps >= 700:
+            assert found == {}
+        else:
+            assert found == {"warmup": steps // 15, "cooldown": 600 * steps // 1500}
+            assert sum(found.values()) <= steps
+    typed = recipes.shortened(digits | {"steps": 150}, 1500, {"cooldown"})
+    assert typed == {"cooldown": 60}
+
+
+def test_emoji_are_drawn_once_by_whoever_is_first(tmp_path, monkeypatch):
+    """Two processes at once: the later one finds the name taken, and takes that."""
+    recipe, _ = recipes.read_recipe("pixels")
+    small = replace(recipe.model, input_size=8, num_classes=14)
+    recipe = replace(recipe, model=small, data="openmoji")
+    real, calls = recipes.draw_openmoji, []
+
+    def draw(root, size):
+        calls.append(root)
+        drawn = real(root, size)
+        if len(calls) == 1:  # another process is done first
+            real(tmp_path / "openmoji-8", size)
+        return drawn
+
+    monkeypatch.setattr(recipes, "draw_openmoji", draw)
+    data = recipes.open_data(recipe, (), tmp_path)
+    assert data.num_classes == 14 and data[0][0].shape == (3, 8, 8)
+    assert data.root == str(tmp_path / "openmoji-8" / "train")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["openmoji-8"]
+    before = listing(tmp_path)
+    recipes.open_data(recipe, (), tmp_path)
+    assert listing(tmp_path) == before
+    latents, _ = recipes.read_recipe("latents")
+    with pytest.raises(ValueError, match="holds no latents"):
+        recipes.open_data(replace(latents, data="openmoji"), (), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_is_read_as_the_recipe_that_it_was(tmp_path):
+    recipe, execution = recipes.read_recipe("digits")
+    recipe = replace(recipe, lr=1e-5, seed=3)  # 1e-05 in JSON, a text in YAML
+    execution = replace(execution, keep=("10", "4k images"))
+    RunConfig(recipe, execution, {}).write(tmp_path)
+    name = str(tmp_path / "config.json")
+    assert recipes.read_recipe(name) == (recipe, execution)
+    assert recipes.left_open(name) == frozenset()
+    (tmp_path / "config.json").write_text('{"d_model": 3}')
+    with pytest.raises(ValueError, match="not of a training run"):
+        recipes.read_recipe(name)
 
 
 @pytest.mark.parametrize(

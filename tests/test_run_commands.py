@@ -76,7 +76,7 @@ def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
         close=lambda: None,
     )
     monkeypatch.setattr(run_commands, "_board_writer", lambda: lambda folder: board)
-    monkeypatch.setattr(recipes, "open_data", lambda config: TooLarge(*digits("train")))
+    monkeypatch.setattr(recipes, "open_data", lambda *given: TooLarge(*digits("train")))
     said = diffussm(
         f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard "
         f"{SMALL} --log_every 1"
@@ -217,3 +217,70 @@ def test_kept_checkpoints_are_named_without_brackets(plain):
         "1",
         "2",
     ]
+
+
+NARROW = (
+    "--model.d_model 16 --model.n_blocks 1 --model.d_state 4 --device cpu --no_grid"
+)
+
+
+def test_own_pixels_and_latents_train_with_no_further_option_and_go_on(work, tmp_path):
+    """Their channels, size, classes and batch are the data's, and stand in the run."""
+    for name, data, shape in (
+        ("pixels", "images", (3, 32, 2)),
+        ("latents", "latents", (4, 4, 2)),
+    ):
+        words = f"train {name} --data {{w}}/{data} --out {{t}}/{name} --steps 2"
+        said = diffussm(f"{words} {NARROW}", w=work, t=tmp_path)
+        assert said.count("--model.num_classes 2 --batch_size 12") == 1, said
+        assert f"2 steps are few for {name}: --warmup 0" in said
+        stored = json.loads((tmp_path / name / "config.json").read_text())["recipe"]
+        model = stored["model"]
+        found = (model["in_channels"], model["input_size"], model["num_classes"])
+        assert found == shape
+        assert stored["batch_size"] == 12
+        assert "2 steps done" in diffussm(f"{words} {NARROW}", w=work, t=tmp_path)
+
+
+def test_what_was_typed_or_written_down_is_not_inferred(work, tmp_path):
+    words = "train pixels --data {w}/images --out {t}/run --steps 2 --device cpu"
+    (tmp_path / "some.yaml").write_text("batch_size: 20\nmodel:\n  num_classes: 3\n")
+    for given in (
+        "--model.num_classes 3 --batch_size 20",
+        "--config {t}/some.yaml",
+        '--model {{"num_classes":3}} --batch_size=20',
+    ):
+        said = diffussm(f"{words} {given}", 1, w=work, t=tmp_path)
+        assert "add --model.num_classes 2 --batch_size 12" in said
+    said = diffussm(f"{words} --warmup 3", 1, w=work, t=tmp_path)
+    assert "warmup + cooldown=3 must fit into steps=2" in said and "few" not in said
+    assert [file.name for file in tmp_path.iterdir()] == ["some.yaml"]
+
+
+def test_a_run_is_repeated_from_its_own_record(work, tmp_path):
+    words = "train {w}/digits/config.json --out {t}/again --device cpu --no_grid"
+    diffussm(words, w=work, t=tmp_path)
+    theirs, ours = (
+        json.loads((run / "config.json").read_text())
+        for run in (work / "digits", tmp_path / "again")
+    )
+    assert theirs == ours
+    theirs, ours = (
+        run / "checkpoints/step_00000004/ema/model.safetensors"
+        for run in (work / "digits", tmp_path / "again")
+    )
+    assert theirs.read_bytes() == ours.read_bytes()
+
+
+def test_emoji_are_drawn_beside_the_run_in_its_size(tmp_path):
+    words = f"train pixels --data openmoji --out {tmp_path}/runs/a --steps 1 {NARROW}"
+    said = diffussm(f"{words} --model.input_size 8 --batch_size 4")
+    assert "from openmoji: --model.num_classes 14" in said
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == [
+        "a",
+        "openmoji-8",
+    ]
+    stored = json.loads((tmp_path / "runs/a/config.json").read_text())
+    assert stored["recipe"]["data"] == "openmoji"
+    drawn = list((tmp_path / "runs/openmoji-8/train").glob("*/*.png"))
+    assert stored["data"]["images"] == len(drawn) > 500
