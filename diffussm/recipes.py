@@ -151,8 +151,9 @@ def takes_latents(model: DiffuSSMConfig) -> bool:
     return model.in_channels not in (1, 3)
 
 
-_OF_IMAGES = {"model.in_channels", "model.input_size", "model.num_classes"}
-_OF_LENGTH = {"batch_size", "flip", "warmup", "cooldown"}
+_OF_SHAPE = {"model.in_channels", "model.input_size", "model.num_classes"}
+_OF_DATA = _OF_SHAPE | {"batch_size", "flip"}
+_OF_LENGTH = {"warmup", "cooldown"}
 
 
 def left_open(name: str) -> frozenset[str]:
@@ -160,9 +161,9 @@ def left_open(name: str) -> frozenset[str]:
     options = _options_in(_file_of(name))
     said = {*options, *(f"model.{key}" for key in options["model"])}
     if name not in recipe_files():
-        return frozenset((_OF_IMAGES | _OF_LENGTH) - said)
+        return frozenset((_OF_DATA | _OF_LENGTH) - said)
     general = "model.num_classes" not in said
-    return frozenset(_OF_LENGTH | (_OF_IMAGES if general else set()))
+    return frozenset(_OF_LENGTH | (_OF_DATA if general else set()))
 
 
 def inferred(recipe: Recipe, data: Dataset, free: Collection[str]) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def inferred(recipe: Recipe, data: Dataset, free: Collection[str]) -> dict[str, 
 def fit(recipe: Recipe, data: Dataset, free: Collection[str]) -> Recipe:
     """The recipe with all that its data decide."""
     values, model = inferred(recipe, data, free), {}
-    for name in _OF_IMAGES & values.keys():
+    for name in _OF_SHAPE & values.keys():
         model[name.removeprefix("model.")] = values.pop(name)
     return replace(recipe, model=replace(recipe.model, **model), **values)
 
