@@ -92,8 +92,10 @@ def call(
     take = group(parser, words) if group else lambda options: {}
     options = parser.parse_args(words)
     values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
-    values |= take(options) | {"given": _typed(words)}
+    values |= take(options)
     wanted = inspect.signature(command).parameters
+    if "given" in wanted:
+        values["given"] = _typed(words)
     return command(**{name: values[name] for name in values if name in wanted})
 
 
