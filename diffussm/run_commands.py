@@ -38,6 +38,7 @@ def _claim(
     execution: "Execution",
     data: "Dataset",
     other_data: bool,
+    init_from: Path | None,
 ) -> None:
     """Every reason to refuse comes before the first file."""
     from diffussm.distributed import world_size
@@ -47,7 +48,9 @@ def _claim(
 
     micro_batch_of(recipe, execution, world_size())
     check_data(data, recipe)
-    open_run(out, recipe, execution, data, other_data)
+    open_run(out, recipe, execution, data, other_data, init_from)
+    if init_from is not None:
+        _say_taken(out)
     (out / "preempted").unlink(missing_ok=True)
 
 
@@ -129,6 +132,7 @@ def train(
     out: Path,
     vae: str | None = None,
     other_data: bool = False,
+    init_from: Path | None = None,
     tensorboard: bool = False,
     device: str | None = None,
     no_grid: bool = False,
@@ -141,6 +145,7 @@ def train(
         out: folder of the run
         vae: autoencoder, to draw samples of latents
         other_data: go on with other images than the run began with
+        init_from: begin with the averaged weights of this run (folder)
         tensorboard: write RUN/tensorboard besides the log
         device: DEVICE
         no_grid: draw no samples at the end
@@ -164,7 +169,9 @@ def train(
         interruptible(goes_on),  # for a process that leaves alone
     ):
         decode = _decoder_of(recipe, vae, own, data)
-        on_rank_zero(lambda: _claim(out, recipe, execution, data, other_data))
+        on_rank_zero(
+            lambda: _claim(out, recipe, execution, data, other_data, init_from)
+        )
         return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
 
 
@@ -282,6 +289,15 @@ def _say_begun(recipe: "Recipe", data: "Dataset") -> None:
 
     millions = parameter_count(recipe.model) / 1e6
     say(f"{millions:.1f} million parameters, {len(data)} images")
+
+
+def _say_taken(out: Path) -> None:
+    """What a run has of another one, and what not."""
+    from diffussm.files import read_json
+
+    origin = read_json(out / "init.json")
+    new = ", ".join(origin["new"]) or "nothing"
+    say(f"{len(origin['taken'])} tensors of {origin['run']}; new: {new}")
 
 
 def _say_done(out: Path, step: int) -> None:
