@@ -45,12 +45,17 @@ def _claim(
     from diffussm.options import check_data
     from diffussm.parallel import micro_batch_of
     from diffussm.run_folder import open_run
+    from diffussm.warm_start import warm_start
 
     micro_batch_of(recipe, execution, world_size())
     check_data(data, recipe)
-    open_run(out, recipe, execution, data, other_data, init_from)
-    if init_from is not None:
-        _say_taken(out)
+    claim = out, recipe, execution, data
+    if init_from is None:
+        open_run(*claim, other_data)
+    else:
+        origin = warm_start(*claim, init_from, other_data)
+        new = ", ".join(origin["new"]) or "nothing"
+        tell(f"{len(origin['taken'])} tensors of {init_from}; new: {new}")
     (out / "preempted").unlink(missing_ok=True)
 
 
@@ -289,15 +294,6 @@ def _say_begun(recipe: "Recipe", data: "Dataset") -> None:
 
     millions = parameter_count(recipe.model) / 1e6
     say(f"{millions:.1f} million parameters, {len(data)} images")
-
-
-def _say_taken(out: Path) -> None:
-    """What a run has of another one, and what not."""
-    from diffussm.files import read_json
-
-    origin = read_json(out / "init.json")
-    new = ", ".join(origin["new"]) or "nothing"
-    say(f"{len(origin['taken'])} tensors of {origin['run']}; new: {new}")
 
 
 def _say_done(out: Path, step: int) -> None:

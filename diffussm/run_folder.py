@@ -14,25 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffussm.checkpoints import find_checkpoint, snapshot, write_checkpoint
+from diffussm.checkpoints import find_checkpoint
 from diffussm.data import RANDOM, Dataset
 from diffussm.distributed import on_rank_zero
 from diffussm.files import UNSUPPORTED, read_json, write_json
 from diffussm.guards import expect_same, explain
 from diffussm.model import DiffuSSM
-from diffussm.options import Execution, Recipe, as_flags, from_flat, warn
+from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
-from diffussm.training import TrainState
 
-__all__ = [
-    "RunConfig",
-    "read_run",
-    "open_run",
-    "encoder_of",
-    "locked",
-    "load_run",
-    "begin_from",
-]
+__all__ = ["RunConfig", "read_run", "open_run", "encoder_of", "locked", "load_run"]
 
 
 class RunConfig(NamedTuple):
@@ -76,21 +67,17 @@ def open_run(
     execution: Execution,
     dataset: Dataset,
     other_data: bool = False,
-    init_from: Path | None = None,
 ) -> None:
     """Claim the folder `run` for a recipe and data, or check that it is this run.
 
     `other_data` lets it go on with other data, which its configuration then records.
-    `init_from` names a run with whose weights it begins, see `begin_from`.
 
     Raises:
         ValueError: another run, a run of other data, or files that are no run.
     """
     chooser(execution.convolution)  # refused before there is a folder
     ours = RunConfig(recipe, execution, dataset.identity)
-    encoder, first = getattr(dataset, "vae", None), None
-    if init_from is not None and not _has_begun(run, init_from):
-        first = begin_from(recipe, init_from)
+    encoder = getattr(dataset, "vae", None)
     if not run.exists() or (run.is_dir() and not any(run.iterdir())):
         run.mkdir(parents=True, exist_ok=True)
         ours.write(run)
@@ -98,8 +85,6 @@ def open_run(
             write_json(run / "vae.json", encoder)
     else:
         _go_on(run, ours, encoder, other_data)
-    if first is not None:
-        _write_first(run, *first)
 
 
 def _go_on(
@@ -305,47 +290,3 @@ def load_run(
         raise FileNotFoundError(f"{run} has no valid checkpoint yet: train it longer")
     model = DiffuSSM.from_pretrained(checkpoint / weights)
     return model, trained.recipe, trained.data.get("classes", [])
-
-
-def begin_from(recipe: Recipe, other: Path) -> tuple[TrainState, dict[str, Any]]:
-    """A state of step 0 with the averaged weights of another run, and what they are.
-
-    Raises:
-        ValueError, OSError: no run, or one of another width, depth or kind.
-    """
-    model, _, _ = load_run(other)
-    state = TrainState.create(recipe)
-    _compare_models(other, state.model, model)
-    ours, theirs = state.model.state_dict(), model.state_dict()
-    taken = [k for k in ours if k in theirs and ours[k].shape == theirs[k].shape]
-    for network in (state.model, state.ema):
-        network.load_state_dict({k: theirs[k] for k in taken}, strict=False)
-    new = [name for name in ours if name not in taken]
-    return state, {"run": str(other.resolve()), "taken": taken, "new": new}
-
-
-def _compare_models(other: Path, ours: DiffuSSM, theirs: DiffuSSM) -> None:
-    free = {"input_size", "num_classes", "label_dropout"}
-    now, then = (
-        {k: v for k, v in asdict(model.config).items() if k not in free}
-        for model in (ours, theirs)
-    )
-    unlike = {f"model.{k}": v for k, v in then.items() if now[k] != v}
-    advice = f"Add {as_flags(unlike)}, or omit --init_from."
-    expect_same(f"{other} has another model, which differs in", now, then, advice)
-
-
-def _write_first(run: Path, state: TrainState, origin: dict[str, Any]) -> None:
-    write_json(run / "init.json", origin)
-    write_checkpoint(run, snapshot(state))
-
-
-def _has_begun(run: Path, other: Path) -> bool:
-    """Whether a run has a checkpoint; ValueError if it began with other weights."""
-    if find_checkpoint(run) is None:
-        return False
-    file, asked = run / "init.json", {"init_from": str(other.resolve())}
-    known = {"init_from": read_json(file)["run"] if file.is_file() else None}
-    advice = "Omit --init_from, or name a new folder."
-    expect_same(f"{run} has begun with other weights:", asked, known, advice)
-    return True

@@ -6,7 +6,6 @@ Generated from book/47_runs.md by `make export`: edit there.
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,7 +141,6 @@ def train(
     on_samples: Callable[[DiffuSSM, int], None] | None = None,
     dataset: Dataset | None = None,
     other_data: bool = False,
-    init_from: Path | None = None,
 ) -> TrainState:
     """Train, or resume, the run in a folder until `recipe.steps` steps are done.
 
@@ -155,7 +153,6 @@ def train(
         on_samples: gets the averaged model and the step, each `sample_every` steps.
         dataset: replaces what `load_dataset` finds.
         other_data: lets a run go on with data that it was not trained on.
-        init_from: the folder of a run with whose averaged weights to begin.
 
     Raises:
         ValueError: a folder or data that do not fit.
@@ -167,8 +164,7 @@ def train(
     micro_batch_of(recipe, execution, world_size())
     data = load_dataset(recipe) if dataset is None else dataset
     check_data(data, recipe)
-    claim = partial(open_run, run, recipe, execution, data, other_data, init_from)
-    on_rank_zero(claim)
+    on_rank_zero(lambda: open_run(run, recipe, execution, data, other_data))
     with locked(run), BackgroundWriter(run, recipe, execution) as writer:
         state = _resume(run, recipe, execution, own)
         with Log(run, recipe, execution, state, progress, on_log) as log:
