@@ -4,7 +4,7 @@ Generated from book/91_recipes.md by `make export`: edit there.
 """
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -130,8 +130,9 @@ def _open_images(
     )
     classes = None if "model.num_classes" in free else model.num_classes > 0
     how = {"flip": recipe.flip, "exif_rotate": recipe.exif_rotate}
-    size = model.height
-    return images_from(place(size), size, conditional=classes, **how)
+    size, told = model.height, f"{model.num_classes} classes, or --model.num_classes 0"
+    with explain(told, ValueError) if classes else nullcontext():
+        return images_from(place(size), size, conditional=classes, **how)
 
 
 def _drawn(beside: Path, size: int) -> Path:

@@ -217,6 +217,14 @@ def test_emoji_are_drawn_once_by_whoever_is_first(tmp_path, monkeypatch):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_without_classes_is_refused_with_the_option_to_add(zoo):
+    recipe, _ = recipes.read_recipe("openmoji-pixels")
+    recipe = replace(recipe, data=str(zoo / "a_first"))
+    with pytest.raises(ValueError, match=r"14 classes, or --model\.num_classes 0"):
+        recipes.open_data(recipe)
+    assert recipes.open_data(recipe, {"model.num_classes"}).num_classes == 0
+
+
 def test_a_run_is_read_as_the_recipe_that_it_was(tmp_path):
     recipe, execution = recipes.read_recipe("digits")
     recipe = replace(recipe, lr=1e-5, seed=3)  # 1e-05 in JSON, a text in YAML
