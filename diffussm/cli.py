@@ -21,7 +21,8 @@ from diffussm.command_line import (
     told_of,
 )
 from diffussm.file_commands import encode, evaluate, statistics, vae
-from diffussm.run_commands import doctor, show, train
+from diffussm.look_commands import show
+from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
 
 __all__ = ["COMMANDS", "main"]

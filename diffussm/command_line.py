@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -112,8 +112,11 @@ def _typed(words: Sequence[str]) -> set[str]:
 
 
 _IDLE = {
-    "beside --grid": "count labels batch_size",
-    "beside --out": "per_class overwrite",
+    "for a picture": "count labels batch_size",
+    "beside --out": "per_class overwrite seeds interpolate scheduler",
+    "beside --seeds": "seed per_class",
+    "beside --interpolate": "seed",
+    "beside --scheduler": "method",
     "for a run without classes": "classes labels cfg_scale guidance_channels",
     "without guidance, at a cfg_scale of 1": "guidance_channels",
     "for a model of pixels": "vae",
@@ -216,19 +219,21 @@ def preset_group(parser: ArgumentParser, words: list[str]) -> Take:
     return _set_of
 
 
-_UNASKED = {"classes", "sampler", "eta"}
+_UNASKED = {"classes", "sampler", "eta", "cfg_scale"}
 
 
 def _set_of(options: Any) -> dict[str, Any]:
     """The set that the options of a preset make."""
-    from diffussm.samples import SampleSet
-    from diffussm.sampling import Sampler
+    from diffussm.samples import SAMPLE_PRESETS
 
+    preset = SAMPLE_PRESETS[options["preset"]]
     inner, outer = (
         {name: options[name] for name in part.__dataclass_fields__.keys() - _UNASKED}
-        for part in (Sampler, SampleSet)
+        for part in (preset.sampler, preset)
     )
-    return {"wanted": SampleSet(**outer, sampler=Sampler(**inner))}
+    return {
+        "wanted": replace(preset, **outer, sampler=replace(preset.sampler, **inner))
+    }
 
 
 def _preset_named(words: Sequence[str]) -> str:

@@ -15,7 +15,13 @@ from diffussm.bound import bits_per_dim, discretized_gaussian_log_likelihood, no
 from diffussm.forward_process import ForwardProcess, check_batch, working_dtype
 from diffussm.guards import expect, expect_int, readable
 
-__all__ = ["DenoisingModel", "GaussianDiffusion", "find_attribute", "standard_normal"]
+__all__ = [
+    "DenoisingModel",
+    "GaussianDiffusion",
+    "find_attribute",
+    "NoiseSource",
+    "standard_normal",
+]
 
 
 DenoisingModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -290,15 +296,22 @@ def find_attribute(model: Any, name: str, default: Any = None) -> Any:
     return getattr(model, name, default)
 
 
+NoiseSource = torch.Generator | list[torch.Generator] | None
+
+
 def standard_normal(
     shape: Sequence[int],
-    generator: torch.Generator | None,
+    generator: NoiseSource,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
     """Noise drawn where the generator lives, then moved: a CPU generator gives every
-    device the same.
+    device the same. A list has a generator for each image.
     """
+    if isinstance(generator, list):
+        expect_int("the number of generators", len(generator), shape[0], shape[0])
+        each = [standard_normal(shape[1:], g, device, dtype) for g in generator]
+        return torch.stack(each)
     where = device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, device=where, dtype=dtype).to(
         device

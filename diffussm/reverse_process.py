@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffussm.diffusion import GaussianDiffusion, standard_normal
+from diffussm.diffusion import GaussianDiffusion, NoiseSource, standard_normal
 
 __all__ = ["ancestral_step", "ddim_step"]
 
@@ -21,7 +21,7 @@ def ancestral_step(
     x_t: Tensor,
     step: int,
     y: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: NoiseSource = None,
     clip_denoised: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draw x_{t-1} from p(x_{t-1} | x_t) at t = `step` (paper, equation 2;
@@ -52,7 +52,7 @@ def ddim_step(
     x_t: Tensor,
     step: int,
     y: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: NoiseSource = None,
     clip_denoised: bool = False,
     eta: float = 0.0,
 ) -> tuple[Tensor, Tensor]:

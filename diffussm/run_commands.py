@@ -5,8 +5,7 @@ Generated from book/96_run_commands.md by `make export`: edit there.
 
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
-from diffussm.command_line import check_new, interruptible, refuse_idle, start, tell
+from diffussm.command_line import interruptible, refuse_idle, start, tell
 from diffussm.guards import explain
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from diffussm.model import DiffuSSM
     from diffussm.options import Execution, Recipe
 
-__all__ = ["takes_latents", "doctor", "train", "say", "show"]
+__all__ = ["takes_latents", "doctor", "train", "say"]
 
 
 def takes_latents(recipe: "Recipe") -> bool:
@@ -213,11 +212,12 @@ def _carry_out(
     from diffussm import runs
     from diffussm.distributed import Preempted, rank
 
-    first, draw = rank() == 0, partial(_draw_step, recipe, out, decode)
+    first, draw = rank() == 0, partial(_draw_rows, recipe, data.classes, decode)
     if first:
         _say_begun(recipe, data)
     with _board(writer if first else None, out) as board:
-        hooks: Any = {"on_log": partial(_log, board, recipe.steps), "on_samples": draw}
+        hooks: Any = {"on_log": partial(_log, board, recipe.steps)}
+        hooks["on_samples"] = partial(_draw_step, draw, out)
         try:
             state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
         except Preempted as stop:
@@ -225,7 +225,7 @@ def _carry_out(
     if first:
         _say_done(out, state.step)
     if (decode or not takes_latents(recipe)) and not no_grid:
-        _draw_last(recipe, out, decode, state)
+        _draw_last(draw, out, state)
     return 0
 
 
@@ -255,28 +255,34 @@ def _duration(seconds: float) -> str:
 
 
 def _draw_step(
-    recipe: "Recipe", out: Path, decode: Any, model: "DiffuSSM", step: int
+    draw: Callable[..., None], out: Path, model: "DiffuSSM", step: int
 ) -> None:
     picture = out / "samples" / f"step_{step:08d}.png"
     picture.parent.mkdir(exist_ok=True)
-    _draw_rows(model, recipe, picture, decode, progress=False)
+    draw(model, picture, progress=False)
 
 
 def _draw_rows(
-    model: "DiffuSSM", recipe: "Recipe", picture: Path, decode: Any, progress: bool
+    recipe: "Recipe",
+    names: Sequence[str],
+    decode: Any,
+    model: "DiffuSSM",
+    picture: Path,
+    progress: bool,
 ) -> None:
     from diffussm.options import diffusion_of
     from diffussm.pictures import draw_grid
 
-    draw_grid(model, diffusion_of(recipe), picture, decode=decode, progress=progress)
+    how: dict[str, Any] = {"names": names, "decode": decode, "progress": progress}
+    draw_grid(model, diffusion_of(recipe), picture, **how)
 
 
-def _draw_last(recipe: "Recipe", out: Path, decode: Any, state: Any) -> None:
+def _draw_last(draw: Callable[..., None], out: Path, state: Any) -> None:
     from diffussm.checkpoints import whole_ema
     from diffussm.distributed import on_rank_zero, rank
 
     ema, picture = whole_ema(state), out / "samples.png"
-    on_rank_zero(lambda: _draw_rows(ema, recipe, picture, decode, progress=True))
+    on_rank_zero(lambda: draw(ema, picture, progress=True))
     if rank() == 0:
         say(f"a grid of samples is in {picture}")
 
@@ -317,31 +323,3 @@ def _goes_on(run: Path) -> str:
     if not saved:
         return "no checkpoint was saved, so the same command begins again"
     return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
-
-
-def show(run: Path, *, out: Path | None = None, overwrite: bool = False) -> int:
-    """see where a run stands: its curves and its newest samples
-
-    Print where a run stands, and draw its losses, learning rate, speed and newest
-    samples as one picture. The run may go on meanwhile.
-
-    Args:
-        run: folder of the run
-        out: a PNG file to write; default: show.png in that folder, drawn anew each time
-        overwrite: replace the file named by --out if it exists
-    """
-    from diffussm.show import draw_history, read_history, summary
-
-    if out is not None:
-        check_new(out, ".png", ".PNG", overwrite=overwrite)
-    history, picture = read_history(run), out or run / "show.png"
-    print(summary(history, time.time()), flush=True)
-    try:
-        draw_history(history, picture)
-    except ValueError as cannot:
-        if out is not None:
-            raise
-        print(f"no picture: {cannot}")
-    else:
-        print(f"wrote {picture}")
-    return 0

@@ -3,7 +3,6 @@
 Generated from book/97_sample_command.md by `make export`: edit there.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from diffussm.command_line import (
     start,
 )
 from diffussm.guards import expect_int, expect_there
+from diffussm.look_commands import Look, draw_look, how_many, look_of, with_look
 from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
@@ -40,17 +40,22 @@ def sample(
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
     grid: Path | None = None,
+    gif: Path | None = None,
     out: Path | None = None,
     classes: str | None = None,
+    cfg_scale: str | None = None,
     per_class: PositiveInt = 8,
+    seeds: str | None = None,
+    interpolate: str | None = None,
+    scheduler: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
 ) -> int:
     """draw images from a trained run: a grid to look at, or a set to be scored
 
-    Draw a grid of images, one row per class (--grid), or a set of them (--out), from a
-    run. A set is resumed by the same command, and does not depend on the number of
-    processes.
+    Draw a grid of images, one row per class (--grid), the way to it (--gif), or a set
+    of them (--out), from a run. A set is resumed by the same command, and does not
+    depend on the number of processes.
 
     Args:
         from_: folder of the run
@@ -58,34 +63,47 @@ def sample(
         weights: moving average or raw
         vae: autoencoder that decodes, for a run on latents
         grid: a PNG file to write
+        gif: a GIF file to write: the noisy images beside the predicted clean ones
         out: a folder of PNG files, or a .npz file
         classes: numbers or names, or 'all'; default: ten for a grid, all for a set
+        cfg_scale: guidance; for a grid also several, 1,2,4; default: that of the preset
         per_class: for a grid: images per class
+        seeds: for a grid: a column for each, as in 0,1,2; the same noise in all rows
+        interpolate: for a grid: two seeds, 3,7; per_class images from one to the other
+        scheduler: for a grid: one of diffusers instead of --method, as UniPCMultistep
         device: DEVICE
-        overwrite: replace the grid if it exists
+        overwrite: replace the grid and the GIF if they exist
     """
-    _check_target(grid, out, overwrite, given)
+    _check_target(grid, gif, out, overwrite, given)
+    typed = (per_class, cfg_scale, seeds, interpolate, scheduler)
+    look = look_of(grid, gif, *typed)
+    wanted = with_look(wanted, look, given)
     kept = _batches_kept if out is not None else nothing_kept
     with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
         run = _find(from_, step, weights)
-        wanted = _for_run(run, wanted, classes, given, strict=grid is None)
+        wanted = _for_run(run, wanted, classes, given, strict=out is not None)
         run = _with_decoder(run, vae, own)
         if out is not None:
             _check_count(run, wanted.count, given)
             return _draw_set(run, wanted, out, own)
-        if grid is not None:
-            _draw_picture(run, wanted, grid, per_class, given)
-        return 0
+        return _draw_pictures(run, wanted, look, given)
 
 
 def _check_target(
-    grid: Path | None, out: Path | None, overwrite: bool, given: set[str]
+    grid: Path | None,
+    gif: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    given: set[str],
 ) -> None:
-    if (grid is None) == (out is None):
-        raise ValueError("give either --grid FILE.png, a picture, or --out, a set")
-    refuse_idle(given, "beside --grid" if out is None else "beside --out")
-    if grid is not None:
-        check_new(grid, ".png", ".PNG", overwrite=overwrite)
+    looked = grid is not None or gif is not None
+    if looked == (out is not None):
+        told = "--grid FILE.png or --gif FILE.gif, pictures, or --out, a set"
+        raise ValueError(f"give either {told}")
+    refuse_idle(given, "for a picture" if looked else "beside --out")
+    for file, kinds in ((grid, (".png", ".PNG")), (gif, (".gif", ".GIF"))):
+        if file is not None:
+            check_new(file, *kinds, overwrite=overwrite)
     if out is not None:
         expect_there(out.parent, f"a folder for {out.name}")
 
@@ -195,36 +213,17 @@ def _class_of(word: str, names: Sequence[str]) -> int:
     raise ValueError(f"--classes: {word!r} is no class; the {len(names)} are {known}")
 
 
-def _draw_picture(
-    run: _Found, wanted: "SampleSet", picture: Path, per_class: int, given: set[str]
-) -> None:
+def _draw_pictures(
+    run: _Found, wanted: "SampleSet", look: Look, given: set[str]
+) -> int:
     from diffussm.distributed import rank
-    from diffussm.options import diffusion_of
-    from diffussm.pictures import draw_grid
 
-    if rank() > 0:
-        return
-    images = _rows(run, wanted) * per_class
     if "clip_denoised" not in given:
         sampler = replace(wanted.sampler, clip_denoised=run.decode is None)
         wanted = replace(wanted, sampler=sampler)
-    print(_how_many(images, images, wanted.sampler), flush=True)
-    how: dict[str, Any] = {"per_class": per_class, "decode": run.decode}
-    for name in ("sampler", "classes", "precision", "seed"):
-        how[name] = getattr(wanted, name)
-    draw_grid(run.model, diffusion_of(run.recipe), picture, **how)
-    print(f"wrote {picture}")
-
-
-def _rows(run: _Found, wanted: "SampleSet") -> int:
-    """How many rows a picture has; says so if it shows only the first classes."""
-    from diffussm.pictures import GRID_ROWS
-
-    known = run.recipe.model.num_classes
-    rows = len(wanted.classes or range(min(known, GRID_ROWS) or 1))
-    if wanted.classes is None and rows < known:
-        print(f"the first {rows} of {known} classes; name others with --classes")
-    return rows
+    if rank() == 0:
+        draw_look(look, wanted, run.model, run.recipe, run.names, run.decode)
+    return 0
 
 
 def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
@@ -233,7 +232,7 @@ def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     from diffussm.options import diffusion_of
 
     if rank() == 0:
-        print(_how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
+        print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
     how = {"device": own, "facts": run.facts, "decode": run.decode}
     try:
         samples.draw_samples(run.model, diffusion_of(run.recipe), wanted, out, **how)
@@ -244,16 +243,6 @@ def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
     if rank() == 0:
         print(f"wrote {wanted.count} images to {out}")
     return 0
-
-
-def _how_many(images: int, at_once: int, sampler: "Sampler") -> str:
-    """What is about to be drawn, in words; the last batch is whole too."""
-    batches, guided = math.ceil(images / at_once), sampler.cfg_scale != 1
-    passes = batches * at_once * sampler.steps * (2 if guided else 1)
-    drawn = f"{images:,} images in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
-    both = ", each with and without the class" if guided else ""
-    walk = f"{drawn}, {sampler.steps} steps{both}"
-    return f"{walk}: {passes:,} passes of an image through the network"
 
 
 def _batches_kept() -> str:

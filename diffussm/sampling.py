@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffussm.diffusion import GaussianDiffusion, find_attribute, standard_normal
+from diffussm.diffusion import (
+    GaussianDiffusion,
+    NoiseSource,
+    find_attribute,
+    standard_normal,
+)
 from diffussm.embeddings import Labels, as_labels
 from diffussm.forward_process import working_dtype
 from diffussm.guards import (
@@ -117,7 +122,7 @@ class Sampler:
         chain: GaussianDiffusion,
         x: Tensor,
         y: Tensor | None,
-        generator: torch.Generator | None,
+        generator: NoiseSource,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         with find_attribute(model, "cached_kernels", nullcontext)():
             for step in reversed(range(self.steps)):
@@ -130,7 +135,7 @@ class Sampler:
         diffusion: GaussianDiffusion,
         y: Labels | None,
         *,
-        generator: torch.Generator | None = None,
+        generator: NoiseSource = None,
         noise: Tensor | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -166,7 +171,7 @@ class Sampler:
 def _start(
     model: Callable[..., Tensor],
     y: Labels | None,
-    generator: torch.Generator | None,
+    generator: NoiseSource,
     noise: Tensor | None,
     shape: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -185,7 +190,7 @@ def _start(
 def _drawn_noise(
     model: Callable[..., Tensor],
     labels: Tensor | None,
-    generator: torch.Generator | None,
+    generator: NoiseSource,
     **sizes: int,
 ) -> Tensor:
     if labels is None:
@@ -220,7 +225,7 @@ def denoise(
     diffusion: GaussianDiffusion,
     y: Labels | None,
     *,
-    generator: torch.Generator | None = None,
+    generator: NoiseSource = None,
     noise: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
     **options: Any,
@@ -232,8 +237,7 @@ def denoise(
         diffusion: The schedule that the model was trained with.
         y: Labels, integers (B,): a tensor, an array or a list. None for an
             unconditional model; then `noise` says how many.
-        generator: Source of all noise; the same state gives the same images. Default
-            torch's own.
+        generator: Source of all noise, or one for each image; default torch's own.
         noise: Start of the chain, (B, C, H, W); default drawn from `generator`.
         shape: (C, H, W) of one image; default from `noise` or `model.config`.
         options: The fields of `Sampler`.
@@ -256,7 +260,7 @@ def sample(
     steps: int = 250,
     method: str = "ddpm",
     cfg_scale: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: NoiseSource = None,
     progress: bool = True,
     **options: Any,
 ) -> Tensor:

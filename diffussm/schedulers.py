@@ -4,15 +4,20 @@ Generated from book/60_schedulers.md by `make export`: edit there.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler
 from torch import Tensor
 
+from diffussm.diffusion import GaussianDiffusion, NoiseSource, find_attribute
+from diffussm.embeddings import Labels
 from diffussm.guards import expect_int, expect_number, expect_one_of
+from diffussm.sampling import Sampler, guided
 
 __all__ = [
     "ancestral_scheduler",
@@ -22,6 +27,9 @@ __all__ = [
     "scheduler_for",
     "respaced_scheduler",
     "step_options",
+    "scheduled_walk",
+    "DRAWS_NOISE",
+    "named_scheduler",
 ]
 
 
@@ -230,3 +238,62 @@ def step_options(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:
     if eta and "eta" not in step.parameters:
         raise ValueError(f"eta={eta}: {name} has no such noise, only DDIM; omit eta")
     return {key: value for key, value in given.items() if key in step.parameters}
+
+
+@torch.no_grad()
+def scheduled_walk(
+    scheduler: Any,
+    sampler: Sampler,
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    y: Labels | None,
+    *,
+    generator: NoiseSource = None,
+    noise: Tensor,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """As `Sampler.walk`, by the steps of a scheduler instead of those of its method."""
+    T, eta = diffusion.num_timesteps, sampler.eta
+    plain, takes_v = scheduler_for(scheduler, T)
+    short, times, levels = respaced_scheduler(plain, T, sampler.steps, noise.device)
+    options = step_options(short, eta, generator)
+    predict = guided(model, sampler.cfg_scale, sampler.guidance_channels)
+    x, last = noise * short.init_noise_sigma, len(times) - 1
+    x_t = short.scale_model_input(x, short.timesteps[0])
+    with find_attribute(model, "cached_kernels", nullcontext)():
+        for call, t in enumerate(short.timesteps):
+            output = predict(x_t, times[call].expand(len(x)), y).to(x.dtype)
+            answer, x0 = _answered(output, x_t, levels[call], sampler.clip_denoised)
+            answer = answer if takes_v else answer.chunk(2, dim=1)[0]
+            x = short.step(answer, t, x, **options, return_dict=False)[0]
+            following = short.timesteps[min(call + 1, last)]
+            x_t = x if call == last else short.scale_model_input(x, following)
+            yield int(times[call]), x_t, x0
+
+
+def _answered(
+    output: Tensor, x_t: Tensor, alpha_bar: float, clip: bool
+) -> tuple[Tensor, Tensor]:
+    """What a network of noise and v answers, (B, 2C, H, W), and the image in it; with
+    `clip` the image ends at -1 and 1, and the noise is that which belongs to it.
+    """
+    eps, v = output.chunk(2, dim=1)
+    signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    x0 = (x_t - spread * eps) / signal
+    if clip:
+        x0 = x0.clamp(-1, 1)
+        eps = (x_t - signal * x0) / spread
+    return torch.cat([eps, v], dim=1), x0
+
+
+DRAWS_NOISE = {
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "SASolverScheduler",
+}
+
+
+def named_scheduler(name: str, num_train_timesteps: int) -> Any:
+    """The scheduler of a class of diffusers, for a model trained with so many steps."""
+    kind = getattr(diffusers, expect_one_of("scheduler", name, FEWEST_STEPS))
+    return kind.from_config(ancestral_scheduler(num_train_timesteps).config)

@@ -186,8 +186,8 @@ def _facts(history: History) -> dict[str, str]:
 
 
 def _left(row: dict[str, Any]) -> str:
-    seconds = row.get("seconds_left")
-    return f", {_duration(seconds)} left" if isinstance(seconds, int | float) else ""
+    left = row.get("seconds_left")
+    return f", {_duration(left)} left" if isinstance(left, int | float) and left else ""
 
 
 def draw_history(history: History, out: Path) -> None:
@@ -211,8 +211,13 @@ def draw_history(history: History, out: Path) -> None:
         figure.savefig(draft, format="png", dpi=120)
 
 
+# told apart with any of the common kinds of colour blindness (Okabe and Ito)
+_COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000"]
+
+
 def _fill(axes: Any, history: History) -> None:
     """Draw into the axes of a picture, by name."""
+    axes["loss"].set_prop_cycle(color=_COLORS)
     for name, (words, steps, values) in history.losses().items():
         axes["loss"].semilogy(steps, values, label=f"{name}: {words}")
     axes["loss"].legend(fontsize="small")

@@ -36,6 +36,36 @@ MISTAKES = [
     ("sample --from {w}/digits --grid {t}/x.png --out {t}/y", "either"),
     ("sample --from {w}/digits --grid {t}/x.png --device quantum", "quantum"),
     ("sample --from {w}/digits", "either"),
+    ("sample --from {w}/digits --gif {t}/x.gif --out {t}/y", "either"),
+    ("sample --from {w}/digits --gif {t}/x.png", "ends in .gif"),
+    ("sample --from {w}/digits --out {t}/y --cfg_scale 1,2", "a set has one"),
+    ("sample --from {w}/digits --grid {t}/x.png --cfg_scale 1,much", "1,2,4"),
+    ("sample --from {w}/digits --grid {t}/x.png --cfg_scale 1,-2", "at least 0"),
+    ("sample --from {w}/digits --grid {t}/x.png --seeds 0,1.5", "1,2,4"),
+    ("sample --from {w}/digits --grid {t}/x.png --seeds 0 --interpolate 1,2", "both"),
+    ("sample --from {w}/digits --grid {t}/x.png --interpolate 3", "two seeds"),
+    ("sample --from {w}/digits --grid {t}/x.png --interpolate 3,3", "two seeds"),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --interpolate 3,4 --per_class 1",
+        "2 or more",
+    ),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --interpolate 3,4 --method ddpm",
+        "needs ddim",
+    ),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --interpolate 3,4 --scheduler DDPM",
+        "draws noise",
+    ),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --scheduler Euler",
+        "EulerDiscreteScheduler",
+    ),
+    (
+        "sample --from {w}/digits --gif {t}/x.gif --steps 5 --scheduler "
+        "DPMSolverSinglestep",
+        "at least 64",
+    ),
     ("sample --from {w}/latent-run --grid {t}/x.png", "--vae"),
     (
         "sample --from {w}/latent-run --out {t}/y --vae {w}/other",

@@ -16,6 +16,19 @@ IDLE = [
     ),
     ("sample --from {w}/digits --out {t}/x --per_class 3", "--per_class"),
     ("sample --from {w}/digits --out {t}/x --overwrite", "--overwrite"),
+    ("sample --from {w}/digits --gif {t}/x.gif --count 3", "--count"),
+    ("sample --from {w}/digits --out {t}/x --seeds 1,2", "--seeds"),
+    ("sample --from {w}/digits --out {t}/x --interpolate 1,2", "--interpolate"),
+    ("sample --from {w}/digits --out {t}/x --scheduler DDIM", "--scheduler"),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --seeds 1 --seed 2 --per_class 3",
+        "--seed and --per_class",
+    ),
+    ("sample --from {w}/digits --grid {t}/x.png --interpolate 1,2 --seed 2", "--seed"),
+    (
+        "sample --from {w}/digits --grid {t}/x.png --scheduler DDIM --method ddim",
+        "--method",
+    ),
     (
         "sample --from {w}/digits --out {t}/x --cfg_scale 1 --guidance_channels 1",
         "--guidance_channels",

@@ -5,6 +5,7 @@ import os
 import signal
 
 import numpy as np
+import pytest
 from commands import diffussm, grid
 from PIL import Image
 
@@ -21,7 +22,8 @@ def test_sample_draws_a_row_per_class(work, tmp_path):
     first, again, other = (
         (tmp_path / f"{name}.png").read_bytes() for name in ("first", "again", "other")
     )
-    assert np.asarray(Image.open(tmp_path / "first.png")).shape == (2 * 52, 3 * 52)
+    height, width = np.asarray(Image.open(tmp_path / "first.png")).shape
+    assert height == 2 * 52 and 3 * 52 < width < 4 * 52  # names stand beside the rows
     assert first == again != other
     assert "exists" in diffussm(words + "first.png", 1, w=work, t=tmp_path)
     assert (tmp_path / "first.png").read_bytes() == first
@@ -205,3 +207,88 @@ def test_latents_are_not_clamped_to_the_range_of_pixels(work, tmp_path):
         code=1,
     )
     assert "--clip_denoised true" in said and not (tmp_path / "a.png").exists()
+
+
+def places(file, columns):
+    """The places of a grid of digits, (rows, columns, 52, 52)."""
+    grid = np.asarray(Image.open(file)).astype(int)[:, -52 * columns :]
+    return grid.reshape(-1, 52, columns, 52).transpose(0, 2, 1, 3)
+
+
+def same(a, b):
+    """Other batches round in another way."""
+    return a.shape == b.shape and np.abs(a - b).max() <= 1
+
+
+def test_scales_are_rows_and_seeds_are_columns(work, tmp_path):
+    words = f"sample --from {work}/digits --steps 3 --device cpu --grid {tmp_path}/"
+    options = "--classes 3,7 --cfg_scale 1,2.5 --seeds 0,4,2"
+    said = diffussm(f"{words}x.png {options}")
+    assert "cfg_scale 1: 6 images" in said and "cfg_scale 2.5: 6 images" in said
+    assert "18 passes" in said and "36 passes" in said
+    diffussm(f"{words}y.png --classes 7 --cfg_scale 2.5 --seeds 2,0")
+    x, y = places(tmp_path / "x.png", 3), places(tmp_path / "y.png", 2)
+    assert len(x) == 4 and same(y[0], x[3][[2, 0]]) and not same(y[0], x[1][[2, 0]])
+
+
+def test_the_way_between_two_seeds_is_walked_by_ddim_and_ends_at_both(work, tmp_path):
+    words = f"sample --from {work}/digits --classes 3 --steps 3 --device cpu --grid "
+    diffussm(f"{words}{tmp_path}/way.png --interpolate 3,7 --per_class 5")
+    diffussm(f"{words}{tmp_path}/ends.png --seeds 3,7 --method ddim")
+    way, ends = places(tmp_path / "way.png", 5), places(tmp_path / "ends.png", 2)
+    assert same(way[:, [0, 4]], ends) and not same(way[:, 2], ends[:, 0])
+
+
+def test_names_stand_beside_the_rows_of_a_grid_drawn_in_training(work):
+    height, width = np.asarray(Image.open(work / "digits" / "samples.png")).shape
+    assert height == 10 * 52 and 8 * 52 < width < 9 * 52
+    height, width, _ = np.asarray(Image.open(work / "latent-run" / "samples.png")).shape
+    assert height == 2 * 52 and width > 8 * 52 + 24  # cats and dogs
+
+
+def test_a_gif_and_a_grid_show_the_same_walk(work, tmp_path):
+    words = (
+        f"sample --from {work}/digits --classes 3 --steps 3 --device cpu --seeds 0,1"
+    )
+    said = diffussm(f"{words} --grid {tmp_path}/x.png --gif {tmp_path}/x.gif")
+    assert f"wrote {tmp_path}/x.gif" in said and f"wrote {tmp_path}/x.png" in said
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames == 3
+        film.seek(2)
+        last = np.asarray(film.convert("L")).astype(int)
+    assert same(last[None, None, :, -104:-52], places(tmp_path / "x.png", 2)[:, :1])
+    assert "exists" in diffussm(f"{words} --gif {tmp_path}/x.gif", 1)
+    diffussm(f"{words} --gif {tmp_path}/x.gif --overwrite")
+    latents = f"sample --from {work}/latent-run --vae {work}/vae --steps 2 --device cpu"
+    diffussm(f"{latents} --per_class 2 --gif {tmp_path}/latents.gif")
+    with Image.open(tmp_path / "latents.gif") as film:
+        assert film.n_frames == 2 and film.height == 2 * 52
+
+
+# diffusers' own, of NumPy
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_schedulers_of_diffusers_draw_pictures_by_name(work, tmp_path):
+    words = f"sample --from {work}/digits --classes 3 --steps 4 --device cpu --seeds 0 "
+    drawn = {}
+    for name in ("DDIM", "DDIMScheduler", "UniPCMultistep", "HeunDiscrete"):
+        diffussm(f"{words} --scheduler {name} --grid {tmp_path}/{name}.png")
+        drawn[name] = places(tmp_path / f"{name}.png", 1)
+    diffussm(f"{words} --method ddim --grid {tmp_path}/ours.png")
+    assert same(drawn["DDIM"], places(tmp_path / "ours.png", 1))
+    assert np.array_equal(drawn.pop("DDIMScheduler"), drawn["DDIM"])
+    assert len({one.tobytes() for one in drawn.values()}) == 3
+    diffussm(f"{words} --scheduler HeunDiscrete --gif {tmp_path}/x.gif")
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.n_frames == 7  # it asks the network twice for a step, but the last
+
+
+def test_a_set_keeps_the_guidance_of_its_preset(work, tmp_path):
+    words = f"sample --from {work}/digits --count 1 --steps 2 --device cpu --out "
+    for name, options, scale in (
+        ("a", "", 1.5),
+        ("b", "--preset pretty", 4.0),
+        ("c", "--cfg_scale 3", 3.0),
+    ):
+        diffussm(f"{words}{tmp_path}/{name} {options}")
+        record = json.loads((tmp_path / name / "samples.json").read_text())
+        assert record["cfg_scale"] == scale

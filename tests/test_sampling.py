@@ -252,6 +252,20 @@ def test_a_sampler_draws_what_sample_draws(method):
     assert torch.equal([x for _, x, _ in walked][-1], images)
 
 
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 0.7)])
+def test_a_generator_for_each_image_makes_it_independent_of_the_others(method, eta):
+    def images(*seeds):
+        y, generators = torch.tensor(seeds), [seeded(10 + seed) for seed in seeds]
+        return draw(method=method, eta=eta, y=y, generator=generators)
+
+    three = images(2, 0, 1)
+    for place, seed in enumerate((2, 0, 1)):
+        assert torch.allclose(images(seed)[0], three[place], atol=1e-6)
+    assert not torch.allclose(three[0], three[1], atol=1e-2)
+    with pytest.raises(ValueError, match="number of generators"):
+        draw(method=method, eta=eta, generator=[seeded(), seeded()])
+
+
 def test_eta_brings_the_noise_back():
     """Without eta the end depends on the starting noise alone; with it, on the
     generator.

@@ -12,12 +12,13 @@ from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 
+import pipelines
 import pytest
 import torch
 
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSMConfig
-from diffussm.sampling import sample
+from diffussm.sampling import Sampler, sample
 
 diffusers = pytest.importorskip("diffusers")
 import diffusers.schedulers as schedulers  # noqa: E402
@@ -26,10 +27,13 @@ from diffussm.denoiser import Denoiser  # noqa: E402
 from diffussm.pipeline import DiffuSSMPipeline  # noqa: E402
 from diffussm.schedulers import (  # noqa: E402
     ABOVE_ZERO,
+    DRAWS_NOISE,
     FEWEST_STEPS,
     ancestral_scheduler,
     linear_alphas_cumprod,
+    named_scheduler,
     respaced_scheduler,
+    scheduled_walk,
     scheduler_for,
 )
 
@@ -329,3 +333,52 @@ def test_stochastic_solvers_add_noise_where_training_would(monkeypatch):
         set(times) <= set(DIFFUSION.respace(11).timestep_map.tolist())
         and max(times) > 800
     )
+
+
+@pytest.mark.parametrize("name", sorted(FEWEST_STEPS))
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_walk_ends_at_the_image_of_the_pipeline(name, clip):
+    """Two loops around the same scheduler: with guidance, clipping and generators."""
+    model = pipelines.network(in_channels=1).eval()
+    pipe = pipelines.piped(model, scheduler=named_scheduler(name, 1000))
+    seeds, noise = (5, 6), torch.randn(2, 1, 4, 4, generator=pipelines.seeded(9))
+    steps = max(6, FEWEST_STEPS[name])
+    theirs = pipelines.draw(
+        pipe,
+        (0, 2),
+        num_inference_steps=steps,
+        guidance_scale=2.5,
+        clip_denoised=clip,
+        latents=noise,
+        generator=[pipelines.seeded(seed) for seed in seeds],
+    )
+    sampler = Sampler(steps, cfg_scale=2.5, clip_denoised=clip)
+    how = {"generator": [pipelines.seeded(seed) for seed in seeds], "noise": noise}
+    y, scheduler = torch.tensor([0, 2]), named_scheduler(name, 1000)
+    walked = list(scheduled_walk(scheduler, sampler, model, DIFFUSION, y, **how))
+    times = [t for t, _, _ in walked]
+    assert torch.equal(walked[-1][1], theirs) and times == sorted(times, reverse=True)
+    assert max(x0.abs().max() for _, _, x0 in walked) <= 1 or not clip
+    if name not in DRAWS_NOISE:  # a state on the way has the spread of its noise
+        first = walked[0][1].std()
+        assert 0.5 < first < 1.5 or not clip
+
+
+@pytest.mark.parametrize("name", sorted(FEWEST_STEPS))
+def test_those_that_draw_noise_on_the_way_are_named(name):
+    model, noise = pipelines.network(in_channels=1).eval(), torch.ones(1, 1, 4, 4)
+    sampler, ends = Sampler(max(6, FEWEST_STEPS[name]), clip_denoised=True), []
+    for seed in (0, 1):
+        how = {"generator": pipelines.seeded(seed), "noise": noise}
+        scheduler, y = named_scheduler(name, 1000), torch.tensor([1])
+        for _, x, _ in scheduled_walk(scheduler, sampler, model, DIFFUSION, y, **how):
+            end = x
+        ends.append(end)
+    assert torch.equal(*ends) == (name not in DRAWS_NOISE)
+
+
+def test_a_scheduler_that_is_not_known_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean .*EulerDiscreteScheduler"):
+        named_scheduler("EulerScheduler", 1000)
+    with pytest.raises(ValueError, match="known"):
+        named_scheduler("FlowMatchEulerDiscreteScheduler", 1000)

@@ -1,0 +1,195 @@
+"""Pictures to look at.
+
+Generated from book/97_look_commands.md by `make export`: edit there.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffussm.command_line import check_new, refuse_idle
+from diffussm.guards import expect_number, explain, refuse
+
+if TYPE_CHECKING:
+    from diffussm.model import DiffuSSM
+    from diffussm.options import Recipe
+    from diffussm.samples import SampleSet
+    from diffussm.sampling import Sampler
+
+__all__ = ["show", "Look", "look_of", "with_look", "draw_look", "how_many"]
+
+
+def show(run: Path, *, out: Path | None = None, overwrite: bool = False) -> int:
+    """see where a run stands: its curves and its newest samples
+
+    Print where a run stands, and draw its losses, learning rate, speed and newest
+    samples as one picture. The run may go on meanwhile.
+
+    Args:
+        run: folder of the run
+        out: a PNG file to write; default: show.png in that folder, drawn anew each time
+        overwrite: replace the file named by --out if it exists
+    """
+    from diffussm.show import draw_history, read_history, summary
+
+    if out is not None:
+        check_new(out, ".png", ".PNG", overwrite=overwrite)
+    history, picture = read_history(run), out or run / "show.png"
+    print(summary(history, time.time()), flush=True)
+    try:
+        draw_history(history, picture)
+    except ValueError as cannot:
+        if out is not None:
+            raise
+        print(f"no picture: {cannot}")
+    else:
+        print(f"wrote {picture}")
+    return 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is to be looked at: the files that are written, and what they show."""
+
+    grid: Path | None = None
+    gif: Path | None = None
+    per_class: int = 8
+    cfg_scales: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    scheduler: str | None = None
+
+
+def _numbers_in(option: str, words: str | None, kind: Any) -> tuple[Any, ...]:
+    """Numbers from 0 with commas between them; none for None."""
+    if words is None:
+        return ()
+    try:
+        found = tuple(kind(word) for word in words.split(","))
+    except ValueError:
+        said = f"--{option} {words}: expected numbers with commas, as in 1,2,4"
+        raise ValueError(said) from None
+    return tuple(kind(expect_number(f"--{option}", n, least=0)) for n in found)
+
+
+def look_of(
+    grid: Path | None,
+    gif: Path | None,
+    per_class: int,
+    cfg_scale: str | None,
+    seeds: str | None,
+    interpolate: str | None,
+    scheduler: str | None,
+) -> Look:
+    """What the words of a command ask for."""
+    scales = _numbers_in("cfg_scale", cfg_scale, float)
+    columns = _numbers_in("seeds", seeds, int)
+    ends = _numbers_in("interpolate", interpolate, int)
+    return Look(grid, gif, per_class, scales, columns, ends, scheduler)
+
+
+def _check_look(look: Look, given: set[str]) -> None:
+    is_set, several = look.grid is look.gif is None, len(look.cfg_scales) > 1
+    refuse(is_set and several, "--cfg_scale: a set has one, several are for --grid")
+    refuse_idle(given, "beside --seeds", look.seeds)
+    refuse_idle(given, "beside --interpolate", look.ends)
+    refuse_idle(given, "beside --scheduler", look.scheduler)
+    refuse(look.seeds and look.ends, "give --seeds or --interpolate, not both")
+    if look.ends:
+        two = len(look.ends) == len({*look.ends}) == 2
+        refuse(not two, "--interpolate: expected two seeds that differ, as in 3,7")
+        refuse(
+            look.per_class < 2, "--per_class 1: from one seed to another are 2 or more"
+        )
+
+
+def with_look(wanted: "SampleSet", look: Look, given: set[str]) -> "SampleSet":
+    """What is wanted, with the guidance and the method that a look asks for."""
+    _check_look(look, given)
+    sampler = wanted.sampler
+    if look.cfg_scales:
+        # where several are drawn, one that guides, so that what guides is not idle
+        guiding = [scale for scale in look.cfg_scales if scale != 1]
+        sampler = replace(sampler, cfg_scale=(guiding or [1.0])[0])
+    if look.ends and look.scheduler is None:
+        noisy = "method" in given and sampler.method == "ddpm"
+        refuse(noisy, "--method ddpm draws noise on the way: --interpolate needs ddim")
+        sampler = replace(sampler, method="ddim")
+    return replace(wanted, sampler=sampler)
+
+
+def draw_look(
+    look: Look,
+    wanted: "SampleSet",
+    model: "DiffuSSM",
+    recipe: "Recipe",
+    names: Sequence[str],
+    decode: Any,
+) -> None:
+    """Draw what is to be looked at, with the network of a run, and say so."""
+    from diffussm.options import diffusion_of
+    from diffussm.pictures import draw_grid
+
+    kept = {name: getattr(wanted, name) for name in ("sampler", "precision", "seed")}
+    how: dict[str, Any] = kept | {"names": names, "decode": decode}
+    how |= {"per_class": look.per_class, "cfg_scales": look.cfg_scales}
+    how |= {"classes": wanted.classes, "start": _start_of(look)}
+    if look.scheduler is not None:
+        how["walk"] = _scheduled(look, recipe.timesteps)
+    _announce(look, wanted, model.config.num_classes)
+    draw_grid(model, diffusion_of(recipe), look.grid, gif=look.gif, **how)
+    print("\n".join(f"wrote {file}" for file in (look.grid, look.gif) if file))
+
+
+def _start_of(look: Look) -> Any:
+    """The noise of the columns; None: other noise in each place."""
+    from diffussm.pictures import between_seeds, stream_per_seed
+
+    if look.ends:
+        return partial(between_seeds, look.ends, look.per_class)
+    return partial(stream_per_seed, look.seeds) if look.seeds else None
+
+
+def _scheduled(look: Look, timesteps: int) -> Any:
+    """What walks with the scheduler that was named."""
+    with explain("--scheduler: install diffusers, or omit it", ImportError):
+        from diffussm import schedulers
+
+    name = f"{str(look.scheduler).removesuffix('Scheduler')}Scheduler"
+    scheduler = schedulers.named_scheduler(name, timesteps)
+    noisy = look.ends and name in schedulers.DRAWS_NOISE
+    refuse(noisy, f"{name} draws noise on the way: --interpolate needs one without")
+    return partial(schedulers.scheduled_walk, scheduler)
+
+
+def how_many(images: int, at_once: int, sampler: "Sampler") -> str:
+    """What is about to be drawn, in words; the last batch is whole too."""
+    batches, guided = math.ceil(images / at_once), sampler.cfg_scale != 1
+    passes = batches * at_once * sampler.steps * (2 if guided else 1)
+    these = f"{images:,} image{'s' * (images != 1)}"
+    drawn = f"{these} in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
+    both = ", each with and without the class" if guided else ""
+    walk = f"{drawn}, {sampler.steps} steps{both}"
+    return f"{walk}: {passes:,} passes of an image through the network"
+
+
+def _announce(look: Look, wanted: "SampleSet", known: int) -> None:
+    """Say what will be drawn, and whether it shows only the first classes."""
+    from diffussm.pictures import Grid
+
+    rows = len(Grid(wanted.classes).rows(known))
+    if wanted.classes is None and rows < known:
+        print(f"the first {rows} of {known} classes; name others with --classes")
+    images = rows * (len(look.seeds) or look.per_class)
+    for scale in look.cfg_scales or (wanted.sampler.cfg_scale,):
+        at = f"cfg_scale {scale:g}: " if len(look.cfg_scales) > 1 else ""
+        told = how_many(images, images, replace(wanted.sampler, cfg_scale=scale))
+        if look.scheduler:  # some ask the network more than once in a step
+            told = (
+                f"{images:,} images, {wanted.sampler.steps} steps of {look.scheduler}"
+            )
+        print(f"{at}{told}", flush=True)
