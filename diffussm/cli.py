@@ -20,7 +20,7 @@ from diffussm.command_line import (
     sentence,
     told_of,
 )
-from diffussm.file_commands import encode, evaluate, statistics, vae
+from diffussm.file_commands import encode, evaluate, export, statistics, vae
 from diffussm.look_commands import show
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "show": show,
     "sample": sample,
+    "export": export,
     "evaluate": evaluate,
     "statistics": statistics,
 }

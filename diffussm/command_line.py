@@ -127,6 +127,8 @@ _IDLE = {
     "for .npz files, whose pictures are as they are": "exif_rotate",
     "beside --self_test": "reference weights batch_size out device size exif_rotate",
     "under torchrun": "processes",
+    "without a pipeline": "vae",
+    "where no graph is written": "batch",
 }
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from diffussm.model import DiffuSSM
 
-__all__ = ["Denoiser"]
+__all__ = ["Denoiser", "as_denoiser"]
 
 
 class Denoiser(DiffuSSM):
@@ -23,11 +24,13 @@ class Denoiser(DiffuSSM):
         cls,
         folder: str | Path,
         device: str | torch.device = "cpu",
+        variant: str | None = None,
         torch_dtype: torch.dtype | None = None,
         **_: Any,
     ) -> Self:
         """As `DiffuSSM.from_pretrained`; what else diffusers passes is ignored."""
-        model = super().from_pretrained(folder, device)
+        variant = variant or _only_variant(Path(folder))
+        model = super().from_pretrained(folder, device, variant)
         return model.to(dtype=torch_dtype).requires_grad_(False).eval()
 
     @classmethod
@@ -47,3 +50,18 @@ class Denoiser(DiffuSSM):
     def dtype(self) -> torch.dtype:
         """What the weights are."""
         return self.embed_x.weight.dtype
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of the only weights in a folder; None for plain ones or several."""
+    names = [file.name for file in folder.glob("model*.safetensors")]
+    parts = names[0].split(".") if len(names) == 1 else []
+    return parts[1] if len(parts) == 3 else None
+
+
+def as_denoiser(network: Any) -> Any:
+    """A network as a `Denoiser`, out of its wrapper; another module as it is."""
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        network = network.module
+    plain = isinstance(network, DiffuSSM) and not isinstance(network, Denoiser)
+    return Denoiser.of(network) if plain else network

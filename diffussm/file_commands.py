@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 
@@ -23,7 +23,7 @@ from diffussm.command_line import (
 from diffussm.files import apply_umask, whole_folder, write_json
 from diffussm.guards import explain, refuse
 
-__all__ = ["vae", "encode", "SHOWN", "tell_skipped", "evaluate", "statistics"]
+__all__ = ["vae", "encode", "SHOWN", "tell_skipped", "export", "evaluate", "statistics"]
 
 
 def vae(
@@ -173,6 +173,65 @@ def tell_skipped(skipped: Sequence[Any]) -> None:
 def _shards_kept(out: Path) -> str:
     kept = len(list(out.glob("shard-*.json")))
     return f"{kept} finished shards are kept; the same command encodes the others"
+
+
+def export(
+    run: Path,
+    folder: Path,
+    given: set[str],
+    *,
+    format: Literal["pipeline", "safetensors", "onnx", "torch"] = "pipeline",
+    weights: Literal["ema", "model"] = "ema",
+    step: NonNegativeInt | None = None,
+    vae: str | None = None,
+    batch: PositiveInt | Literal["dynamic"] = "dynamic",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> int:
+    """write the network of a run for other programs
+
+    For diffusers, for PyTorch without this package, or for ONNX Runtime; compared
+    with the network of the run after it was written.
+
+    Args:
+        run: folder of the run
+        folder: folder to write
+        format: all for diffusers, weights alone, a graph in ONNX or of torch.export
+        weights: moving average or raw
+        step: the checkpoint to take; default: the newest
+        vae: autoencoder that decodes, for a pipeline of a run on latents
+        batch: images at once in a graph: a number, or dynamic: any
+        dtype: precision of the weights; a graph is in float32
+    """
+    refuse_idle(given, "without a pipeline", format != "pipeline")
+    refuse_idle(
+        given, "where no graph is written", format in ("pipeline", "safetensors")
+    )
+    with explain("export: pip install 'diffussm[export]'", ModuleNotFoundError):
+        import torch
+
+        from diffussm import exporting
+    with interruptible(nothing_kept):
+        exporting.check_target(folder, format, dtype)
+        pipe = _pipeline_of(run, weights, vae, step, format)
+        pipe.to(getattr(torch, dtype))
+        difference = exporting.export_network(pipe, folder, format, batch)
+    print(f"wrote {folder}: it differs by {difference:.1e} of the largest output")
+    return 0
+
+
+def _pipeline_of(
+    run: Path, weights: str, vae: str | None, step: int | None, format: str
+) -> Any:
+    """The pipeline of a run; of a run on latents it needs a decoder."""
+    from diffussm.pipeline import DiffuSSMPipeline
+    from diffussm.recipes import takes_latents
+
+    pipe = DiffuSSMPipeline.from_run(run, weights, vae, step)
+    bare = vae is None and takes_latents(pipe.denoiser.config)
+    coder = pipe.config.training.get("latents", {}).get("name", run)
+    told = f"say with --vae what decodes the latents of {coder}"
+    refuse(bare and format == "pipeline", f"{told}, or take another --format")
+    return pipe
 
 
 def evaluate(

@@ -38,7 +38,7 @@ from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS
 from diffussm.model_config import DiffuSSMConfig as DiffuSSMConfig
 
-__all__ = ["DiffuSSM"]
+__all__ = ["DiffuSSM", "weights_file"]
 
 
 class DiffuSSM(nn.Module):
@@ -219,7 +219,7 @@ class DiffuSSM(nn.Module):
         if y is None:
             raise ValueError(f"y is missing: expected 0 to {last}, {last} for no class")
         y = as_labels(y).to(y.device if isinstance(y, Tensor) else x.device)
-        expect("y", y, "B", B=len(x))
+        expect("y", y, "B", B=x.shape[0])
         expect_indices("y", y, last + 1)
         return y
 
@@ -233,7 +233,7 @@ class DiffuSSM(nn.Module):
                 f"x is {H} x {W}: crop or pad it to fit patch_size={P}, downsample={M}"
             )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
         """Write `config.json` and `model.safetensors`, each complete or not at all.
 
         Raises:
@@ -244,11 +244,14 @@ class DiffuSSM(nn.Module):
         _refuse_another(folder, self.config)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, asdict(self.config))
-        write_tensors(folder / _WEIGHTS_FILE, self.state_dict())
+        write_tensors(folder / weights_file(variant), self.state_dict())
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu"
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        variant: str | None = None,
     ) -> Self:
         """The model that `save_pretrained` wrote, in float32 at least.
 
@@ -257,11 +260,12 @@ class DiffuSSM(nn.Module):
             ValueError: a file is damaged, or does not belong to a model of this kind.
         """
         folder = Path(folder)
-        for path in (folder, folder / CONFIG_FILE, folder / _WEIGHTS_FILE):
+        weights = folder / weights_file(variant)
+        for path in (folder, folder / CONFIG_FILE, weights):
             expect_there(path, "what save_pretrained writes")
         with torch.device("meta"):
             model = cls(read_config(folder / CONFIG_FILE))
-        model.load_state_dict(_read_weights(folder / _WEIGHTS_FILE, model), assign=True)
+        model.load_state_dict(_read_weights(weights, model), assign=True)
         return model.to(device)
 
 
@@ -285,13 +289,15 @@ class _Cache:
         return bool(torch.stack(norms).max() == 0)  # never for a NaN
 
 
-_WEIGHTS_FILE = "model.safetensors"
+def weights_file(variant: str | None = None) -> str:
+    """The name of the file of weights, or of a variant of them, such as "fp16"."""
+    return f"model.{variant}.safetensors" if variant else "model.safetensors"
 
 
 def _refuse_another(folder: Path, config: DiffuSSMConfig) -> None:
     """ValueError if a folder holds a model that is not of this configuration."""
     path, ours = folder / CONFIG_FILE, asdict(config)
-    if not path.exists() and (folder / _WEIGHTS_FILE).exists():
+    if not path.exists() and (folder / weights_file()).exists():
         raise ValueError(f"{folder} holds another model: it has no {CONFIG_FILE}")
     theirs = asdict(read_config(path)) if path.exists() else ours
     expect_same(f"{folder} holds another model:", ours, theirs, "Take a new folder.")

@@ -134,7 +134,8 @@ def self_contained_code(
     needed = _Needed()
     needed.add(module, name)
     order = needed.order([module, *needed.sources])
-    head = [_HEAD.format(modules=", ".join(order)), *_imports(needed.imports), ""]
+    title = _HEAD.format(name=name, modules=", ".join(order))
+    head = [title, *_imports(needed.imports), ""]
     parts = [needed.part(other) for other in order]
     # in the file, a function of a later chapter is one of this file
     home = "home = import_module(f\"{__package__ or 'diffussm'}.{module}\")"
@@ -144,10 +145,10 @@ def self_contained_code(
 
 
 _HEAD = '''\
-"""DiffuSSM, diffusion models without attention, as a pipeline for diffusers, in one
+"""DiffuSSM, diffusion models without attention: {name}, with all that it needs, in one
 file.
 
-Written by save_pretrained out of modules of the package diffussm:
+Written out of modules of the package diffussm:
 {modules}.
 License: Apache-2.0.
 """

@@ -4,7 +4,7 @@ Generated from book/61_pipeline.md by `make export`: edit there.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffussm.class_names import check_names, class_numbers, label_table
 from diffussm.convolution import later
-from diffussm.denoiser import Denoiser
+from diffussm.denoiser import as_denoiser
 from diffussm.guards import (
     expect,
     expect_finite,
@@ -25,18 +25,10 @@ from diffussm.guards import (
     expect_one_of,
     refuse,
 )
-from diffussm.model import DiffuSSM
 from diffussm.sampling import guided
 from diffussm.schedulers import respaced_scheduler, scheduler_for, step_options
 
 __all__ = ["DiffuSSMPipeline"]
-
-
-def _denoiser(network: Any) -> Any:
-    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        network = network.module
-    plain = isinstance(network, DiffuSSM) and not isinstance(network, Denoiser)
-    return Denoiser.of(network) if plain else network
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
@@ -64,6 +56,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
     vae: Any
     model_cpu_offload_seq: Any = "denoiser->vae"
     _optional_components = ["vae"]  # noqa: RUF012, as diffusers declares it
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -75,7 +68,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         training: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__()
-        network = _denoiser(denoiser)
+        network = as_denoiser(denoiser)
         self.register_modules(denoiser=network, scheduler=scheduler, vae=vae)
         # a mapping, never a list: in model_index.json a list is a component
         names = {str(number): name for number, name in (id2label or {}).items()}
@@ -115,19 +108,37 @@ class DiffuSSMPipeline(DiffusionPipeline):
         times: Tensor,
         ask: Callable[[Tensor, int], Tensor],
         options: dict[str, Any],
-        callback: Callable[..., dict[str, Tensor] | None] | None,
+        tell: Callable[[int, Tensor, Tensor], Tensor],
     ) -> Tensor:
         """From standard normal x to what the chain ends with, (B, C, H, W) both."""
         x = x * scheduler.init_noise_sigma
+        self.num_timesteps, self._interrupt = len(scheduler.timesteps), False
         with self.denoiser.cached_kernels():
             steps = self.progress_bar(scheduler.timesteps if len(x) else [])
             for call, t in enumerate(steps):
                 output = ask(scheduler.scale_model_input(x, t), call)
                 x = scheduler.step(output, t, x, **options, return_dict=False)[0]
-                if callback is not None:
-                    answer = callback(self, call, times[call], {"latents": x})
-                    x = (answer or {}).get("latents", x)
+                x = tell(call, times[call], x)
+                if self._interrupt:
+                    break
         return x
+
+    def _telling(
+        self, callback: Callable[..., Any] | None, names: Sequence[str]
+    ) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """What is done with x after each call: the callback is told, and may answer."""
+        names = getattr(callback, "tensor_inputs", names)
+        for name in names:
+            expect_one_of("tensor input", name, self._callback_tensor_inputs)
+
+        def tell(call: int, t: Tensor, x: Tensor) -> Tensor:
+            if callback is None:
+                return x
+            told = {"latents": x} if names else {}
+            answer: Tensor = (callback(self, call, t, told) or {}).get("latents", x)
+            return answer
+
+        return tell
 
     @torch.no_grad()
     def __call__(
@@ -135,6 +146,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         class_labels: Any = None,
         images_per_label: int = 1,
         *,
+        num_images_per_prompt: int | None = None,
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
         num_inference_steps: int = 250,
@@ -145,13 +157,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         Args:
-            class_labels: names or numbers, one or many (list, array, tensor); none
-                gives no images. None for an unconditional model.
-            images_per_label: how many of each (in all, if unconditional).
+            class_labels: names or numbers, one or many (list, array, tensor; lists of
+                lists); none gives no images. None for an unconditional model.
+            images_per_label, num_images_per_prompt: how many of each (in all, if
+                unconditional).
             guidance_scale, guidance_channels: see `guided`; a scale of 1 is none.
             num_inference_steps: steps of the scheduler, 1 to T.
             eta: noise of DDIM, 0 to 1; other schedulers have none.
@@ -162,7 +176,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
                 "latent": what the chain ends with, undecoded.
             return_dict: False gives a tuple.
             callback_on_step_end: called as (pipe, call, timestep, {"latents": x}) after
-                each call of the network; may return other latents.
+                each call of the network; may return other latents. Without the name in
+                `callback_on_step_end_tensor_inputs` it gets an empty dictionary.
 
         Raises ValueError or TypeError for arguments that cannot work, before the first
         step; FloatingPointError for images that are not finite.
@@ -172,13 +187,17 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler, takes_variance = scheduler_for(self.scheduler, T)
         self._check_clipping(scheduler, clip_denoised)
         steps = expect_int("num_inference_steps", num_inference_steps, least=1, most=T)
-        y, count = self._labels(class_labels, images_per_label)
+        each = (
+            images_per_label if num_images_per_prompt is None else num_images_per_prompt
+        )
+        y, count = self._labels(class_labels, each)
+        tell = self._telling(callback_on_step_end, callback_on_step_end_tensor_inputs)
         model = self._guided(guidance_scale, guidance_channels)
         scheduler, times, levels = respaced_scheduler(scheduler, T, steps, device)
         options = step_options(scheduler, eta, generator)
         x = self._start(count, generator, latents)
         ask = _asking(model, y, times, levels, takes_variance, clip_denoised, x.dtype)
-        x = self._walk(x, scheduler, times, ask, options, callback_on_step_end)
+        x = self._walk(x, scheduler, times, ask, options, tell)
         _check_finite(f"{type(scheduler).__name__}, {steps} steps", x)
         images = self._decode(x, output_type)
         self.maybe_free_model_hooks()
@@ -285,8 +304,14 @@ class DiffuSSMPipeline(DiffusionPipeline):
         if channels is not None:
             most = self.denoiser.config.in_channels
             expect_int("guidance_channels", channels, least=1, most=most)
-        scale = expect_number("guidance_scale", scale, least=0)
-        return guided(self.denoiser, scale, channels)
+        self._guidance_scale = expect_number("guidance_scale", scale, least=0)
+        guided(self.denoiser, scale, channels)  # refused before the first step
+        return lambda *x: guided(self.denoiser, self._guidance_scale, channels)(*x)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the next step."""
+        return self._guidance_scale
 
 
 def _asking(

@@ -5,6 +5,8 @@ Generated from book/62_sharing.md by `make export`: edit there.
 
 import inspect
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -14,14 +16,15 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 
+from diffussm.denoiser import Denoiser
 from diffussm.files import apply_umask, read_json, whole_folder
-from diffussm.guards import expect_there, explain, refuse
-from diffussm.model import DiffuSSM
+from diffussm.guards import expect_one_of, expect_there, explain, refuse
+from diffussm.model import weights_file
 from diffussm.model_card import model_card, read_evaluation
 from diffussm.one_file import COMPONENT_CODE, COMPONENT_FILE, self_contained_code
 from diffussm.schedulers import ancestral_scheduler
 
-__all__ = ["load_run", "save_pipeline", "load_pipeline"]
+__all__ = ["load_run", "save_pipeline", "expect_empty", "load_pipeline"]
 
 
 def load_run(
@@ -122,7 +125,8 @@ def save_pipeline(
         name: title of the model card; default the folder's name.
         evaluation: result of `diffussm evaluate`, or the JSON file that holds it.
         license: of the weights, as the hub writes it, such as "cc-by-nc-4.0".
-        options: what diffusers passes besides; pickles (`safe_serialization=False`) are
+        options: what diffusers passes besides, such as `variant="fp16"`, which goes
+            into the names of the weights; pickles (`safe_serialization=False`) are
             refused.
 
     Raises:
@@ -130,21 +134,24 @@ def save_pipeline(
         ValueError: an option that is not supported, an evaluation that is no JSON
             object.
     """
-    _check_saving(folder, options or {})
+    options = dict(options or {})
+    variant = options.pop("variant", None)
+    _check_saving(folder, variant, options)
     evaluation = read_evaluation(evaluation)
     card = model_card(pipe, name or folder.resolve().name, evaluation, license)
     texts = {"README.md": card, **_code(), "model_index.json": _index(pipe)}
     with whole_folder(folder) as draft:
-        _save_parts(pipe, draft)
+        _save_parts(pipe, draft, variant)
         for file, text in texts.items():
             (draft / file).write_text(text, encoding="utf-8")
 
 
-def _save_parts(pipe: Any, folder: Path) -> None:
-    pipe.denoiser.save_pretrained(folder / "denoiser")
+def _save_parts(pipe: Any, folder: Path, variant: str | None) -> None:
+    pipe.denoiser.save_pretrained(folder / "denoiser", variant)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     if pipe.vae is not None:
-        pipe.vae.save_pretrained(folder / "vae", safe_serialization=True)
+        how = {"safe_serialization": True, "variant": variant}
+        pipe.vae.save_pretrained(folder / "vae", **how)
     for weights in folder.rglob("*.safetensors"):
         apply_umask(weights)
 
@@ -169,44 +176,89 @@ def _index(pipe: Any) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def _check_saving(folder: Path, options: dict[str, Any]) -> None:
+def _check_saving(folder: Path, variant: Any, options: dict[str, Any]) -> None:
+    plain = isinstance(variant, str) and variant.replace("_", "").isalnum()
+    refuse(variant and not plain, f"variant={variant!r}: expected letters and digits")
     whole = "safe_serialization"
     wrong = [f"{k}={v}" for k, v in options.items() if bool(v) != (k == whole)]
     refuse(wrong, f"save_pretrained with {wrong}: only whole safetensors are written")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is no empty folder: nothing was written")
+    expect_empty(folder)
+
+
+def expect_empty(folder: Path) -> None:
+    """FileExistsError if something is there that a new folder would replace."""
+    full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    told = f"{folder} is no empty folder: nothing was written"
+    refuse(full, told, FileExistsError)
 
 
 def load_pipeline(
     folder: Path,
     *,
-    torch_dtype: torch.dtype | None = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    variant: str | None = None,
+    device_map: Any = None,
     scheduler: Any = None,
     vae: Any = None,
+    **idle: Any,
 ) -> dict[str, Any]:
     """The arguments of the pipeline that `save_pipeline` wrote. Runs no code out of the
     folder.
 
     Args:
         folder: a local folder.
-        torch_dtype: of the weights.
+        dtype: of the weights; or a mapping from "denoiser", "vae" and "default".
+            `torch_dtype` is its old name.
+        variant: of the weights, as they were saved.
+        device_map: one device for all components.
         scheduler, vae: instead of the saved ones.
+        idle: what diffusers' loader takes and this one has no use for, such as
+            `use_safetensors=True`.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: it holds another pipeline, or damaged files.
+        ValueError: it holds another pipeline or another variant, or damaged files.
         TypeError: an unknown option.
     """
+    dtypes, device = (
+        _dtypes(torch_dtype if dtype is None else dtype),
+        _device(device_map),
+    )
+    _check_idle(idle)
     names, settings = _read_index(folder / "model_index.json")
+    _check_variant(folder, variant)
     if scheduler is None:
         kind = _scheduler_class(names["scheduler"])
         scheduler = _component(folder / "scheduler", kind)
     if vae is None and names["vae"]:
-        whole = {"use_safetensors": True, "low_cpu_mem_usage": False}
-        options = {"torch_dtype": torch_dtype, **whole}
-        vae = _component(folder / "vae", AutoencoderKL, **options)
-    denoiser = DiffuSSM.from_pretrained(folder / "denoiser").to(dtype=torch_dtype)
+        how = {"torch_dtype": dtypes["vae"], "variant": variant, **_WHOLE}
+        vae = _component(folder / "vae", AutoencoderKL, **how).to(device)
+    how = {"torch_dtype": dtypes["denoiser"], "variant": variant}
+    denoiser = Denoiser.from_pretrained(folder / "denoiser", device, **how)
+    for name, part in (("denoiser", denoiser), ("scheduler", scheduler), ("vae", vae)):
+        _DIFFUSERS.info("Loaded %s as %s from %s", name, type(part).__name__, folder)
     return {"denoiser": denoiser, "scheduler": scheduler, "vae": vae, **settings}
+
+
+_DIFFUSERS = logging.getLogger("diffusers.pipelines.pipeline_utils")  # who asks it
+_WHOLE = {"use_safetensors": True, "low_cpu_mem_usage": False}
+
+
+def _dtypes(dtype: Any) -> dict[str, Any]:
+    """The precision of each component that has one; None as it is loaded."""
+    asked = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    for name, kind in asked.items():
+        expect_one_of("dtype", name, ("denoiser", "vae", "default"))
+        wrong = kind is not None and not isinstance(kind, torch.dtype)
+        refuse(wrong, f"dtype={kind!r}: expected torch's, as torch.float16", TypeError)
+    return {name: asked.get(name, asked.get("default")) for name in ("denoiser", "vae")}
+
+
+def _device(device_map: Any) -> torch.device:
+    told = f"device_map={device_map!r}: expected one device for all, as 'cuda'"
+    with explain(told, RuntimeError, TypeError):
+        return torch.device(device_map or "cpu")
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -228,6 +280,24 @@ def _scheduler_class(name: Any) -> Any:
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):
         raise ValueError(f"the index has {name!r}: expected a scheduler of diffusers")
     return kind
+
+
+_IDLE_HERE = "use_safetensors trust_remote_code local_files_only low_cpu_mem_usage"
+
+
+def _check_idle(options: dict[str, Any]) -> None:
+    for name in options:
+        known = name in _IDLE_HERE.split()
+        refuse(not known, f"from_pretrained has no option {name!r}", TypeError)
+    pickled = options.get("use_safetensors") is False
+    refuse(pickled, "use_safetensors=False: only safetensors are read")
+
+
+def _check_variant(folder: Path, variant: str | None) -> None:
+    """In diffusers' words, for which programs look."""
+    if variant and not (folder / "denoiser" / weights_file(variant)).is_file():
+        told = f"You are trying to load the model files of the `variant={variant}`"
+        raise ValueError(f"{told}, but {folder} has none")
 
 
 def _component(folder: Path, kind: Any, **options: Any) -> Any:

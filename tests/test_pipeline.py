@@ -298,6 +298,11 @@ def test_no_labels_give_no_images(labels, vae):
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0: expected a finite number"),
         ({"guidance_channels": 5}, "guidance_channels=5: .* from 1 to 4"),
         ({"images_per_label": 0}, "images_per_label=0"),
+        ({"num_images_per_prompt": 0}, "images_per_label=0"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            "tensor input='prompt_embeds'.*latents",
+        ),
         (
             {"latents": torch.zeros(1, 4, 4, 4)},
             r"latents has shape \(1, 4, 4, 4\): expected \(B=3, C=4, H=4, W=4\)",
@@ -343,6 +348,57 @@ def test_callback_sees_every_step_and_may_change_it():
 
     assert not draw(piped(), callback_on_step_end=note).any()
     assert seen == [(0, 999), (1, 749), (2, 500), (3, 250), (4, 0)]
+
+
+def test_callback_gets_the_tensors_that_it_asks_for():
+    told, pipe = [], piped()
+
+    class Asking:
+        tensor_inputs = ()
+
+        def __call__(self, pipe, step, timestep, tensors):
+            told.append(tensors)
+            assert pipe.num_timesteps == 5
+
+    plain = draw(pipe)
+    assert torch.equal(draw(pipe, callback_on_step_end=Asking()), plain)
+    how = {"callback_on_step_end_tensor_inputs": []}
+    draw(pipe, callback_on_step_end=lambda *given: told.append(given[-1]), **how)
+    assert told == [{}] * 10
+
+
+def test_callback_may_change_the_guidance_of_the_steps_that_follow():
+    pipe, scales = piped(), []
+
+    def weaken(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step >= 1 else pipe.guidance_scale
+        scales.append(pipe.guidance_scale)
+
+    chain = {"guidance_scale": 3.0}
+    changed = draw(pipe, callback_on_step_end=weaken, **chain)
+    assert scales == [3.0, 1.0, 1.0, 1.0, 1.0]
+    assert not torch.allclose(changed, draw(pipe, **chain))
+    assert not torch.allclose(changed, draw(pipe))
+
+
+def test_callback_may_end_the_chain():
+    pipe, kept = piped(), []
+
+    def stop(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        pipe._interrupt = step == 1
+
+    assert torch.equal(draw(pipe, callback_on_step_end=stop), kept[1])
+    assert len(kept) == 2
+    draw(pipe, callback_on_step_end=lambda *_: kept.append(None))
+    assert len(kept) == 7  # the next chain is whole
+
+
+def test_images_are_counted_under_the_name_that_diffusers_has():
+    pipe = piped()
+    ours = draw(pipe, images_per_label=2)
+    assert torch.equal(draw(pipe, num_images_per_prompt=2), ours)
+    assert draw(pipe, [[0, 1], [[2]]], num_images_per_prompt=2).shape[0] == 6
 
 
 def test_global_random_state_is_untouched_with_a_generator():

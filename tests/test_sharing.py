@@ -1,6 +1,7 @@
 """A folder that loads with our package, and one that needs nobody."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -223,6 +224,87 @@ def test_saved_folder_needs_no_package(saved, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """A pipeline of which only a variant was saved."""
+    folder, pipe = tmp_path_factory.mktemp("halved") / "shark", piped(vae=small_vae())
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder, variant="fp16")
+    return SimpleNamespace(folder=folder, weights=pipe.denoiser.state_dict())
+
+
+def test_a_variant_has_names_of_its_own_and_comes_back(halved):
+    files = {str(p.relative_to(halved.folder)) for p in halved.folder.glob("*/*.s*")}
+    assert files == {
+        "denoiser/model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
+    pipe = load(halved.folder, variant="fp16")
+    for name, tensor in pipe.denoiser.state_dict().items():
+        assert torch.equal(tensor, halved.weights[name].float())
+    assert load(halved.folder, variant="fp16", dtype=torch.float16).vae.dtype == (
+        torch.float16
+    )
+
+
+def test_diffusers_loads_a_variant(halved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path)
+    )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        str(halved.folder), trust_remote_code=True, variant="fp16"
+    )
+    for name, tensor in pipe.denoiser.state_dict().items():
+        assert torch.equal(tensor, halved.weights[name].float())
+
+
+def test_a_variant_that_is_not_there_is_named(saved, tmp_path):
+    message = "trying to load the model files of the `variant=fp16`"
+    with pytest.raises(ValueError, match=message):
+        load(saved.folder, variant="fp16")
+    with pytest.raises(ValueError, match="variant='../x': expected letters"):
+        piped().save_pretrained(tmp_path / "new", variant="../x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_each_component_has_the_precision_that_it_was_given(saved, name):
+    half, brain = torch.float16, torch.bfloat16
+    for asked, denoiser, vae in (
+        ({"denoiser": brain, "default": half}, brain, half),
+        ({"vae": half}, torch.float32, half),
+        (brain, brain, brain),
+    ):
+        pipe = load(saved.folder, **{name: asked})
+        assert (pipe.denoiser.dtype, pipe.vae.dtype) == (denoiser, vae)
+    for asked, message in (
+        ({"transformer": half}, "dtype='transformer'.*denoiser, vae, default"),
+        ("half", "dtype='half': expected torch's"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            load(saved.folder, **{name: asked})
+
+
+def test_a_device_for_all_components(saved):
+    pipe = DiffuSSMPipeline.from_pretrained(saved.folder, device_map="meta")
+    assert {pipe.denoiser.device.type, pipe.vae.device.type} == {"meta"}
+    with pytest.raises(ValueError, match="device_map='balanced': expected one device"):
+        load(saved.folder, device_map="balanced")
+
+
+def test_options_of_the_librarys_loader_are_taken(saved, caplog):
+    idle = {"use_safetensors": True, "local_files_only": True}
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level("INFO", logger.name):
+        load(saved.folder, trust_remote_code=True, low_cpu_mem_usage=True, **idle)
+    logger.removeHandler(caplog.handler)
+    assert "Loaded denoiser as Denoiser" in caplog.text
+    with pytest.raises(ValueError, match="only safetensors are read"):
+        load(saved.folder, use_safetensors=False)
+
+
 def test_diffusers_asks_before_it_runs_code(saved, tmp_path):
     with pytest.raises(ValueError, match="trust_remote_code"):
         diffusers.DiffusionPipeline.from_pretrained(str(saved.folder))
@@ -368,8 +450,8 @@ def test_our_loader_runs_no_code_of_the_folder(saved, tmp_path):
 
 
 def test_other_pipelines_and_unknown_options_are_refused(saved, tmp_path):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'variant'"):
-        load(saved.folder, variant="fp16")
+    with pytest.raises(TypeError, match="no option 'revision'"):
+        load(saved.folder, revision="main")
     folder = damaged(saved, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(
