@@ -238,7 +238,8 @@ The denoiser of a diffusion model without attention (DiffuSSM), as {what}.
 The scheduler is not inside. The network was trained on a linear schedule of {T} steps,
 beta from {first:g} to {end:g}, and predicts the noise in its first {C} channels; in the
 others where the variance lies between its bounds. In diffusers that is
-`DDPMScheduler({T}, {first:g}, {end:g}, variance_type="learned_range")`.
+`DDPMScheduler({T}, {first:g}, {end:g}, variance_type="learned_range",
+clip_sample=False)`.
 {guidance}`export.json` has the sizes, the names of the classes and what is known of the
 training.
 

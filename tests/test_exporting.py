@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 from commands import diffussm
 from pipelines import network, piped
 
@@ -16,6 +17,7 @@ import diffussm as package
 from diffussm import exporting
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.exporting import DepthwiseSSM, export_network, fixed_length, traced
+from diffussm.schedulers import ancestral_scheduler
 
 pytestmark = [
     pytest.mark.slow,
@@ -169,6 +171,12 @@ def test_the_page_and_the_record_say_what_is_inside(exported):
         assert "scheduler is not inside" in text and ("| `y` |" in text) == (
             classes > 0
         )
+        named = re.search(r"`(DDPMScheduler\([^`]*\))`", text)[1]
+        told = eval(named, {"DDPMScheduler": diffusers.DDPMScheduler})
+        ours = ancestral_scheduler(1000)
+        assert torch.equal(told.alphas_cumprod, ours.alphas_cumprod)
+        for key in ("variance_type", "clip_sample", "prediction_type"):
+            assert told.config[key] == ours.config[key]
 
 
 def test_what_differs_is_not_left_behind(tmp_path, monkeypatch):
