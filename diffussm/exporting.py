@@ -238,7 +238,7 @@ The denoiser of a diffusion model without attention (DiffuSSM), as {what}.
 The scheduler is not inside. The network was trained on a linear schedule of {T} steps,
 beta from {first:g} to {end:g}, and predicts the noise in its first {C} channels; in the
 others where the variance lies between its bounds. In diffusers that is
-`DDPMScheduler({T}, {first:g}, {end:g}, variance_type="learned_range",
+`DDPMScheduler({T}, {first}, {end}, variance_type="learned_range",
 clip_sample=False)`.
 {guidance}`export.json` has the sizes, the names of the classes and what is known of the
 training.
@@ -276,8 +276,8 @@ _Y = {
     "y_numpy": ', "y": np.zeros({B}, int)',
 }
 _GUIDANCE = """\
-For classifier-free guidance call it twice, with `y` and with {K}, and go beyond the
-second by the scale.
+For classifier-free guidance call it with `y` and with {K}; the guided noise is the
+second answer, plus the scale times the difference of the first from it.
 """
 
 
@@ -285,10 +285,8 @@ def _words(pipe: Any, batch: int | str) -> dict[str, Any]:
     """What the page says of a network."""
     config, T = pipe.denoiser.config, pipe.config.num_train_timesteps
     C, K, schedule = config.in_channels, config.num_classes, ancestral_scheduler(T)
-    label, many = (
-        f"class, 0 to {K - 1}; {K} for none",
-        "B" if batch == "dynamic" else batch,
-    )
+    many = "B" if batch == "dynamic" else batch
+    label = f"| `y` | ({many},) int64 | class, 0 to {K - 1}; {K} for none |\n"
     return {
         "fence": "`" * 3,
         "C": C,
@@ -300,10 +298,8 @@ def _words(pipe: Any, batch: int | str) -> dict[str, Any]:
         "first": schedule.config.beta_start,
         "end": schedule.config.beta_end,
         "B": many,
-        "unit": "pixels from -1 to 1"
-        if C in (1, 3)
-        else "latents, scaled as in training",
-        "labels": f"| `y` | ({many},) int64 | {label} |\n" if K else "",
+        "unit": "pixels from -1 to 1" if C in (1, 3) else "latents as in training",
+        "labels": label if K else "",
         "guidance": _GUIDANCE.format(K=K) if K else "",
     }
 
@@ -319,10 +315,8 @@ def _describe(
     words |= {"what": _WHAT[format], "load": _LOAD[format].format(**one)}
     text = _README.format(name=name, difference=found, **words)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    kept = ("num_train_timesteps", "id2label", "training")
     facts: dict[str, Any] = {"format": format, "batch": batch, "difference": found}
-    facts |= {
-        "model": asdict(pipe.denoiser.config),
-        **{k: pipe.config[k] for k in kept},
-    }
+    facts["model"] = asdict(pipe.denoiser.config)
+    for key in ("num_train_timesteps", "id2label", "training"):
+        facts[key] = pipe.config[key]
     write_json(folder / "export.json", facts)

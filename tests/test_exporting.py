@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+import diffusers
 from commands import diffussm
 from pipelines import network, piped
 
