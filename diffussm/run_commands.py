@@ -73,6 +73,19 @@ def _decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset")
     return open_decoder(vae, device, made_by)[0] if vae else None
 
 
+def _fitted(
+    recipe: "Recipe", free: frozenset[str], out: Path
+) -> tuple["Recipe", "Dataset"]:
+    """A recipe with what its data decide, and these; says what it was."""
+    from diffussm.options import as_flags
+    from diffussm.recipes import fit, inferred, open_data
+
+    data = open_data(recipe, free, out.parent)
+    if found := inferred(recipe, data, free):
+        tell(f"from {recipe.data}: {as_flags(found)}")
+    return fit(recipe, data, free), data
+
+
 def doctor(
     recipe: "Recipe",
     execution: "Execution",
@@ -177,19 +190,6 @@ def train(
             lambda: _claim(out, recipe, execution, data, other_data, init_from)
         )
         return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
-
-
-def _fitted(
-    recipe: "Recipe", free: frozenset[str], out: Path
-) -> tuple["Recipe", "Dataset"]:
-    """A recipe with what its data decide, and these; says what it was."""
-    from diffussm.options import as_flags
-    from diffussm.recipes import fit, inferred, open_data
-
-    data = open_data(recipe, free, out.parent)
-    if found := inferred(recipe, data, free):
-        tell(f"from {recipe.data}: {as_flags(found)}")
-    return fit(recipe, data, free), data
 
 
 def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
