@@ -42,6 +42,7 @@ from diffussm import (
     run_commands,
     run_folder,
     sample_command,
+    show,
 )
 from tools.book import ROOT
 
@@ -465,6 +466,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(evaluation, "evaluate", reach)
     monkeypatch.setattr(features, "save_statistics", reach)
     monkeypatch.setattr(metrics, "self_test", reach)
+    monkeypatch.setattr(show, "read_history", reach)
 
 
 def check(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
