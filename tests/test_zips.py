@@ -116,7 +116,9 @@ def sum_of(images: ZipFolder, i: int) -> float:
     return float(images.read(i).double().sum())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_processes_read_the_zip_that_they_were_given(zoo, method):
     packed = ZipFolder(zipped(zoo), 16)
@@ -152,6 +154,7 @@ def test_a_zip_that_changed_on_the_way_is_noticed(zoo):
         pickle.loads(sent)
 
 
+@pytest.mark.slow
 def test_known_broken_images_are_taken_out(zoo):
     write(zoo / "b_second" / "1.JPEG", JPEG[:300])
     packed = ZipFolder(zipped(zoo), 16)
@@ -278,6 +281,7 @@ def test_a_picture_that_unfolds_beyond_its_size_is_cut_off_there(tmp_path):
     assert peak < 1 << 20
 
 
+@pytest.mark.slow
 def test_noise_in_a_zip_is_an_image_a_broken_image_or_one_clear_error(zoo, tmp_path):
     original = zipped(zoo).read_bytes()
     whole = {
