@@ -120,7 +120,9 @@ def train_vae(
     expect_int("crop", crop, least=1, most=side)
     factor = 2 ** (len(channels) - 1)
     if crop % factor or any(width % 4 for width in channels):
-        raise ValueError(f"{crop=}, {channels=}: expected multiples of {factor} and 4")
+        raise ValueError(
+            f"{crop=}, {channels=}: expected a multiple of {factor}, and multiples of 4"
+        )
     vae = _new_vae(channels, latent_channels, side, seed)
     _start_as_identity(vae)
     optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99))
