@@ -114,7 +114,7 @@ def test_a_batch_in_four_parts_is_the_batch(tmp_path):
         log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True
     ):
         assert a == pytest.approx(b, rel=1e-4)
-    with pytest.raises(ValueError, match="choose a divisor of 8"):
+    with pytest.raises(ValueError, match="micro_batch=3 does not divide 8 images"):
         run_tiny(tmp_path / "other", micro_batch=3)
 
 
@@ -174,7 +174,7 @@ def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(
     tmp_path,
 ):
     for model, message in (
-        (replace(TINY.model, num_classes=7), "num_classes=10"),
+        (replace(TINY.model, num_classes=7), "add --model.num_classes 10"),
         (replace(TINY.model, input_size=16), "model.input_size"),
     ):
         with pytest.raises(ValueError, match=message):
