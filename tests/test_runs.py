@@ -179,7 +179,7 @@ def test_data_and_model_that_do_not_fit_are_refused_before_anything_is_written(
     ):
         with pytest.raises(ValueError, match=message):
             run_tiny(tmp_path / "run", model=model)
-    with pytest.raises(ValueError, match="pass them as dataset="):
+    with pytest.raises(ValueError, match="open these images and pass dataset="):
         train(replace(TINY, data=str(tmp_path)), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
