@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.denoiser import Denoiser
 from diffussm.files import whole_folder, write_json
-from diffussm.guards import expect, expect_one_of, explain, refuse
+from diffussm.guards import expect, expect_empty, expect_one_of, explain, refuse
 from diffussm.model import DiffuSSM
 from diffussm.one_file import COMPONENT_FILE, self_contained_code
 from diffussm.pipeline import DiffuSSMPipeline
 from diffussm.schedulers import ancestral_scheduler
-from diffussm.sharing import expect_empty
 
 __all__ = [
     "DepthwiseSSM",

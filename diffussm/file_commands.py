@@ -21,7 +21,7 @@ from diffussm.command_line import (
     start,
 )
 from diffussm.files import apply_umask, whole_folder, write_json
-from diffussm.guards import explain, refuse
+from diffussm.guards import expect_empty, explain, refuse
 
 __all__ = ["vae", "encode", "SHOWN", "tell_skipped", "export", "evaluate", "statistics"]
 
@@ -51,8 +51,7 @@ def vae(
         seed: of all that is random
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists; choose a new folder for the autoencoder")
+    expect_empty(out)
     from diffussm import autoencoder, formats
 
     source = formats.images_from(images, size, exif_rotate=exif_rotate)

@@ -26,6 +26,7 @@ __all__ = [
     "expect_finite",
     "refuse",
     "expect_there",
+    "expect_empty",
     "explain",
     "bounded",
     "check_fields",
@@ -241,6 +242,13 @@ def expect_there(path: Path, what: str) -> Path:
     """`path`, if a file or a folder is there; `what` says what it should be."""
     refuse(not path.exists(), f"there is no {path}: expected {what}", FileNotFoundError)
     return path
+
+
+def expect_empty(folder: Path, what: str = "no empty folder") -> None:
+    """FileExistsError if something is there that a new folder would replace."""
+    full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    told = f"{folder} exists and is {what}: nothing was written, take another name"
+    refuse(full, told, FileExistsError)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffussm.data import RANDOM, stratified_split
 from diffussm.files import whole_folder, write_json
-from diffussm.guards import expect_int, explain
+from diffussm.guards import expect_empty, expect_int, explain
 
 __all__ = ["OPENMOJI_CLASSES", "draw_openmoji"]
 
@@ -121,8 +121,5 @@ def _is_drawn(root: Path, recipe: dict[str, Any]) -> bool:
         found = json.loads((root / "openmoji.json").read_text())
     if found == recipe | {"images": drawn}:
         return True
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(
-            f"'{root}' is not this drawing; nothing was written. Name another folder"
-        )
+    expect_empty(root, "not this drawing")
     return False

@@ -26,7 +26,12 @@ from diffussm.guards import (
     refuse,
 )
 from diffussm.sampling import guided
-from diffussm.schedulers import respaced_scheduler, scheduler_for, step_options
+from diffussm.schedulers import (
+    answered,
+    respaced_scheduler,
+    scheduler_for,
+    step_options,
+)
 
 __all__ = ["DiffuSSMPipeline"]
 
@@ -329,20 +334,10 @@ def _asking(
 
     def ask(x_t: Tensor, call: int) -> Tensor:
         output = model(x_t, times[call].expand(len(x_t)), y).to(dtype)  # (B, 2C, H, W)
-        eps, v = output.chunk(2, dim=1)  # (B, C, H, W) each
-        if clip_denoised:
-            eps = _clipped(eps, x_t, alphas_cumprod[call])
-        return torch.cat([eps, v], dim=1) if takes_variance else eps
+        answer, _ = answered(output, x_t, alphas_cumprod[call], clip_denoised)
+        return answer if takes_variance else answer.chunk(2, dim=1)[0]
 
     return ask
-
-
-def _clipped(eps: Tensor, x_t: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that belongs to the predicted image, clamped to [-1, 1]."""
-    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    pred_xstart = ((x_t - noise * eps) / signal).clamp(-1, 1)
-    implied: Tensor = (x_t - signal * pred_xstart) / noise
-    return implied
 
 
 def _check_finite(what: str, x: Tensor) -> None:

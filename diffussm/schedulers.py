@@ -28,6 +28,7 @@ __all__ = [
     "respaced_scheduler",
     "step_options",
     "scheduled_walk",
+    "answered",
     "DRAWS_NOISE",
     "named_scheduler",
 ]
@@ -262,7 +263,7 @@ def scheduled_walk(
     with find_attribute(model, "cached_kernels", nullcontext)():
         for call, t in enumerate(short.timesteps):
             output = predict(x_t, times[call].expand(len(x)), y).to(x.dtype)
-            answer, x0 = _answered(output, x_t, levels[call], sampler.clip_denoised)
+            answer, x0 = answered(output, x_t, levels[call], sampler.clip_denoised)
             answer = answer if takes_v else answer.chunk(2, dim=1)[0]
             x = short.step(answer, t, x, **options, return_dict=False)[0]
             following = short.timesteps[min(call + 1, last)]
@@ -270,7 +271,7 @@ def scheduled_walk(
             yield int(times[call]), x_t, x0
 
 
-def _answered(
+def answered(
     output: Tensor, x_t: Tensor, alpha_bar: float, clip: bool
 ) -> tuple[Tensor, Tensor]:
     """What a network of noise and v answers, (B, 2C, H, W), and the image in it; with

@@ -18,13 +18,13 @@ from diffusers import AutoencoderKL
 
 from diffussm.denoiser import Denoiser
 from diffussm.files import apply_umask, read_json, whole_folder
-from diffussm.guards import expect_one_of, expect_there, explain, refuse
+from diffussm.guards import expect_empty, expect_one_of, expect_there, explain, refuse
 from diffussm.model import weights_file
 from diffussm.model_card import model_card, read_evaluation
 from diffussm.one_file import COMPONENT_CODE, COMPONENT_FILE, self_contained_code
 from diffussm.schedulers import ancestral_scheduler
 
-__all__ = ["load_run", "save_pipeline", "expect_empty", "load_pipeline"]
+__all__ = ["load_run", "save_pipeline", "load_pipeline"]
 
 
 def load_run(
@@ -183,13 +183,6 @@ def _check_saving(folder: Path, variant: Any, options: dict[str, Any]) -> None:
     wrong = [f"{k}={v}" for k, v in options.items() if bool(v) != (k == whole)]
     refuse(wrong, f"save_pretrained with {wrong}: only whole safetensors are written")
     expect_empty(folder)
-
-
-def expect_empty(folder: Path) -> None:
-    """FileExistsError if something is there that a new folder would replace."""
-    full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    told = f"{folder} is no empty folder: nothing was written"
-    refuse(full, told, FileExistsError)
 
 
 def load_pipeline(

@@ -123,6 +123,7 @@ MISTAKES = [
     ("encode {w}/latents {t}/new --vae {w}/vae --size 16", "no images"),
     ("encode {w}/images {t}/new --size 16", "vae"),
     ("vae {w}/images {w}/vae --size 16", "exists"),
+    ("vae {w}/images {w}/tiny.yaml --size 16", "exists"),
     ("vae {w}/images {t}/new --size 15 --steps 1", "multiple of"),
     ("vae {w}/images {t}/new --size 16 --steps 0", "v>0"),
     ("vae {t}/nowhere {t}/new", "nowhere"),

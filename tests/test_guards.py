@@ -18,6 +18,7 @@ from diffussm.guards import (
     check_fields,
     differences,
     expect,
+    expect_empty,
     expect_finite,
     expect_indices,
     expect_int,
@@ -224,3 +225,12 @@ def test_a_cause_is_told_after_our_words(tmp_path: Path) -> None:
     assert expect_there(tmp_path, "a folder") == tmp_path
     with pytest.raises(FileNotFoundError, match="there is no .*/x: expected a file"):
         expect_there(tmp_path / "x", "a file")
+
+
+def test_a_new_folder_replaces_nothing(tmp_path: Path) -> None:
+    for free in (tmp_path, tmp_path / "new"):
+        expect_empty(free)
+    (tmp_path / "file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="is no album: nothing was written"):
+            expect_empty(taken, "no album")
