@@ -300,7 +300,7 @@ class ImageFolder(StoredImages):
             return True
         reason = entry.kind
         if suffix not in EXTENSIONS:
-            reason = f"not an image by its name ({suffix or 'no ending'})"
+            reason = f"not an image by its name ({repr(suffix)[1:-1] or 'no ending'})"
         self.skipped.append(Skipped(entry.path, reason))
         return False
 
