@@ -91,7 +91,8 @@ def _loop(run: _Run) -> None:
     state, recipe, execution = run.state, run.recipe, run.execution
     network, diffusion = wrap(state.model, execution), diffusion_of(recipe)
     share = state.step, rank(), world_size(), execution.workers
-    for batch in training_batches(run.data, state.model, recipe, *share):
+    batches = training_batches(run.data, state.model, recipe, *share)
+    for batch in run.log.clock.awaited(batches):
         tally = accumulate_gradients(
             network, diffusion, batch, recipe, execution, run.device
         )

@@ -19,7 +19,7 @@ from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.distributed import leaves_alone, on_rank_zero, rank
 from diffussm.files import whole_file
 from diffussm.optimiser import describe_groups
-from diffussm.options import Execution, Recipe
+from diffussm.options import Batch, Execution, Recipe
 from diffussm.resources import utilisation
 from diffussm.training import TrainState
 
@@ -67,8 +67,16 @@ class Clock:
     """Times for the log: the only figures in it that a resumed run does not repeat."""
 
     def __init__(self, step: int, recipe: Recipe) -> None:
-        self.recipe, self.step = recipe, step
+        self.recipe, self.step, self.waited = recipe, step, 0.0
         self.started = self.last = time.perf_counter()
+
+    def awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; how long each is waited for counts."""
+        began = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -78,13 +86,15 @@ class Clock:
         self.last += time.perf_counter() - began
 
     def read(self, step: int) -> dict[str, float]:
-        """Seconds, images per second since the last call, seconds left at that rate."""
+        """Seconds; since the last call images per second and the share of waiting."""
         now = time.perf_counter()
-        rate = (step - self.step) / max(now - self.last, 1e-9)
-        self.last, self.step = now, step
+        spent = max(now - self.last, 1e-9)
+        rate, waited = (step - self.step) / spent, self.waited / spent
+        self.last, self.step, self.waited = now, step, 0.0
         return {
             "seconds": round(now - self.started, 3),
             "images_per_second": round(rate * self.recipe.batch_size, 2),
+            "data_wait": round(waited, 4),
             "seconds_left": round((self.recipe.steps - step) / rate, 1),
         }
 

@@ -19,7 +19,7 @@ CLOCKS = {
     "default_timer", "timeit", "elapsed_time", "time_by_kind", "getrusage",
 }  # fmt: skip
 # What the log of a run and a measurement hold beside their results
-TIMINGS = {"seconds", "images_per_second", "seconds_left"}
+TIMINGS = {"seconds", "images_per_second", "seconds_left", "data_wait"}
 MAGIC = re.compile(r"^\s*%%?(time|timeit|prun)\b", re.MULTILINE)
 
 

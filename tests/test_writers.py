@@ -19,5 +19,24 @@ def test_drawing_samples_does_not_count_as_training(monkeypatch):
     assert clock.read(10) == {
         "seconds": 65.0,
         "images_per_second": 16.0,
+        "data_wait": 0.0,
         "seconds_left": 45.0,
     }
+
+
+def test_waiting_for_a_batch_is_told_apart_from_training(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(writers, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def batches():
+        nonlocal now
+        for _ in range(3):
+            now += 3.0
+            yield "a batch"
+
+    clock = Clock(0, TINY)
+    for _ in clock.awaited(batches()):
+        now += 1.0
+    assert clock.read(3)["data_wait"] == 0.75
+    now += 1.0
+    assert clock.read(4)["data_wait"] == 0.0
