@@ -142,7 +142,7 @@ def _ask_disk(plan: Plan) -> str:
     free = shutil.disk_usage(there).free
     both = f"{_gigabytes(need)} needed for {kept} checkpoints, {_gigabytes(free)} free"
     cure = "free some, raise --keep_every, or choose another --out"
-    return _judged(need <= free, f"{both} at {there}", cure)
+    return _judged(need <= free, f"{both} for {plan.out}", cure)
 
 
 def _written_to(out: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -216,6 +217,16 @@ def test_no_cell_failed_or_complained(visit: Visit) -> None:
     assert not [words for words in shown if words.lstrip().startswith("|")], (
         "a table was not set as one"
     )
+
+
+def test_outputs_are_short_and_the_same_anywhere(visit: Visit) -> None:
+    """No object printed in full, no folder of the machine that made the page."""
+    printed = visit.tab.locator(".cell_output pre").all_text_contents()
+    for text in printed:
+        assert text.count("\n") <= 40, f"{len(text)} characters: {text[:200]}"
+        for path in (tempfile.gettempdir() + "/", str(ROOT)):
+            assert path not in text, text[:400]
+        assert not re.search(r" at 0x[0-9a-f]{8}", text), text[:400]
 
 
 def test_code_cells_are_on_the_page(visit: Visit) -> None:
