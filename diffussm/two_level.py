@@ -39,7 +39,7 @@ def _complex(pairs: Tensor) -> Tensor:
 
 def _product(weights: Tensor, E: Tensor, Q_conj: Tensor) -> Tensor:
     """2 Re(P Q), real (D, I, J), with P = w E."""
-    return (_pairs(weights[:, None, :] * E) @ _pairs(Q_conj).mT).mul_(2)
+    return _pairs(2 * weights[:, None, :] * E) @ _pairs(Q_conj).mT
 
 
 def _product_backward(
