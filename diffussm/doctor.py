@@ -23,6 +23,7 @@ from diffussm.bill import VAE_FILE, checkpoints_kept, published
 from diffussm.guards import explain
 from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
+from diffussm.parallel import compiler_lacking
 from diffussm.recipes import fit, open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
 
@@ -131,6 +132,15 @@ def _free_memory() -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         said = dict(line.split(":") for line in lines)["MemAvailable"]
     return 1024.0 * int(said.split()[0])
+
+
+def _ask_compiler(plan: Plan) -> str:
+    """Is there what torch.compile needs?"""
+    asked = _skip_unless(plan.execution.compile, "the recipe does not compile")
+    lacking = compiler_lacking(plan.device) if asked else ""
+    cure = "install it, or pass --compile false: slower, and the same results"
+    _judged(not lacking, f"this machine has no {lacking}", cure)
+    return "blocks are compiled at the first step, which takes minutes"
 
 
 def _ask_disk(plan: Plan) -> str:
@@ -331,6 +341,7 @@ QUESTIONS: dict[str, Callable[[Plan], str]] = {
     "GPU": _ask_gpu,
     "memory": _ask_memory,
     "bf16": _ask_bf16,
+    "compiler": _ask_compiler,
     "processes": _ask_processes,
     "disk": _ask_disk,
     "data": _ask_data,

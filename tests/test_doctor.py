@@ -101,6 +101,16 @@ def test_a_process_that_fails_is_reported_with_its_last_words():
         doctor.probe_all_reduce("cuda", 1, 60.0, program)
 
 
+def test_a_recipe_that_compiles_needs_a_compiler(monkeypatch):
+    large, execution = recipes.read_recipe("imagenet256")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding = doctor.examine("compiler", plan(large, execution))
+    assert finding.verdict == "FAIL" and "--compile false" in finding.told
+    monkeypatch.setenv("CXX", sys.executable)
+    assert doctor.examine("compiler", plan(large, execution)).verdict == "pass"
+    assert doctor.examine("compiler", plan(large)).verdict == "skip"
+
+
 def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
     large = recipes.read_recipe("imagenet256")
     run = plan(*large, processes=8, out=tmp_path / "run")

@@ -20,12 +20,13 @@ from processes import (
 )
 from tiny import SELDOM
 
+from diffussm import parallel
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import rank, world_size
 from diffussm.fft_convolution import convolve
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe, training_batch
-from diffussm.parallel import create_state, wrap
+from diffussm.parallel import compiler_lacking, create_state, wrap
 from diffussm.runs import train
 from diffussm.training import TrainState
 
@@ -143,7 +144,7 @@ def test_compiling_changes_nothing(tmp_path, alone):
 
 
 def graphs_of_a_block():
-    """Of how many graphs a block is, which fills DDP's first bucket of 1 MiB."""
+    """Of how many graphs a block is that fills more than one of DDP's buckets."""
     graphs, honest = [], torch.nn.Module.compile
 
     def count(graph, _):
@@ -151,24 +152,37 @@ def graphs_of_a_block():
         return graph.forward
 
     torch.nn.Module.compile = lambda module: honest(module, backend=count)
-    config = replace(
-        SHARED, model=replace(SHARED.model, d_model=256, n_blocks=1), timesteps=50
-    )
+    model = replace(SHARED.model, d_model=640, n_blocks=1)
+    config = replace(SHARED, model=model, timesteps=50)
     execution = replace(SELDOM, compile=True)
     with cluster() as device:
         state = create_state(config, execution, device)
-        network = wrap(state.model, execution)
+        network, (block,) = wrap(state.model, execution), state.model.blocks
         batch = training_batch(fifty(), state.model, config, 0, rank(), world_size())
         DIFFUSION.losses(network, *batch)["loss"].sum().backward()
-        (block,) = state.model.blocks
-        return len(graphs), sum(
-            p.numel() * p.element_size() for p in block.parameters()
-        )
+        size = sum(p.numel() * p.element_size() for p in block.parameters())
+        return len(graphs), size, torch._dynamo.config.optimize_ddp
 
 
 def test_ddp_does_not_cut_the_graph_of_a_compiled_block():
-    for graphs, size in together(2, graphs_of_a_block):
-        assert graphs == 1 and size > 2**20
+    for graphs, size, cutting in together(2, graphs_of_a_block):
+        assert graphs == 1 and size > 25 * 2**20
+        assert cutting  # elsewhere, for others who compile
+
+
+def test_a_machine_without_a_compiler_trains_uncompiled_and_says_so(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(parallel, "find_spec", lambda name: None)
+    assert compiler_lacking(gpu) == "triton (pip install triton)"
+    monkeypatch.setattr(parallel, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "neither-this")
+    assert compiler_lacking(gpu) == "compiler (neither-this)"
+    state = create_state(SHARED, replace(SELDOM, compile=True), CPU)
+    assert "no compiler (no-such-compiler); the blocks" in capsys.readouterr().err
+    assert all(block._compiled_call_impl is None for block in state.model.blocks)
 
 
 @pytest.mark.parametrize("size", [2, 4])
