@@ -152,7 +152,7 @@ class _WholeBlocks(DistributedDataParallel):
         from torch._dynamo import config as dynamo  # here, for it costs seconds
 
         with dynamo.patch(optimize_ddp=False):
-            return super().forward(*inputs, **options)
+            return super().forward(*inputs, **options)  # type: ignore[no-untyped-call]
 
 
 def _allow_tf32(precision: str, device: torch.device) -> None:
