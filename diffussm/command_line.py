@@ -171,15 +171,17 @@ def _add_run(parser: ArgumentParser, told: str) -> None:
 def _run_of(parser: ArgumentParser, words: list[str], options: Any) -> dict[str, Any]:
     """The recipe and the execution that the options make, and what is left open."""
     from diffussm.options import Execution, Recipe, from_flat
-    from diffussm.recipes import left_open
+    from diffussm.recipes import decided, left_open
 
     given = parser.parse_args(words, defaults=False)
     free = left_open(words[0]) - set(given.keys())
     known = [field.name for part in (Recipe, Execution) for field in fields(part)]
     values = options.as_dict()
     values = {name: values[name] for name in known}
-    recipe, execution = from_flat(values | _shortened(words[0], values, free))
-    return {"recipe": recipe, "execution": execution, "free": free}
+    kept = decided(out, free) if (out := options.get("out")) else {}
+    changed = kept or _shortened(words[0], values, free)
+    recipe, execution = from_flat(values | changed)
+    return {"recipe": recipe, "execution": execution, "free": free - kept.keys()}
 
 
 def _shortened(

@@ -36,6 +36,7 @@ __all__ = [
     "inferred",
     "fit",
     "shortened",
+    "decided",
     "open_decoder",
 ]
 
@@ -194,6 +195,17 @@ def shortened(
     if sum(options[name] for name in phases) <= options["steps"]:
         return {}
     return {k: options[k] * options["steps"] // steps for k in phases if k in free}
+
+
+def decided(run: Path, free: Collection[str]) -> dict[str, Any]:
+    """The open options that a run, if one has begun in a folder, has decided."""
+    if not (run / "config.json").is_file():
+        return {}
+    with suppress(ValueError, OSError):  # no run: who opens it will say so
+        recipe = read_run(run).recipe
+        kept = sorted((_OF_LENGTH | {"batch_size"}) & set(free))
+        return {name: getattr(recipe, name) for name in kept}
+    return {}
 
 
 def open_decoder(

@@ -10,20 +10,30 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffussm.checkpoints import find_checkpoint
+from diffussm.checkpoints import find_checkpoint, step_of
 from diffussm.data import RANDOM, Dataset
 from diffussm.distributed import on_rank_zero
 from diffussm.files import UNSUPPORTED, read_json, write_json
-from diffussm.guards import expect_same, explain
+from diffussm.guards import differences, expect_same, explain
 from diffussm.model import DiffuSSM
+from diffussm.optimiser import learning_rate_factor
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
 
-__all__ = ["RunConfig", "read_run", "open_run", "encoder_of", "locked", "load_run"]
+__all__ = [
+    "RunConfig",
+    "read_run",
+    "open_run",
+    "first_other_rate",
+    "encoder_of",
+    "locked",
+    "load_run",
+]
 
 
 class RunConfig(NamedTuple):
@@ -95,16 +105,22 @@ def _go_on(
         raise ValueError(f"{run} holds no training run, but files: name another")
     theirs = read_run(run)
     _compare_recipe(run, ours.recipe, theirs.recipe)
+    _compare_rates(run, ours.recipe, theirs.recipe)
     if encoder is not None:
         _compare_encoder(run, encoder)
     _warn_of_age(run, ours, theirs)
-    _compare_data(run, ours, theirs, other_data)
+    data = _compare_data(run, ours, theirs, other_data)
+    phases = {name: getattr(ours.recipe, name) for name in _PHASES}
+    recipe = replace(theirs.recipe, **phases)
+    _record(run, theirs, theirs._replace(recipe=recipe, data=data))
+
+
+_PHASES = ("steps", "warmup", "cooldown")
 
 
 def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
-    free = {"data"} | ({"steps"} if ours.cooldown == 0 else set())
     now, then = (
-        {key: value for key, value in asdict(recipe).items() if key not in free}
+        {k: v for k, v in asdict(recipe).items() if k not in {"data", *_PHASES}}
         for recipe in (ours, theirs)
     )
     expect_same(
@@ -112,16 +128,51 @@ def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
     )
 
 
+def first_other_rate(ours: Recipe, theirs: Recipe, done: int) -> int | None:
+    """The first of the steps done that has another learning rate in `ours`."""
+    steps = range(min(done, ours.steps))
+    now, then = (partial(learning_rate_factor, recipe=r) for r in (ours, theirs))
+    return next((step for step in steps if now(step) != then(step)), None)
+
+
+def _compare_rates(run: Path, ours: Recipe, theirs: Recipe) -> None:
+    now, then = ({name: getattr(r, name) for name in _PHASES} for r in (ours, theirs))
+    if now == then:
+        return
+    done = max(map(step_of, (run / "checkpoints").glob("step_*")), default=0)
+    if (step := first_other_rate(ours, theirs, done)) is None:
+        return
+    begun = done > theirs.steps - theirs.cooldown + 1
+    told = "its cool-down has begun, and " if begun else ""
+    raise ValueError(
+        f"{run} is at step {done}: {told}its step {step + 1} would have had another "
+        f"learning rate; {'; '.join(differences(now, then))}. Omit what differs, or "
+        f"go on from its weights in a new folder, by --init_from {run}"
+    )
+
+
+def _record(run: Path, known: RunConfig, now: RunConfig) -> None:
+    """Write what has changed in a configuration, while nobody trains."""
+    if now != known:
+        release = _lock(run)
+        try:
+            now.write(run)
+        finally:
+            release()
+
+
 def _compare_data(
     run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
-) -> None:
+) -> dict[str, Any]:
+    """What is to be remembered of the data."""
     now, then = _comparable(ours.data, theirs.data)
     if other_data and now != then:
-        earlier = [*theirs.data.pop("earlier", []), theirs.data]
-        return theirs._replace(data={**ours.data, "earlier": earlier}).write(run)
+        before = {k: v for k, v in theirs.data.items() if k != "earlier"}
+        return {**ours.data, "earlier": [*theirs.data.get("earlier", []), before]}
     expect_same(
         f"{run}: other data, which differ in", now, then, "Give those, or --other_data."
     )
+    return theirs.data
 
 
 def _comparable(*facts: dict[str, Any]) -> list[dict[str, Any]]:

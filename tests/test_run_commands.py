@@ -240,6 +240,23 @@ def test_own_pixels_and_latents_train_with_no_further_option_and_go_on(work, tmp
         assert "2 steps done" in diffussm(f"{words} {NARROW}", w=work, t=tmp_path)
 
 
+def test_a_short_run_is_prolonged_with_the_warmup_that_it_had(work, tmp_path):
+    words = f"train latents --data {{w}}/latents --out {{t}}/run {NARROW}"
+    assert "--warmup 0" in diffussm(f"{words} --steps 2", w=work, t=tmp_path)
+    said = diffussm(f"{words} --steps 24", w=work, t=tmp_path)
+    assert "few" not in said and "24 steps done" in said
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert (stored["steps"], stored["warmup"]) == (24, 0)
+    said = diffussm(f"{words} --steps 25 --warmup 3", 1, w=work, t=tmp_path)
+    assert "its step 1 would have had another learning rate; steps" in said
+    words = f"train digits --out {tmp_path}/cooled --batch_size 8 {NARROW}"
+    diffussm(f"{words} --steps 6")
+    said = diffussm(f"{words} --steps 9", 1)
+    assert (
+        "its cool-down has begun" in said and f"--init_from {tmp_path}/cooled" in said
+    )
+
+
 def test_what_was_typed_or_written_down_is_not_inferred(work, tmp_path):
     words = "train pixels --data {w}/images --out {t}/run --steps 2 --device cpu"
     (tmp_path / "some.yaml").write_text("batch_size: 20\nmodel:\n  num_classes: 3\n")

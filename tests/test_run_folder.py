@@ -14,14 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tiny import SELDOM, TINY, run_tiny, write_images
+from tiny import SELDOM, TINY, assert_same_state, run_tiny, write_images
 
 from diffussm import run_folder
 from diffussm.checkpoints import find_checkpoint
 from diffussm.data import TensorData, digits
 from diffussm.folders import ImageFolder
 from diffussm.options import warn
-from diffussm.run_folder import encoder_of, load_run, open_run
+from diffussm.run_folder import encoder_of, load_run, open_run, read_run
 from diffussm.runs import train
 
 
@@ -61,10 +61,47 @@ def test_another_runs_folder_is_refused_and_untouched(tmp_path):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["to_mother.txt"]
 
 
-def test_a_run_with_a_cooldown_cannot_be_prolonged(tmp_path):
-    run_tiny(tmp_path / "run", cooldown=2)
-    with pytest.raises(ValueError, match="steps"):
-        run_tiny(tmp_path / "run", cooldown=2, steps=12)
+def test_a_run_whose_cooldown_has_begun_cannot_be_prolonged(tmp_path):
+    run_tiny(tmp_path / "run", cooldown=3)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(
+        ValueError,
+        match=r"is at step 10: its cool-down has begun, and its step 9 would .* steps "
+        r"\(there 10, asked 12\)\. .*--init_from .*run",
+    ):
+        run_tiny(tmp_path / "run", cooldown=3, steps=12)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_run_may_be_prolonged_as_long_as_no_step_done_had_another_rate(tmp_path):
+    recipe, data = replace(TINY, warmup=2, cooldown=4), TensorData(*digits("train"))
+    longer = replace(recipe, steps=14)
+    for done in range(11):
+        run = tmp_path / str(done)
+        open_run(run, recipe, SELDOM, data)
+        (run / "checkpoints" / f"step_{done:08d}").mkdir(parents=True)
+        # counted by hand: 1/2, 1, 1, 1, 1, 1, 1, 3/4, 2/4, 1/4
+        if done <= 7:
+            open_run(run, longer, SELDOM, data)
+        else:
+            with pytest.raises(ValueError, match="its step 8 would have had another"):
+                open_run(run, longer, SELDOM, data)
+        steps = json.loads((run / "config.json").read_text())["recipe"]["steps"]
+        assert steps == (14 if done <= 7 else 10)
+    other = replace(recipe, warmup=3)
+    open_run(tmp_path / "0", other, SELDOM, data)
+    with pytest.raises(ValueError, match=r"is at step 1: its step 1 would .* warmup"):
+        open_run(tmp_path / "1", replace(longer, warmup=3), SELDOM, data)
+
+
+def test_a_prolonged_run_is_the_one_that_was_longer_from_the_beginning(tmp_path):
+    run = tmp_path / "run"
+    run_tiny(run, steps=5)
+    twice = run_tiny(run, steps=8, cooldown=3)
+    assert_same_state(twice, run_tiny(tmp_path / "once", steps=8, cooldown=3))
+    assert read_run(run) == read_run(tmp_path / "once")
+    with pytest.raises(ValueError, match="its cool-down has begun"):
+        run_tiny(run, steps=9)
 
 
 def test_a_run_that_is_being_trained_is_refused(tmp_path):
@@ -220,7 +257,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, capsys):
     file.write_text(json.dumps(values))
     assert run_tiny(tmp_path / "run").step == 10
     assert "holds no fingerprint of its data" in capsys.readouterr().err
-    assert load_run(tmp_path / "run")[1] == replace(TINY, steps=4)
+    assert load_run(tmp_path / "run")[1] == TINY  # with the steps that it has now
     values["lr"] = 2e-3
     file.write_text(json.dumps(values))
     with pytest.raises(ValueError, match="differs in lr"):
