@@ -25,15 +25,7 @@ from diffussm.optimiser import learning_rate_factor
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
 
-__all__ = [
-    "RunConfig",
-    "read_run",
-    "open_run",
-    "first_other_rate",
-    "encoder_of",
-    "locked",
-    "load_run",
-]
+__all__ = ["RunConfig", "read_run", "locked", "open_run", "encoder_of", "load_run"]
 
 
 class RunConfig(NamedTuple):
@@ -69,155 +61,6 @@ def read_run(run: Path) -> RunConfig:
 def _in_parts(values: dict[str, Any]) -> dict[str, Any]:
     data, random = values.pop("dataset"), values.pop("random", 1)
     return {"recipe": values, "execution": {}, "data": data, "random": random}
-
-
-def open_run(
-    run: Path,
-    recipe: Recipe,
-    execution: Execution,
-    dataset: Dataset,
-    other_data: bool = False,
-) -> None:
-    """Claim the folder `run` for a recipe and data, or check that it is this run.
-
-    `other_data` lets it go on with other data, which its configuration then records.
-
-    Raises:
-        ValueError: another run, a run of other data, or files that are no run.
-    """
-    chooser(execution.convolution)  # refused before there is a folder
-    ours = RunConfig(recipe, execution, dataset.identity)
-    encoder = getattr(dataset, "vae", None)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
-        run.mkdir(parents=True, exist_ok=True)
-        ours.write(run)
-        if encoder is not None:
-            write_json(run / "vae.json", encoder)
-    else:
-        _go_on(run, ours, encoder, other_data)
-
-
-def _go_on(
-    run: Path, ours: RunConfig, encoder: dict[str, Any] | None, other_data: bool
-) -> None:
-    """Compare what is there with what is asked."""
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no training run, but files: name another")
-    theirs = read_run(run)
-    _compare_recipe(run, ours.recipe, theirs.recipe)
-    _compare_rates(run, ours.recipe, theirs.recipe)
-    if encoder is not None:
-        _compare_encoder(run, encoder)
-    _warn_of_age(run, ours, theirs)
-    data = _compare_data(run, ours, theirs, other_data)
-    phases = {name: getattr(ours.recipe, name) for name in _PHASES}
-    recipe = replace(theirs.recipe, **phases)
-    _record(run, theirs, theirs._replace(recipe=recipe, data=data))
-
-
-_PHASES = ("steps", "warmup", "cooldown")
-
-
-def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
-    now, then = (
-        {k: v for k, v in asdict(recipe).items() if k not in {"data", *_PHASES}}
-        for recipe in (ours, theirs)
-    )
-    expect_same(
-        f"{run} holds another run, which differs in", now, then, "Name a new folder."
-    )
-
-
-def first_other_rate(ours: Recipe, theirs: Recipe, done: int) -> int | None:
-    """The first of the steps done that has another learning rate in `ours`."""
-    steps = range(min(done, ours.steps))
-    now, then = (partial(learning_rate_factor, recipe=r) for r in (ours, theirs))
-    return next((step for step in steps if now(step) != then(step)), None)
-
-
-def _compare_rates(run: Path, ours: Recipe, theirs: Recipe) -> None:
-    now, then = ({name: getattr(r, name) for name in _PHASES} for r in (ours, theirs))
-    if now == then:
-        return
-    done = max(map(step_of, (run / "checkpoints").glob("step_*")), default=0)
-    if (step := first_other_rate(ours, theirs, done)) is None:
-        return
-    begun = done > theirs.steps - theirs.cooldown + 1
-    told = "its cool-down has begun, and " if begun else ""
-    raise ValueError(
-        f"{run} is at step {done}: {told}its step {step + 1} would have had another "
-        f"learning rate; {'; '.join(differences(now, then))}. Omit what differs, or "
-        f"go on from its weights in a new folder, by --init_from {run}"
-    )
-
-
-def _record(run: Path, known: RunConfig, now: RunConfig) -> None:
-    """Write what has changed in a configuration, while nobody trains."""
-    if now != known:
-        release = _lock(run)
-        try:
-            now.write(run)
-        finally:
-            release()
-
-
-def _compare_data(
-    run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
-) -> dict[str, Any]:
-    """What is to be remembered of the data."""
-    now, then = _comparable(ours.data, theirs.data)
-    if other_data and now != then:
-        before = {k: v for k, v in theirs.data.items() if k != "earlier"}
-        return {**ours.data, "earlier": [*theirs.data.get("earlier", []), before]}
-    expect_same(
-        f"{run}: other data, which differ in", now, then, "Give those, or --other_data."
-    )
-    return theirs.data
-
-
-def _comparable(*facts: dict[str, Any]) -> list[dict[str, Any]]:
-    unknown = None in [one.get("fingerprint") for one in facts]
-    names = facts[0].keys() - ({"fingerprint"} if unknown else set())
-    return [{f"data.{name}": one.get(name) for name in names} for one in facts]
-
-
-def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | None:
-    """Which autoencoder's encoder made the latents of a run; None if unknown.
-
-    A run that does not remember it: the latent store `data` is asked, if it is there.
-    """
-    if (run / "vae.json").is_file():
-        return dict(read_json(run / "vae.json"))
-    if data and (manifest := Path(data) / "manifest.json").is_file():
-        return dict(read_json(manifest)["vae"])
-    return None
-
-
-def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
-    known = encoder_of(run) or encoder
-    now, then = (
-        {name: made_by.get(name) for name in ("encoder_sha256", "scaling_factor")}
-        for made_by in (encoder, known)
-    )
-    expect_same(
-        f"{run} has another encoder, which differs in", now, then, "Name a new folder."
-    )
-    write_json(run / "vae.json", known)
-
-
-def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
-    if theirs.random != RANDOM:
-        warn(
-            f"{run} was begun by a version that drew its random numbers in another "
-            "way: it goes on, but which digits are held out, order, flips, noise and "
-            "dropped labels are not those of then"
-        )
-    known, found = (config.data.get("fingerprint") for config in (theirs, ours))
-    if known is None and found is not None:
-        warn(
-            f"{run} holds no fingerprint of its data: only their number and their "
-            "classes were compared"
-        )
 
 
 @contextmanager
@@ -319,6 +162,155 @@ def _alive(process: int, token: str) -> bool:
             os.kill(process, 0)
         return True
     return False
+
+
+def open_run(
+    run: Path,
+    recipe: Recipe,
+    execution: Execution,
+    dataset: Dataset,
+    other_data: bool = False,
+) -> None:
+    """Claim the folder `run` for a recipe and data, or check that it is this run.
+
+    `other_data` lets it go on with other data, which its configuration then records.
+
+    Raises:
+        ValueError: another run, a run of other data, or files that are no run.
+    """
+    chooser(execution.convolution)  # refused before there is a folder
+    ours = RunConfig(recipe, execution, dataset.identity)
+    encoder = getattr(dataset, "vae", None)
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        run.mkdir(parents=True, exist_ok=True)
+        ours.write(run)
+        if encoder is not None:
+            write_json(run / "vae.json", encoder)
+    else:
+        _go_on(run, ours, encoder, other_data)
+
+
+def _go_on(
+    run: Path, ours: RunConfig, encoder: dict[str, Any] | None, other_data: bool
+) -> None:
+    """Compare what is there with what is asked."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} holds no training run, but files: name another")
+    theirs = read_run(run)
+    _compare_recipe(run, ours.recipe, theirs.recipe)
+    _compare_rates(run, ours.recipe, theirs.recipe)
+    if encoder is not None:
+        _compare_encoder(run, encoder)
+    _warn_of_age(run, ours, theirs)
+    data = _compare_data(run, ours, theirs, other_data)
+    phases = {name: getattr(ours.recipe, name) for name in _PHASES}
+    recipe = replace(theirs.recipe, **phases)
+    _record(run, theirs, theirs._replace(recipe=recipe, data=data))
+
+
+_PHASES = ("steps", "warmup", "cooldown")
+
+
+def _compare_recipe(run: Path, ours: Recipe, theirs: Recipe) -> None:
+    now, then = (
+        {k: v for k, v in asdict(recipe).items() if k not in {"data", *_PHASES}}
+        for recipe in (ours, theirs)
+    )
+    expect_same(
+        f"{run} holds another run, which differs in", now, then, "Name a new folder."
+    )
+
+
+def _first_other_rate(ours: Recipe, theirs: Recipe, done: int) -> int | None:
+    """The first of the steps done that has another learning rate in `ours`."""
+    both = (replace(recipe, steps=max(recipe.steps, done)) for recipe in (ours, theirs))
+    now, then = (partial(learning_rate_factor, recipe=recipe) for recipe in both)
+    return next((step for step in range(done) if now(step) != then(step)), None)
+
+
+def _compare_rates(run: Path, ours: Recipe, theirs: Recipe) -> None:
+    now, then = ({name: getattr(r, name) for name in _PHASES} for r in (ours, theirs))
+    if now == then:
+        return
+    done = max(map(step_of, (run / "checkpoints").glob("step_*")), default=0)
+    if (step := _first_other_rate(ours, theirs, done)) is None:
+        return
+    begun = done > theirs.steps - theirs.cooldown + 1
+    told = "its cool-down has begun, and " if begun else ""
+    raise ValueError(
+        f"{run} is at step {done}: {told}its step {step + 1} would have had another "
+        f"learning rate; {'; '.join(differences(now, then))}. Omit what differs, or "
+        f"go on from its weights in a new folder, by --init_from {run}"
+    )
+
+
+def _record(run: Path, known: RunConfig, now: RunConfig) -> None:
+    """Write what has changed in a configuration, while nobody trains."""
+    if now != known:
+        release = _lock(run)
+        try:
+            now.write(run)
+        finally:
+            release()
+
+
+def _compare_data(
+    run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
+) -> dict[str, Any]:
+    """What is to be remembered of the data."""
+    now, then = _comparable(ours.data, theirs.data)
+    if other_data and now != then:
+        before = {k: v for k, v in theirs.data.items() if k != "earlier"}
+        return {**ours.data, "earlier": [*theirs.data.get("earlier", []), before]}
+    expect_same(
+        f"{run}: other data, which differ in", now, then, "Give those, or --other_data."
+    )
+    return theirs.data
+
+
+def _comparable(*facts: dict[str, Any]) -> list[dict[str, Any]]:
+    unknown = None in [one.get("fingerprint") for one in facts]
+    names = facts[0].keys() - ({"fingerprint"} if unknown else set())
+    return [{f"data.{name}": one.get(name) for name in names} for one in facts]
+
+
+def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | None:
+    """Which autoencoder's encoder made the latents of a run; None if unknown.
+
+    A run that does not remember it: the latent store `data` is asked, if it is there.
+    """
+    if (run / "vae.json").is_file():
+        return dict(read_json(run / "vae.json"))
+    if data and (manifest := Path(data) / "manifest.json").is_file():
+        return dict(read_json(manifest)["vae"])
+    return None
+
+
+def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
+    known = encoder_of(run) or encoder
+    now, then = (
+        {name: made_by.get(name) for name in ("encoder_sha256", "scaling_factor")}
+        for made_by in (encoder, known)
+    )
+    expect_same(
+        f"{run} has another encoder, which differs in", now, then, "Name a new folder."
+    )
+    write_json(run / "vae.json", known)
+
+
+def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
+    if theirs.random != RANDOM:
+        warn(
+            f"{run} was begun by a version that drew its random numbers in another "
+            "way: it goes on, but which digits are held out, order, flips, noise and "
+            "dropped labels are not those of then"
+        )
+    known, found = (config.data.get("fingerprint") for config in (theirs, ours))
+    if known is None and found is not None:
+        warn(
+            f"{run} holds no fingerprint of its data: only their number and their "
+            "classes were compared"
+        )
 
 
 def load_run(
