@@ -20,10 +20,11 @@ from diffussm.command_line import (
     sentence,
     told_of,
 )
-from diffussm.file_commands import encode, evaluate, export, statistics, vae
+from diffussm.file_commands import encode, export, vae
 from diffussm.look_commands import show
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
+from diffussm.score_commands import evaluate, statistics
 
 __all__ = ["COMMANDS", "main"]
 

@@ -125,7 +125,10 @@ _IDLE = {
     "for stored latents": "exif_rotate workers",
     "for an LMDB, which has no classes": "no_classes",
     "for .npz files, whose pictures are as they are": "exif_rotate",
-    "beside --self_test": "reference weights batch_size out device size exif_rotate",
+    "beside --self_test": "reference weights batch_size out device size exif_rotate "
+    "features held_out",
+    "for Inception's features": "held_out",
+    "for features without a network": "weights batch_size device",
     "under torchrun": "processes",
     "without a pipeline": "vae",
     "where no graph is written": "batch",

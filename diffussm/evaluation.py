@@ -22,7 +22,7 @@ from diffussm.image_sets import SEED, ImageSet, Source
 from diffussm.metrics import FeatureStatistics, protocol, scores
 from diffussm.metrics import frechet_distance as frechet_distance
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "facts_of", "versions"]
 
 
 class _Scored(NamedTuple):
@@ -130,7 +130,7 @@ def evaluate(
     """
     sources = _sources(samples)
     sets = [ImageSet(one, size, exif_rotate) for one in sources]
-    facts = [_facts(one) | (how or {}) for one in sources]
+    facts = [facts_of(one) | (how or {}) for one in sources]
     extractor = extractor or load_inception(weights, device)
     known, kind = load_reference(reference, extractor, batch_size, size, exif_rotate)
     found = [_score_set(one, known, kind, extractor, batch_size) for one in sets]
@@ -141,7 +141,7 @@ def evaluate(
         "extractor": {"name": extractor.name, "sha256": extractor.checksum},
         "protocol": _one_or_all([one.protocol for one in found]),
         "notes": _all_notes(found),
-        "versions": {name: _version(name) for name in _VERSIONS},
+        "versions": versions(),
     }
 
 
@@ -188,7 +188,7 @@ def _all_notes(found: list[_Scored]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _facts(source: Source) -> dict[str, Any]:
+def facts_of(source: Source) -> dict[str, Any]:
     """What `diffussm sample` wrote beside a set."""
     if not isinstance(source, str | Path):
         return {"name": "given"}
@@ -204,6 +204,11 @@ def _facts(source: Source) -> dict[str, Any]:
     if isinstance(written, dict) and written.get("complete") is False:
         raise ValueError(f"{path} is not complete; finish it with `diffussm sample`")
     return facts | (written if isinstance(written, dict) else {})
+
+
+def versions() -> dict[str, str | None]:
+    """Of what computes scores."""
+    return {name: _version(name) for name in _VERSIONS}
 
 
 def _version(name: str) -> str | None:

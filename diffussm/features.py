@@ -127,7 +127,7 @@ def load_inception(weights: str | Path | None, device: str) -> Extractor:
     if weights is None:
         raise ValueError(
             f"--weights is missing: {WEIGHTS}, of torch-fidelity's release v0.2.0; "
-            "nothing is downloaded silently"
+            "nothing is downloaded silently. --features pixels or random need none"
         )
     return Inception(weights, device)
 

@@ -3,7 +3,6 @@
 Generated from book/95_file_commands.md by `make export`: edit there.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,18 +11,11 @@ from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 
-from diffussm.command_line import (
-    check_device,
-    check_new,
-    interruptible,
-    nothing_kept,
-    refuse_idle,
-    start,
-)
-from diffussm.files import apply_umask, whole_folder, write_json
+from diffussm.command_line import interruptible, nothing_kept, refuse_idle, start
+from diffussm.files import apply_umask, whole_folder
 from diffussm.guards import expect_empty, explain, refuse
 
-__all__ = ["vae", "encode", "SHOWN", "tell_skipped", "export", "evaluate", "statistics"]
+__all__ = ["vae", "encode", "SHOWN", "tell_skipped", "export"]
 
 
 def vae(
@@ -231,117 +223,3 @@ def _pipeline_of(
     told = f"say with --vae what decodes the latents of {coder}"
     refuse(bare and format == "pipeline", f"{told}, or take another --format")
     return pipe
-
-
-def evaluate(
-    samples: list[Path],
-    given: set[str],
-    *,
-    reference: Path | None = None,
-    weights: Path | None = None,
-    size: PositiveInt | None = None,
-    exif_rotate: bool = False,
-    batch_size: PositiveInt = 64,
-    device: str | None = None,
-    out: Path | None = None,
-    self_test: bool = False,
-) -> int:
-    """score a set of samples: FID, sFID, IS, precision, recall
-
-    Compare samples with a reference by ADM's protocol.
-
-    Args:
-        samples: folders of PNG files or .npz files; several: drawn with other seeds
-        reference: images, a .npz, or statistics
-        weights: Inception's weights, a file
-        size: crop images to size x size, as ADM does
-        exif_rotate: turn photographs as their EXIF tag says (ADM does not)
-        batch_size: images at once
-        device: DEVICE
-        out: a .json file to write
-        self_test: check the metrics, and nothing else
-    """
-    if self_test == bool(samples) or self_test == bool(reference):
-        raise ValueError("give SAMPLES and --reference, or --self_test alone")
-    if reference is None:
-        refuse_idle(given, "beside --self_test")
-        return _self_test()
-    if out is not None:
-        _check_result(out, samples)
-    _check_turned(given, *samples, reference)
-    from diffussm import evaluation
-
-    how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
-    how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
-    with interruptible(nothing_kept):
-        drawn = samples if len(samples) > 1 else samples[0]
-        result = evaluation.evaluate(drawn, reference, **how)
-    if out is not None:
-        write_json(out, result)
-    print(json.dumps(result, indent=2))
-    return 0
-
-
-def _check_result(out: Path, samples: Sequence[Path]) -> None:
-    """ValueError unless the scores of these sets can be written there."""
-    other = out.with_suffix(".scores.json")
-    if out in [path.with_suffix(".json") for path in samples]:
-        raise ValueError(f"{out} is for the record of a set; take {other}")
-    check_new(out, ".json")
-
-
-def statistics(
-    data: Path,
-    out: Path,
-    given: set[str],
-    *,
-    weights: Path | None = None,
-    size: PositiveInt | None = None,
-    exif_rotate: bool = False,
-    batch_size: PositiveInt = 64,
-    device: str | None = None,
-) -> int:
-    """store the statistics of a reference, for evaluate
-
-    Store what evaluate needs to know of a reference.
-
-    Args:
-        data: a folder of images, class folders, a zip, an LMDB, or a .npz file
-        out: the .npz file to write
-        weights: Inception's weights, a file
-        size: crop images to size x size, as ADM does
-        exif_rotate: turn photographs as their EXIF tag says (ADM does not)
-        batch_size: images at once
-        device: DEVICE
-    """
-    check_new(out, ".npz")
-    _check_turned(given, data)
-    from diffussm import features
-
-    how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
-    how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
-    with interruptible(nothing_kept):
-        features.save_statistics(data, out, **how)
-    print(f"wrote {out}")
-    return 0
-
-
-def _check_turned(given: set[str], *pictures: Path) -> None:
-    packed = all(path.suffix == ".npz" for path in pictures)
-    refuse_idle(given, "for .npz files, whose pictures are as they are", packed)
-
-
-def _chosen(device: str | None) -> str:
-    check_device(device)
-    from torch import cuda
-
-    return device or ("cuda" if cuda.is_available() else "cpu")
-
-
-def _self_test() -> int:
-    from diffussm import metrics
-
-    with explain("the metrics are wrong here", AssertionError):
-        metrics.self_test()
-    print("the metrics give what they must on data with known answers")
-    return 0

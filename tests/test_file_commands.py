@@ -1,11 +1,9 @@
-"""Commands from files to files: vae, encode, evaluate, statistics."""
+"""Commands from files to files: vae, encode."""
 
-import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from commands import diffussm
@@ -66,97 +64,6 @@ def test_the_vae_command_writes_what_load_vae_reads(work):
     assert vae.config.scaling_factor > 0 and not list(work.glob(".*.tmp"))
 
 
-class Averages:
-    """Features that need no download: the mean colour, and four pixels."""
-
-    name, checksum = "averages", "0" * 64
-
-    def __call__(self, images):
-        return {
-            "pool": images.float().mean((2, 3)),
-            "spatial": images[:, :, 1:3, 1:3].float().flatten(1),
-            "logits": images.float().mean(3).flatten(1) / 32,
-        }
-
-
-@pytest.fixture
-def averages(monkeypatch):
-    from diffussm import evaluation, features
-
-    for module in (evaluation, features):
-        monkeypatch.setattr(module, "load_inception", lambda *_: Averages())
-
-
-def test_statistics_and_evaluate_give_scores_that_say_how_they_came_about(
-    work, tmp_path, averages
-):
-    words = (
-        "sample --from {w}/digits --count 12 --steps 2 --batch_size 12 --device cpu "
-        "--out {t}/"
-    )
-    diffussm(words + "a.npz", w=work, t=tmp_path)
-    diffussm(words + "b.npz --seed 1", w=work, t=tmp_path)
-    diffussm("statistics {t}/a.npz {t}/stats.npz --device cpu", t=tmp_path)
-    same = (
-        "evaluate {t}/a.npz --reference {t}/stats.npz --out {t}/same.json --device cpu"
-    )
-    assert '"fid"' in diffussm(same, t=tmp_path)
-    result = json.loads((tmp_path / "same.json").read_text())
-    assert abs(result["fid"]) < 1e-3 and result["precision"] == result["recall"] == 1
-    assert result["samples"]["steps"] == 2 and result["samples"]["weights"] == "ema"
-    before = (tmp_path / "same.json").read_bytes()
-    assert (
-        "exists" in diffussm(same, 1, t=tmp_path)
-        and (tmp_path / "same.json").read_bytes() == before
-    )
-    assert "exists" in diffussm("statistics {t}/b.npz {t}/stats.npz", 1, t=tmp_path)
-    diffussm(
-        "evaluate {t}/a.npz {t}/b.npz --reference {t}/stats.npz --out {t}/both.json "
-        "--device cpu",
-        t=tmp_path,
-    )
-    both = json.loads((tmp_path / "both.json").read_text())
-    assert both["fid"]["values"][0] == result["fid"] < both["fid"]["values"][1]
-
-
-def test_a_tree_an_lmdb_and_cropped_images_are_references_alike(
-    work, tmp_path, averages
-):
-    import lmdb
-
-    files = sorted((work / "images").rglob("*.png"))
-    with (
-        lmdb.open(str(tmp_path / "lmdb"), map_size=1 << 20) as environment,
-        environment.begin(write=True) as put,
-    ):
-        for i, file in enumerate(files):
-            put.put(b"%04d" % i, file.read_bytes())
-    for name, source in (("tree", work / "images"), ("lmdb", tmp_path / "lmdb")):
-        diffussm(
-            "statistics {s} {t}/{n}.npz --size 16 --device cpu",
-            s=source,
-            n=name,
-            t=tmp_path,
-        )
-    tree, lmdb_ = (np.load(tmp_path / f"{name}.npz") for name in ("tree", "lmdb"))
-    assert tree["count"] == 12 and np.allclose(tree["mu"], lmdb_["mu"])
-    words = (
-        "evaluate {w}/images --reference {t}/tree.npz --size 16 --exif_rotate "
-        "--device cpu --out {t}/x.json"
-    )
-    diffussm(words, w=work, t=tmp_path)
-    result = json.loads((tmp_path / "x.json").read_text())
-    assert abs(result["fid"]) < 1e-3 and "exif_rotate" in json.dumps(result)
-
-
-def test_the_self_test_passes_and_says_when_it_does_not(monkeypatch):
-    from diffussm import metrics
-
-    assert "known answers" in diffussm("evaluate --self-test")
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *moments: 1.0)
-    assert "wrong here" in diffussm("evaluate --self-test", 1)
-
-
 def test_an_lmdb_has_no_classes_to_leave_out(work, tmp_path):
     import lmdb
 
@@ -194,20 +101,3 @@ def test_many_skipped_images_are_counted_after_the_first(capsys):
     )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == file_commands.SHOWN + 1 and "5 more" in lines[-1]
-
-
-def test_a_result_never_takes_the_place_of_the_record_of_a_set(work, tmp_path):
-    (tmp_path / "set.npz").write_bytes(b"")
-    said = diffussm(
-        f"evaluate {tmp_path}/set.npz --reference {tmp_path}/set.npz --out "
-        f"{tmp_path}/set.json",
-        code=1,
-    )
-    assert "set.scores.json" in said
-
-
-def test_pictures_of_an_npz_are_not_turned(tmp_path):
-    for command in ("evaluate {0} --reference {0}", "statistics {0} {1}/out.npz"):
-        words = command.format(f"{tmp_path}/set.npz", tmp_path)
-        said = diffussm(f"{words} --exif_rotate", code=1)
-        assert "--exif_rotate would have no effect" in said
