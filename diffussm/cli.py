@@ -24,7 +24,7 @@ from diffussm.file_commands import encode, export, vae
 from diffussm.look_commands import show
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
-from diffussm.score_commands import evaluate, statistics
+from diffussm.score_commands import evaluate, neighbours, statistics
 
 __all__ = ["COMMANDS", "main"]
 
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "evaluate": evaluate,
     "statistics": statistics,
+    "neighbours": neighbours,
 }
 
 

@@ -41,7 +41,8 @@ class Pairs:
 def _distances(f: Tensor, g: Tensor) -> Tensor:
     """eq-neighbours-distance of features (n, d) and (m, d): (n, m)."""
     plain = "donot_use_mm_for_euclid_dist"  # exactly zero for a copy
-    return torch.cdist(f, g, compute_mode=plain) / f.shape[1] ** 0.5
+    distances: Tensor = torch.cdist(f, g, compute_mode=plain)
+    return distances / f.shape[1] ** 0.5
 
 
 def nearest_pairs(

@@ -168,7 +168,7 @@ def real_images(name: str | Path) -> Source:
     """A path; or, where nothing has that name, `digits/train` and `digits/test`."""
     folder, _, split = str(name).rpartition("/")
     if folder == "digits" and split in ("train", "test") and not Path(name).exists():
-        return as_images(digits(split)[0]).split(64)
+        return torch.split(as_images(digits(split)[0]), 64)
     return Path(name)
 
 

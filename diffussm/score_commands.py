@@ -20,7 +20,7 @@ from diffussm.command_line import (
 from diffussm.files import write_json
 from diffussm.guards import explain
 
-__all__ = ["evaluate", "statistics"]
+__all__ = ["evaluate", "statistics", "neighbours"]
 
 
 def evaluate(
@@ -157,4 +157,50 @@ def _self_test() -> int:
     with explain("the metrics are wrong here", AssertionError):
         metrics.self_test()
     print("the metrics give what they must on data with known answers")
+    return 0
+
+
+def neighbours(
+    samples: Path,
+    *,
+    train: Path,
+    held_out: Path,
+    sheet: Path,
+    features: Literal["pixels", "random"] = "pixels",
+    count: PositiveInt = 1000,
+    size: PositiveInt | None = None,
+    mirrored: bool = False,
+    out: Path | None = None,
+) -> int:
+    """look for copies: the nearest training image of each sample, as a sheet
+
+    Lay samples beside the training images nearest to them, and held-out images beside
+    theirs. A model that copies has samples nearer than held-out images are.
+
+    Args:
+        samples: a folder of PNG files or a .npz file
+        train: the images that the run was trained on (also digits/train)
+        held_out: as real, but not among them (also digits/test)
+        sheet: a PNG file to write: the nearest pairs and their distances
+        features: of what distances are: pixels (means of fields), random filters
+        count: so many samples are looked at, at the most
+        size: crop images to size x size, as ADM does
+        mirrored: compare with mirrored training images too, as a run with --flip sees
+        out: a .json file to write
+    """
+    check_new(sheet, ".png", ".PNG")
+    if out is not None:
+        _check_result(out, [samples])
+    from diffussm.neighbours import find_copies, save_sheet
+    from diffussm.plain_scores import real_images
+
+    how: dict[str, Any] = {"features": features, "count": count}
+    how |= {"size": size, "mirrored": mirrored}
+    with interruptible(nothing_kept):
+        real = real_images(train), real_images(held_out)
+        drawn, others, told = find_copies(samples, *real, **how)
+        save_sheet(drawn, others, sheet)
+    if out is not None:
+        write_json(out, told)
+    print(json.dumps(told, indent=2))
     return 0

@@ -220,6 +220,7 @@ def test_help_lists_the_commands_and_does_not_wait_for_torch():
         "sample",
         "evaluate",
         "statistics",
+        "neighbours",
     ):
         assert name in said
     code = (

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from commands import diffussm
+from PIL import Image
 
 from diffussm.data import digits
 from diffussm.plain_scores import as_images
@@ -128,12 +130,26 @@ def test_without_inception_a_result_names_its_features_and_has_a_floor(tmp_path)
         "--held_out digits/test --features pixels --out {t}/x.json"
     )
     said = diffussm(words, t=tmp_path)
-    assert "fid" not in said.lower()
+    assert '"fid"' not in said.lower()
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["features"]["name"] == "pixels" and result["features"]["sees"]
     assert result["compared"]["images"] == len(held_out)
     real, noise = (row["kid"]["mean"] for row in result["samples"])
     assert real == result["real"]["kid"]["mean"] < noise / 100
+
+
+def test_copies_among_samples_are_laid_on_a_sheet(tmp_path):
+    x = as_images(torch.cat([digits("train")[0][:20], digits("test")[0][:40]]))
+    np.savez(tmp_path / "set.npz", x.permute(0, 2, 3, 1).numpy())
+    words = (
+        "neighbours {t}/set.npz --train digits/train --held_out digits/test --count 60 "
+        "--sheet {t}/sheet.png --out {t}/x.json"
+    )
+    diffussm(words, t=tmp_path)
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert 0.3 < told["nearer_than_held_out"] < 0.4 and told["images"] == 60
+    assert Image.open(tmp_path / "sheet.png").width > 5 * 48
+    assert "exists" in diffussm(words, 1, t=tmp_path)
 
 
 REFUSED = [
