@@ -3,6 +3,7 @@
 Generated from book/59_neighbours.md by `make export`: edit there.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def _distances(f: Tensor, g: Tensor) -> Tensor:
     """eq-neighbours-distance of features (n, d) and (m, d): (n, m)."""
     plain = "donot_use_mm_for_euclid_dist"  # exactly zero for a copy
     distances: Tensor = torch.cdist(f, g, compute_mode=plain)
-    return distances / f.shape[1] ** 0.5
+    return distances / math.sqrt(f.shape[1])
 
 
 def nearest_pairs(
@@ -57,9 +58,8 @@ def nearest_pairs(
     another size.
     """
     ours = extractor(images)["pool"]
-    found = Pairs(
-        images, torch.zeros_like(images), torch.full([len(images)], torch.inf)
-    )
+    far = torch.full([len(images)], torch.inf)
+    found = Pairs(images, torch.zeros_like(images), far)
     for batch in known:
         _check_sizes(images, batch)
         for other in (batch, batch.flip(-1)) if mirrored else (batch,):
@@ -137,10 +137,7 @@ def _summed(pairs: Pairs) -> dict[str, float]:
 
 def save_sheet(samples: Pairs, held_out: Pairs, path: Path, rows: int = 10) -> None:
     """The nearest pairs of both as one PNG, samples on the left."""
-    chosen = [
-        pairs.distance.argsort(stable=True)[:rows] for pairs in (samples, held_out)
-    ]
-    both = list(zip((samples, held_out), chosen, strict=True))
+    both = [(x, x.distance.argsort(stable=True)[:rows]) for x in (samples, held_out)]
     columns = [x[i] for pairs, i in both for x in (pairs.images, pairs.nearest)]
     columns.insert(2, torch.full_like(columns[0], 255))  # between left and right
     sheet = torch.stack(columns, 1).flatten(0, 1) / 127.5 - 1
