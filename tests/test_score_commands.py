@@ -148,7 +148,8 @@ def test_copies_among_samples_are_laid_on_a_sheet(tmp_path):
     diffussm(words, t=tmp_path)
     told = json.loads((tmp_path / "x.json").read_text())
     assert 0.3 < told["nearer_than_held_out"] < 0.4 and told["images"] == 60
-    assert Image.open(tmp_path / "sheet.png").width > 5 * 48
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 5 * 48
     assert "exists" in diffussm(words, 1, t=tmp_path)
 
 
