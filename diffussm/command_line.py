@@ -161,12 +161,19 @@ def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
 def _add_run(parser: ArgumentParser, told: str) -> None:
     """The options of a run; `--keep 400k,338M images` is a list without brackets."""
     from diffussm.options import Execution, Recipe
+    from diffussm.recomputation import Recompute
 
     parser.add_argument("recipe", type=str, help=told)
     told = "YAML file with any of the options below"
     parser.add_argument("--config", action="config", help=told)
     parser.add_class_arguments(Recipe, help="what is learnt")
-    parser.add_class_arguments(Execution, help="how it is carried out", skip={"keep"})
+    skip = {"keep", "activation_checkpointing"}
+    parser.add_class_arguments(Execution, help="how it is carried out", skip=skip)
+    told = "what of a block the backward pass computes again"
+    old = Recompute | bool  # true and false are read too
+    parser.add_argument(
+        "--activation_checkpointing", type=old, default="none", help=told
+    )
     told = "checkpoints to keep: steps or images, as in 400k,338M images"
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=told)
 

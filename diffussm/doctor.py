@@ -118,7 +118,8 @@ def _ask_memory(plan: Plan) -> str:
     each = (
         f"{_gigabytes(need)} needed for each of {plan.processes} processes (computed)"
     )
-    cure = "lower --micro_batch, or --activation_checkpointing true, --strategy fsdp"
+    recompute = "--activation_checkpointing elementwise or all"
+    cure = f"lower --micro_batch, or {recompute}, or --strategy fsdp"
     return _judged(need <= free, f"{each}, {_gigabytes(free)} free", cure)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from diffussm.convolution import without_autocast
 from diffussm.embeddings import (
@@ -33,10 +32,10 @@ from diffussm.guards import (
     expect_same,
     expect_there,
 )
-from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS
 from diffussm.model_config import DiffuSSMConfig as DiffuSSMConfig
+from diffussm.recomputation import Recompute, RecomputingBlock
 
 __all__ = ["DiffuSSM", "weights_file"]
 
@@ -61,14 +60,14 @@ class DiffuSSM(nn.Module):
         classes = config.num_classes
         self.embed_y = nn.Embedding(classes + 1, D) if classes else None
         self.blocks = nn.ModuleList(
-            HourglassBlock(D, config.d_state, M) for _ in range(config.n_blocks)
+            RecomputingBlock(D, config.d_state, M) for _ in range(config.n_blocks)
         )
         self.final_norm = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.final_modulation = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, 2 * numbers)
         self._initialize()
         self.null_label = classes if classes else None  # means "no class"
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Recompute = "none"
         self._samplers = 0  # how many cached_kernels() are open
         self._cache: _Cache | None = None
 
@@ -94,7 +93,7 @@ class DiffuSSM(nn.Module):
         x = self._embed(x)  # (B, J, D)
         kept = self._spectra(H * W // P**2)
         for block, spectra in zip(self.blocks, kept, strict=True):
-            x = self._step(block, x, c, spectra)  # (B, J, D)
+            x = block(x, c, spectra, self.activation_checkpointing)  # (B, J, D)
         x = self._decode(x, c)  # (B, J, M P P 2C)
         return to_image(x, P, M, W).contiguous()  # (B, 2C, H, W)
 
@@ -146,13 +145,6 @@ class DiffuSSM(nn.Module):
         """
         sizes = PRESETS[expect_one_of("preset", name, PRESETS)]
         return cls(DiffuSSMConfig.from_dict({**sizes, **overrides}))
-
-    def _step(self, block: nn.Module, x: Tensor, c: Tensor, spectra: Any) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, c, use_reentrant=False)
-        else:
-            x = block(x, c, spectra)
-        return x
 
     def drop_labels(
         self, y: Tensor, generator: torch.Generator | None = None

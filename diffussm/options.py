@@ -29,6 +29,7 @@ from diffussm.data import (
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.guards import bounded, check_fields, expect_one_of, refuse
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.recomputation import Recompute
 
 __all__ = [
     "Recipe",
@@ -122,7 +123,7 @@ class Execution:
     workers: int = bounded(4, least=1)
     micro_batch: int = bounded(0, least=0)
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = "none"
     compile: bool = False
     convolution: str = "fft"
 
@@ -132,6 +133,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _listed(self.keep))
+        if isinstance(self.activation_checkpointing, bool):  # as it was once
+            how = "all" if self.activation_checkpointing else "none"
+            object.__setattr__(self, "activation_checkpointing", how)
         check_fields(self)
         self.keep_steps(1)  # refuses what cannot be read
 

@@ -5,17 +5,15 @@ Generated from book/44_resources.md by `make export`: edit there.
 
 import re
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffussm.distributed import world_size
-from diffussm.hourglass import HourglassBlock, linear_macs
+from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe
 from diffussm.parallel import micro_batch_of
+from diffussm.recomputation import Recompute, kept_by
 
 __all__ = [
     "parameter_count",
@@ -35,32 +33,14 @@ def parameter_count(config: DiffuSSMConfig) -> int:
         return sum(parameter.numel() for parameter in DiffuSSM(config).parameters())
 
 
-def _kept(config: DiffuSSMConfig, precision: str, images: int) -> int:
-    """Bytes that a block keeps for its backward pass."""
-    storages: dict[int, Any] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with FakeTensorMode():
-        block = HourglassBlock(config.d_model, config.d_state, config.downsample)
-        own = {p.untyped_storage()._cdata for p in block.parameters()}
-        J = config.seq_len // config.downsample
-        x = torch.zeros(images, J, config.d_model, requires_grad=True)
-        c = torch.zeros(images, config.d_model)
-        keep = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        bf16 = precision == "bf16"
-        with keep, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            block(x, c)
-    return sum(s.nbytes() for key, s in storages.items() if key not in own)
-
-
 @cache
-def saved_bytes(config: DiffuSSMConfig, precision: str) -> tuple[float, float]:
+def saved_bytes(
+    config: DiffuSSMConfig, precision: str, recompute: Recompute = "none"
+) -> tuple[float, float]:
     """What a block keeps for its backward pass: bytes in any case, bytes per image."""
-    one, two = (_kept(config, precision, images) for images in (1, 2))
-    return float(max(2 * one - two, 0)), float(two - one)
+    runs = (kept_by(config, precision, images, recompute) for images in (1, 2))
+    one, two = (float(kept.total()) for kept in runs)
+    return max(2 * one - two, 0.0), two - one
 
 
 RESERVE = 2e9  # bytes
@@ -74,16 +54,16 @@ def memory_needed(
     Raises:
         ValueError: the batch cannot be shared by that many processes.
     """
-    model, recompute = recipe.model, execution.activation_checkpointing
+    model, how = recipe.model, execution.activation_checkpointing
     images = micro_batch_of(recipe, execution, processes)
-    fixed, each = saved_bytes(model, recipe.precision)
-    block = fixed + images * each
-    stream = 4.0 * images * model.seq_len // model.downsample * model.d_model
+    ways: tuple[Recompute, Recompute] = ("none", how)
+    whole, kept = (saved_bytes(model, recipe.precision, way) for way in ways)
+    block, left = (fixed + images * each for fixed, each in (whole, kept))
     shared = processes if execution.strategy == "fsdp" else 1
     parts = {
         "weights, gradients, average, moments": 20.0 * parameter_count(model) / shared,
-        "kept for the backward pass": model.n_blocks * (stream if recompute else block),
-        "one block at work": block + (block if recompute else 0.0),
+        "kept for the backward pass": model.n_blocks * left,
+        "one block at work": block + (block if how != "none" else 0.0),
         "reserve (assumed)": RESERVE,
     }
     return parts | {"total": sum(parts.values())}

@@ -145,7 +145,8 @@ def test_old_names_of_options_are_taken_with_a_warning(capsys):
     words = "digits --recompute true --parallel=fsdp".split()
     command_line.call(command, words, command_line.recipe_group)
     execution, given = seen.pop()
-    assert execution.activation_checkpointing and execution.strategy == "fsdp"
+    assert execution.activation_checkpointing == "all"
+    assert execution.strategy == "fsdp"
     assert given == {"activation_checkpointing", "strategy"}
     said = capsys.readouterr().err
     assert "--activation_checkpointing now" in said and "--strategy now" in said

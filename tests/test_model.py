@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ from diffussm.bidirectional import BidirectionalSSM
 from diffussm.data import digits
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.recomputation import Recompute
 
 SMALL = {
     "input_size": 8,
@@ -112,7 +114,7 @@ def test_conditional_model_listens_to_time_and_class():
     assert changed[0] == 0 and changed[1] == 0 and changed[2] > 1e-4
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_an_empty_batch_gives_an_empty_answer(recompute):
     model = awake()
     model.activation_checkpointing = recompute

@@ -108,7 +108,8 @@ def test_old_names_are_read_with_a_warning_that_says_the_new(capsys):
     old = {**asdict(TINY), "parallel": "fsdp", "recompute": True}
     old["convolution"] = "diffussm.gpu_kernels:choose_convolution"
     _, execution = from_flat(old)
-    assert execution.strategy == "fsdp" and execution.activation_checkpointing
+    assert execution.strategy == "fsdp" and execution.activation_checkpointing == "all"
+    assert Execution(activation_checkpointing=False).activation_checkpointing == "none"
     assert execution.convolution == "auto"
     said = capsys.readouterr().err
     assert "parallel is called strategy" in said

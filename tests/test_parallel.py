@@ -127,8 +127,16 @@ def test_two_processes_then_one_see_the_same_samples_in_the_same_order():
     assert len(np.unique(seen, axis=0)) == 50  # an epoch shows each image once
 
 
-def test_recomputing_changes_nothing(tmp_path, alone):
-    together(1, run_shared, tmp_path / "run", {"activation_checkpointing": True})
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"activation_checkpointing": "all"}),
+        (2, {"activation_checkpointing": "elementwise"}),
+        (2, {"activation_checkpointing": "elementwise", "strategy": "fsdp"}),
+    ],
+)
+def test_recomputing_changes_nothing(tmp_path, alone, size, changes):
+    together(size, run_shared, tmp_path / "run", changes)
     assert_close(tmp_path / "run", alone)
 
 

@@ -60,7 +60,8 @@ def test_memory_falls_with_recompute_fsdp_and_smaller_parts():
     config, execution = recipes.read_recipe("imagenet256")
     total = resources.memory_needed(config, execution, 8)["total"]
     for option in (
-        {"activation_checkpointing": True},
+        {"activation_checkpointing": "all"},
+        {"activation_checkpointing": "elementwise"},
         {"strategy": "fsdp"},
         {"micro_batch": 8},
     ):
