@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import PRESETS, DiffuSSMConfig
-from diffussm.recomputation import RecomputingBlock, Recompute, kept_by
+from diffussm.recomputation import Recompute, RecomputingBlock, kept_by
 
 SMALL = DiffuSSMConfig(
     input_size=8, in_channels=1, num_classes=2, d_model=32, n_blocks=1, d_state=8
@@ -82,7 +82,7 @@ def test_half_of_what_a_block_of_xl_keeps_is_what_products_and_convolution_gave(
     L, D, B = 1024, 1152, 8
     kept = kept_by(xl, "bf16", B, "elementwise")
     kernels = 2 * 4 * D * L  # two, in float32
-    # w0 and w3 give D numbers a place of the stream, w1 and w2 and w_up 2D; scale and shift
+    # of a place w0 and w3 give D numbers, w1, w2 and w_up 2D; then scale and shift
     stream = L // 2
     addmm = 2 * B * stream * D * (1 + 1 + 2 + 2 + 2) + 2 * B * 2 * D
     assert kept["addmm.default"] == addmm
