@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from diffussm import features
 from diffussm.bill import VAE_FILE, checkpoints_kept, published
-from diffussm.guards import explain
+from diffussm.guards import explain, refuse
 from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
 from diffussm.parallel import compiler_lacking
@@ -59,10 +59,8 @@ class Plan:
     ) -> Self:
         """The plan for this machine; `others` are the other fields."""
         asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if asked.index is not None and "LOCAL_RANK" in os.environ:
-            raise ValueError(
-                f"{asked} is one GPU for all processes; pass --device cuda"
-            )
+        alone = asked.index is not None and "LOCAL_RANK" in os.environ
+        refuse(alone, f"{asked} is one GPU for all processes; pass --device cuda")
         gpus = torch.cuda.device_count() if asked.type == "cuda" else 0
         if asked.type == "cuda":
             local = int(os.environ.get("LOCAL_RANK", 0))
@@ -109,17 +107,15 @@ def examine(what: str, plan: Plan) -> Finding:
 
 def _ask_memory(plan: Plan) -> str:
     """Does what each process needs fit what is free for it?"""
-    need = memory_needed(plan.recipe, plan.execution, plan.processes)["total"]
+    count = plan.processes
+    need = memory_needed(plan.recipe, plan.execution, count)["total"]
     if plan.device.type == "cuda":
         free = float(torch.cuda.mem_get_info(plan.device)[0])
     else:
-        here = os.environ.get("LOCAL_WORLD_SIZE", plan.processes)
+        here = os.environ.get("LOCAL_WORLD_SIZE", count)
         free = _free_memory() / int(here)
-    each = (
-        f"{_gigabytes(need)} needed for each of {plan.processes} processes (computed)"
-    )
-    recompute = "--activation_checkpointing elementwise or all"
-    cure = f"lower --micro_batch, or {recompute}, or --strategy fsdp"
+    each = f"{_gigabytes(need)} needed for each of {count} processes (computed)"
+    cure = "lower --micro_batch, or --activation_checkpointing all, --strategy fsdp"
     return _judged(need <= free, f"{each}, {_gigabytes(free)} free", cure)
 
 
@@ -137,11 +133,10 @@ def _free_memory() -> float:
 
 def _ask_compiler(plan: Plan) -> str:
     """Is there what torch.compile needs?"""
-    asked = _skip_unless(plan.execution.compile, "the recipe does not compile")
-    lacking = compiler_lacking(plan.device) if asked else ""
-    cure = "install it, or pass --compile false: slower, and the same results"
-    _judged(not lacking, f"this machine has no {lacking}", cure)
-    return "blocks are compiled at the first step, which takes minutes"
+    _skip_unless(plan.execution.compile, "the recipe does not compile")
+    lacking = compiler_lacking(plan.device)
+    seen = f"no {lacking} here" if lacking else "found"
+    return _judged(not lacking, seen, "install it, or pass --compile false")
 
 
 def _ask_disk(plan: Plan) -> str:

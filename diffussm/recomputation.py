@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from diffussm.hourglass import HourglassBlock
 
-__all__ = ["Recompute", "RecomputingBlock", "Made", "kept_by"]
+__all__ = ["Recompute", "RecomputingBlock", "kept_by"]
 
 
 Recompute = Literal["none", "elementwise", "all"]
@@ -64,7 +64,7 @@ _HOW: dict[Recompute, dict[str, Any]] = {
 }
 
 
-class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what is made within it: `made`, a reference, its bytes and its maker."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ def kept_by(
 
     The entry "input" is the stream that it was given. Nothing is allocated.
     """
-    with FakeTensorMode(), Made() as noted:
+    with FakeTensorMode(), _Made() as noted:
         block = RecomputingBlock(config.d_model, config.d_state, config.downsample)
         J, D = config.seq_len // config.downsample, config.d_model
         x, c = torch.zeros(images, J, D, requires_grad=True), torch.zeros(images, D)
