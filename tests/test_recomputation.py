@@ -39,6 +39,7 @@ def test_gradients_are_those_of_the_plain_block_bit_for_bit(recompute, bf16):
 
 def test_only_products_and_convolutions_are_kept_or_computed_once():
     """A hand count of what one block runs: seven maps, two kernels, one convolution."""
+
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), options=None):
             seen.append(operation.__name__)
