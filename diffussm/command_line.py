@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import ArgumentParser
-
 from diffussm.guards import expect_there, explain, refuse
+from diffussm.parsing import Parser
 
 __all__ = [
     "Take",
@@ -40,7 +39,7 @@ __all__ = [
 
 _DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
 Take = Callable[[Any], dict[str, Any]]
-Group = Callable[[ArgumentParser, list[str]], Take]
+Group = Callable[[Parser, list[str]], Take]
 
 
 def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
@@ -52,13 +51,10 @@ def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
     return title, " ".join(description.split()), dict(helps)
 
 
-def _parser_of(command: Callable[..., int]) -> ArgumentParser:
+def _parser_of(command: Callable[..., int]) -> Parser:
     """The parser that a command's signature and docstring describe."""
     _, description, helps = told_of(command)
-    # without abbreviations, or --model.d_mode would be taken for --model.d_model
-    parser = ArgumentParser(
-        prog=f"diffussm {command.__name__}", description=description, allow_abbrev=False
-    )
+    parser = Parser(f"diffussm {command.__name__}", description)
     parameters = inspect.signature(command).parameters
     for name, told in helps.items():
         add = partial(parser.add_argument, help=told.replace("DEVICE", _DEVICE))
@@ -70,6 +66,8 @@ def _add_option(add: Callable[..., Any], parameter: inspect.Parameter) -> None:
     name, kind = parameter.name.rstrip("_"), parameter.annotation  # from_ is --from
     if parameter.default is False:
         add(f"--{name}", action="store_true")
+    elif list[str] in get_args(kind):  # or None
+        add(f"--{name}", type=str, nargs="+")
     elif parameter.kind is parameter.KEYWORD_ONLY:
         needed = parameter.default is parameter.empty
         default = {"required": True} if needed else {"default": parameter.default}
@@ -90,7 +88,7 @@ def call(
     """
     parser, words = _parser_of(command), [_with_underscores(word) for word in words]
     take = group(parser, words) if group else lambda options: {}
-    options = parser.parse_args(words)
+    options = parser.read(words)
     values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
     values |= take(options)
     wanted = inspect.signature(command).parameters
@@ -142,7 +140,7 @@ def refuse_idle(given: set[str], situation: str, when: object = True) -> None:
     refuse(when and idle, f"{idle} would have no effect {situation}; omit {idle}")
 
 
-def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
+def recipe_group(parser: Parser, words: list[str]) -> Take:
     """The recipe and, with its values for defaults, every option of a run."""
     from diffussm.options import RENAMED, flat
     from diffussm.recipes import read_recipe, recipe_files
@@ -158,7 +156,7 @@ def recipe_group(parser: ArgumentParser, words: list[str]) -> Take:
     return partial(_run_of, parser, words)
 
 
-def _add_run(parser: ArgumentParser, told: str) -> None:
+def _add_run(parser: Parser, told: str) -> None:
     """The options of a run; `--keep 400k,338M images` is a list without brackets."""
     from diffussm.options import Execution, Recipe
     from diffussm.recomputation import Recompute
@@ -178,33 +176,30 @@ def _add_run(parser: ArgumentParser, told: str) -> None:
     parser.add_argument("--keep", type=str | list[str | int], default=[], help=told)
 
 
-def _run_of(parser: ArgumentParser, words: list[str], options: Any) -> dict[str, Any]:
+def _run_of(parser: Parser, words: list[str], options: Any) -> dict[str, Any]:
     """The recipe and the execution that the options make, and what is left open."""
-    from diffussm.options import Execution, Recipe, from_flat
-    from diffussm.recipes import decided, left_open
+    from diffussm.options import Execution, Recipe, as_flags, from_flat
+    from diffussm.recipes import left_open
 
-    given = parser.parse_args(words, defaults=False)
+    given = parser.read(words, defaults=False)
     free = left_open(words[0]) - set(given.keys())
     known = [field.name for part in (Recipe, Execution) for field in fields(part)]
     values = options.as_dict()
     values = {name: values[name] for name in known}
-    kept = decided(out, free) if (out := options.get("out")) else {}
-    changed = kept or _shortened(words[0], values, free)
+    changed = _shortened(words[0], values, free)
     recipe, execution = from_flat(values | changed)
-    return {"recipe": recipe, "execution": execution, "free": free - kept.keys()}
+    if changed:
+        tell(f"{recipe.steps} steps are few for {words[0]}: {as_flags(changed)}")
+    return {"recipe": recipe, "execution": execution, "free": free}
 
 
 def _shortened(
     name: str, values: dict[str, Any], free: frozenset[str]
 ) -> dict[str, int]:
-    """What a short run changes in the options of a recipe; says so."""
-    from diffussm.options import as_flags
+    """What a short run changes in the options of a recipe."""
     from diffussm.recipes import read_recipe, shortened
 
-    changed = shortened(values, read_recipe(name)[0].steps, free)
-    if changed:
-        tell(f"{values['steps']} steps are few for {name}: {as_flags(changed)}")
-    return changed
+    return shortened(values, read_recipe(name)[0].steps, free)
 
 
 def tell(line: str) -> None:
@@ -218,7 +213,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def preset_group(parser: ArgumentParser, words: list[str]) -> Take:
+def preset_group(parser: Parser, words: list[str]) -> Take:
     """The preset and, with its values for defaults, the options of a set of samples."""
     from diffussm.samples import SAMPLE_PRESETS, SampleSet
     from diffussm.sampling import Sampler
@@ -268,7 +263,14 @@ def _with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
     return replaced
 
 
-_TOLD = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+_TOLD = (
+    argparse.ArgumentError,
+    ValueError,
+    OSError,
+    ImportError,
+    FloatingPointError,
+    MemoryError,
+)
 
 
 def sentence(error: BaseException) -> str | None:
@@ -294,7 +296,8 @@ def report(command: str, error: BaseException) -> int:
     begun = "\n" * stopped  # the terminal shows ^C without a new line
     line = f"{begun}diffussm {command}{process}: {told or repr(error)}"
     print(line, file=sys.stderr, flush=True)
-    return 130 if stopped else 1
+    mistyped = isinstance(error, argparse.ArgumentError)
+    return 130 if stopped else 1 + mistyped
 
 
 @contextmanager

@@ -16,10 +16,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 __all__ = [
     "T",
     "expect",
+    "named",
     "expect_int",
     "expect_number",
     "expect_one_of",
     "nearest",
+    "meant",
     "expect_real",
     "readable",
     "expect_indices",
@@ -127,21 +129,28 @@ def _read(value: Any, kind: Any, key: str) -> Any:
     return value
 
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "none",
+    Any: "anything",
+}
 
 
-def _named(kind: Any) -> str:
+def named(kind: Any) -> str:
     """A type in words."""
     if _is_union(kind):
         kinds = sorted(get_args(kind), key=lambda one: one is not NoneType)
-        return " or ".join(map(_named, kinds))
+        return " or ".join(map(named, kinds))
     if get_origin(kind) is Literal:
         return " or ".join(repr(one) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        inner = [_named(one) for one in get_args(kind) if one is not ...]
-        return f"a list of {', '.join(inner)}"
-    if kind is NoneType:
-        return "none"
+        one, *others = get_args(kind)
+        many = "" if others == [...] else f"{1 + len(others)} "
+        noun = named(one).split()[-1]
+        return "a list" if one is Any else f"a list of {many}{noun}s"
     return _WORDS.get(kind) or str(getattr(kind, "__name__", kind))
 
 
@@ -184,9 +193,13 @@ def expect_one_of(name: str, value: T, allowed: Iterable[T]) -> T:
 def nearest(word: object, known: Iterable[object]) -> str:
     """What may have been meant, and all that there is."""
     words = [str(one) for one in known]
-    close = difflib.get_close_matches(str(word), words, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}(known: {', '.join(words)})"
+    return f"{meant(word, words)}(known: {', '.join(words)})"
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """What may have been meant, as a question; nothing if nothing is close."""
+    close = difflib.get_close_matches(str(word), known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}? " if close else ""
 
 
 def expect_real(**tensors: Any) -> None:
@@ -281,7 +294,7 @@ def check_fields(config: Any) -> None:
         if not _fits(value, kind) or (numeric and not limits.holds(value)):
             note = field.metadata.get("note", "")
             raise ValueError(
-                f"{field.name}={_short(value)}: expected {_named(kind)}{limits.text()}"
+                f"{field.name}={_short(value)}: expected {named(kind)}{limits.text()}"
                 f"{'; ' if note else ''}{note}"
             )
 

@@ -1,0 +1,158 @@
+"""One line for a mistake.
+
+Generated from book/93_parsing.md by `make export`: edit there.
+"""
+
+import json
+import re
+from argparse import SUPPRESS, Action, ArgumentError
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse.typing import (
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from diffussm.guards import meant, named
+
+__all__ = ["in_words", "Parser"]
+
+
+_KINDS: dict[Any, str] = {
+    PositiveInt: "an integer of at least 1",
+    NonNegativeInt: "an integer of at least 0",
+    PositiveFloat: "a number above 0",
+    OpenUnitInterval: "a number between 0 and 1",
+    Path: "a path",
+}
+
+
+def in_words(kind: Any) -> str:
+    """The type of an option, as whoever types it would say."""
+    if get_origin(kind) in (Union, UnionType):
+        given = [one for one in get_args(kind) if one is not NoneType]
+        return " or ".join(map(in_words, given))
+    return _KINDS.get(kind) or named(kind)
+
+
+class _Help(DefaultHelpFormatter):
+    """What `--help` says."""
+
+    def _get_help_string(self, action: Action) -> str:
+        notes, kind = ["required"] * action.required, in_words(_kind_of(action))
+        if kind.split()[1:2] in (["integer"], ["number"]):
+            notes.append(kind)
+        if action.option_strings and action.default not in _UNSAID:
+            notes.append(f"default: {_typed(action.default)}")
+        noted = f" ({'; '.join(notes)})" if notes else ""
+        return f"{(action.help or '').rstrip('.')}{noted}"
+
+    def _format_usage(self, usage: Any, actions: Any, *_: Any) -> str:
+        first = [one for one in actions if not one.option_strings]
+        needed = first + [one for one in actions if one.option_strings and one.required]
+        words = [self._prog, *map(_as_given, needed), "[options]"]
+        return f"usage: {' '.join(words)}\n\n"
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names, takes = ", ".join(_names_of(action)), action.nargs != 0
+        if not takes or not names:
+            return names or action.dest.upper()
+        return (
+            f"{names} {self._format_args(action, action.dest.split('.')[-1].upper())}"
+        )
+
+
+_UNSAID = (None, "", [], SUPPRESS)
+
+
+def _kind_of(action: Action) -> Any:
+    """The type of an option; None for a flag."""
+    return getattr(action, "_typehint", None) or action.type
+
+
+def _typed(value: Any) -> str:
+    """A value as one would type it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _as_given(action: Action) -> str:
+    """An argument as a synopsis has it."""
+    value = action.dest.upper()
+    value = f"[{value} ...]" if action.nargs == "*" else value
+    return " ".join([*action.option_strings[:1], value])
+
+
+def _names_of(action: Action) -> list[str]:
+    """The names of an option; `--keep+`, which adds to a list, is not shown."""
+    return [name for name in action.option_strings if not name.endswith("+")]
+
+
+class Parser(ArgumentParser):
+    """A parser that refuses in one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        how: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+        how |= {"formatter_class": _Help, "description": description}
+        super().__init__(prog=prog, **how)
+
+    def read(self, words: Sequence[str], **how: Any) -> Namespace:
+        """What words say; ArgumentError with one line if it is nothing."""
+        self._check_names(words)
+        try:
+            return self.parse_args(list(words), **how)
+        except ArgumentError as error:
+            told = self._reworded(str(error), words)
+            raise ArgumentError(None, told) from None
+
+    def _check_names(self, words: Sequence[str]) -> None:
+        """ArgumentError for an option that there is not, with those that are close."""
+        known = [name for action in self._actions for name in _names_of(action)]
+        for word in words:
+            name = word.partition("=")[0].removesuffix("+")
+            if name.startswith("--") and name not in ["--", *known]:
+                told = f"there is no option {name}; {meant(name, known)}"
+                raise ArgumentError(None, f"{told}({self.prog} --help lists them)")
+
+    def _reworded(self, told: str, words: Sequence[str]) -> str:
+        """What the library says of a mistake, as one line in our words."""
+        if missing := re.search("arguments are required: (.*)", told):
+            return "; ".join(map(self._lacking, missing[1].split(", ")))
+        if more := re.search("unrecognized arguments: (.*)", told, re.DOTALL):
+            return f"{more[1]!r} is more than {self.prog} takes; see its --help"
+        if name := re.match(r'(?:Parser key "|argument --)([\w.]+)', told):
+            return self._unfit(name[1], words, told)
+        return " ".join(told.split())
+
+    def _lacking(self, name: str) -> str:
+        """What is said of an argument that is missing."""
+        action = self._action_of(name)
+        shown = _as_given(action) if action else name
+        return f"{shown} is missing" + (f": {action.help}" if action else "")
+
+    def _unfit(self, name: str, words: Sequence[str], told: str) -> str:
+        """What is said of a value of the wrong kind."""
+        action = self._action_of(name)
+        if action is None or (kind := _kind_of(action)) is None:
+            return " ".join(told.split())
+        return f"{_typed_as(name, words)}: expected {in_words(kind)}"
+
+    def _action_of(self, name: str) -> Action | None:
+        found = [action for action in self._actions if action.dest == name]
+        return found[0] if found else None
+
+
+def _typed_as(name: str, words: Sequence[str]) -> str:
+    """An option with its value, as they were typed; its name, if it was not."""
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == f"--{name}":
+            values = takewhile(lambda one: not one.startswith("--"), words[i + 1 :])
+            return f"{flag} {value}" if equals else " ".join([flag, *values])
+    return name
