@@ -20,11 +20,11 @@ from diffussm.command_line import (
     sentence,
     told_of,
 )
-from diffussm.file_commands import encode, export, vae
+from diffussm.file_commands import encode, evaluate, export, statistics, vae
+from diffussm.guards import nearest
 from diffussm.look_commands import show
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
-from diffussm.score_commands import evaluate, neighbours, statistics
 
 __all__ = ["COMMANDS", "main"]
 
@@ -39,22 +39,24 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "evaluate": evaluate,
     "statistics": statistics,
-    "neighbours": neighbours,
 }
 
 
 def _dispatch(words: list[str]) -> int:
     """Run the command that the first word names; its exit code."""
-    name = words[0] if words else "--help"
-    if name in ("-h", "--help"):
+    name, *others = words or ["help"]
+    if name == "help" and others:  # help train is train --help
+        name, others = others[0], ["--help"]
+    if name in ("-h", "--help", "help"):
         print(_usage())
-    elif name == "--version":
+    elif name in ("-V", "--version", "version"):
         print(f"diffussm {__version__}")
     elif name not in COMMANDS:
-        print(f"diffussm: there is no command {name!r}\n{_usage()}", file=sys.stderr)
+        told = f"there is no command {name!r}; {nearest(name, COMMANDS)}"
+        print(f"diffussm: {told}", file=sys.stderr)
         return 2
     else:
-        return _run(name, words[1:])
+        return _run(name, others)
     return 0
 
 
@@ -68,7 +70,7 @@ _GROUPS: dict[str, Group] = {
 def _run(name: str, words: Sequence[str]) -> int:
     try:
         return call(COMMANDS[name], words, _GROUPS.get(name))
-    except SystemExit as stop:  # jsonargparse has printed its own message
+    except SystemExit as stop:  # of --help
         return stop.code if isinstance(stop.code, int) else 2
     except (Exception, KeyboardInterrupt) as error:
         if sentence(error) is None:
@@ -79,7 +81,7 @@ def _run(name: str, words: Sequence[str]) -> int:
 def _usage() -> str:
     lines = [f"  {name:<12}{told_of(one)[0]}" for name, one in COMMANDS.items()]
     usage = "usage: diffussm COMMAND [options]"
-    more = "(diffussm COMMAND --help lists the options)"
+    more = "(diffussm help COMMAND lists the options)"
     return "\n".join([f"{usage}    {more}", "", *lines])
 
 

@@ -219,7 +219,8 @@ def preset_group(parser: Parser, words: list[str]) -> Take:
     from diffussm.sampling import Sampler
 
     known = Literal[tuple(SAMPLE_PRESETS)]  # type: ignore[valid-type]
-    parser.add_argument("--preset", type=known, default="paper-fid")
+    told = "whose defaults the options below have"
+    parser.add_argument("--preset", type=known, default="paper-fid", help=told)
     parser.add_class_arguments(SampleSet, help="what is drawn", skip=_UNASKED)
     parser.add_class_arguments(Sampler, help="how each is drawn", skip=_UNASKED)
     preset = SAMPLE_PRESETS.get(_preset_named(words), SampleSet())

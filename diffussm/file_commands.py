@@ -37,10 +37,10 @@ def vae(
         images: folder of images, a zip of it, or an LMDB
         out: folder to write, which --vae then takes
         size: images are cropped to size x size
-        steps: how long it learns
+        steps: steps of training
         batch_size: images of a step
         lr: learning rate
-        seed: of all that is random
+        seed: decides all that is random
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
     """
     expect_empty(out)

@@ -198,7 +198,7 @@ def nearest(word: object, known: Iterable[object]) -> str:
 
 def meant(word: object, known: Iterable[str]) -> str:
     """What may have been meant, as a question; nothing if nothing is close."""
-    close = difflib.get_close_matches(str(word), known, n=2, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), known, n=2)
     return f"did you mean {' or '.join(map(repr, close))}? " if close else ""
 
 

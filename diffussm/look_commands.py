@@ -64,14 +64,15 @@ class Look:
     scheduler: str | None = None
 
 
-def _numbers_in(option: str, words: str | None, kind: Any) -> tuple[Any, ...]:
-    """Numbers from 0 with commas between them; none for None."""
+def _numbers_in(option: str, words: Sequence[str] | None, kind: Any) -> tuple[Any, ...]:
+    """Numbers from 0, each a word, or with commas between them; none for None."""
     if words is None:
         return ()
+    typed = ",".join(words)
     try:
-        found = tuple(kind(word) for word in words.split(","))
+        found = tuple(kind(word) for word in typed.split(","))
     except ValueError:
-        said = f"--{option} {words}: expected numbers with commas, as in 1,2,4"
+        said = f"--{option} {typed}: expected numbers, as in 1 2 4 or 1,2,4"
         raise ValueError(said) from None
     return tuple(kind(expect_number(f"--{option}", n, least=0)) for n in found)
 
@@ -80,9 +81,9 @@ def look_of(
     grid: Path | None,
     gif: Path | None,
     per_class: int,
-    cfg_scale: str | None,
-    seeds: str | None,
-    interpolate: str | None,
+    cfg_scale: Sequence[str] | None,
+    seeds: Sequence[str] | None,
+    interpolate: Sequence[str] | None,
     scheduler: str | None,
 ) -> Look:
     """What the words of a command ask for."""

@@ -52,7 +52,27 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run learns: two runs of one recipe and the same data learn the same."""
+    """What a run learns: two runs of one recipe and the same data learn the same.
+
+    Args:
+        model: Sizes of the network.
+        data: digits, openmoji, images (a folder, a zip, an LMDB), or a latent store.
+        steps: Steps of the optimiser, each with one batch.
+        batch_size: Images of a step, over all processes.
+        lr: Learning rate.
+        ssm_lr: The most it may be for the dynamics of the state spaces.
+        weight_decay: That of AdamW.
+        warmup: Steps in which the learning rate rises from 0.
+        cooldown: Last steps, in which it falls to 0.
+        ema_decay: Decay of the moving average of the weights, for each step.
+        ema_warmup: Whether the average is over fewer steps at the start.
+        timesteps: Noise levels, T.
+        flip: Mirror half of the images.
+        exif_rotate: Turn photographs as their EXIF tag says (ADM does not).
+        clip: The most that the norm of the gradient may be; 0 does not clip.
+        precision: bf16 is autocast, with weights in float32.
+        seed: Decides all that is random.
+    """
 
     model: DiffuSSMConfig
     data: str = "digits"
@@ -111,7 +131,23 @@ def load_dataset(recipe: Recipe) -> Dataset:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is carried out: all of it may change when the run is resumed."""
+    """How a run is carried out: all of it may change when the run is resumed.
+
+    Args:
+        log_every: Steps between two lines of the log.
+        save_every: Steps between two checkpoints.
+        sample_every: Steps between two grids of samples; 0 draws none on the way.
+        keep_last: How many of the newest checkpoints stay.
+        keep_every: Checkpoints of multiples of so many steps stay, too; 0 is none.
+        keep: Checkpoints that stay, by steps or images, as in 400k or 338M images.
+        skip_nonfinite: Steps with a loss that is not finite that may be left out.
+        workers: Threads of each process that read images.
+        micro_batch: Images that go through the network at once; 0 is all of a process.
+        strategy: Whole replicas of the network, or shards of it (fsdp).
+        activation_checkpointing: Compute activations again instead of keeping them.
+        compile: Let torch.compile fuse the blocks.
+        convolution: fft, reference, triton, auto (measure them) or a module:function.
+    """
 
     log_every: int = bounded(50, least=1)
     save_every: int = bounded(1000, least=1)

@@ -49,10 +49,12 @@ class _Help(DefaultHelpFormatter):
         notes, kind = ["required"] * action.required, in_words(_kind_of(action))
         if kind.split()[1:2] in (["integer"], ["number"]):
             notes.append(kind)
-        if action.option_strings and action.default not in _UNSAID:
-            notes.append(f"default: {_typed(action.default)}")
+        if action.option_strings and action.nargs != 0:
+            given = action.default not in (None, "", [], SUPPRESS)
+            notes += [f"default: {_typed(action.default)}"] * given
         noted = f" ({'; '.join(notes)})" if notes else ""
-        return f"{(action.help or '').rstrip('.')}{noted}"
+        told = (action.help or "").rstrip(".")
+        return re.sub("^[A-Z](?=[a-z])", lambda one: one[0].lower(), told) + noted
 
     def _format_usage(self, usage: Any, actions: Any, *_: Any) -> str:
         first = [one for one in actions if not one.option_strings]
@@ -67,9 +69,6 @@ class _Help(DefaultHelpFormatter):
         return (
             f"{names} {self._format_args(action, action.dest.split('.')[-1].upper())}"
         )
-
-
-_UNSAID = (None, "", [], SUPPRESS)
 
 
 def _kind_of(action: Action) -> Any:
@@ -118,7 +117,7 @@ class Parser(ArgumentParser):
             name = word.partition("=")[0].removesuffix("+")
             if name.startswith("--") and name not in ["--", *known]:
                 told = f"there is no option {name}; {meant(name, known)}"
-                raise ArgumentError(None, f"{told}({self.prog} --help lists them)")
+                raise ArgumentError(None, f"{told}{self.prog} --help lists all")
 
     def _reworded(self, told: str, words: Sequence[str]) -> str:
         """What the library says of a mistake, as one line in our words."""
@@ -138,21 +137,25 @@ class Parser(ArgumentParser):
 
     def _unfit(self, name: str, words: Sequence[str], told: str) -> str:
         """What is said of a value of the wrong kind."""
-        action = self._action_of(name)
-        if action is None or (kind := _kind_of(action)) is None:
+        action, typed = self._action_of(name), _typed_as(name, words)
+        if action is None:
             return " ".join(told.split())
-        return f"{_typed_as(name, words)}: expected {in_words(kind)}"
+        if action.nargs == 0:
+            return f"{typed}: this option takes no value"
+        kind, read = _kind_of(action), f"{name}, in a file of options"
+        wanted = in_words(kind) if kind else "a file of options"
+        return f"{typed or read}: expected {wanted}"
 
     def _action_of(self, name: str) -> Action | None:
         found = [action for action in self._actions if action.dest == name]
         return found[0] if found else None
 
 
-def _typed_as(name: str, words: Sequence[str]) -> str:
-    """An option with its value, as they were typed; its name, if it was not."""
+def _typed_as(name: str, words: Sequence[str]) -> str | None:
+    """An option with its value, as they were typed, if they were."""
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag == f"--{name}":
             values = takewhile(lambda one: not one.startswith("--"), words[i + 1 :])
             return f"{flag} {value}" if equals else " ".join([flag, *values])
-    return name
+    return None

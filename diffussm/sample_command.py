@@ -42,11 +42,11 @@ def sample(
     grid: Path | None = None,
     gif: Path | None = None,
     out: Path | None = None,
-    classes: str | None = None,
-    cfg_scale: str | None = None,
+    classes: list[str] | None = None,
+    cfg_scale: list[str] | None = None,
     per_class: PositiveInt = 8,
-    seeds: str | None = None,
-    interpolate: str | None = None,
+    seeds: list[str] | None = None,
+    interpolate: list[str] | None = None,
     scheduler: str | None = None,
     device: str | None = None,
     overwrite: bool = False,
@@ -65,8 +65,8 @@ def sample(
         grid: a PNG file to write
         gif: a GIF file to write: the noisy images beside the predicted clean ones
         out: a folder of PNG files, or a .npz file
-        classes: numbers or names, or 'all'; default: ten for a grid, all for a set
-        cfg_scale: guidance; for a grid also several, 1,2,4; default: that of the preset
+        classes: numbers or names, as in 3 5 or 3,5, or all; default: ten or all
+        cfg_scale: guidance, 1 is none; for a grid also several; default: the preset's
         per_class: for a grid: images per class
         seeds: for a grid: a column for each, as in 0,1,2; the same noise in all rows
         interpolate: for a grid: two seeds, 3,7; per_class images from one to the other
@@ -170,7 +170,11 @@ def _open_decoder(found: _Found, vae: str | None, device: Any) -> tuple[Any, Any
 
 
 def _for_run(
-    run: _Found, wanted: "SampleSet", classes: str | None, given: set[str], strict: bool
+    run: _Found,
+    wanted: "SampleSet",
+    classes: Sequence[str] | None,
+    given: set[str],
+    strict: bool,
 ) -> "SampleSet":
     """The set for this run, with its classes; ValueError for what it has no use for."""
     _check_sampler(run.recipe, wanted.sampler, given)
@@ -197,11 +201,12 @@ def _check_sampler(recipe: "Recipe", sampler: "Sampler", given: set[str]) -> Non
         expect_int("--guidance_channels", channels, most=model.in_channels)
 
 
-def _parse_classes(words: str, names: Sequence[str]) -> list[int]:
-    """ "all", or numbers or names separated by commas, as class numbers."""
-    if words == "all":
+def _parse_classes(words: Sequence[str], names: Sequence[str]) -> list[int]:
+    """ "all", or numbers or names, also with commas between, as class numbers."""
+    if list(words) == ["all"]:
         return list(range(len(names)))
-    return [_class_of(word.strip(), names) for word in words.split(",")]
+    parts = ",".join(words).split(",")
+    return [_class_of(word.strip(), names) for word in parts]
 
 
 def _class_of(word: str, names: Sequence[str]) -> int:

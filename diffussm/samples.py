@@ -47,9 +47,15 @@ _DIT = Sampler(cfg_scale=1.5, guidance_channels=3)
 class SampleSet:
     """Everything that decides a set of samples; the defaults are those of `paper-fid`.
 
-    `labels` are random, or each class as often as any other, among `classes` (numbers;
-    None: all). `precision`: with "tf32" a GPU rounds the factors of matrix products.
-    `batch_size` matters: each batch has a random stream of its own.
+    Args:
+        count: Images of the set.
+        labels: Classes at random, or each as often as any other.
+        classes: Numbers of those that are drawn; None is all.
+        precision: With tf32 a GPU rounds the factors of matrix products; bf16 is
+            autocast.
+        batch_size: Images at once; each batch has a random stream of its own.
+        seed: Decides all that is random.
+        sampler: How each is drawn.
     """
 
     count: int = bounded(50_000, least=1)

@@ -90,8 +90,8 @@ class Sampler:
         steps: Length of the chain, 1 to the number of timesteps in training.
         method: "ddpm" (ancestral sampling with the learned variance) or "ddim".
         eta: Noise of DDIM, 0 (none) to 1.
-        cfg_scale: Guidance, see `guided`.
-        guidance_channels: See `guided`.
+        cfg_scale: Guidance, at least 0; 1 is none.
+        guidance_channels: Guide only the first so many channels; None is all.
         clip_denoised: Clamp each predicted image to [-1, 1]: for pixels, not for
             latents.
     """

@@ -128,7 +128,7 @@ def test_only_real_floating_tensors_are_real() -> None:
         ({"rate": 1.0}, "rate=1.0: expected a number above 0 and below 1; e.g. 1.0e-4"),
         ({"rate": float("nan")}, "rate=nan"),
         ({"kind": "c"}, "kind='c': expected 'a' or 'b'"),
-        ({"keep": "abc"}, "keep='abc': expected a list of a text"),
+        ({"keep": "abc"}, "keep='abc': expected a list of texts"),
         ({"keep": (1,)}, "keep="),
         ({"size": (1, 2, 3)}, "size="),
         ({"limit": 2}, "limit=2: expected none or an integer of at least 3"),

@@ -12,14 +12,16 @@ WANTED = SampleSet(sampler=Sampler(10, cfg_scale=1.5))
 
 
 def typed(cfg_scale=None, seeds=None, interpolate=None):
-    return look_of(Path("x.png"), None, 8, cfg_scale, seeds, interpolate, None)
+    words = (each and each.split(" ") for each in (cfg_scale, seeds, interpolate))
+    return look_of(Path("x.png"), None, 8, *words, None)
 
 
 def test_numbers_are_read_and_refused_by_name():
     assert typed() == Look(Path("x.png"))
     assert typed("1,2.5").cfg_scales == (1.0, 2.5)
-    assert typed(seeds="0,12, 3").seeds == (0, 12, 3) and typed(seeds="4").seeds == (4,)
-    assert typed(interpolate="3,7").ends == (3, 7)
+    assert typed(seeds="0,12 3").seeds == (0, 12, 3) and typed(seeds="4").seeds == (4,)
+    assert typed(interpolate="3,7").ends == typed(interpolate="3 7").ends == (3, 7)
+    assert typed("1 2,4").cfg_scales == (1.0, 2.0, 4.0)
     for words in ("", "1,", "a", "1.5", "1;2"):
         with pytest.raises(ValueError, match="--seeds .*1,2,4"):
             typed(seeds=words)
