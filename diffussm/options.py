@@ -7,43 +7,27 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from diffussm.data import (
-    Dataset,
-    Fetch,
-    TensorData,
-    batch_flips,
-    batch_indices,
-    digits,
-    generator,
-)
-from diffussm.diffusion import GaussianDiffusion
 from diffussm.guards import bounded, check_fields, expect_one_of, refuse
-from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
-from diffussm.recomputation import Recompute
+from diffussm.model_config import PRESETS, DiffuSSMConfig
+
+if TYPE_CHECKING:
+    from diffussm.data import Dataset
+    from diffussm.diffusion import GaussianDiffusion
 
 __all__ = [
     "Recipe",
     "RECIPES",
     "diffusion_of",
-    "load_dataset",
     "Execution",
     "flat",
     "RENAMED",
     "from_flat",
     "warn",
-    "Batch",
-    "training_batch",
-    "training_batches",
     "misfits",
     "as_flags",
     "check_data",
@@ -114,19 +98,12 @@ RECIPES = {
 }
 
 
-def diffusion_of(recipe: Recipe) -> GaussianDiffusion:
+def diffusion_of(recipe: Recipe) -> "GaussianDiffusion":
     """The noise schedule of a run: linear (paper, section 4.1)."""
+    from diffussm.diffusion import GaussianDiffusion
+
     levels = 17 if recipe.data == "digits" else 256
     return GaussianDiffusion.linear(recipe.timesteps, levels=levels)
-
-
-def load_dataset(recipe: Recipe) -> Dataset:
-    """The training digits; other data are opened elsewhere, and handed over."""
-    if recipe.data != "digits":
-        raise ValueError(f"data={recipe.data!r}: open these images and pass dataset=")
-    images, labels = digits("train")
-    y = labels if recipe.model.num_classes else None
-    return TensorData(images, y, flip=recipe.flip, levels=17)
 
 
 @dataclass(frozen=True)
@@ -159,7 +136,7 @@ class Execution:
     workers: int = bounded(4, least=1)
     micro_batch: int = bounded(0, least=0)
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: bool = False
     compile: bool = False
     convolution: str = "fft"
 
@@ -169,9 +146,6 @@ class Execution:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _listed(self.keep))
-        if isinstance(self.activation_checkpointing, bool):  # as it was once
-            how = "all" if self.activation_checkpointing else "none"
-            object.__setattr__(self, "activation_checkpointing", how)
         check_fields(self)
         self.keep_steps(1)  # refuses what cannot be read
 
@@ -241,86 +215,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-class Batch(NamedTuple):
-    """A training batch: x0 and noise (B, C, H, W), x0 in [-1, 1], t (B,), y (B,)."""
-
-    x0: Tensor
-    t: Tensor
-    y: Tensor | None
-    noise: Tensor
-
-    def part(self, mine: slice, device: torch.device) -> "Batch":
-        """Some of its images, on a device."""
-        x0, t, noise = (x[mine].to(device) for x in (self.x0, self.t, self.noise))
-        return Batch(x0, t, None if self.y is None else self.y[mine].to(device), noise)
-
-
-def training_batch(
-    dataset: Dataset,
-    model: DiffuSSM,
-    recipe: Recipe,
-    step: int,
-    rank: int = 0,
-    size: int = 1,
-    fetch: Fetch = map,
-) -> Batch:
-    """The part of process `rank` of `size` in the batch of a step.
-
-    Source: eq-training-stream. `fetch` may do the work of `map` in several threads.
-    """
-    B, cfg, share = recipe.batch_size, model.config, recipe.batch_size // size
-    mine = slice(rank * share, (rank + 1) * share)
-    draw = partial(generator, recipe.seed, number=step)
-    shape = (B, cfg.in_channels, cfg.height, cfg.width)
-    t = torch.randint(recipe.timesteps, (B,), generator=draw("timesteps"))
-    noise = torch.randn(shape, generator=draw("noise"))
-    position = (len(dataset), B, step, recipe.seed)
-    indices = batch_indices(*position)[mine]
-    flips = batch_flips(*position)[mine] & recipe.flip
-    xi = None
-    if dataset.levels is None:  # latents, which are drawn
-        xi = torch.randn(shape, generator=draw("posterior"))[mine]
-    x0, labels = dataset.batch(indices, flips, xi, fetch)
-    y = _with_dropped(model, labels, mine, B, draw("label dropout"))
-    return Batch(x0, t[mine], y, noise[mine])
-
-
-def _with_dropped(
-    model: DiffuSSM, labels: Tensor, mine: slice, B: int, draws: torch.Generator
-) -> Tensor | None:
-    if model.null_label is None:
-        return None
-    everyone = torch.zeros(B, dtype=torch.int64)
-    everyone[mine] = labels
-    return model.drop_labels(everyone, draws)[mine]
-
-
-def training_batches(
-    dataset: Dataset,
-    model: DiffuSSM,
-    recipe: Recipe,
-    step: int = 0,
-    rank: int = 0,
-    size: int = 1,
-    workers: int = 4,
-) -> Iterator[Batch]:
-    """The batches from a step to the end of the run, each made while one is used.
-
-    Data sets that read files (they have a method `read`) do so in `workers` threads.
-    """
-    threads = workers if hasattr(dataset, "read") else 1
-    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(threads) as readers:
-        fetch = readers.map if threads > 1 else map
-        batch = partial(training_batch, dataset, model, recipe)
-        ahead = pool.submit(batch, step, rank, size, fetch)
-        for following in range(step + 1, recipe.steps + 1):
-            ready = ahead.result()
-            if following < recipe.steps:
-                ahead = pool.submit(batch, following, rank, size, fetch)
-            yield ready
-
-
-def misfits(dataset: Dataset, recipe: Recipe) -> dict[str, Any]:
+def misfits(dataset: "Dataset", recipe: Recipe) -> dict[str, Any]:
     """The options that do not fit the data, each with the value that would."""
     model, (C, h, w) = recipe.model, dataset[0][0].shape
     most = min(recipe.batch_size, len(dataset))
@@ -344,7 +239,7 @@ def as_flags(options: dict[str, Any]) -> str:
     return " ".join(f"--{name} {word(value)}" for name, value in options.items())
 
 
-def check_data(dataset: Dataset, recipe: Recipe) -> None:
+def check_data(dataset: "Dataset", recipe: Recipe) -> None:
     """ValueError if the images do not fit the model, or its labels, or the batch."""
     model, what, k = recipe.model, repr(recipe.data), dataset.num_classes
     if wrong := misfits(dataset, recipe):

@@ -3,13 +3,10 @@
 Generated from book/43_parallel.md by `make export`: edit there.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from importlib.util import find_spec
-from shutil import which
 from typing import Any, cast
 
 import torch
@@ -17,22 +14,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from diffussm.batches import Batch
 from diffussm.bidirectional import Convolution, way
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
 from diffussm.model import DiffuSSM
-from diffussm.options import Batch, Execution, Recipe, warn
+from diffussm.options import Execution, Recipe
 from diffussm.training import Meter, TrainState, backward
 
-__all__ = [
-    "wrap",
-    "micro_batch_of",
-    "accumulate_gradients",
-    "create_state",
-    "compiler_lacking",
-    "chooser",
-]
+__all__ = ["wrap", "micro_batch_of", "accumulate_gradients", "create_state", "chooser"]
 
 
 def _shard(model: DiffuSSM) -> None:
@@ -53,8 +44,7 @@ def wrap(model: DiffuSSM, execution: Execution) -> nn.Module:
     """What to call in training: the same parameters, gradients averaged over all."""
     if world_size() == 1 or execution.strategy == "fsdp":
         return model
-    averaged = _WholeBlocks if execution.compile else DistributedDataParallel
-    return averaged(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def _gradient_sync(network: nn.Module, now: bool) -> AbstractContextManager[object]:
@@ -115,7 +105,7 @@ def create_state(
         for block in cast(Any, model.blocks):
             block.ssm.convolution = convolution
         if execution.compile:
-            _compile_blocks(model, device)
+            _compile_blocks(model)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
@@ -123,36 +113,13 @@ def create_state(
     return TrainState.create(recipe, device, prepare)
 
 
-def _compile_blocks(model: DiffuSSM, device: torch.device) -> None:
+def _compile_blocks(model: DiffuSSM) -> None:
     """Let torch.compile make each block faster, at its first use."""
-    if lacking := compiler_lacking(device):
-        warn(f"compile: this machine has no {lacking}; the blocks run uncompiled")
-        return
+    from torch._dynamo import config as dynamo
+
+    dynamo.optimize_ddp = False
     for block in model.blocks:
         block.compile()
-
-
-def compiler_lacking(device: torch.device) -> str:
-    """What torch.compile needs and does not find on this machine; "" for nothing."""
-    gpu = device.type == "cuda"
-    if gpu and find_spec("triton") is None:
-        return "triton (pip install triton)"
-    other = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    asked = os.environ.get("CC" if gpu else "CXX")
-    candidates = [asked] if asked else ["gcc", "clang"] if gpu else [other]
-    found = any(which(program) for program in candidates)
-    return "" if found else f"compiler ({' or '.join(candidates)})"
-
-
-class _WholeBlocks(DistributedDataParallel):
-    """DDP that leaves the graph of a compiled block whole."""
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What DDP does, but `torch._dynamo` does not cut at its buckets."""
-        from torch._dynamo import config as dynamo  # here, for it costs seconds
-
-        with dynamo.patch(optimize_ddp=False):
-            return super().forward(*inputs, **options)  # type: ignore[no-untyped-call]
 
 
 def _allow_tf32(precision: str, device: torch.device) -> None:

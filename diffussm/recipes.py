@@ -17,13 +17,14 @@ import yaml
 from torch import Tensor
 
 from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
+from diffussm.batches import load_dataset
 from diffussm.data import Dataset
 from diffussm.formats import images_from
 from diffussm.guards import expect_there, explain, nearest, refuse
 from diffussm.latents import LatentStore
 from diffussm.model import DiffuSSMConfig
 from diffussm.openmoji import draw_openmoji
-from diffussm.options import Execution, Recipe, flat, from_flat, load_dataset, misfits
+from diffussm.options import Execution, Recipe, flat, from_flat, misfits
 from diffussm.run_folder import read_run
 from diffussm.zips import zip_of
 

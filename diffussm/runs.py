@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffussm.batches import load_dataset, training_batch, training_batches
 from diffussm.checkpoints import (
     WEIGHTS,
     find_checkpoint,
@@ -42,9 +43,6 @@ from diffussm.options import (
     diffusion_of,
     flat,
     from_flat,
-    load_dataset,
-    training_batch,
-    training_batches,
     warn,
 )
 from diffussm.parallel import accumulate_gradients, create_state, micro_batch_of, wrap

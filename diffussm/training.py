@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from diffussm.batches import Batch
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM
@@ -20,7 +21,7 @@ from diffussm.optimiser import (
     parameter_groups,
     update_ema,
 )
-from diffussm.options import Batch, Recipe
+from diffussm.options import Recipe
 
 __all__ = ["Meter", "TrainState", "backward", "update", "training_step"]
 

@@ -21,11 +21,12 @@ from processes import (
 from tiny import SELDOM
 
 from diffussm import parallel
+from diffussm.batches import training_batch
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import rank, world_size
 from diffussm.fft_convolution import convolve
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
-from diffussm.options import Execution, Recipe, training_batch
+from diffussm.options import Execution, Recipe
 from diffussm.parallel import compiler_lacking, create_state, wrap
 from diffussm.runs import train
 from diffussm.training import TrainState
