@@ -179,18 +179,19 @@ def _add_run(parser: Parser, told: str) -> None:
 def _run_of(parser: Parser, words: list[str], options: Any) -> dict[str, Any]:
     """The recipe and the execution that the options make, and what is left open."""
     from diffussm.options import Execution, Recipe, as_flags, from_flat
-    from diffussm.recipes import left_open
+    from diffussm.recipes import decided, left_open
 
     given = parser.read(words, defaults=False)
     free = left_open(words[0]) - set(given.keys())
     known = [field.name for part in (Recipe, Execution) for field in fields(part)]
     values = options.as_dict()
     values = {name: values[name] for name in known}
-    changed = _shortened(words[0], values, free)
-    recipe, execution = from_flat(values | changed)
-    if changed:
-        tell(f"{recipe.steps} steps are few for {words[0]}: {as_flags(changed)}")
-    return {"recipe": recipe, "execution": execution, "free": free}
+    kept = decided(out, free) if (out := options.get("out")) else {}
+    short = {} if kept else _shortened(words[0], values, free)
+    recipe, execution = from_flat(values | kept | short)
+    if short:
+        tell(f"{recipe.steps} steps are few for {words[0]}: {as_flags(short)}")
+    return {"recipe": recipe, "execution": execution, "free": free - kept.keys()}
 
 
 def _shortened(

@@ -3,10 +3,13 @@
 Generated from book/43_parallel.md by `make export`: edit there.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
+from shutil import which
 from typing import Any, cast
 
 import torch
@@ -20,10 +23,17 @@ from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
 from diffussm.model import DiffuSSM
-from diffussm.options import Execution, Recipe
+from diffussm.options import Execution, Recipe, warn
 from diffussm.training import Meter, TrainState, backward
 
-__all__ = ["wrap", "micro_batch_of", "accumulate_gradients", "create_state", "chooser"]
+__all__ = [
+    "wrap",
+    "micro_batch_of",
+    "accumulate_gradients",
+    "create_state",
+    "compiler_lacking",
+    "chooser",
+]
 
 
 def _shard(model: DiffuSSM) -> None:
@@ -44,7 +54,8 @@ def wrap(model: DiffuSSM, execution: Execution) -> nn.Module:
     """What to call in training: the same parameters, gradients averaged over all."""
     if world_size() == 1 or execution.strategy == "fsdp":
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    averaged = _WholeBlocks if execution.compile else DistributedDataParallel
+    return averaged(model, gradient_as_bucket_view=True)
 
 
 def _gradient_sync(network: nn.Module, now: bool) -> AbstractContextManager[object]:
@@ -105,7 +116,7 @@ def create_state(
         for block in cast(Any, model.blocks):
             block.ssm.convolution = convolution
         if execution.compile:
-            _compile_blocks(model)
+            _compile_blocks(model, device)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
@@ -113,13 +124,36 @@ def create_state(
     return TrainState.create(recipe, device, prepare)
 
 
-def _compile_blocks(model: DiffuSSM) -> None:
+def _compile_blocks(model: DiffuSSM, device: torch.device) -> None:
     """Let torch.compile make each block faster, at its first use."""
-    from torch._dynamo import config as dynamo
-
-    dynamo.optimize_ddp = False
+    if lacking := compiler_lacking(device):
+        warn(f"compile: this machine has no {lacking}; the blocks run uncompiled")
+        return
     for block in model.blocks:
         block.compile()
+
+
+def compiler_lacking(device: torch.device) -> str:
+    """What torch.compile needs and does not find on this machine; "" for nothing."""
+    gpu = device.type == "cuda"
+    if gpu and find_spec("triton") is None:
+        return "triton (pip install triton)"
+    other = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    asked = os.environ.get("CC" if gpu else "CXX")
+    candidates = [asked] if asked else ["gcc", "clang"] if gpu else [other]
+    found = any(which(program) for program in candidates)
+    return "" if found else f"compiler ({' or '.join(candidates)})"
+
+
+class _WholeBlocks(DistributedDataParallel):
+    """DDP that leaves the graph of a compiled block whole."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What DDP does, but `torch._dynamo` does not cut at its buckets."""
+        from torch._dynamo import config as dynamo  # here, for it costs seconds
+
+        with dynamo.patch(optimize_ddp=False):
+            return super().forward(*inputs, **options)  # type: ignore[no-untyped-call]
 
 
 def _allow_tf32(precision: str, device: torch.device) -> None:
