@@ -20,11 +20,12 @@ from diffussm.command_line import (
     sentence,
     told_of,
 )
-from diffussm.file_commands import encode, evaluate, export, statistics, vae
+from diffussm.file_commands import encode, export, vae
 from diffussm.guards import nearest
 from diffussm.look_commands import show
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
+from diffussm.score_commands import evaluate, neighbours, statistics
 
 __all__ = ["COMMANDS", "main"]
 
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "evaluate": evaluate,
     "statistics": statistics,
+    "neighbours": neighbours,
 }
 
 

@@ -15,11 +15,12 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from diffussm.batches import Batch
 from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.distributed import leaves_alone, on_rank_zero, rank
 from diffussm.files import whole_file
 from diffussm.optimiser import describe_groups
-from diffussm.options import Batch, Execution, Recipe
+from diffussm.options import Execution, Recipe
 from diffussm.resources import utilisation
 from diffussm.training import TrainState
 
