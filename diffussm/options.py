@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffussm.guards import bounded, check_fields, expect_one_of, refuse
 from diffussm.model_config import PRESETS, DiffuSSMConfig
+from diffussm.recomputation import Recompute
 
 if TYPE_CHECKING:
     from diffussm.data import Dataset
@@ -136,7 +137,7 @@ class Execution:
     workers: int = bounded(4, least=1)
     micro_batch: int = bounded(0, least=0)
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = "none"
     compile: bool = False
     convolution: str = "fft"
 
@@ -146,6 +147,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _listed(self.keep))
+        if isinstance(self.activation_checkpointing, bool):  # as it was once
+            how = "all" if self.activation_checkpointing else "none"
+            object.__setattr__(self, "activation_checkpointing", how)
         check_fields(self)
         self.keep_steps(1)  # refuses what cannot be read
 
