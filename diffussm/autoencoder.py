@@ -6,8 +6,7 @@ Generated from book/53_autoencoder.md by `make export`: edit there.
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffussm.convolution import multiplying_in
 from diffussm.data import Dataset, batch_indices, generator
 from diffussm.guards import (
     expect_finite,
@@ -32,7 +32,6 @@ __all__ = [
     "load_vae",
     "vae_identity",
     "check_encoder",
-    "full_precision",
     "moments",
     "decode",
 ]
@@ -238,28 +237,13 @@ def check_encoder(made_by: dict[str, Any], identity: dict[str, Any], what: str) 
     )
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32, which only newer GPUs have."""
-    backends: Any = torch.backends  # no type checker knows its members
-    settings = backends.cudnn.conv, backends.cuda.matmul
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
 @torch.no_grad()
 def moments(vae: Any, images: Tensor) -> Tensor:
     """Mean and log-variance, eq-latents-posterior; float16 on the CPU.
 
     images (B, 3, H, W) in [-1, 1] -> (B, 2, C, h, w), finite, or a ValueError.
     """
-    with full_precision():
+    with multiplying_in("ieee"):
         posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     stored = torch.stack([posterior.mean, posterior.logvar], 1).to("cpu", torch.float16)
     expect_finite("moments in float16", stored, "are the images in [-1, 1]?")
@@ -270,8 +254,9 @@ def moments(vae: Any, images: Tensor) -> Tensor:
 def decode(vae: Any, latents: Tensor, batch_size: int = 16) -> Tensor:
     """Scaled latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], on the CPU."""
     parts = torch.split(latents / vae.config.scaling_factor, batch_size)
-    images = [
-        vae.decode(part.to(vae.device, vae.dtype)).sample.clamp(-1, 1).float().cpu()
-        for part in parts
-    ]
+    with multiplying_in("ieee"):
+        images = [
+            vae.decode(part.to(vae.device, vae.dtype)).sample.clamp(-1, 1).float().cpu()
+            for part in parts
+        ]
     return torch.cat(images)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffussm.adapters import IndexedImages
-from diffussm.autoencoder import full_precision
+from diffussm.convolution import multiplying_in
 from diffussm.files import sha256, whole_file
 from diffussm.formats import LmdbImages, holds_images
 from diffussm.guards import (
@@ -86,7 +86,7 @@ class Inception:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """pool (B, 2048), spatial (B, 2023), logits (B, 1008) without bias, as ADM."""
-        with full_precision():
+        with multiplying_in("ieee"):
             pool, logits = self.net(images.to(self.device))
         assert self._map is not None
         spatial = self._map[:, :7].permute(0, 2, 3, 1).flatten(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffussm.convolution import without_autocast
+from diffussm.convolution import multiplying_in, without_autocast
 from diffussm.embeddings import (
     Labels,
     as_labels,
@@ -171,7 +171,8 @@ class DiffuSSM(nn.Module):
             return [None] * len(layers)
         if self._cache is None or not self._cache.holds(parameters, length):
             self._cache = None  # before the new one is made: both need not have room
-            spectra = [layer.spectra(length) for layer in layers]
+            with multiplying_in("ieee"):  # whatever the samples are drawn in
+                spectra = [layer.spectra(length) for layer in layers]
             made_from = [p.detach().clone() for p in parameters]
             self._cache = _Cache(length, made_from, spectra)
         return self._cache.spectra

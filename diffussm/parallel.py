@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.batches import Batch
 from diffussm.bidirectional import Convolution, way
+from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
@@ -100,7 +101,8 @@ def accumulate_gradients(
     for first in range(0, len(batch.t), micro):
         mine = slice(first, first + micro)
         part = batch.part(mine, device)
-        with _gradient_sync(network, now=first + micro >= len(batch.t)):
+        last = first + micro >= len(batch.t)
+        with _gradient_sync(network, now=last), multiplying_in("ieee"):
             tally += backward(network, diffusion, part, recipe, world_size())
     return tally
 
@@ -120,7 +122,6 @@ def create_state(
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
-    _allow_tf32(recipe.precision, device)
     return TrainState.create(recipe, device, prepare)
 
 
@@ -154,12 +155,6 @@ class _WholeBlocks(DistributedDataParallel):
 
         with dynamo.patch(optimize_ddp=False):
             return super().forward(*inputs, **options)  # type: ignore[no-untyped-call]
-
-
-def _allow_tf32(precision: str, device: torch.device) -> None:
-    if device.type == "cuda":  # TF32 only where bf16 is allowed
-        products = "high" if precision == "bf16" else "highest"
-        torch.set_float32_matmul_precision(products)
 
 
 _AUTO = "diffussm.autotuning:autotune_convolution"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from diffussm.convolution import multiplying_in
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion, NoiseSource
 from diffussm.files import whole_file
@@ -254,14 +255,9 @@ def _some(walk: Iterable[tuple[int, Tensor, Tensor]], every: int) -> list[Frame]
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """A context in which a network computes in "float32", "tf32" or "bf16"."""
-    before, exact = torch.get_float32_matmul_precision(), precision == "float32"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if exact else "high")
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    with multiplying_in("ieee" if precision == "float32" else "tf32"), bf16:
+        yield
 
 
 _FRAMES = 40  # of a film, about

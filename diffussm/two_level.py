@@ -82,7 +82,7 @@ def vandermonde_two_level(log_dA: Tensor, weights: Tensor, length: int) -> Tenso
 
     Arguments, result and errors are those of `vandermonde`; memory is D x N x 2 sqrt(L)
     and the result. Differentiable once. On GPUs the product obeys
-    `torch.set_float32_matmul_precision`: TensorFloat-32 keeps three digits.
+    `multiplying_in`: TF32 keeps three digits.
 
     Source: eq-convolution-two-level.
     """

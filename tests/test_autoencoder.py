@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -33,6 +35,7 @@ class Constant:
     """An autoencoder whose posterior is given."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(scaling_factor=1.0)
 
     def __init__(self, mean: float, logvar: float) -> None:
         self.posterior = Posterior(mean, logvar)
@@ -59,7 +62,7 @@ def test_moments_beyond_float16_are_refused(mean, logvar):
         moments(Constant(mean, logvar), torch.zeros(1, 3, 16, 16))
 
 
-def test_latents_do_not_depend_on_tf32():
+def test_latents_and_images_do_not_depend_on_tf32():
     settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
 
     class Looking(Constant):
@@ -67,12 +70,17 @@ def test_latents_do_not_depend_on_tf32():
             assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
             return super().encode(images)
 
+        def decode(self, latents):
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+            return SimpleNamespace(sample=latents)
+
     found = [setting.fp32_precision for setting in settings]
     try:
         for before in ("tf32", "ieee"):
             for setting in settings:
                 setting.fp32_precision = before
             moments(Looking(3.0, 0.0), torch.zeros(1, 3, 16, 16))
+            decode(Looking(3.0, 0.0), torch.zeros(1, 4, 2, 2))
             assert [setting.fp32_precision for setting in settings] == [before, before]
     finally:
         for setting, value in zip(settings, found, strict=True):

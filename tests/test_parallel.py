@@ -22,14 +22,14 @@ from tiny import SELDOM
 
 from diffussm import parallel
 from diffussm.batches import training_batch
+from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import rank, world_size
 from diffussm.fft_convolution import convolve
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe
-from diffussm.parallel import compiler_lacking, create_state, wrap
+from diffussm.parallel import accumulate_gradients, compiler_lacking, create_state, wrap
 from diffussm.runs import train
-from diffussm.training import TrainState
 
 pytestmark = pytest.mark.slow  # many processes
 
@@ -207,12 +207,20 @@ def test_a_batch_that_cannot_be_shared_is_refused_up_front(tmp_path, size):
     assert not (tmp_path / "run").exists()
 
 
-def test_float32_is_float32_on_a_gpu_and_bf16_allows_tf32(monkeypatch):
-    gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(TrainState, "create", lambda *_: None)
-    try:
-        for precision, products in (("float32", "highest"), ("bf16", "high")):
-            create_state(replace(SHARED, precision=precision), SELDOM, gpu)
-            assert torch.get_float32_matmul_precision() == products
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_no_training_step_multiplies_in_tf32(precision):
+    """Whatever the process allows elsewhere, which is set again afterwards."""
+    settings, seen = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), []
+    recipe = replace(SHARED, precision=precision, timesteps=50)
+    state = create_state(recipe, SELDOM, CPU)
+
+    def look(*_):
+        seen.extend(setting.fp32_precision for setting in settings)
+
+    state.model.head.register_forward_hook(look)
+    state.model.head.register_full_backward_hook(look)
+    batch, options = training_batch(fifty(), state.model, recipe, 0), (SELDOM, CPU)
+    with multiplying_in("tf32"):
+        accumulate_gradients(state.model, DIFFUSION, batch, recipe, *options)
+        assert [setting.fp32_precision for setting in settings] == ["tf32", "tf32"]
+    assert seen == ["ieee"] * 4

@@ -1,6 +1,5 @@
 """Pictures: bytes, grids, and the precision that they are drawn in."""
 
-import contextlib
 from functools import partial
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffussm import pictures
+from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import (
@@ -37,21 +37,29 @@ def test_pixels_are_rounded_and_latents_refused():
         to_uint8(torch.full((1, 3, 2, 2), float("nan")))
 
 
-def test_float32_is_float32_on_a_gpu_and_tf32_is_named(monkeypatch):
-    gpu, before = torch.device("cuda", 0), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    try:
-        torch.set_float32_matmul_precision("highest")
-        for precision, products in (
-            ("float32", "highest"),
-            ("tf32", "high"),
-            ("bf16", "high"),
-        ):
-            with pictures.computing_in(precision, gpu):
-                assert torch.get_float32_matmul_precision() == products
-            assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_float32_is_float32_and_tf32_is_named():
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    with multiplying_in("tf32"):
+        for precision in ("float32", "tf32", "bf16"):
+            with pictures.computing_in(precision, torch.device("cpu")):
+                found = {matmul.fp32_precision, conv.fp32_precision}
+                assert found == {"ieee" if precision == "float32" else "tf32"}
+                assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+            assert matmul.fp32_precision == conv.fp32_precision == "tf32"
+
+
+def test_kernels_are_exact_whatever_the_samples_are_drawn_in():
+    model, seen = network(), []
+    for block in model.blocks:
+        block.ssm.forward_kernel.register_forward_hook(
+            lambda *_: seen.append(torch.backends.cuda.matmul.fp32_precision)
+        )
+    x, t = torch.zeros(1, 1, 8, 8), torch.zeros(1)
+    how = pictures.computing_in("tf32", torch.device("cpu"))
+    with how, torch.no_grad(), model.cached_kernels():
+        model(x, t, torch.zeros(1, dtype=torch.int64))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert seen == ["ieee"]
 
 
 def test_a_grid_shows_each_image_in_its_place(tmp_path):
