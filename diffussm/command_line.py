@@ -94,6 +94,7 @@ def call(
     wanted = inspect.signature(command).parameters
     if "given" in wanted:
         values["given"] = _typed(words)
+    _say_loading()
     return command(**{name: values[name] for name in values if name in wanted})
 
 
@@ -102,6 +103,12 @@ def _with_underscores(word: str) -> str:
     name, equals, value = word.partition("=")
     renamed = f"--{name[2:].replace('-', '_')}"
     return f"{renamed}{equals}{value}" if word.startswith("--") else word
+
+
+def _say_loading() -> None:
+    """Say on a terminal why there is nothing to see yet."""
+    if "torch" not in sys.modules and sys.stderr and sys.stderr.isatty():
+        print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 
 def _typed(words: Sequence[str]) -> set[str]:
@@ -159,7 +166,6 @@ def recipe_group(parser: Parser, words: list[str]) -> Take:
 def _add_run(parser: Parser, told: str) -> None:
     """The options of a run; `--keep 400k,338M images` is a list without brackets."""
     from diffussm.options import Execution, Recipe
-    from diffussm.recomputation import Recompute
 
     parser.add_argument("recipe", type=str, help=told)
     told = "YAML file with any of the options below"
@@ -168,7 +174,8 @@ def _add_run(parser: Parser, told: str) -> None:
     skip = {"keep", "activation_checkpointing"}
     parser.add_class_arguments(Execution, help="how it is carried out", skip=skip)
     told = "what of a block the backward pass computes again"
-    old = Recompute | bool  # true and false are read too
+    recompute: Any = Execution.__dataclass_fields__["activation_checkpointing"].type
+    old = recompute | bool  # true and false are read too
     parser.add_argument(
         "--activation_checkpointing", type=old, default="none", help=told
     )
@@ -216,6 +223,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def preset_group(parser: Parser, words: list[str]) -> Take:
     """The preset and, with its values for defaults, the options of a set of samples."""
+    _say_loading()
     from diffussm.samples import SAMPLE_PRESETS, SampleSet
     from diffussm.sampling import Sampler
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffussm.guards import bounded, check_fields, expect_one_of, refuse
 from diffussm.model_config import PRESETS, DiffuSSMConfig
-from diffussm.recomputation import Recompute
 
 if TYPE_CHECKING:
     from diffussm.data import Dataset
@@ -137,7 +136,7 @@ class Execution:
     workers: int = bounded(4, least=1)
     micro_batch: int = bounded(0, least=0)
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: Literal["none", "elementwise", "all"] = "none"
     compile: bool = False
     convolution: str = "fft"
 

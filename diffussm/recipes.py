@@ -10,23 +10,20 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from torch import Tensor
 
-from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
-from diffussm.batches import load_dataset
-from diffussm.data import Dataset
-from diffussm.formats import images_from
 from diffussm.guards import expect_there, explain, nearest, refuse
-from diffussm.latents import LatentStore
-from diffussm.model import DiffuSSMConfig
-from diffussm.openmoji import draw_openmoji
 from diffussm.options import Execution, Recipe, flat, from_flat, misfits
-from diffussm.run_folder import read_run
-from diffussm.zips import zip_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffussm.data import Dataset
+    from diffussm.latents import LatentStore
+    from diffussm.model_config import DiffuSSMConfig
 
 __all__ = [
     "recipe_files",
@@ -71,6 +68,8 @@ def _file_of(name: str) -> Path:
 def _options_in(file: Path) -> dict[str, Any]:
     """The options that a recipe says, as one mapping."""
     if file.name == "config.json":
+        from diffussm.run_folder import read_run
+
         recipe, execution, *_ = read_run(file.parent)
         return flat(recipe, execution)
     return _read_yaml(file)
@@ -88,7 +87,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def open_data(
     recipe: Recipe, free: Collection[str] = (), beside: Path = Path(".")
-) -> Dataset:
+) -> "Dataset":
     """What `recipe.data` names: digits, openmoji, a latent store, or `images_from`.
 
     Args:
@@ -98,6 +97,9 @@ def open_data(
     Raises:
         ValueError, OSError: it does not exist, is damaged, or not what the model takes.
     """
+    from diffussm.batches import load_dataset
+    from diffussm.zips import zip_of
+
     if recipe.data == "digits":
         return load_dataset(recipe)
     refuse(
@@ -113,7 +115,9 @@ def open_data(
     return _open_images(lambda size: path, recipe, free)
 
 
-def _open_latents(path: Path, recipe: Recipe, free: Collection[str]) -> LatentStore:
+def _open_latents(path: Path, recipe: Recipe, free: Collection[str]) -> "LatentStore":
+    from diffussm.latents import LatentStore
+
     store = LatentStore(path)
     if recipe.flip and not store.flip and "flip" not in free:
         raise ValueError(f"{path} holds no mirrored images; train with --flip false")
@@ -122,8 +126,10 @@ def _open_latents(path: Path, recipe: Recipe, free: Collection[str]) -> LatentSt
 
 def _open_images(
     place: Callable[[int], Path], recipe: Recipe, free: Collection[str]
-) -> Dataset:
+) -> "Dataset":
     """The images at the place that a size has."""
+    from diffussm.formats import images_from
+
     model, data = recipe.model, recipe.data
     refuse(
         takes_latents(model),
@@ -139,6 +145,8 @@ def _open_images(
 
 def _drawn(beside: Path, size: int) -> Path:
     """The training images of OpenMoji in this size."""
+    from diffussm.openmoji import draw_openmoji
+
     root = beside / f"openmoji-{size}"
     if not root.exists():
         beside.mkdir(parents=True, exist_ok=True)
@@ -149,7 +157,7 @@ def _drawn(beside: Path, size: int) -> Path:
     return draw_openmoji(root, size) / "train"
 
 
-def takes_latents(model: DiffuSSMConfig) -> bool:
+def takes_latents(model: "DiffuSSMConfig") -> bool:
     """Whether a model is of latents: an image has one channel or three."""
     return model.in_channels not in (1, 3)
 
@@ -169,7 +177,7 @@ def left_open(name: str) -> frozenset[str]:
     return frozenset(_OF_LENGTH | (_OF_DATA if general else set()))
 
 
-def inferred(recipe: Recipe, data: Dataset, free: Collection[str]) -> dict[str, Any]:
+def inferred(recipe: Recipe, data: "Dataset", free: Collection[str]) -> dict[str, Any]:
     """The options that the data decide, each with its value."""
     wanted = misfits(data, recipe)
     if recipe.flip and not data.flip:
@@ -177,7 +185,7 @@ def inferred(recipe: Recipe, data: Dataset, free: Collection[str]) -> dict[str, 
     return {name: value for name, value in wanted.items() if name in free}
 
 
-def fit(recipe: Recipe, data: Dataset, free: Collection[str]) -> Recipe:
+def fit(recipe: Recipe, data: "Dataset", free: Collection[str]) -> Recipe:
     """The recipe with all that its data decide."""
     values, model = inferred(recipe, data, free), {}
     for name in _OF_SHAPE & values.keys():
@@ -203,6 +211,8 @@ def decided(run: Path, free: Collection[str]) -> dict[str, Any]:
     if not (run / "config.json").is_file():
         return {}
     with suppress(ValueError, OSError):  # no run: who opens it will say so
+        from diffussm.run_folder import read_run
+
         recipe = read_run(run).recipe
         kept = sorted((_OF_LENGTH | {"batch_size"}) & set(free))
         return {name: getattr(recipe, name) for name in kept}
@@ -210,12 +220,14 @@ def decided(run: Path, free: Collection[str]) -> dict[str, Any]:
 
 
 def open_decoder(
-    vae: str, device: torch.device, made_by: dict[str, Any] | None
-) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+    vae: str, device: "torch.device", made_by: dict[str, Any] | None
+) -> tuple[Callable[["Tensor"], "Tensor"], dict[str, Any]]:
     """What turns latents into images, and its identity.
 
     `made_by` identifies the encoder of the latents; ValueError if it is another.
     """
+    from diffussm.autoencoder import check_encoder, decode, load_vae, vae_identity
+
     loaded = load_vae(vae, device)
     identity = vae_identity(loaded, vae)
     if made_by is not None:

@@ -12,7 +12,7 @@ import torch
 from commands import REFUSED, listing, nonsense
 from PIL import Image
 
-from diffussm import recipes
+from diffussm import openmoji, recipes
 from diffussm.data import TensorData
 from diffussm.folders import ImageFolder
 from diffussm.images import BadImage
@@ -195,7 +195,7 @@ def test_emoji_are_drawn_once_by_whoever_is_first(tmp_path, monkeypatch):
     recipe, _ = recipes.read_recipe("pixels")
     small = replace(recipe.model, input_size=8, num_classes=14)
     recipe = replace(recipe, model=small, data="openmoji")
-    real, calls = recipes.draw_openmoji, []
+    real, calls = openmoji.draw_openmoji, []
 
     def draw(root, size):
         calls.append(root)
@@ -204,7 +204,7 @@ def test_emoji_are_drawn_once_by_whoever_is_first(tmp_path, monkeypatch):
             real(tmp_path / "openmoji-8", size)
         return drawn
 
-    monkeypatch.setattr(recipes, "draw_openmoji", draw)
+    monkeypatch.setattr(openmoji, "draw_openmoji", draw)
     data = recipes.open_data(recipe, (), tmp_path)
     assert data.num_classes == 14 and data[0][0].shape == (3, 8, 8)
     assert data.root == str(tmp_path / "openmoji-8" / "train")
