@@ -34,9 +34,9 @@ _RENAMED = {
 if TYPE_CHECKING:
     from diffussm.diffusion import GaussianDiffusion as GaussianDiffusion
     from diffussm.evaluation import evaluate as evaluate
-    from diffussm.model import PRESETS as PRESETS
     from diffussm.model import DiffuSSM as DiffuSSM
-    from diffussm.model import DiffuSSMConfig as DiffuSSMConfig
+    from diffussm.model_config import PRESETS as PRESETS
+    from diffussm.model_config import DiffuSSMConfig as DiffuSSMConfig
     from diffussm.options import Execution as Execution
     from diffussm.options import Recipe as Recipe
     from diffussm.pipeline import DiffuSSMPipeline as DiffuSSMPipeline
@@ -46,11 +46,11 @@ else:
     # the same names, imported on first use: `diffussm --help` does not wait for torch
     _HOMES = {
         "DiffuSSM": "model",
-        "DiffuSSMConfig": "model",
+        "DiffuSSMConfig": "model_config",
         "DiffuSSMPipeline": "pipeline",
         "Execution": "options",
         "GaussianDiffusion": "diffusion",
-        "PRESETS": "model",
+        "PRESETS": "model_config",
         "Recipe": "options",
         "evaluate": "evaluation",
         "sample": "sampling",

@@ -18,11 +18,11 @@ from diffussm.command_line import (
     recipe_group,
     report,
     sentence,
-    told_of,
 )
 from diffussm.file_commands import encode, export, vae
 from diffussm.guards import nearest
 from diffussm.look_commands import show
+from diffussm.parsing import told_of
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
 from diffussm.score_commands import evaluate, neighbours, statistics

@@ -6,7 +6,6 @@ Generated from book/94_command_line.md by `make export`: edit there.
 import argparse
 import inspect
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from diffussm.guards import expect_there, explain, refuse
-from diffussm.parsing import Parser
+from diffussm.parsing import Parser, parser_of, told_of
 
 __all__ = [
     "Take",
     "Group",
-    "told_of",
     "call",
     "refuse_idle",
     "recipe_group",
@@ -37,45 +35,8 @@ __all__ = [
     "check_new",
 ]
 
-_DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
 Take = Callable[[Any], dict[str, Any]]
 Group = Callable[[Parser, list[str]], Take]
-
-
-def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
-    """A command's line for the list, its description, and a line for each option."""
-    text = inspect.getdoc(command) or ""
-    title, _, rest = text.partition("\n\n")
-    description, _, options = rest.partition("Args:\n")
-    helps = re.findall(r"^ {4}(\w+): (.+)$", options.partition("\n\n")[0], re.M)
-    return title, " ".join(description.split()), dict(helps)
-
-
-def _parser_of(command: Callable[..., int]) -> Parser:
-    """The parser that a command's signature and docstring describe."""
-    _, description, helps = told_of(command)
-    parser = Parser(f"diffussm {command.__name__}", description)
-    parameters = inspect.signature(command).parameters
-    for name, told in helps.items():
-        add = partial(parser.add_argument, help=told.replace("DEVICE", _DEVICE))
-        _add_option(add, parameters[name])
-    return parser
-
-
-def _add_option(add: Callable[..., Any], parameter: inspect.Parameter) -> None:
-    name, kind = parameter.name.rstrip("_"), parameter.annotation  # from_ is --from
-    if parameter.default is False:
-        add(f"--{name}", action="store_true")
-    elif list[str] in get_args(kind):  # or None
-        add(f"--{name}", type=str, nargs="+")
-    elif parameter.kind is parameter.KEYWORD_ONLY:
-        needed = parameter.default is parameter.empty
-        default = {"required": True} if needed else {"default": parameter.default}
-        add(f"--{name}", type=kind, **default)
-    elif get_origin(kind) is list:
-        add(name, type=get_args(kind)[0], nargs="*")
-    else:
-        add(name, type=kind)
 
 
 def call(
@@ -86,7 +47,7 @@ def call(
     `group` adds options, and says what parameters they make; `given` are the names of
     the options that were typed. A command gets those that are in its signature.
     """
-    parser, words = _parser_of(command), [_with_underscores(word) for word in words]
+    parser, words = parser_of(command), [_with_underscores(word) for word in words]
     take = group(parser, words) if group else lambda options: {}
     options = parser.read(words)
     values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
@@ -173,7 +134,7 @@ def _add_run(parser: Parser, told: str) -> None:
     parser.add_class_arguments(Recipe, help="what is learnt")
     skip = {"keep", "activation_checkpointing"}
     parser.add_class_arguments(Execution, help="how it is carried out", skip=skip)
-    told = "what of a block the backward pass computes again"
+    told = "what the backward pass computes again of a block: none, elementwise or all"
     recompute: Any = Execution.__dataclass_fields__["activation_checkpointing"].type
     old = recompute | bool  # true and false are read too
     parser.add_argument(

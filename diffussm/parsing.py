@@ -3,10 +3,12 @@
 Generated from book/93_parsing.md by `make export`: edit there.
 """
 
+import inspect
 import json
 import re
 from argparse import SUPPRESS, Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,7 +24,7 @@ from jsonargparse.typing import (
 
 from diffussm.guards import meant, named
 
-__all__ = ["in_words", "Parser"]
+__all__ = ["in_words", "Parser", "told_of", "parser_of"]
 
 
 _KINDS: dict[Any, str] = {
@@ -159,3 +161,42 @@ def _typed_as(name: str, words: Sequence[str]) -> str | None:
             values = takewhile(lambda one: not one.startswith("--"), words[i + 1 :])
             return f"{flag} {value}" if equals else " ".join([flag, *values])
     return None
+
+
+def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
+    """A command's line for the list, its description, and a line for each option."""
+    text = inspect.getdoc(command) or ""
+    title, _, rest = text.partition("\n\n")
+    description, _, options = rest.partition("Args:\n")
+    helps = re.findall(r"^ {4}(\w+): (.+)$", options.partition("\n\n")[0], re.M)
+    return title, " ".join(description.split()), dict(helps)
+
+
+_DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
+
+
+def parser_of(command: Callable[..., int]) -> Parser:
+    """The parser that a command's signature and docstring describe."""
+    _, description, helps = told_of(command)
+    parser = Parser(f"diffussm {command.__name__}", description)
+    parameters = inspect.signature(command).parameters
+    for name, told in helps.items():
+        add = partial(parser.add_argument, help=told.replace("DEVICE", _DEVICE))
+        _add_option(add, parameters[name])
+    return parser
+
+
+def _add_option(add: Callable[..., Any], parameter: inspect.Parameter) -> None:
+    name, kind = parameter.name.rstrip("_"), parameter.annotation  # from_ is --from
+    if parameter.default is False:
+        add(f"--{name}", action="store_true")
+    elif list[str] in get_args(kind):  # or None
+        add(f"--{name}", type=str, nargs="+")
+    elif parameter.kind is parameter.KEYWORD_ONLY:
+        needed = parameter.default is parameter.empty
+        default = {"required": True} if needed else {"default": parameter.default}
+        add(f"--{name}", type=kind, **default)
+    elif get_origin(kind) is list:
+        add(name, type=get_args(kind)[0], nargs="*")
+    else:
+        add(name, type=kind)

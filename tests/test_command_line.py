@@ -7,6 +7,7 @@ from commands import diffussm, grid
 
 from diffussm import cli, command_line
 from diffussm.distributed import rank, world_size
+from diffussm.parsing import told_of
 
 IDLE = [
     ("sample --from {w}/digits --grid {t}/x.png --count 3", "--count"),
@@ -111,7 +112,7 @@ def test_every_option_of_a_command_is_in_its_signature_and_has_its_words():
 
     groups = {"recipe", "execution", "free", "wanted", "given"}
     for command in cli.COMMANDS.values():
-        title, description, told = command_line.told_of(command)
+        title, description, told = told_of(command)
         parameters = inspect.signature(command).parameters
         assert told.keys() == parameters.keys() - groups and title and description
 
