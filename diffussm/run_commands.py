@@ -167,12 +167,12 @@ def train(
         device: DEVICE
         no_grid: draw no samples at the end
     """
-    from diffussm.distributed import on_rank_zero
-
     refuse_idle(
         given, "where no samples are drawn", no_grid and not execution.sample_every
     )
     tell(f"{recipe.steps:,} steps on {recipe.data or 'no data'}, in {out}")
+    from diffussm.distributed import on_rank_zero
+
     writer = _board_writer() if tensorboard else None
     recipe, data = _fitted(recipe, free, out)
     if execution.sample_every and takes_latents(recipe) and vae is None:

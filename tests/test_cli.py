@@ -240,7 +240,7 @@ for words, code, told in {commands}:
     with contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):
         assert main(words.split()) == code, words
     said = both.getvalue()
-    assert told in said and ("torch" in said) == (code == 1), (words, said)
+    assert told in said and ("torch was wanted" in said) == (code == 1), (words, said)
 """
 
 
