@@ -26,11 +26,11 @@ from diffussm.options import Recipe
 __all__ = ["load_dataset", "Batch", "training_batch", "training_batches"]
 
 
-def load_dataset(recipe: Recipe) -> Dataset:
-    """The training digits; other data are opened elsewhere, and handed over."""
+def load_dataset(recipe: Recipe, split: str = "train") -> Dataset:
+    """Digits, those to train on or "test"; other data are opened elsewhere."""
     if recipe.data != "digits":
         raise ValueError(f"data={recipe.data!r}: open these images and pass dataset=")
-    images, labels = digits("train")
+    images, labels = digits(split)
     y = labels if recipe.model.num_classes else None
     return TensorData(images, y, flip=recipe.flip, levels=17)
 

@@ -25,7 +25,7 @@ from diffussm.look_commands import show
 from diffussm.parsing import told_of
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
-from diffussm.score_commands import evaluate, neighbours, statistics
+from diffussm.score_commands import bound, evaluate, neighbours, statistics
 
 __all__ = ["COMMANDS", "main"]
 
@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "statistics": statistics,
     "neighbours": neighbours,
+    "bound": bound,
 }
 
 

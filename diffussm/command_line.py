@@ -87,6 +87,7 @@ _IDLE = {
     "without guidance, at a cfg_scale of 1": "guidance_channels",
     "for a model of pixels": "vae",
     "where no samples are drawn": "vae",
+    "without --score_every": "score_images held_out",
     "for digits": "exif_rotate workers",
     "for stored latents": "exif_rotate workers",
     "for an LMDB, which has no classes": "no_classes",

@@ -114,6 +114,9 @@ class Execution:
         log_every: Steps between two lines of the log.
         save_every: Steps between two checkpoints.
         sample_every: Steps between two grids of samples; 0 draws none on the way.
+        score_every: Steps between two scores of the average; 0 computes none.
+        score_images: Images drawn for a score; 0 computes losses only.
+        held_out: Images that the run does not see; default: those of digits, openmoji.
         keep_last: How many of the newest checkpoints stay.
         keep_every: Checkpoints of multiples of so many steps stay, too; 0 is none.
         keep: Checkpoints that stay, by steps or images, as in 400k or 338M images.
@@ -129,6 +132,9 @@ class Execution:
     log_every: int = bounded(50, least=1)
     save_every: int = bounded(1000, least=1)
     sample_every: int = bounded(0, least=0)
+    score_every: int = bounded(0, least=0)
+    score_images: int = bounded(256, least=0)
+    held_out: str = ""
     keep_last: int = bounded(2, least=1)
     keep_every: int = bounded(0, least=0)
     keep: tuple[str, ...] = ()
@@ -151,6 +157,11 @@ class Execution:
             object.__setattr__(self, "activation_checkpointing", how)
         check_fields(self)
         self.keep_steps(1)  # refuses what cannot be read
+        if self.score_every % self.log_every:
+            raise ValueError(
+                f"score_every={self.score_every}: scores stand in lines of the log; "
+                f"take a multiple of log_every={self.log_every}, or change that too"
+            )
 
 
 def _kept_step(entry: str, batch_size: int) -> int:

@@ -3,7 +3,7 @@
 Generated from book/91_recipes.md by `make export`: edit there.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diffussm.guards import expect_there, explain, nearest, refuse
+from diffussm.guards import expect_same, expect_there, explain, nearest, refuse
 from diffussm.options import Execution, Recipe, flat, from_flat, misfits
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "read_recipe",
     "open_data",
     "takes_latents",
+    "open_held_out",
     "left_open",
     "inferred",
     "fit",
@@ -160,6 +161,30 @@ def _drawn(beside: Path, size: int) -> Path:
 def takes_latents(model: "DiffuSSMConfig") -> bool:
     """Whether a model is of latents: an image has one channel or three."""
     return model.in_channels not in (1, 3)
+
+
+def open_held_out(
+    name: str, recipe: Recipe, classes: Sequence[str], beside: Path = Path(".")
+) -> "Dataset":
+    """The images that `name` says, or those that the data of a recipe hold out.
+
+    Raises:
+        ValueError, OSError: there are none, or they have other classes than the run.
+    """
+    from diffussm.batches import load_dataset
+
+    if name in ("", recipe.data) and recipe.data == "digits":
+        return load_dataset(recipe, "test")
+    if name in ("", recipe.data) and recipe.data == "openmoji":
+        train = _drawn(beside, recipe.model.height)
+        name = str(train.parent / "val")
+    told = "say with --held_out which images the run does not see: others than --data"
+    refuse(name in ("", recipe.data), told)
+    with explain(f"--held_out {name}", ValueError, OSError):
+        found = open_data(replace(recipe, data=name, flip=False), ("flip",))
+        ours, theirs = {"classes": found.classes}, {"classes": tuple(classes)}
+        expect_same("the run has others", ours, theirs, "Take other images")
+    return found
 
 
 _OF_SHAPE = {"model.in_channels", "model.input_size", "model.num_classes"}

@@ -180,6 +180,8 @@ def train(
             "--sample_every: say with --vae what decodes latents, or --sample_every 0"
         )
     _refuse_idle_data(given, recipe)
+    refuse_idle(given, "without --score_every", not execution.score_every)
+    watch = _watch(recipe, execution, data, out)
     goes_on = partial(_goes_on, out)
     with (
         interruptible(goes_on),  # looks again once a checkpoint is whole
@@ -190,7 +192,22 @@ def train(
         on_rank_zero(
             lambda: _claim(out, recipe, execution, data, other_data, init_from)
         )
-        return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
+        parts = recipe, execution, data, out, own, decode, watch, writer, no_grid
+        return _carry_out(*parts)
+
+
+def _watch(
+    recipe: "Recipe", execution: "Execution", data: "Dataset", out: Path
+) -> Callable[["DiffuSSM"], dict[str, float | None]] | None:
+    """What scores the run now and then, if anything does."""
+    if not execution.score_every:
+        return None
+    from diffussm.recipes import open_held_out
+    from diffussm.watching import Watch
+
+    named = execution.held_out, recipe, data.classes
+    held_out = open_held_out(*named, out.parent)
+    return Watch(recipe, data, held_out, execution.score_images)
 
 
 def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
@@ -206,6 +223,7 @@ def _carry_out(
     out: Path,
     own: Any,
     decode: Any,
+    watch: Any,
     writer: Callable[[str], Any] | None,
     no_grid: bool,
 ) -> int:
@@ -218,7 +236,7 @@ def _carry_out(
         _say_begun(recipe, data)
     with _board(writer if first else None, out) as board:
         hooks: Any = {"on_log": partial(_log, board, recipe.steps)}
-        hooks["on_samples"] = partial(_draw_step, draw, out)
+        hooks |= {"on_samples": partial(_draw_step, draw, out), "on_scores": watch}
         try:
             state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
         except Preempted as stop:
@@ -248,7 +266,9 @@ def _line(steps: int, row: dict[str, Any]) -> str:
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     speed = f"{row['images_per_second']:.1f} images/s"
     left = f"{_duration(row['seconds_left'])} left"
-    return f"step {row['step']} of {steps}: loss {loss}, {speed}, {left}"
+    held_out = row.get("held_out_loss")
+    scored = "" if held_out is None else f", held out {held_out:.4f}"
+    return f"step {row['step']} of {steps}: loss {loss}{scored}, {speed}, {left}"
 
 
 def _duration(seconds: float) -> str:

@@ -83,6 +83,7 @@ class _Run:
     writer: BackgroundWriter
     log: Log
     on_samples: Callable[[DiffuSSM, int], None] | None = None
+    on_scores: Callable[[DiffuSSM], dict[str, float | None]] | None = None
 
 
 def _loop(run: _Run) -> None:
@@ -104,7 +105,7 @@ def _loop(run: _Run) -> None:
             update(state, recipe, told.grad_norm)
             state.meter.add(told.tally, told.grad_norm)
         state.advance()
-        run.log.step(state)
+        run.log.step(state, _scores(run))
         _keep(run, told.stopping)
     run.writer.wait()
 
@@ -130,6 +131,14 @@ def _keep(run: _Run, stop: bool) -> None:
         raise together(Preempted(told))
 
 
+def _scores(run: _Run) -> dict[str, float | None]:
+    every, state = run.execution.score_every, run.state
+    if run.on_scores is None or not every or state.step % every:
+        return {}
+    with run.log.clock.paused():
+        return run.on_scores(whole_ema(state))
+
+
 def train(
     recipe: Recipe,
     run: str | Path,
@@ -138,6 +147,7 @@ def train(
     progress: bool = True,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_samples: Callable[[DiffuSSM, int], None] | None = None,
+    on_scores: Callable[[DiffuSSM], dict[str, float | None]] | None = None,
     dataset: Dataset | None = None,
     other_data: bool = False,
 ) -> TrainState:
@@ -150,6 +160,8 @@ def train(
     Args:
         on_log: gets each line of the log, in the first process.
         on_samples: gets the averaged model and the step, each `sample_every` steps.
+        on_scores: gets the averaged model in all processes, each `score_every` steps;
+            returns columns for the log.
         dataset: replaces what `load_dataset` finds.
         other_data: lets a run go on with data that it was not trained on.
 
@@ -167,8 +179,8 @@ def train(
     with locked(run), BackgroundWriter(run, recipe, execution) as writer:
         state = _resume(run, recipe, execution, own)
         with Log(run, recipe, execution, state, progress, on_log) as log:
-            parts = recipe, execution, data, own, state, writer, log, on_samples
-            _loop(_Run(run, *parts))
+            parts = recipe, execution, data, own, state, writer, log
+            _loop(_Run(run, *parts, on_samples, on_scores))
     return state
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from diffussm.command_line import (
     check_device,
@@ -20,7 +20,7 @@ from diffussm.command_line import (
 from diffussm.files import write_json
 from diffussm.guards import explain
 
-__all__ = ["evaluate", "statistics", "neighbours"]
+__all__ = ["evaluate", "statistics", "bound", "neighbours"]
 
 
 def evaluate(
@@ -157,6 +157,43 @@ def _self_test() -> int:
     with explain("the metrics are wrong here", AssertionError):
         metrics.self_test()
     print("the metrics give what they must on data with known answers")
+    return 0
+
+
+def bound(
+    run: Path,
+    *,
+    held_out: str = "",
+    count: PositiveInt = 64,
+    steps: PositiveInt = 250,
+    weights: Literal["ema", "model"] = "ema",
+    step: NonNegativeInt | None = None,
+    device: str | None = None,
+) -> int:
+    """say how many bits held-out images cost a run, at most
+
+    The variational bound on images that the run does not see, in bits per dimension.
+
+    Args:
+        run: folder of the run
+        held_out: images as --data names them; default: those of digits and openmoji
+        count: so many of them, at the most
+        steps: length of the chain, at most that of training
+        weights: moving average or raw
+        step: the checkpoint to take; default: the newest
+        device: DEVICE
+    """
+    from diffussm.recipes import open_held_out
+    from diffussm.run_folder import load_run
+    from diffussm.watching import held_out_bits
+
+    model, recipe, names = load_run(run, weights, step)
+    data = open_held_out(held_out, recipe, names, run.parent)
+    model, steps = model.to(_chosen(device)).eval(), min(steps, recipe.timesteps)
+    with interruptible(nothing_kept):
+        told: dict[str, Any] = dict(held_out_bits(model, recipe, data, count, steps))
+    told |= {"images": min(count, len(data)), "steps": steps, "weights": weights}
+    print(json.dumps(told, indent=2))
     return 0
 
 

@@ -40,6 +40,9 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
+_Curve = tuple[str, list[int], list[float]]  # what it is, steps, values
+
+
 @dataclass(frozen=True)
 class History:
     """What the folder of a run tells: its configuration, and the rows of its log."""
@@ -79,12 +82,20 @@ class History:
         files += self.run.glob("checkpoints/step_*")
         return max(file.stat().st_mtime for file in files if file and file.exists())
 
-    def losses(self) -> dict[str, tuple[str, list[int], list[float]]]:
-        """The losses that were logged: by name, what it is, steps and values."""
-        logged = {
-            name for row in self.rows for name in row if name.startswith("held_out")
-        }
-        told = _QUARTILES | {name: name.replace("_", " ") for name in sorted(logged)}
+    def losses(self) -> dict[str, _Curve]:
+        """The losses that were logged, by name."""
+        return self._curves(_QUARTILES | self._beginning("held_out"))
+
+    def scores(self) -> dict[str, _Curve]:
+        """Scores of the average that were logged, by name."""
+        return self._curves(self._beginning("score_"))
+
+    def _beginning(self, word: str) -> dict[str, str]:
+        """The columns whose names begin so, in words."""
+        logged = {name for row in self.rows for name in row if name.startswith(word)}
+        return {name: name.replace("_", " ") for name in sorted(logged)}
+
+    def _curves(self, told: dict[str, str]) -> dict[str, _Curve]:
         found = {name: (words, *self.column(name)) for name, words in told.items()}
         return {name: one for name, one in found.items() if one[1]}
 
@@ -155,7 +166,7 @@ def summary(history: History, now: float) -> str:
     lines = [
         f"{history.run}: step {step:,} of {recipe.steps:,}; {_state(history, now)}"
     ]
-    for name, (words, _, values) in history.losses().items():
+    for name, (words, _, values) in (history.losses() | history.scores()).items():
         shown = f"{curve(values):<40}"
         lines.append(f"  {name:<9} {shown} {values[-1]:<9.4g} {words}")
     if not history.rows:
@@ -203,8 +214,11 @@ def draw_history(history: History, out: Path) -> None:
     picture = history.picture()
     figure = Figure(figsize=(11 if picture else 7, 6), layout="constrained")
     beside = ["samples"] if picture else []
-    rows: Any = [[name, *beside] for name in ("loss", "learning rate", "images/s")]
-    axes = figure.subplot_mosaic(rows, height_ratios=[3, 1, 1])
+    heights = {"loss": 3, "score": 2, "learning rate": 1, "images/s": 1}
+    if not history.scores():
+        del heights["score"]
+    rows: Any = [[name, *beside] for name in heights]
+    axes = figure.subplot_mosaic(rows, height_ratios=[*heights.values()])
     _fill(axes, history)
     figure.suptitle(f"{history.run.resolve().name}, step {history.step():,}")
     with whole_file(out) as draft:
@@ -221,11 +235,14 @@ def _fill(axes: Any, history: History) -> None:
     for name, (words, steps, values) in history.losses().items():
         axes["loss"].semilogy(steps, values, label=f"{name}: {words}")
     axes["loss"].legend(fontsize="small")
+    for name, (_, steps, values) in history.scores().items():
+        axes["score"].plot(steps, values, "o-", ms=3, label=name)
+        axes["score"].legend(fontsize="small")
     axes["learning rate"].plot(*history.learning_rates())
     axes["images/s"].plot(*history.column("images_per_second"))
     axes["images/s"].set_ylim(bottom=0)
     axes["images/s"].set_xlabel("step")
-    for name in ("loss", "learning rate", "images/s"):
+    for name in axes.keys() - {"samples"}:
         axes[name].set_ylabel(name)
     if (picture := history.picture()) is not None:
         _show_picture(axes["samples"], picture)

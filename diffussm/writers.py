@@ -6,7 +6,7 @@ Generated from book/46_writers.md by `make export`: edit there.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -135,12 +135,12 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step(self, state: TrainState) -> None:
-        """A step is done; each so manyth writes a line."""
+    def step(self, state: TrainState, scores: Mapping[str, float | None]) -> None:
+        """A step is done; each so manyth writes a line, with its scores."""
         self._bar.update()
         if state.step % self._every:
             return
-        row = self._row(state)
+        row = self._row(state) | dict(scores)
         if rank() == 0:
             with self._file.open("a") as log:
                 log.write(json.dumps(row) + "\n")

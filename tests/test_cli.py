@@ -221,6 +221,7 @@ def test_help_lists_the_commands_and_does_not_wait_for_torch():
         "evaluate",
         "statistics",
         "neighbours",
+        "bound",
     ):
         assert name in said
 

@@ -37,7 +37,9 @@ from diffussm import (
     file_commands,
     formats,
     metrics,
+    neighbours,
     options,
+    plain_scores,
     recipes,
     run_commands,
     run_folder,
@@ -466,6 +468,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(evaluation, "evaluate", reach)
     monkeypatch.setattr(features, "save_statistics", reach)
     monkeypatch.setattr(metrics, "self_test", reach)
+    monkeypatch.setattr(plain_scores, "plain_scores", reach)
+    monkeypatch.setattr(neighbours, "find_copies", reach)
     monkeypatch.setattr(show, "read_history", reach)
 
 

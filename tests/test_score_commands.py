@@ -153,6 +153,42 @@ def test_copies_among_samples_are_laid_on_a_sheet(tmp_path):
     assert "exists" in diffussm(words, 1, t=tmp_path)
 
 
+SMALL = (
+    "--model.d_model 16 --model.n_blocks 1 --model.d_state 4 --batch_size 8 --warmup 0 "
+    "--cooldown 0 --log_every 2 --save_every 4 --no_grid --device cpu --timesteps 30"
+)
+
+
+def test_a_run_is_scored_while_it_trains_and_after(tmp_path):
+    words = "train digits --out {t}/run --steps 4 --score_every 2 --score_images 8 "
+    diffussm(words + SMALL, t=tmp_path)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(row["held_out_loss"] and row["score_kid_pixels"] for row in rows)
+    said = diffussm("show {t}/run", t=tmp_path)
+    assert "held_out_train_loss" in said and "score_kid_random_real" in said
+    said = diffussm("bound {t}/run --count 8 --steps 5 --device cpu", t=tmp_path)
+    told = json.loads(said[said.index("{") : said.rindex("}") + 1])
+    assert 0 < told["standard_error"] < told["bits_per_dim"]
+    assert (told["images"], told["steps"]) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--held_out nowhere", "--held_out would have no effect"),
+        ("--score_images 3", "--score_images would have no effect"),
+        ("--score_every 3", "multiple of log_every=2"),
+        ("--score_every 2 --held_out nowhere", "--held_out nowhere"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused_before_anything_is_written(
+    words, told, tmp_path
+):
+    said = diffussm(f"train digits --out {tmp_path}/run {words} {SMALL}", 1)
+    assert told in said and not (tmp_path / "run").exists()
+
+
 REFUSED = [
     ("--features random --weights {t}", "--weights would have no effect"),
     ("--features pixels --device cpu", "--device would have no effect"),
