@@ -6,7 +6,7 @@ Generated from book/96_run_commands.md by `make export`: edit there.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import NonNegativeInt, PositiveFloat
 
 from diffussm.command_line import interruptible, refuse_idle, start, tell
-from diffussm.guards import explain
+from diffussm.progress import Told, board_in, board_writer, log_row, pin, say
 
 if TYPE_CHECKING:
     from diffussm.data import Dataset
     from diffussm.model import DiffuSSM
     from diffussm.options import Execution, Recipe
 
-__all__ = ["takes_latents", "doctor", "train", "say"]
+__all__ = ["takes_latents", "doctor", "train"]
 
 
 def takes_latents(recipe: "Recipe") -> bool:
@@ -56,13 +56,6 @@ def _claim(
         new = ", ".join(origin["new"]) or "nothing"
         tell(f"{len(origin['taken'])} tensors of {init_from}; new: {new}")
     (out / "preempted").unlink(missing_ok=True)
-
-
-def _board_writer() -> Any:
-    """TensorBoard's writer; ValueError if it is not installed."""
-    with explain("--tensorboard: install tensorboard, or omit it", ImportError):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter
 
 
 def _decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
@@ -173,15 +166,13 @@ def train(
     tell(f"{recipe.steps:,} steps on {recipe.data or 'no data'}, in {out}")
     from diffussm.distributed import on_rank_zero
 
-    writer = _board_writer() if tensorboard else None
+    writer = board_writer() if tensorboard else None
     recipe, data = _fitted(recipe, free, out)
     if execution.sample_every and takes_latents(recipe) and vae is None:
         raise ValueError(
             "--sample_every: say with --vae what decodes latents, or --sample_every 0"
         )
     _refuse_idle_data(given, recipe)
-    refuse_idle(given, "without --score_every", not execution.score_every)
-    watch = _watch(recipe, execution, data, out)
     goes_on = partial(_goes_on, out)
     with (
         interruptible(goes_on),  # looks again once a checkpoint is whole
@@ -192,22 +183,7 @@ def train(
         on_rank_zero(
             lambda: _claim(out, recipe, execution, data, other_data, init_from)
         )
-        parts = recipe, execution, data, out, own, decode, watch, writer, no_grid
-        return _carry_out(*parts)
-
-
-def _watch(
-    recipe: "Recipe", execution: "Execution", data: "Dataset", out: Path
-) -> Callable[["DiffuSSM"], dict[str, float | None]] | None:
-    """What scores the run now and then, if anything does."""
-    if not execution.score_every:
-        return None
-    from diffussm.recipes import open_held_out
-    from diffussm.watching import Watch
-
-    named = execution.held_out, recipe, data.classes
-    held_out = open_held_out(*named, out.parent)
-    return Watch(recipe, data, held_out, execution.score_images)
+        return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
 
 
 def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
@@ -223,7 +199,6 @@ def _carry_out(
     out: Path,
     own: Any,
     decode: Any,
-    watch: Any,
     writer: Callable[[str], Any] | None,
     no_grid: bool,
 ) -> int:
@@ -234,53 +209,28 @@ def _carry_out(
     first, draw = rank() == 0, partial(_draw_rows, recipe, data.classes, decode)
     if first:
         _say_begun(recipe, data)
-    with _board(writer if first else None, out) as board:
-        hooks: Any = {"on_log": partial(_log, board, recipe.steps)}
-        hooks |= {"on_samples": partial(_draw_step, draw, out), "on_scores": watch}
+    with board_in(writer if first else None, out) as board:
+        hooks: Any = {"on_log": partial(log_row, board, Told(recipe.steps))}
+        hooks["on_samples"] = partial(_draw_step, draw, out, board)
         try:
             state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
         except Preempted as stop:
             return _preempted(out, str(stop))
-    if first:
-        _say_done(out, state.step)
-    if (decode or not takes_latents(recipe)) and not no_grid:
-        _draw_last(draw, out, state)
+        if first:
+            _say_done(out, state.step)
+        if (decode or not takes_latents(recipe)) and not no_grid:
+            _draw_last(draw, out, board, state)
     return 0
 
 
-def _board(writer: Callable[[str], Any] | None, out: Path) -> Any:
-    """TensorBoard's folder, closed in the end; None for whom it is not."""
-    return closing(writer(str(out / "tensorboard"))) if writer else nullcontext()
-
-
-def _log(board: Any, steps: int, row: dict[str, Any]) -> None:
-    """A row of the log, for a person and for the board."""
-    for name, value in row.items():
-        if board is not None and isinstance(value, int | float):
-            board.add_scalar(name, value, row["step"])
-    say(_line(steps, row))
-
-
-def _line(steps: int, row: dict[str, Any]) -> str:
-    # None: all steps were left out
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-    speed = f"{row['images_per_second']:.1f} images/s"
-    left = f"{_duration(row['seconds_left'])} left"
-    held_out = row.get("held_out_loss")
-    scored = "" if held_out is None else f", held out {held_out:.4f}"
-    return f"step {row['step']} of {steps}: loss {loss}{scored}, {speed}, {left}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
-
-
 def _draw_step(
-    draw: Callable[..., None], out: Path, model: "DiffuSSM", step: int
+    draw: Callable[..., None], out: Path, board: Any, model: "DiffuSSM", step: int
 ) -> None:
     picture = out / "samples" / f"step_{step:08d}.png"
     picture.parent.mkdir(exist_ok=True)
     draw(model, picture, progress=False)
+    pin(board, picture, step)
+    say(f"a grid of samples is in {picture}")
 
 
 def _draw_rows(
@@ -298,22 +248,15 @@ def _draw_rows(
     draw_grid(model, diffusion_of(recipe), picture, **how)
 
 
-def _draw_last(draw: Callable[..., None], out: Path, state: Any) -> None:
+def _draw_last(draw: Callable[..., None], out: Path, board: Any, state: Any) -> None:
     from diffussm.checkpoints import whole_ema
     from diffussm.distributed import on_rank_zero, rank
 
     ema, picture = whole_ema(state), out / "samples.png"
     on_rank_zero(lambda: draw(ema, picture, progress=True))
     if rank() == 0:
+        pin(board, picture, state.step)
         say(f"a grid of samples is in {picture}")
-
-
-def say(line: str) -> None:
-    """Print a line, above the progress bar if there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def _say_begun(recipe: "Recipe", data: "Dataset") -> None:

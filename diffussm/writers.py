@@ -24,7 +24,7 @@ from diffussm.options import Execution, Recipe
 from diffussm.resources import utilisation
 from diffussm.training import TrainState
 
-__all__ = ["BackgroundWriter", "Clock", "Log", "rewind_log"]
+__all__ = ["BackgroundWriter", "Clock", "in_short", "Log", "rewind_log"]
 
 
 class BackgroundWriter:
@@ -100,6 +100,18 @@ class Clock:
         }
 
 
+def in_short(row: dict[str, Any]) -> str:
+    """A line of the log, for a person."""
+    # None: all steps were left out
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    left = row["seconds_left"]
+    time = f"{left / 3600:.1f} h" if left >= 3600 else f"{left:.0f} s"
+    held_out = row.get("held_out_loss")
+    scored = "" if held_out is None else f", held out {held_out:.4f}"
+    speed = f"{row['images_per_second']:.1f} images/s"
+    return f"loss {loss}{scored}, {speed}, {time} left"
+
+
 class Log:
     """The log of a run: a file of JSON lines, a progress bar, and who else listens."""
 
@@ -124,9 +136,10 @@ class Log:
         self._bar = tqdm(
             total=recipe.steps,
             initial=state.step,
-            unit="step",
             disable=silent,
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
     def __enter__(self) -> Self:
@@ -146,8 +159,7 @@ class Log:
                 log.write(json.dumps(row) + "\n")
             if self._on_log is not None:
                 self._on_log(row)
-        loss = "none" if row["loss"] is None else f"{row['loss']:.4f}"
-        self._bar.set_postfix(loss=loss)
+        self._bar.set_postfix_str(in_short(row))
 
     def _row(self, state: TrainState) -> dict[str, Any]:
         images = state.step * self._recipe.batch_size

@@ -1,0 +1,73 @@
+"""What a run tells.
+
+Generated from book/96_progress.md by `make export`: edit there.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffussm.guards import explain
+
+__all__ = ["say", "Told", "board_writer", "board_in", "log_row", "pin"]
+
+
+def say(line: str) -> None:
+    """Print a line, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+@dataclass
+class Told:
+    """The rows of a log that a person is told."""
+
+    steps: int
+    clock: Callable[[], float] = time.monotonic
+    due: float = -math.inf
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Say a row, if it is time."""
+        from diffussm.writers import in_short
+
+        if self.clock() >= self.due or row["step"] == self.steps:
+            self.due = self.clock() + 30
+            say(f"step {row['step']} of {self.steps}: {in_short(row)}")
+
+
+def board_writer() -> Any:
+    """TensorBoard's writer; ValueError if it is not installed."""
+    with explain("--tensorboard: install tensorboard, or omit it", ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
+
+
+def board_in(writer: Callable[[str], Any] | None, out: Path) -> Any:
+    """TensorBoard's folder, closed in the end; None for whom it is not."""
+    return closing(writer(str(out / "tensorboard"))) if writer else nullcontext()
+
+
+def log_row(board: Any, tell_row: Callable[..., None], row: dict[str, Any]) -> None:
+    """A row of the log, for a person and for the board."""
+    for name, value in row.items():
+        if board is not None and isinstance(value, int | float):
+            board.add_scalar(name, value, row["step"])
+    tell_row(row)
+
+
+def pin(board: Any, picture: Path, step: int) -> None:
+    """A picture, for the board."""
+    import numpy as np
+    from PIL import Image
+
+    if board is not None:
+        with Image.open(picture) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        board.add_image("samples", pixels, step, dataformats="HWC")
