@@ -37,7 +37,8 @@ class Told:
         """Say a row, if it is time."""
         from diffussm.writers import in_short
 
-        if self.clock() >= self.due or row["step"] == self.steps:
+        unusual = row["step"] == self.steps or row["loss"] is None
+        if self.clock() >= self.due or unusual:
             self.due = self.clock() + 30
             say(f"step {row['step']} of {self.steps}: {in_short(row)}")
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from commands import ALONE, SMALL, diffussm
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffussm import recipes, run_commands
+from diffussm import progress, recipes, run_commands
 from diffussm.data import TensorData, batch_indices, digits
 from diffussm.latents import LatentStore
 
@@ -41,6 +42,12 @@ def test_training_on_latents_draws_decoded_pictures_and_remembers_the_autoencode
         json.loads((run / "vae.json").read_text()) == LatentStore(work / "latents").vae
     )
     assert list((run / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [one.step for one in board.Images("samples")] == [4, 4]
+    height, width, _ = np.asarray(Image.open(run / "samples.png")).shape
+    shown = board.Images("samples")[-1]
+    assert (shown.height, shown.width) == (height, width)
+    assert [one.step for one in board.Scalars("loss")] == [2, 4]
 
 
 def test_training_says_how_large_how_fast_and_how_long(tmp_path):
@@ -73,7 +80,7 @@ def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
         add_scalar=lambda name, value, step: seen.append(float(value)),
         close=lambda: None,
     )
-    monkeypatch.setattr(run_commands, "_board_writer", lambda: lambda folder: board)
+    monkeypatch.setattr(run_commands, "board_writer", lambda: lambda folder: board)
     monkeypatch.setattr(recipes, "open_data", lambda *given: TooLarge(*digits("train")))
     said = diffussm(
         f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard "
@@ -183,7 +190,7 @@ def test_a_line_of_output_does_not_stick_to_the_bar():
         tqdm(total=3) as bar,
     ):
         bar.update()
-        run_commands.say("a line")
+        progress.say("a line")
     assert ALONE.search(stream.getvalue())[1] == "a line"
 
 
