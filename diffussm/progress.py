@@ -37,8 +37,8 @@ class Told:
         """Say a row, if it is time."""
         from diffussm.writers import in_short
 
-        unusual = row["step"] == self.steps or row["loss"] is None
-        if self.clock() >= self.due or unusual:
+        unusual = row["loss"] is None or row.get("held_out_loss") is not None
+        if self.clock() >= self.due or unusual or row["step"] == self.steps:
             self.due = self.clock() + 30
             say(f"step {row['step']} of {self.steps}: {in_short(row)}")
 

@@ -173,6 +173,8 @@ def train(
             "--sample_every: say with --vae what decodes latents, or --sample_every 0"
         )
     _refuse_idle_data(given, recipe)
+    refuse_idle(given, "without --score_every", not execution.score_every)
+    watch = _watch(recipe, execution, data, out)
     goes_on = partial(_goes_on, out)
     with (
         interruptible(goes_on),  # looks again once a checkpoint is whole
@@ -183,7 +185,22 @@ def train(
         on_rank_zero(
             lambda: _claim(out, recipe, execution, data, other_data, init_from)
         )
-        return _carry_out(recipe, execution, data, out, own, decode, writer, no_grid)
+        parts = recipe, execution, data, out, own, decode, watch, writer, no_grid
+        return _carry_out(*parts)
+
+
+def _watch(
+    recipe: "Recipe", execution: "Execution", data: "Dataset", out: Path
+) -> Callable[["DiffuSSM"], dict[str, float | None]] | None:
+    """What scores the run now and then, if anything does."""
+    if not execution.score_every:
+        return None
+    from diffussm.recipes import open_held_out
+    from diffussm.watching import Watch
+
+    named = execution.held_out, recipe, data.classes
+    held_out = open_held_out(*named, out.parent)
+    return Watch(recipe, data, held_out, execution.score_images)
 
 
 def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
@@ -199,6 +216,7 @@ def _carry_out(
     out: Path,
     own: Any,
     decode: Any,
+    watch: Any,
     writer: Callable[[str], Any] | None,
     no_grid: bool,
 ) -> int:
@@ -212,6 +230,7 @@ def _carry_out(
     with board_in(writer if first else None, out) as board:
         hooks: Any = {"on_log": partial(log_row, board, Told(recipe.steps))}
         hooks["on_samples"] = partial(_draw_step, draw, out, board)
+        hooks["on_scores"] = watch
         try:
             state = runs.train(recipe, out, execution, own, dataset=data, **hooks)
         except Preempted as stop:

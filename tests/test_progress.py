@@ -13,13 +13,13 @@ from diffussm.progress import Told, board_in, log_row, pin
 ROW = {"loss": 0.5, "images_per_second": 600.0, "seconds_left": 7200.0}
 
 
-def spoken(times, steps=100, loss=0.5):
+def spoken(times, steps=100, **more):
     """The steps that are said, of rows at these times (by step)."""
     out, now = io.StringIO(), [0.0]
     told = Told(steps, clock=lambda: now[0])
     with contextlib.redirect_stdout(out):
         for step, now[0] in times.items():
-            told(ROW | {"step": step, "loss": loss})
+            told(ROW | {"step": step} | more)
     return [int(line.split()[1]) for line in out.getvalue().splitlines()]
 
 
@@ -27,6 +27,7 @@ def test_a_person_is_told_the_first_row_the_last_and_one_in_thirty_seconds():
     assert spoken({1: 0, 2: 1, 3: 29.9, 4: 30, 5: 59, 6: 61, 100: 62}) == [1, 4, 6, 100]
     assert spoken({1: 0, 2: 100, 3: 101, 4: 129, 5: 130}) == [1, 2, 5]
     assert spoken({1: 0, 2: 1}, loss=None) == [1, 2]  # what was left out is said
+    assert spoken({1: 0, 2: 1}, held_out_loss=0.6) == [1, 2]
 
 
 def test_two_million_steps_stay_small():
