@@ -29,8 +29,7 @@ __all__ = [
 ]
 
 
-_Item = tuple[Tensor, int]
-Fetch = Callable[[Callable[[int], _Item], Iterable[int]], Iterable[_Item]]
+Fetch = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 
 
 class Dataset(Protocol):

@@ -26,8 +26,8 @@ from diffussm.images import BadImage
 from diffussm.latents import (
     FORMAT,
     LatentStore,
+    map_shard,
     npy_header,
-    open_shard,
     parse_shard,
     read_record,
     shard_shape,
@@ -227,7 +227,7 @@ def _finished(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | 
     try:
         record: dict[str, Any] = read_json(path, "the record")
         shard = parse_shard(record, number, len(plan["classes"]))
-        open_shard(path.with_suffix(".npy"), shard_shape(plan, shard.images))
+        map_shard(path.with_suffix(".npy"), shard_shape(plan, shard.images))
     except (OSError, ValueError):
         return None
     return record

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ __all__ = [
     "FORMAT",
     "shard_shape",
     "npy_header",
-    "open_shard",
+    "map_shard",
     "with_checksum",
     "read_manifest",
     "Encoder",
@@ -60,7 +61,7 @@ def npy_header(shape: Sequence[int]) -> bytes:
     return file.getvalue()
 
 
-def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
+def map_shard(path: Path, shape: Sequence[int]) -> mmap.mmap:
     """Map a shard into memory: float16, read-only, exactly of this shape.
 
     Raises ValueError or OSError for any other file; nothing in it is interpreted.
@@ -68,10 +69,13 @@ def open_shard(path: Path, shape: Sequence[int]) -> np.ndarray:
     header, size = npy_header(shape), path.stat().st_size
     start, end = len(header), len(header) + 2 * math.prod(shape)
     refuse(size != end, f"{path} is truncated or foreign: {size} bytes, not {end}")
-    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    if content[:start].tobytes() != header:
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if content[:start] != header:
         raise ValueError(f"{path} does not begin as float16 of shape {tuple(shape)}")
-    return content[start:].view("<f2").reshape(shape)
+    if hasattr(mmap, "MADV_RANDOM"):
+        content.madvise(mmap.MADV_RANDOM)
+    return content
 
 
 def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -205,10 +209,10 @@ class LatentStore(Dataset):
         self.scale = float(manifest.vae.scaling_factor)
         self.classes, self.num_classes = manifest.classes, len(manifest.classes)
         self.levels = None  # latents have no grey levels
-        self._shards = [
-            open_shard(self.path / shard.name, shard_shape(self.manifest, shard.images))
-            for shard in manifest.shards
-        ]
+        shapes = [shard_shape(self.manifest, shard.images) for shard in manifest.shards]
+        names = [self.path / shard.name for shard in manifest.shards]
+        self._shards = [map_shard(*both) for both in zip(names, shapes, strict=True)]
+        self._starts = [len(npy_header(shape)) for shape in shapes]
         self._ends = np.cumsum([shard.images for shard in manifest.shards])
         runs = torch.tensor([run for shard in manifest.shards for run in shard.labels])
         self.labels = torch.repeat_interleave(runs[:, 0], runs[:, 1])
@@ -221,15 +225,29 @@ class LatentStore(Dataset):
         starts = np.concatenate([[0], self._ends])
         return numbers, i - starts[numbers]
 
-    def moments(self, indices: Tensor, flips: Tensor | None = None) -> Tensor:
+    def _read(self, number: int, record: int) -> np.ndarray:
+        """The moments of a record, float16 (2, C, h, w), from the file or its copy."""
+        shard, count = self._shards[number], 2 * math.prod(self.shape)
+        start = self._starts[number] + 2 * count * record
+        if hasattr(mmap, "MADV_WILLNEED"):
+            page = start % mmap.PAGESIZE  # an advice begins with a page
+            shard.madvise(mmap.MADV_WILLNEED, start - page, page + 2 * count)
+        return np.frombuffer(shard, "<f2", count, start).reshape(2, *self.shape)
+
+    def moments(
+        self, indices: Tensor, flips: Tensor | None = None, fetch: Fetch = map
+    ) -> Tensor:
         """Stored moments: int64 (B,), bool (B,) -> float16 (B, 2, C, h, w)."""
         i = indices.numpy()
-        numbers, rows = self._find(i)
-        sides = 0 * i if flips is None or not self.flip else flips.numpy().astype(int)
+        numbers, records = self._find(i)
+        if self.flip:
+            records = 2 * records + (0 if flips is None else flips.numpy())
         out = np.empty((len(i), 2, *self.shape), np.float16)
-        where = zip(numbers.tolist(), rows.tolist(), sides.tolist(), strict=True)
-        for place, (number, row, side) in zip(out, where, strict=True):
-            place[...] = self._shards[number][row, side]
+
+        def read(place: int) -> None:
+            out[place] = self._read(int(numbers[place]), int(records[place]))
+
+        list(fetch(read, range(len(i))))
         return torch.from_numpy(out)
 
     def batch(
@@ -240,7 +258,7 @@ class LatentStore(Dataset):
         fetch: Fetch = map,
     ) -> tuple[Tensor, Tensor]:
         """A draw: int64 (B,), bool (B,), normal (B, C, h, w) -> x0, labels (B,)."""
-        x, log_variance = self.moments(indices, flips).float().unbind(1)
+        x, log_variance = self.moments(indices, flips, fetch).float().unbind(1)
         if noise is not None:
             x = x + torch.exp(log_variance / 2) * noise
         return x * self.scale, self.labels[indices]
@@ -269,7 +287,7 @@ def verify_store(path: str | Path) -> list[str]:
 
 def _damage(file: Path, record: dict[str, Any], shard: Shard) -> str | None:
     try:
-        open_shard(file, shard_shape(record, shard.images))
+        map_shard(file, shard_shape(record, shard.images))
         changed = sha256(file) != shard.sha256
     except (OSError, ValueError) as error:
         return str(error)

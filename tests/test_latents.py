@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +26,8 @@ from diffussm.formats import images_from
 from diffussm.images import BadImage
 from diffussm.latents import (
     LatentStore,
+    map_shard,
     npy_header,
-    open_shard,
     read_manifest,
     verify_store,
     with_checksum,
@@ -449,10 +452,39 @@ def raises(images, i) -> bool:
     return False
 
 
-def test_open_shard_maps_and_does_not_read(tmp_path):
+def test_map_shard_maps_and_does_not_read(tmp_path):
     shape = (1 << 20, 2, 2, 4, 32, 32)  # 32 GiB, of which nothing is on disk
     with (tmp_path / "s.npy").open("wb") as file:
         file.write(npy_header(shape))
         file.truncate(len(npy_header(shape)) + 2 * int(np.prod(shape)))
-    shard = open_shard(tmp_path / "s.npy", shape)
+    content = map_shard(tmp_path / "s.npy", shape)
+    start = len(npy_header(shape))
+    shard = np.frombuffer(content, "<f2", offset=start).reshape(shape)
     assert shard[12345, 1].max() == 0 and not shard.flags.writeable
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_system_is_told_that_visits_are_random(whole):
+    """Or it would read 128 KiB ahead for each of them."""
+    store = LatentStore(whole)
+    flags, here = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(whole / "shard-00000.npy"))
+        elif here and line.startswith("VmFlags:"):
+            flags.append(line.split()[1:])
+    assert len(store) and flags and all("rr" in found for found in flags)
+
+
+def test_readers_in_several_threads_wait_together_and_read_the_same(whole):
+    store, indices = LatentStore(whole), torch.tensor([4, 1, 3, 1, 0, 2])
+    flips, meeting = torch.tensor([True, False] * 3), threading.Barrier(3, timeout=60)
+    alone, honest = store.moments(indices, flips), store._read
+
+    def slow(*where):
+        meeting.wait()  # a deadlock, if they came one after the other
+        return honest(*where)
+
+    store._read = slow
+    with ThreadPoolExecutor(3) as readers:
+        assert torch.equal(store.moments(indices, flips, readers.map), alone)
