@@ -11,7 +11,7 @@ import torch
 from diffussm.distributed import world_size
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.options import Execution, Recipe
+from diffussm.options import Execution, Recipe, warn
 from diffussm.parallel import micro_batch_of
 from diffussm.recomputation import Recompute, kept_by
 
@@ -77,10 +77,12 @@ def utilisation(
         return {}
     figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
     torch.cuda.reset_peak_memory_stats()
-    peak = peak_flops(torch.cuda.get_device_name())
-    if peak is not None:
+    card = torch.cuda.get_device_name()
+    if (peak := peak_flops(card)) is not None:
         used = 6 * linear_macs(config) * images_per_second
         figures["mfu"] = round(used / (peak * world_size()), 4)
+    else:
+        warn(f"the peak of {card!r} is not known, so no mfu is logged; see PEAK_FLOPS")
     return figures
 
 

@@ -115,6 +115,14 @@ def test_the_peak_is_that_of_the_very_card(name, teraflops):
     assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
 
 
+def test_a_card_without_a_figure_gets_a_sentence_and_no_neighbours(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 Ultra")
+    assert "mfu" not in utilisation(SHARED.model, 100.0, torch.device("cuda", 0))
+    assert "peak of 'NVIDIA H100 Ultra' is not known" in capsys.readouterr().err
+
+
 def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
     peak = [3e9]
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
