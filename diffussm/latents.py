@@ -209,10 +209,14 @@ class LatentStore(Dataset):
         self.scale = float(manifest.vae.scaling_factor)
         self.classes, self.num_classes = manifest.classes, len(manifest.classes)
         self.levels = None  # latents have no grey levels
-        shapes = [shard_shape(self.manifest, shard.images) for shard in manifest.shards]
-        names = [self.path / shard.name for shard in manifest.shards]
-        self._shards = [map_shard(*both) for both in zip(names, shapes, strict=True)]
-        self._starts = [len(npy_header(shape)) for shape in shapes]
+        self._shards, self._records = list[mmap.mmap](), list[np.ndarray]()
+        for shard in manifest.shards:
+            shape = shard_shape(self.manifest, shard.images)
+            self._shards.append(map_shard(self.path / shard.name, shape))
+            content = np.frombuffer(
+                self._shards[-1], "<f2", offset=len(npy_header(shape))
+            )
+            self._records.append(content.reshape(-1, 2, *self.shape))
         self._ends = np.cumsum([shard.images for shard in manifest.shards])
         runs = torch.tensor([run for shard in manifest.shards for run in shard.labels])
         self.labels = torch.repeat_interleave(runs[:, 0], runs[:, 1])
@@ -227,12 +231,13 @@ class LatentStore(Dataset):
 
     def _read(self, number: int, record: int) -> np.ndarray:
         """The moments of a record, float16 (2, C, h, w), from the file or its copy."""
-        shard, count = self._shards[number], 2 * math.prod(self.shape)
-        start = self._starts[number] + 2 * count * record
+        found: np.ndarray = self._records[number][record]
         if hasattr(mmap, "MADV_WILLNEED"):
+            shard, size = self._shards[number], found.nbytes
+            start = len(shard) - self._records[number].nbytes + size * record
             page = start % mmap.PAGESIZE  # an advice begins with a page
-            shard.madvise(mmap.MADV_WILLNEED, start - page, page + 2 * count)
-        return np.frombuffer(shard, "<f2", count, start).reshape(2, *self.shape)
+            shard.madvise(mmap.MADV_WILLNEED, start - page, page + size)
+        return found
 
     def moments(
         self, indices: Tensor, flips: Tensor | None = None, fetch: Fetch = map
@@ -242,10 +247,11 @@ class LatentStore(Dataset):
         numbers, records = self._find(i)
         if self.flip:
             records = 2 * records + (0 if flips is None else flips.numpy())
+        where = list(zip(numbers.tolist(), records.tolist(), strict=True))
         out = np.empty((len(i), 2, *self.shape), np.float16)
 
         def read(place: int) -> None:
-            out[place] = self._read(int(numbers[place]), int(records[place]))
+            out[place] = self._read(*where[place])
 
         list(fetch(read, range(len(i))))
         return torch.from_numpy(out)
