@@ -183,7 +183,7 @@ def open_held_out(
     with explain(f"--held_out {name}", ValueError, OSError):
         found = open_data(replace(recipe, data=name, flip=False), ("flip",))
         ours, theirs = {"classes": found.classes}, {"classes": tuple(classes)}
-        expect_same("the run has others", ours, theirs, "Take other images")
+        expect_same("it is not of the run's", ours, theirs, "Take other images")
     return found
 
 
