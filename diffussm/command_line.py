@@ -80,6 +80,7 @@ def _typed(words: Sequence[str]) -> set[str]:
 _IDLE = {
     "for a picture": "count labels batch_size",
     "beside --out": "per_class overwrite seeds interpolate scheduler",
+    "beside --pretrained": "step weights",
     "beside --seeds": "seed per_class",
     "beside --interpolate": "seed",
     "beside --scheduler": "method",

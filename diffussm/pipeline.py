@@ -262,7 +262,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
     ) -> Self:
-        """The pipeline that `save_pretrained` wrote: see `load_pipeline`."""
+        """The pipeline that `save_pretrained` wrote, or of weights that come with the
+        package, such as "digits": see `load_pipeline`.
+        """
         load = later("sharing:load_pipeline")
         return cls(**load(Path(pretrained_model_name_or_path), **options))
 

@@ -43,13 +43,13 @@ class RunConfig(NamedTuple):
         write_json(run / "config.json", parts)
 
 
-def read_run(run: Path) -> RunConfig:
+def read_run(run: Path, name: str = "config.json") -> RunConfig:
     """The configuration of the run in a folder.
 
     Raises:
         ValueError: its file is damaged, or of something else.
     """
-    file = run / "config.json"
+    file = run / name
     values = read_json(file, "the configuration")
     with explain(f"{file} is not of a training run", KeyError, TypeError):
         if "dataset" in values:

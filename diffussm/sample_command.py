@@ -35,7 +35,8 @@ def sample(
     wanted: "SampleSet",
     given: set[str],
     *,
-    from_: Path,
+    from_: Path | None = None,
+    pretrained: str | None = None,
     step: int | None = None,
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
@@ -54,11 +55,12 @@ def sample(
     """draw images from a trained run: a grid to look at, or a set to be scored
 
     Draw a grid of images, one row per class (--grid), the way to it (--gif), or a set
-    of them (--out), from a run. A set is resumed by the same command, and does not
-    depend on the number of processes.
+    of them (--out), from a run or from weights that come with the package. A set is
+    resumed by the same command, and does not depend on the number of processes.
 
     Args:
         from_: folder of the run
+        pretrained: instead of a run, weights that come with the package: digits
         step: the checkpoint to draw from; default: the newest
         weights: moving average or raw
         vae: autoencoder that decodes, for a run on latents
@@ -75,12 +77,13 @@ def sample(
         overwrite: replace the grid and the GIF if they exist
     """
     _check_target(grid, gif, out, overwrite, given)
+    _check_source(from_, pretrained, given)
     typed = (per_class, cfg_scale, seeds, interpolate, scheduler)
     look = look_of(grid, gif, *typed)
     wanted = with_look(wanted, look, given)
     kept = _batches_kept if out is not None else nothing_kept
     with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
-        run = _find(from_, step, weights)
+        run = _find(from_, step, weights) if from_ else _take(str(pretrained))
         wanted = _for_run(run, wanted, classes, given, strict=out is not None)
         run = _with_decoder(run, vae, own)
         if out is not None:
@@ -109,11 +112,18 @@ def _check_target(
 
 
 def _check_count(run: "_Found", count: int, given: set[str]) -> None:
-    from diffussm.run_folder import read_run
+    if "count" not in given and count > run.seen:
+        told = f"{count:,} images of a run that saw {run.seen:,}"
+        raise ValueError(f"{told}: give --count")
 
-    seen = read_run(run.run).data["images"]
-    if "count" not in given and count > seen:
-        raise ValueError(f"{count:,} images of a run that saw {seen:,}: give --count")
+
+def _check_source(from_: Path | None, pretrained: str | None, given: set[str]) -> None:
+    from diffussm.pretrained import pretrained_names
+
+    if (from_ is None) == (pretrained is None):
+        names = ", ".join(pretrained_names())
+        raise ValueError(f"give either --from RUN or --pretrained NAME ({names})")
+    refuse_idle(given, "beside --pretrained", pretrained)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,9 @@ class _Found:
     model: "DiffuSSM"
     recipe: "Recipe"
     names: Sequence[str]
+    seen: int  # images that it learnt from
     facts: dict[str, Any] = field(default_factory=dict)
+    vae: str | None = None  # what decodes, if nothing else is said
     decode: Any = None
 
 
@@ -134,21 +146,33 @@ def _find(run: Path, step: int | None, weights: str) -> _Found:
     """The weights of a checkpoint; None: the newest."""
     from diffussm.checkpoints import find_checkpoint
     from diffussm.distributed import on_rank_zero
-    from diffussm.run_folder import load_run
+    from diffussm.run_folder import load_run, read_run
 
     is_run = (run / "config.json").is_file()
     found = on_rank_zero(lambda: find_checkpoint(run, step) if is_run else None)
     step = int(found.name.removeprefix("step_")) if found else step
-    return _Found(run, step, weights, *load_run(run, weights, step))
+    known = load_run(run, weights, step)
+    return _Found(run, step, weights, *known, read_run(run).data["images"])
+
+
+def _take(name: str) -> _Found:
+    """Weights in the box, as if they were of a run."""
+    from diffussm.pretrained import load_pretrained
+
+    box = load_pretrained(name)
+    known = box.model(), box.recipe, box.data["classes"], box.data["images"]
+    vae = str(box.vae) if box.vae else None
+    facts = {"pretrained": name}
+    return _Found(box.folder, box.recipe.steps, "ema", *known, facts, vae)
 
 
 def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:
     """The same on a device, with what decodes its latents, and what is recorded."""
     model = found.model.to(device).eval()
-    facts: dict[str, Any] = {"weights": found.weights}
+    facts = found.facts | {"weights": found.weights}
     facts["checkpoint"] = f"step_{found.step:08d}"
     facts["ema_decay"] = found.recipe.ema_decay
-    decode, identity = _open_decoder(found, vae, device)
+    decode, identity = _open_decoder(found, vae or found.vae, device)
     if identity:
         kept = ("name", "encoder_sha256", "decoder_sha256")
         facts["vae"] = {name: identity[name] for name in kept}

@@ -6,11 +6,13 @@ Generated from book/62_sharing.md by `make export`: edit there.
 import inspect
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -200,7 +202,8 @@ def load_pipeline(
     folder.
 
     Args:
-        folder: a local folder.
+        folder: a local folder; where there is none of this name, weights that come
+            with the package, such as "digits".
         dtype: of the weights; or a mapping from "denoiser", "vae" and "default".
             `torch_dtype` is its old name.
         variant: of the weights, as they were saved.
@@ -219,19 +222,49 @@ def load_pipeline(
         _device(device_map),
     )
     _check_idle(idle)
-    names, settings = _read_index(folder / "model_index.json")
-    _check_variant(folder, variant)
+    places, settings = _places_of(folder)
+    _check_variant(places, variant)
     if scheduler is None:
-        kind = _scheduler_class(names["scheduler"])
-        scheduler = _component(folder / "scheduler", kind)
-    if vae is None and names["vae"]:
+        scheduler = places.scheduler()
+    if vae is None and places.vae is not None:
         how = {"torch_dtype": dtypes["vae"], "variant": variant, **_WHOLE}
-        vae = _component(folder / "vae", AutoencoderKL, **how).to(device)
+        vae = _component(places.vae, AutoencoderKL, **how).to(device)
     how = {"torch_dtype": dtypes["denoiser"], "variant": variant}
-    denoiser = Denoiser.from_pretrained(folder / "denoiser", device, **how)
+    denoiser = Denoiser.from_pretrained(places.denoiser, device, **how)
     for name, part in (("denoiser", denoiser), ("scheduler", scheduler), ("vae", vae)):
         _DIFFUSERS.info("Loaded %s as %s from %s", name, type(part).__name__, folder)
     return {"denoiser": denoiser, "scheduler": scheduler, "vae": vae, **settings}
+
+
+class _Places(NamedTuple):
+    """Where the parts of a pipeline are, and what makes its scheduler."""
+
+    denoiser: Path
+    vae: Path | None
+    scheduler: Callable[[], Any]
+
+
+def _places_of(folder: Path) -> tuple[_Places, dict[str, Any]]:
+    """The parts, and the settings, of a saved pipeline or of weights in the box."""
+    if not folder.exists() and str(folder) in _in_the_box():
+        return _boxed(str(folder))
+    names, settings = _read_index(folder / "model_index.json")
+    scheduler = partial(_saved_scheduler, folder / "scheduler", names["scheduler"])
+    vae = folder / "vae" if names["vae"] else None
+    return _Places(folder / "denoiser", vae, scheduler), settings
+
+
+def _boxed(name: str) -> tuple[_Places, dict[str, Any]]:
+    box = import_module("diffussm.pretrained").load_pretrained(name)
+    told = {key: box.record[key] for key in ("data", "licence")}
+    facts = _facts(box.recipe, "ema", box.recipe.steps) | {"pretrained": name, **told}
+    settings = {
+        "id2label": {str(n): word for n, word in enumerate(box.data["classes"])},
+        "num_train_timesteps": box.recipe.timesteps,
+        "training": json.loads(json.dumps(facts)),
+    }
+    scheduler = partial(ancestral_scheduler, box.recipe.timesteps)
+    return _Places(box.folder, box.vae, scheduler), settings
 
 
 _DIFFUSERS = logging.getLogger("diffusers.pipelines.pipeline_utils")  # who asks it
@@ -256,7 +289,8 @@ def _device(device_map: Any) -> torch.device:
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Class names of the components, and the settings."""
-    expect_there(path, "a saved pipeline (of the hub: download it first)")
+    box = "".join(f", or {name}" for name in _in_the_box())
+    expect_there(path, f"a saved pipeline (of the hub: download it first){box}")
     index = read_json(path, "the index")
     with explain(f"{path} is damaged", KeyError, TypeError, IndexError):
         kind = index["_class_name"][1]
@@ -265,6 +299,17 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = {key: index[key] for key in kept}
     refuse(kind != "DiffuSSMPipeline", f"{path} holds a {kind}, no DiffuSSMPipeline")
     return names, settings
+
+
+def _in_the_box() -> list[str]:
+    """The names of the weights that come with the package, if it is there."""
+    with suppress(ImportError):
+        return list(import_module("diffussm.pretrained").pretrained_names())
+    return []
+
+
+def _saved_scheduler(folder: Path, name: Any) -> Any:
+    return _component(folder, _scheduler_class(name))
 
 
 def _scheduler_class(name: Any) -> Any:
@@ -286,11 +331,11 @@ def _check_idle(options: dict[str, Any]) -> None:
     refuse(pickled, "use_safetensors=False: only safetensors are read")
 
 
-def _check_variant(folder: Path, variant: str | None) -> None:
+def _check_variant(places: _Places, variant: str | None) -> None:
     """In diffusers' words, for which programs look."""
-    if variant and not (folder / "denoiser" / weights_file(variant)).is_file():
+    if variant and not (places.denoiser / weights_file(variant)).is_file():
         told = f"You are trying to load the model files of the `variant={variant}`"
-        raise ValueError(f"{told}, but {folder} has none")
+        raise ValueError(f"{told}, but {places.denoiser} has none")
 
 
 def _component(folder: Path, kind: Any, **options: Any) -> Any:

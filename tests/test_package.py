@@ -202,7 +202,12 @@ def test_wheel_holds_the_package_and_nothing_else(archives: Archives) -> None:
         f"diffussm/{name}"
         for name in ("py.typed", "configs/digits.yaml", "openmoji.json")
     } <= held
-    assert "diffussm/weights/digits/model.safetensors" in held
+    weights = {name for name in held if name.startswith("diffussm/weights/")}
+    assert weights == {
+        f"diffussm/weights/{name}"
+        for name in files_below(archives.source / "diffussm" / "weights")
+    }
+    assert "diffussm/weights/digits/model.safetensors" in weights
     assert (
         "\nLicense-Expression: Apache-2.0\n" in metadata
         and "\nClassifier: Typing :: Typed\n" in metadata
@@ -220,6 +225,15 @@ def test_version_has_one_source(installed: Installed) -> None:
         installed.python, "-m", "diffussm", "--version", cwd=installed.python.parent
     )
     assert said == f"diffussm {diffussm.__version__}\n"
+
+
+@pytest.mark.slow
+def test_weights_draw_right_after_installation(
+    installed: Installed, tmp_path: Path
+) -> None:
+    words = "sample --pretrained digits --classes 3 --steps 3 --grid threes.png"
+    python = (installed.python, "-W", "ignore", "-m", "diffussm")
+    assert "wrote threes.png" in run(*python, *words.split(), cwd=tmp_path)
 
 
 def test_build_leaves_nothing_that_git_shows() -> None:

@@ -541,3 +541,23 @@ def test_latents_of_another_encoder_are_refused_and_the_decoder_is_recorded(
 def test_no_run_is_an_error_that_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a training run"):
         DiffuSSMPipeline.from_run(tmp_path)
+
+
+def test_weights_in_the_box_make_a_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = load("digits", scheduler=diffusers.DDIMScheduler(), dtype=torch.float16)
+    assert states(pipe) == ({torch.float32}, {torch.float16})
+    pipe = load("digits")
+    assert pipe.config.training["pretrained"] == "digits"
+    assert pipe.config.training["licence"].startswith("Apache-2.0")
+    assert len(draw(pipe, "3", num_inference_steps=3)) == 1
+    # a folder of that name comes first, whatever is in it
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(FileNotFoundError, match="digits/model_index.json"):
+        load("digits")
+    pipe.save_pretrained(tmp_path / "digits", name="of one's own")
+    assert "pretrained" in load("digits").config.training
+    with pytest.raises(FileNotFoundError, match=r"cats/model_index.json.*or digits"):
+        load("cats")
+    with pytest.raises(ValueError, match="variant=fp16"):
+        load("digits", variant="fp16")

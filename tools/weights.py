@@ -1,120 +1,185 @@
 """Put the averaged weights of a run into the package.
 
-``python -m tools.weights RUN NAME`` writes ``diffussm/weights/NAME``: config.json,
-model.safetensors in half precision, and record.json, which says how they were made and
-what they can do. The digits come from
-``diffussm train digits --out RUN``.
+``python -m tools.weights RUN NAME`` writes ``diffussm/weights/NAME``: the network in
+half precision, the configuration of the run, its autoencoder if it has one, and
+record.json, which says how the weights were made and what they can do. What the record
+says of one of the same name is kept where no option changes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from diffussm.data import digits
-from diffussm.diffusion import GaussianDiffusion
+from diffussm.autoencoder import decode, load_vae, vae_identity
+from diffussm.checkpoints import find_checkpoint
+from diffussm.command_line import call, preset_group
+from diffussm.files import apply_umask, write_json
 from diffussm.model import DiffuSSM
-from diffussm.optimiser import DYNAMICS
-from diffussm.sampling import sample
+from diffussm.neighbours import find_copies
+from diffussm.options import diffusion_of
+from diffussm.plain_scores import plain_scores, real_images
+from diffussm.pretrained import Pretrained, halved, load_pretrained
+from diffussm.run_folder import read_run
+from diffussm.sample_command import sample
+from diffussm.sampling import Sampler
 from tools.book import ROOT
 
-STEPS, SCALE, EACH = 50, 1.5, 50
-PRECISE = (*DYNAMICS, "kernel.C")
+BOX = ROOT / "diffussm" / "weights"
+STEPS, SCALE = 50, 1.5
 
 
-def figures_of_digits(model: DiffuSSM) -> dict[str, Any]:
-    """What the stored weights draw: what a classifier makes of it, and distances."""
-    from sklearn.svm import SVC
+def sampler_of(box: Pretrained) -> Sampler:
+    """The one of the figures."""
+    return Sampler(STEPS, "ddim", cfg_scale=SCALE, clip_denoised=box.vae is None)
 
-    images, labels = digits("train")
-    held_out, theirs = digits("test")
-    judge = SVC(C=10, gamma=0.02).fit(images.flatten(1).numpy(), labels.numpy())
-    y = torch.arange(10).repeat_interleave(EACH)
-    drawn = sample(
-        model, GaussianDiffusion.linear(1000), y,
-        steps=STEPS, method="ddim", cfg_scale=SCALE, clip_denoised=True,
-        generator=torch.Generator().manual_seed(0), progress=False,
-    )  # fmt: skip
 
-    def nearest(some: torch.Tensor) -> float:
-        return (
-            torch.cdist(some.flatten(1), images.flatten(1))
-            .min(dim=1)
-            .values.mean()
-            .item()
-        )
+def drawn(box: Pretrained, model: DiffuSSM) -> Tensor:
+    """Two images of each class, decoded if they are latents, always the same noise."""
+    y = torch.arange(len(box.data["classes"])).repeat_interleave(2)
+    x = sampler_of(box).draw(
+        model.eval(),
+        diffusion_of(box.recipe),
+        y,
+        generator=torch.Generator().manual_seed(0),
+        progress=False,
+    )
+    return x if box.vae is None else decode(load_vae(box.vae), x)
 
+
+def half_precision(box: Pretrained, exact: DiffuSSM) -> dict[str, Any]:
+    """How far images of rounded weights are from those of the weights in float32."""
+    coarse = box.model()
+    coarse.load_state_dict({n: w.half() for n, w in exact.state_dict().items()})
+    first = drawn(box, exact)
+    found = {"as stored": box.model(), "all of them in float16": coarse}
     return {
-        "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, clipped, {EACH} of "
-        "each class, seed 0",
-        "recognised by a support vector machine": float(
-            (judge.predict(drawn.flatten(1)) == y.numpy()).mean()
-        ),
-        "held-out digits that it recognises": float(
-            judge.score(held_out.flatten(1), theirs)
-        ),
-        "mean distance to the nearest training digit": round(nearest(drawn), 4),
-        "the same of held-out digits": round(nearest(held_out), 4),
+        "stored": "in float16; log dt, A and C of the kernels in float32",
+        "largest difference": {
+            name: round((drawn(box, model) - first).abs().max().item(), 4)
+            for name, model in found.items()
+        },
+        "of": f"2 images of each class in [-1, 1], DDIM, {STEPS} steps, guidance "
+        f"{SCALE}, the same noise",
     }
+
+
+def figures(box: Pretrained, train: str, held_out: str) -> dict[str, Any]:
+    """KID beside its noise floor, nearest training images beside those of held-out."""
+    images, others = real_images(train), real_images(held_out)
+    count = 50 * len(box.data["classes"])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "set.npz")
+        draw_set(box, out, count)
+        scores = plain_scores([out], images, "pixels", held_out=others)
+        mirrored = box.recipe.flip
+        _, _, near = find_copies(out, images, others, count=count, mirrored=mirrored)
+    return {
+        "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, {count} images, balanced "
+        "classes, seed 0",
+        "features": scores["features"]["sees"],
+        "compared": scores["compared"],
+        "KID to training images": scores["samples"][0]["kid"],
+        "KID of held-out images to training images": scores["real"]["kid"],
+        "nearest training image": near,
+    }
+
+
+def draw_set(box: Pretrained, out: Path, count: int) -> None:
+    """By the command that everybody has."""
+    words = f"--pretrained {box.folder.name} --out {out} --count {count} --device cpu"
+    how = f"--method ddim --steps {STEPS} --cfg_scale {SCALE}"
+    clip = "--clip_denoised true" if box.vae is None else ""
+    if call(sample, f"{words} {how} {clip}".split(), preset_group):
+        raise SystemExit("the set was not drawn")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, in whatever holds them."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def store(run: Path, step: int | None, vae: Path | None, out: Path) -> Path:
+    """Write all but the record; returns the folder of the averaged weights."""
+    found = find_checkpoint(run, step)
+    if found is None:
+        raise SystemExit(f"{run} has no checkpoint of step {step}")
+    out.mkdir(parents=True, exist_ok=True)
+    config = read_run(run)
+    taken = int(found.name.removeprefix("step_"))
+    recipe = dataclasses.replace(config.recipe, steps=taken)
+    config._replace(recipe=recipe).write(out)
+    (out / "config.json").rename(out / "run.json")
+    halve(found / "ema" / "model.safetensors", out / "model.safetensors")
+    shutil.copyfile(found / "ema" / "config.json", out / "config.json")
+    if vae is not None:
+        store_vae(vae, out)
+    return found / "ema"
+
+
+def halve(source: Path, out: Path) -> None:
+    """A file of weights, in half precision."""
+    weights = halved(safetensors.torch.load_file(source))
+    safetensors.torch.save_file(weights, out, metadata={"format": "pt"})
+    apply_umask(out)
+
+
+def store_vae(vae: Path, out: Path) -> None:
+    """An autoencoder in half precision, and which one it is: its own encoder, rounded,
+    stands for the one that made the latents.
+    """
+    file = "diffusion_pytorch_model.safetensors"
+    (out / "vae").mkdir(exist_ok=True)
+    shutil.copyfile(vae / "config.json", out / "vae" / "config.json")
+    halve(vae / file, out / "vae" / file)
+    exact = vae_identity(load_vae(vae), vae.name)["encoder_sha256"]
+    identity = vae_identity(load_vae(out / "vae"), out.name)
+    write_json(out / "vae.json", identity | {"rounded_from": exact})
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m tools.weights", description=(__doc__ or "").splitlines()[0]
+    )
+    add = made.add_argument
+    add("run", type=Path, help="folder of the run")
+    add("name", help="what the package calls its weights")
+    add("--step", type=int, help="of the checkpoint; default: the newest")
+    add("--vae", type=Path, help="the autoencoder of a run on latents")
+    add("--train", help="images that it learnt from, for the figures")
+    add("--held_out", help="images that it did not")
+    told = "what the record says of KEY, such as command, data or licence; repeatable"
+    add("--said", action="append", default=[], metavar="KEY=TEXT", help=told)
+    return made
 
 
 def main() -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.weights", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "weights",
-        type=Path,
-        help="folder with config.json and model.safetensors: "
-        "RUN/checkpoints/step_X/ema",
-    )
-    parser.add_argument("name", choices=["digits"], help="what the package calls them")
-    parser.add_argument(
-        "--made",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="what else the record says",
-    )
-    options = parser.parse_args()
-    out = ROOT / "diffussm" / "weights" / options.name
-    out.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.load_file(options.weights / "model.safetensors")
-    # what half precision would change too much: the parameters that the state spaces
-    # keep in float32
-    half = {
-        name: tensor if name.endswith(PRECISE) else tensor.half()
-        for name, tensor in weights.items()
-    }
-    safetensors.torch.save_file(
-        half, out / "model.safetensors", metadata={"format": "pt"}
-    )
-    (out / "model.safetensors").chmod(0o644)
-    (out / "config.json").write_text((options.weights / "config.json").read_text())
-    made = dict(pair.split("=", 1) for pair in options.made)
-    numbers = {
-        key: json.loads(value)
-        for key, value in made.items()
-        if value.replace(".", "", 1).isdecimal()
-    }
-    record = {
-        "command": f"diffussm train {options.name} --out RUN --device cpu",
-        "weights": "moving average of the last step, in float16; log dt, A and C of "
-        "the kernels in float32",
-        "seed": 0,
-        **(made | numbers),
-        "data": "the handwritten digits of E. Alpaydin and C. Kaynak (UCI), as "
-        "scikit-learn has them",
-        "figures": figures_of_digits(DiffuSSM.from_pretrained(out)),
-    }
-    (out / "record.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    options = parser().parse_args()
+    out = BOX / options.name
+    ema = store(options.run, options.step, options.vae, out)
+    path, seed = out / "record.json", read_run(options.run).recipe.seed
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    record = earlier | {"seed": seed} | dict(one.split("=", 1) for one in options.said)
+    write_json(path, record)  # so that the name is known
+    box = load_pretrained(options.name)
+    record["half precision"] = half_precision(box, DiffuSSM.from_pretrained(ema))
+    if options.train:
+        record["figures"] = figures(box, options.train, options.held_out)
+    write_json(path, rounded(record))
+    print(path.read_text())
     return 0
 
 
