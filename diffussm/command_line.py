@@ -90,7 +90,7 @@ _IDLE = {
     "where no samples are drawn": "vae",
     "without --score_every": "score_images held_out",
     "for digits": "exif_rotate workers",
-    "for stored latents": "exif_rotate workers",
+    "for stored latents": "exif_rotate",
     "for an LMDB, which has no classes": "no_classes",
     "for .npz files, whose pictures are as they are": "exif_rotate",
     "beside --self_test": "reference weights batch_size out device size exif_rotate "

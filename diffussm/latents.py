@@ -229,7 +229,7 @@ class LatentStore(Dataset):
         starts = np.concatenate([[0], self._ends])
         return numbers, i - starts[numbers]
 
-    def _read(self, number: int, record: int) -> np.ndarray:
+    def read(self, number: int, record: int) -> np.ndarray:
         """The moments of a record, float16 (2, C, h, w), from the file or its copy."""
         found: np.ndarray = self._records[number][record]
         if hasattr(mmap, "MADV_WILLNEED"):
@@ -251,7 +251,7 @@ class LatentStore(Dataset):
         out = np.empty((len(i), 2, *self.shape), np.float16)
 
         def read(place: int) -> None:
-            out[place] = self._read(*where[place])
+            out[place] = self.read(*where[place])
 
         list(fetch(read, range(len(i))))
         return torch.from_numpy(out)

@@ -121,7 +121,7 @@ class Execution:
         keep_every: Checkpoints of multiples of so many steps stay, too; 0 is none.
         keep: Checkpoints that stay, by steps or images, as in 400k or 338M images.
         skip_nonfinite: Steps with a loss that is not finite that may be left out.
-        workers: Threads of each process that read images.
+        workers: Threads of each process that read images or latents.
         micro_batch: Images that go through the network at once; 0 is all of a process.
         strategy: Whole replicas of the network, or shards of it (fsdp).
         activation_checkpointing: Compute activations again instead of keeping them.
@@ -264,5 +264,6 @@ def check_data(dataset: "Dataset", recipe: Recipe) -> None:
             f"{takes} in {model.num_classes} classes, and a batch {recipe.batch_size} "
             f"images: add {as_flags(wrong)}"
         )
-    if recipe.exif_rotate and not hasattr(dataset, "read"):
+    files = hasattr(dataset, "read") and dataset.levels is not None
+    if recipe.exif_rotate and not files:
         raise ValueError(f"exif_rotate applies to files, and {what} has none: omit it")

@@ -46,7 +46,10 @@ IDLE = [
     ("train digits --out {t}/x --exif_rotate true", "--exif_rotate"),
     ("train digits --out {t}/x --workers 2", "--workers"),
     ("train digits --out {t}/x --vae {w}/vae", "--vae"),
-    ("train {w}/tiny.yaml --data {w}/latents --out {t}/x --workers 2", "--workers"),
+    (
+        "train {w}/tiny.yaml --data {w}/latents --out {t}/x --exif_rotate true",
+        "--exif_rotate",
+    ),
     (
         "train {w}/tiny.yaml --data {w}/latents --out {t}/x --vae {w}/vae --no_grid",
         "--vae",

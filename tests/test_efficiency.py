@@ -277,6 +277,7 @@ NAMES = (
     "train_step",
     "sampling",
     "loader",
+    "readers",
     "length",
     "checkpoint",
 )

@@ -479,12 +479,12 @@ def test_the_system_is_told_that_visits_are_random(whole):
 def test_readers_in_several_threads_wait_together_and_read_the_same(whole):
     store, indices = LatentStore(whole), torch.tensor([4, 1, 3, 1, 0, 2])
     flips, meeting = torch.tensor([True, False] * 3), threading.Barrier(3, timeout=60)
-    alone, honest = store.moments(indices, flips), store._read
+    alone, honest = store.moments(indices, flips), store.read
 
     def slow(*where):
         meeting.wait()  # a deadlock, if they came one after the other
         return honest(*where)
 
-    store._read = slow
+    store.read = slow
     with ThreadPoolExecutor(3) as readers:
         assert torch.equal(store.moments(indices, flips, readers.map), alone)
