@@ -466,7 +466,6 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_folder, "load_run", load_run)
     monkeypatch.setattr(formats, "images_from", lambda *given, **options: [])
     monkeypatch.setattr(autoencoder, "load_vae", load_vae)
-    monkeypatch.setattr(recipes, "load_vae", load_vae)
     monkeypatch.setattr(encoding, "encode", reach)
     monkeypatch.setattr(recipes, "open_data", lambda *given: [])
     monkeypatch.setattr(recipes, "inferred", lambda *given: {})
