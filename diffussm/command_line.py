@@ -98,6 +98,7 @@ _IDLE = {
     "for Inception's features": "held_out",
     "for features without a network": "weights batch_size device",
     "under torchrun": "processes",
+    "without --trial": "price",
     "without a pipeline": "vae",
     "where no graph is written": "batch",
 }

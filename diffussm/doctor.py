@@ -5,18 +5,12 @@ Generated from book/93_doctor.md by `make export`: edit there.
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from diffussm import features
 from diffussm.bill import VAE_FILE, checkpoints_kept, published
@@ -24,10 +18,11 @@ from diffussm.guards import explain, refuse
 from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
 from diffussm.parallel import compiler_lacking
+from diffussm.probe import probe_all_reduce
 from diffussm.recipes import fit, open_data, open_decoder, takes_latents
 from diffussm.resources import memory_needed, parameter_count
 
-__all__ = ["Plan", "Finding", "examine", "add_up", "probe_all_reduce", "QUESTIONS"]
+__all__ = ["Plan", "Finding", "examine", "QUESTIONS"]
 
 _T = TypeVar("_T")
 
@@ -46,6 +41,8 @@ class Plan:
     reference: Path | None = None
     limit: float = 120.0
     quick: bool = False
+    trial: int = 0
+    price: float = 0.0
     free: frozenset[str] = frozenset()
 
     @classmethod
@@ -65,12 +62,14 @@ class Plan:
         if asked.type == "cuda":
             local = int(os.environ.get("LOCAL_RANK", 0))
             asked = torch.device("cuda", asked.index or local)
-        count = int(os.environ.get("WORLD_SIZE", 0)) or processes or gpus or 2
+        count = int(os.environ.get("WORLD_SIZE", 0)) or processes or gpus
+        if not count:  # a trial is of the run as it will be
+            count = 1 if others.get("trial") else 2
         return cls(recipe, execution, asked, count, **others)
 
 
 class Finding(NamedTuple):
-    """A line of the report: "pass", "skip" or "FAIL", and what was seen or to do."""
+    """A line of the report: "pass", "skip", "hint" or "FAIL", and what was seen."""
 
     what: str
     verdict: str
@@ -248,86 +247,6 @@ def _first_process_only() -> None:
     _skip_unless(_rank() == 0, "the first process looks")
 
 
-_ADVICE = {
-    "cuda": "set NCCL_DEBUG=INFO and try again; if it hangs, NCCL_P2P_DISABLE=1 or "
-    "NCCL_IB_DISABLE=1 tell which link is at fault, NCCL_SOCKET_IFNAME names the "
-    "network to use",
-    "cpu": "set GLOO_SOCKET_IFNAME to the network to use, e.g. lo, and see that no "
-    "firewall is between them",
-}
-
-
-def add_up(kind: str) -> None:
-    """What each process of the probe does: add up a tensor with all the others."""
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    n = dist.get_world_size()
-    x = torch.full((1 << 20,), dist.get_rank() + 1.0, device=kind)
-    dist.all_reduce(x)
-    if not x.min().item() == x.max().item() == n * (n + 1) / 2:
-        raise SystemExit("the sum is wrong")
-    dist.destroy_process_group()
-
-
-_PROBE = (sys.executable, "-m", "diffussm.doctor")
-
-
-def probe_all_reduce(
-    kind: str, processes: int, limit: float = 120.0, program: Sequence[str] = _PROBE
-) -> str:
-    """Let processes add up a tensor, with NCCL ("cuda") or gloo ("cpu"), in `limit` s.
-
-    Returns what to report; raises OSError if they fail or hang, having ended them.
-    """
-    begun = time.monotonic()
-    with _begun([*program, kind], processes) as jobs:
-        for job in jobs:
-            left = max(limit - (time.monotonic() - begun), 0.01)
-            try:
-                _, said = job.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
-                raise OSError(f"a hang of {limit:g} s; {_ADVICE[kind]}") from None
-            last = said.decode().strip().splitlines()[-1:] or ["no message"]
-            done = job.returncode == 0
-            _judged(done, f"a process failed: {last[0]:.200}", _ADVICE[kind])
-    means = "NCCL" if kind == "cuda" else "gloo"
-    return f"{processes} processes added up a tensor with {means}"
-
-
-@contextmanager
-def _begun(
-    command: Sequence[str], processes: int
-) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """The processes of the probe, which have ended when this is left."""
-    jobs = []
-    try:
-        for who in _meeting(processes):
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | who
-            jobs.append(subprocess.Popen(command, env=environment, **_QUIET))
-        yield jobs
-    finally:
-        for job in jobs:
-            if job.poll() is None:
-                job.kill()
-                job.communicate()
-
-
-def _meeting(processes: int) -> list[dict[str, str]]:
-    """What tells each process who it is, and where the others are."""
-    if "WORLD_SIZE" in os.environ:
-        return [{}]  # torchrun has told us already
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks, place["WORLD_SIZE"] = map(str, range(processes)), str(processes)
-    return [place | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
-
-
-_QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-
-
 def _ask_processes(plan: Plan) -> str:
     """Can the processes talk to each other?"""
     return probe_all_reduce(plan.device.type, plan.processes, plan.limit)
@@ -345,6 +264,3 @@ QUESTIONS: dict[str, Callable[[Plan], str]] = {
     "Inception": _ask_inception,
     "reference": _ask_reference,
 }
-
-if __name__ == "__main__" and __spec__ is not None:  # python -m, and no notebook
-    add_up(sys.argv[1])

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from diffussm.command_line import interruptible, refuse_idle, start, tell
 from diffussm.progress import Told, board_in, board_writer, log_row, pin, say
@@ -93,6 +93,8 @@ def doctor(
     device: str | None = None,
     limit: PositiveFloat = 120.0,
     quick: bool = False,
+    trial: NonNegativeInt = 0,
+    price: NonNegativeFloat = 0.0,
 ) -> int:
     """see whether this machine can carry out a run, before it starts
 
@@ -103,34 +105,26 @@ def doctor(
         vae: autoencoder that decodes the samples
         weights: Inception weights, for evaluate
         reference: what evaluate compares with
-        processes: 0: as many as there are GPUs, or 2
+        processes: 0: as many as there are GPUs; without any 2, or 1 with --trial
         device: DEVICE
-        limit: seconds that the processes may take to talk
+        limit: seconds that the processes may take to talk, or a trial to log a line
         quick: do not read all of the latents
+        trial: carry out so many steps of the run, e.g. 200, kill it and resume it
+        price: of an hour of a GPU, for the cost of the run
     """
     from diffussm.doctor import Plan
+    from diffussm.verdict import report
 
     with suppress(ValueError, OSError, ImportError):  # a question says what is wrong
         recipe, _ = _fitted(recipe, free, out)
     refuse_idle(given, "for a model of pixels", not takes_latents(recipe))
     refuse_idle(given, "under torchrun", "WORLD_SIZE" in os.environ)
+    refuse_idle(given, "without --trial", not trial)
     files: dict[str, Any] = {"weights": weights, "reference": reference}
     how: dict[str, Any] = {"out": out, "vae": vae, "limit": limit, "quick": quick}
-    how["free"] = free
+    how |= {"free": free, "trial": trial, "price": price}
     plan = Plan.here(recipe, execution, device, processes, **files, **how)
-    return _examine_all(plan)
-
-
-def _examine_all(plan: Any) -> int:
-    from diffussm.doctor import QUESTIONS, examine
-
-    failed = False
-    for what in QUESTIONS:
-        found = examine(what, plan)
-        failed |= found.verdict == "FAIL"
-        if int(os.environ.get("RANK", 0)) == 0 or found.verdict == "FAIL":
-            print(f"{found.verdict}  {what}: {found.told}", flush=True)
-    return int(failed)
+    return report(plan)
 
 
 def train(

@@ -18,7 +18,7 @@ from diffussm.guards import expect_there, explain
 from diffussm.optimiser import learning_rate_factor
 from diffussm.run_folder import RunConfig, read_run
 
-__all__ = ["History", "read_history", "curve", "summary", "draw_history"]
+__all__ = ["History", "read_history", "curve", "duration", "summary", "draw_history"]
 
 
 def _rows_of(file: Path) -> tuple[list[dict[str, Any]], int]:
@@ -139,10 +139,10 @@ def _state(history: History, now: float) -> str:
     if (asked := history.run / "preempted").is_file():
         return asked.read_text(errors="replace").strip()
     silence, due = max(now - history.last_alive(), 0.0), _due(history)
-    said = f"last alive {_duration(silence)} ago"
+    said = f"last alive {duration(silence)} ago"
     if due is None or silence <= max(5 * due, 60):
         return said
-    return f"{said}, where a line is due every {_duration(due)}: stopped or stuck"
+    return f"{said}, where a line is due every {duration(due)}: stopped or stuck"
 
 
 def _due(history: History) -> float | None:
@@ -153,7 +153,8 @@ def _due(history: History) -> float | None:
     return images / rates[-1] if rates and rates[-1] > 0 else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, in the unit in which one would say them."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -198,7 +199,7 @@ def _facts(history: History) -> dict[str, str]:
 
 def _left(row: dict[str, Any]) -> str:
     left = row.get("seconds_left")
-    return f", {_duration(left)} left" if isinstance(left, int | float) and left else ""
+    return f", {duration(left)} left" if isinstance(left, int | float) and left else ""
 
 
 def draw_history(history: History, out: Path) -> None:

@@ -1,7 +1,6 @@
 """The doctor: questions to a plan, and processes that may be killed."""
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,27 +77,6 @@ def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
     )
     for quick, verdict in ((True, "pass"), (False, "FAIL")):
         assert doctor.examine("data", plan(config, quick=quick)).verdict == verdict
-
-
-def test_a_hang_between_processes_is_cut_off_and_ends_them(tmp_path):
-    mark = tmp_path / "pids"
-    program = (
-        f"import os, time; open({str(mark)!r}, 'a').write(f'{{os.getpid()}} '); "
-        "time.sleep(600)"
-    )
-    begun = time.monotonic()
-    with pytest.raises(OSError, match="GLOO_SOCKET_IFNAME"):
-        doctor.probe_all_reduce("cpu", 2, 2.0, [sys.executable, "-c", program])
-    assert time.monotonic() - begun < 30
-    assert not [
-        pid for pid in mark.read_text().split() if Path(f"/proc/{pid}").exists()
-    ]
-
-
-def test_a_process_that_fails_is_reported_with_its_last_words():
-    with pytest.raises(OSError, match="no cable.*NCCL_DEBUG"):
-        program = [sys.executable, "-c", "raise SystemExit('no cable')"]
-        doctor.probe_all_reduce("cuda", 1, 60.0, program)
 
 
 def test_a_recipe_that_compiles_needs_a_compiler(monkeypatch):
@@ -230,18 +208,6 @@ def test_doctor_takes_the_options_of_the_recipe(plain):
         words + "--model.in_channels 3 --model.num_classes 0 --batch_size 4"
     )
     assert "pass  data: 6 images" in said
-
-
-def test_the_program_of_the_probe_adds_up_and_says_when_the_sum_is_wrong(monkeypatch):
-    assert (
-        doctor.probe_all_reduce("cpu", 2) == "2 processes added up a tensor with gloo"
-    )
-    monkeypatch.setattr(doctor.dist, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(doctor.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(doctor.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(doctor.dist, "all_reduce", lambda x: None)
-    with pytest.raises(SystemExit, match="the sum is wrong"):
-        doctor.add_up("cpu")
 
 
 def test_doctor_infers_what_train_would(work, tmp_path):

@@ -30,7 +30,6 @@ from diffussm import (
     autoencoder,
     bill,
     cli,
-    doctor,
     encoding,
     evaluation,
     features,
@@ -45,6 +44,7 @@ from diffussm import (
     run_folder,
     sample_command,
     show,
+    verdict,
 )
 from tools.book import ROOT
 
@@ -477,7 +477,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     for module in (file_commands, run_commands, sample_command):
         monkeypatch.setattr(module, "start", start)
-    monkeypatch.setattr(doctor, "examine", reach)
+    monkeypatch.setattr(verdict, "examine", reach)
     monkeypatch.setattr(evaluation, "evaluate", reach)
     monkeypatch.setattr(features, "save_statistics", reach)
     monkeypatch.setattr(metrics, "self_test", reach)
