@@ -118,7 +118,11 @@ class _Pipe:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError as error:
+            shown = text.encode(error.encoding, "backslashreplace")
+            self._try(self._stream.write, shown.decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:

@@ -359,6 +359,25 @@ def test_a_reader_that_leaves_ends_the_output_and_not_the_command(tmp_path):
         assert os.readlink(f"/proc/self/fd/{file.fileno()}") == os.devnull
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_a_strict_stream_cannot_encode_are_escaped(monkeypatch, encoding):
+    def named():
+        """named"""
+        print("caf\u00e9 \u4e2d \udcff.png")
+        print("caf\u00e9 \u4e2d \udcff.png", file=sys.stderr)
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "vae", named)
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2)]
+    out, err = streams
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert cli.main(["vae"]) == 0
+    said = [stream.buffer.getvalue().decode(encoding) for stream in streams]
+    whole = "caf\u00e9 \u4e2d \udcff.png\n".encode(encoding, "backslashreplace")
+    assert said == [whole.decode(encoding)] * 2
+    assert "\\udcff.png" in said[0]
+
+
 def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypatch):
     from tqdm import tqdm
 
