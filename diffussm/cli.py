@@ -21,7 +21,7 @@ from diffussm.command_line import (
 )
 from diffussm.file_commands import encode, export, vae
 from diffussm.guards import nearest
-from diffussm.look_commands import show
+from diffussm.look_commands import demo, show
 from diffussm.parsing import told_of
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "show": show,
     "sample": sample,
+    "demo": demo,
     "export": export,
     "evaluate": evaluate,
     "statistics": statistics,

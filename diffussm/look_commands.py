@@ -9,18 +9,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffussm.command_line import check_new, refuse_idle
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from diffussm.command_line import check_device, check_new, refuse_idle
 from diffussm.guards import expect_number, explain, refuse
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffussm.model import DiffuSSM
     from diffussm.options import Recipe
     from diffussm.samples import SampleSet
     from diffussm.sampling import Sampler
 
-__all__ = ["show", "Look", "look_of", "with_look", "draw_look", "how_many"]
+__all__ = [
+    "show",
+    "Look",
+    "look_of",
+    "with_look",
+    "draw_look",
+    "how_many",
+    "draw_one",
+    "page_of",
+    "demo",
+]
 
 
 def show(run: Path, *, out: Path | None = None, overwrite: bool = False) -> int:
@@ -194,3 +208,75 @@ def _announce(look: Look, wanted: "SampleSet", known: int) -> None:
                 f"{images:,} images, {wanted.sampler.steps} steps of {look.scheduler}"
             )
         print(f"{at}{told}", flush=True)
+
+
+def draw_one(
+    pipe: Any, label: int | None, seed: float, cfg_scale: float, steps: float
+) -> "Image":
+    """One image of a pipeline; a class number, or None for a run without classes."""
+    import torch
+
+    noise = torch.Generator().manual_seed(int(seed))
+    how: dict[str, Any] = {"generator": noise, "num_inference_steps": int(steps)}
+    how |= {"guidance_scale": 1.0 if label is None else cfg_scale}
+    pixels = pipe.vae is None
+    image: Image = pipe(label, clip_denoised=pixels, **how).images[0]
+    larger = max(1, 256 // max(image.size))
+    return image.resize((larger * image.width, larger * image.height), 0)
+
+
+def page_of(gradio: Any, pipe: Any) -> Any:
+    """The page of gradio around `draw_one`."""
+    names, classes = pipe.config.id2label, pipe.denoiser.config.num_classes
+    choices = [(names.get(str(i), str(i)), i) for i in range(classes)]
+    most = pipe.config.num_train_timesteps
+    asked = [
+        gradio.Number(0, label="seed", precision=0, minimum=0),
+        gradio.Slider(0, 8, 1.5, label="guidance, 1 is none", visible=classes > 0),
+        gradio.Slider(1, most, min(50, most), step=1, label="steps"),
+    ]
+    if classes:
+        asked.insert(0, gradio.Dropdown(choices, value=0, label="class"))
+    draw = partial(draw_one, pipe) if classes else partial(draw_one, pipe, None)
+    image = gradio.Image(type="pil", label="image")
+    how = {"title": "DiffuSSM", "flagging_mode": "never", "api_name": "draw"}
+    return gradio.Interface(draw, asked, image, **how)
+
+
+def demo(
+    run: Path,
+    *,
+    step: NonNegativeInt | None = None,
+    weights: Literal["ema", "model"] = "ema",
+    vae: str | None = None,
+    device: str | None = None,
+    port: PositiveInt | None = None,
+) -> int:
+    """draw with a run in a browser
+
+    Open a page on this machine that draws with a run, until Ctrl-C.
+
+    Args:
+        run: folder of the run
+        step: the checkpoint to draw from; default: the newest
+        weights: moving average or raw
+        vae: autoencoder that decodes, for a run on latents
+        device: DEVICE
+        port: port of the page; default: the first that is free from 7860
+    """
+    with explain("demo: pip install 'diffussm[demo]'", ImportError):
+        import gradio
+
+        from diffussm.distributed import own_device
+        from diffussm.pipeline import DiffuSSMPipeline
+        from diffussm.schedulers import named_scheduler
+    check_device(device)
+    pipe: Any = DiffuSSMPipeline.from_run(run, weights, vae, step)
+    latent = vae is None and pipe.denoiser.config.in_channels not in (1, 3)
+    refuse(latent, f"say with --vae what decodes the latents of {run}")
+    most = pipe.config.num_train_timesteps
+    pipe.scheduler = named_scheduler("DDIMScheduler", most)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device or own_device(None))
+    page_of(gradio, pipe).launch(server_port=port, inbrowser=False)
+    return 0

@@ -1,10 +1,15 @@
 """What is typed to look at something, and what it means."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from commands import diffussm
+from pipelines import NAMES, draw, network, piped, seeded
 
-from diffussm.look_commands import Look, how_many, look_of, with_look
+from diffussm.look_commands import Look, draw_one, how_many, look_of, page_of, with_look
 from diffussm.samples import SampleSet
 from diffussm.sampling import Sampler
 
@@ -59,3 +64,45 @@ def test_the_work_is_counted_in_passes():
     guided, alone = WANTED.sampler, Sampler(10)
     assert "9 images in 3 batches of 4, 10 steps" in how_many(9, 4, guided)
     assert " 240 passes" in how_many(9, 4, guided) and " 120 p" in how_many(9, 4, alone)
+
+
+def test_the_page_draws_what_the_pipeline_draws_and_enlarges_it():
+    pipe = piped(network(in_channels=1))
+    image = draw_one(pipe, 2, 7.0, 3.0, 5.0)
+    how = {"guidance_scale": 3.0, "clip_denoised": True, "output_type": "pil"}
+    small = draw(pipe, 2, generator=seeded(7), **how)[0]
+    assert small.size == (4, 4) and image.size == (256, 256)
+    assert np.array_equal(np.asarray(image)[::64, ::64], np.asarray(small))
+    other = draw_one(pipe, 2, 8, 3.0, 5)
+    assert not np.array_equal(np.asarray(image), np.asarray(other))
+    free = piped(network(in_channels=1, num_classes=0))
+    assert draw_one(free, None, 0, 3.0, 2).size == (256, 256)  # nothing to guide
+
+
+class Gradio(SimpleNamespace):
+    """Takes note of what a page is made of."""
+
+    def __getattr__(self, kind):
+        return lambda *given, **named: SimpleNamespace(
+            kind=kind, given=given, named=named, launch=self.launched.append
+        )
+
+
+def test_the_page_asks_for_a_class_only_where_there_are_some():
+    for classes, kinds in ((3, "Dropdown Number Slider Slider"), (0, "Number Slider")):
+        pipe = piped(network(in_channels=1, num_classes=classes))
+        page = page_of(Gradio(launched=[]), pipe)
+        draws, asked, image = page.given
+        assert [one.kind for one in asked][: len(kinds.split())] == kinds.split()
+        assert image.kind == "Image" and asked[-1].given[:3] == (1, 1000, 50)
+        values = [1, 0, 1.0, 2] if classes else [0, 1.0, 2]
+        assert draws(*values).size == (256, 256)
+        if classes:
+            names = [(NAMES[str(i)], i) for i in range(3)]
+            assert asked[0].given == (names,)
+
+
+def test_without_gradio_the_demo_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    said = diffussm(f"demo {tmp_path}", 1)
+    assert "pip install 'diffussm[demo]'" in said and said.count("\n") == 1
