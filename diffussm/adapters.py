@@ -170,6 +170,7 @@ class IndexedImages(StoredImages):
         return f"{self.root}[{self.name(index)}]"
 
     def _facts(self) -> Iterator[bytes]:
+        """All labels, and 64 images: a change to others is not noticed."""
         n, k = len(self), min(len(self), _LOOKED_AT)
         yield self.labels.numpy().astype("<i8").tobytes()
         for i in range(k):

@@ -97,7 +97,7 @@ def _settle(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return theirs
 
 
-_MAY_DIFFER = ("vae.name", "vae.decoder_sha256")
+_MAY_DIFFER = ("vae.name", "vae.decoder_sha256", "data.kind")
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:

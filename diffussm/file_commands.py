@@ -34,7 +34,7 @@ def vae(
     For data of one's own, or a rehearsal of a larger run.
 
     Args:
-        images: folder of images, a zip of it, or an LMDB
+        images: folder of images, a zip of it, an LMDB, or openmoji, which are drawn
         out: folder to write, which --vae then takes
         size: images are cropped to size x size
         steps: steps of training
@@ -44,9 +44,9 @@ def vae(
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
     """
     expect_empty(out)
-    from diffussm import autoencoder, formats
+    from diffussm import autoencoder, recipes
 
-    source = formats.images_from(images, size, exif_rotate=exif_rotate)
+    source = recipes.images_at(images, out.parent, size, exif_rotate=exif_rotate)
     sizes = {"batch_size": min(batch_size, len(source)), "crop": min(32, size)}
     with interruptible(nothing_kept):
         trained = autoencoder.train_vae(source, steps=steps, lr=lr, seed=seed, **sizes)
@@ -84,7 +84,7 @@ def encode(
     Encode images once; also under torchrun. The same command again goes on.
 
     Args:
-        data: class folders as in ImageNet, a plain folder, a zip, or an LMDB
+        data: class folders as in ImageNet, a plain folder, a zip, an LMDB, or openmoji
         out: folder of the latent store
         vae: folder of an AutoencoderKL, or its name on the hub
         size: images are cropped to size x size pixels
@@ -100,7 +100,7 @@ def encode(
     from diffussm import autoencoder, encoding
     from diffussm.distributed import barrier, rank, world_size
 
-    source = _open_images(data, size, no_classes, exif_rotate, given)
+    source = _open_images(data, out.parent, size, no_classes, exif_rotate, given)
     how: dict[str, Any] = {"flip": not no_flip, "workers": workers}
     how |= {"batch_size": batch_size, "shard_size": shard_size}
     with start("encode", device) as own, interruptible(partial(_shards_kept, out)):
@@ -113,13 +113,18 @@ def encode(
 
 
 def _open_images(
-    data: Path, size: int, no_classes: bool, exif_rotate: bool, given: set[str]
+    data: Path,
+    beside: Path,
+    size: int,
+    no_classes: bool,
+    exif_rotate: bool,
+    given: set[str],
 ) -> Any:
-    from diffussm import formats
+    from diffussm import formats, recipes
 
     classes = False if no_classes else None
     how: dict[str, Any] = {"conditional": classes, "exif_rotate": exif_rotate}
-    source = formats.images_from(data, size, **how)
+    source = recipes.images_at(data, beside, size, **how)
     lmdb = isinstance(source, formats.LmdbImages)
     refuse_idle(given, "for an LMDB, which has no classes", lmdb)
     return source

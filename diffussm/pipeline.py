@@ -195,6 +195,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         each = (
             images_per_label if num_images_per_prompt is None else num_images_per_prompt
         )
+        told = f"images_per_label={images_per_label}, num_images_per_prompt={each}"
+        refuse(images_per_label not in (1, each), f"{told} are one option: give either")
         y, count = self._labels(class_labels, each)
         tell = self._telling(callback_on_step_end, callback_on_step_end_tensor_inputs)
         model = self._guided(guidance_scale, guidance_channels)

@@ -29,6 +29,7 @@ __all__ = [
     "recipe_files",
     "read_recipe",
     "open_data",
+    "images_at",
     "takes_latents",
     "open_held_out",
     "left_open",
@@ -142,6 +143,14 @@ def _open_images(
     size, told = model.height, f"{model.num_classes} classes, or --model.num_classes 0"
     with explain(told, ValueError) if classes else nullcontext():
         return images_from(place(size), size, conditional=classes, **how)
+
+
+def images_at(data: Path, beside: Path, size: int, **how: Any) -> Any:
+    """What `images_from` finds; the word openmoji draws them, unless it is a path."""
+    from diffussm.formats import images_from
+
+    drawn = str(data) == "openmoji" and not data.exists()
+    return images_from(_drawn(beside, size) if drawn else data, size, **how)
 
 
 def _drawn(beside: Path, size: int) -> Path:

@@ -1,10 +1,13 @@
 """A folder of 300 images to a grid: two commands for pixels, four for latents."""
 
+import shutil
+
 import numpy as np
 import pytest
 from commands import diffussm
 from PIL import Image
 
+from diffussm.latents import LatentStore
 from diffussm.run_folder import read_run
 
 TINY = (
@@ -77,3 +80,17 @@ def test_latents_take_four_commands(photos, tmp_path, monkeypatch):
     assert (model.in_channels, model.input_size, model.num_classes) == (4, 4, 3)
     assert run.recipe.flip and "300 images in 3 classes; 0 skipped" in said
     assert grid.shape[0] == 3 * (3 * 16 + 4) and grid.shape[2] == 3
+
+
+@pytest.mark.slow
+def test_latents_go_on_from_a_zip_of_the_folder_and_emoji_are_drawn(work, tmp_path):
+    shutil.copytree(work / "latents", tmp_path / "latents")
+    shutil.make_archive(str(tmp_path / "images"), "zip", work, "images")
+    size = "--vae {w}/vae --size 16 --device cpu"
+    words = f"encode {{t}}/images.zip {{t}}/latents --shard_size 8 {size}"
+    assert "12 images in 2 classes" in diffussm(words, w=work, t=tmp_path)
+    diffussm("vae openmoji {t}/coder --size 8 --steps 1", t=tmp_path)
+    assert (tmp_path / "openmoji-8" / "train" / "faces").is_dir()
+    words = f"encode openmoji {{t}}/emoji --no_flip {size.replace('16', '8')}"
+    diffussm(words, w=work, t=tmp_path)
+    assert LatentStore(tmp_path / "emoji").num_classes == 14

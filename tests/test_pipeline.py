@@ -299,6 +299,7 @@ def test_no_labels_give_no_images(labels, vae):
         ({"guidance_channels": 5}, "guidance_channels=5: .* from 1 to 4"),
         ({"images_per_label": 0}, "images_per_label=0"),
         ({"num_images_per_prompt": 0}, "images_per_label=0"),
+        ({"num_images_per_prompt": 2, "images_per_label": 3}, "are one option"),
         (
             {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
             "tensor input='prompt_embeds'.*latents",
