@@ -29,6 +29,7 @@ from benchmarks.common import (
     speed_row,
 )
 from benchmarks.references import awake, require_right
+from diffussm.batches import noise_at
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.efficiency import DiT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
@@ -275,6 +276,14 @@ def main(argv: list[str] | None = None) -> int:
         compare(what, slow, fast, 1.0, 10 * runs)
         del slow, fast
 
+    shape, batch = (4, 32, 32), 256  # latents of images of 256 pixels
+    compare(
+        f"noise of a batch of {batch} against that of the share of one of 8 processes",
+        lambda: torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),
+        lambda: noise_at(range(batch // 8), shape, seed=0),
+        1.0,
+        10 * runs,
+    )
     again = copy.deepcopy(ours)
     again.activation_checkpointing = "all"
     plain, recomputing = make_step(ours, B), make_step(again, B)

@@ -19,11 +19,19 @@ from diffussm.data import (
     batch_indices,
     digits,
     generator,
+    random_bits,
 )
 from diffussm.model import DiffuSSM
 from diffussm.options import Recipe
 
-__all__ = ["load_dataset", "Batch", "training_batch", "training_batches"]
+__all__ = [
+    "load_dataset",
+    "Batch",
+    "BATCHES",
+    "noise_at",
+    "training_batch",
+    "training_batches",
+]
 
 
 def load_dataset(recipe: Recipe, split: str = "train") -> Dataset:
@@ -44,9 +52,38 @@ class Batch(NamedTuple):
     noise: Tensor
 
     def part(self, mine: slice, device: torch.device) -> "Batch":
-        """Some of its images, on a device."""
-        x0, t, noise = (x[mine].to(device) for x in (self.x0, self.t, self.noise))
-        return Batch(x0, t, None if self.y is None else self.y[mine].to(device), noise)
+        """Some of its images, on a device; whoever has them `pinned` does not wait."""
+        part = (
+            None if x is None else x[mine].to(device, non_blocking=True) for x in self
+        )
+        return Batch(*part)  # type: ignore[arg-type]
+
+    def pinned(self) -> "Batch":
+        """The same in pinned memory."""
+        pins = (None if x is None else x.pin_memory() for x in self)
+        return Batch(*pins)  # type: ignore[arg-type]
+
+
+def _mixed(number: int) -> int:
+    """For each number below 2**32 another one below 2**32; a permutation of them."""
+    z = number % 2**32
+    z = (z ^ z >> 16) * 0x85EBCA6B % 2**32
+    z = (z ^ z >> 13) * 0xC2B2AE35 % 2**32
+    return z ^ z >> 16
+
+
+BATCHES = 3  # how batches are drawn; 2: noise of a whole batch, 1: before eq-data-bits
+
+
+def noise_at(
+    places: range, shape: tuple[int, ...], seed: int, purpose: str = "noise"
+) -> Tensor:
+    """Standard normal (n, *shape), each place with a stream of its own."""
+    noise, key = torch.empty(len(places), *shape), int(random_bits(seed, purpose, 0))
+    for row, place in zip(noise, places, strict=True):
+        stream = torch.Generator().manual_seed(_mixed(key + place))
+        torch.randn(shape, generator=stream, out=row)
+    return noise
 
 
 def training_batch(
@@ -65,18 +102,19 @@ def training_batch(
     B, cfg, share = recipe.batch_size, model.config, recipe.batch_size // size
     mine = slice(rank * share, (rank + 1) * share)
     draw = partial(generator, recipe.seed, number=step)
-    shape = (B, cfg.in_channels, cfg.height, cfg.width)
+    shape = (cfg.in_channels, cfg.height, cfg.width)
+    places = range(step * B, (step + 1) * B)[mine]
     t = torch.randint(recipe.timesteps, (B,), generator=draw("timesteps"))
-    noise = torch.randn(shape, generator=draw("noise"))
+    noise = noise_at(places, shape, recipe.seed)
     position = (len(dataset), B, step, recipe.seed)
     indices = batch_indices(*position)[mine]
     flips = batch_flips(*position)[mine] & recipe.flip
     xi = None
     if dataset.levels is None:  # latents, which are drawn
-        xi = torch.randn(shape, generator=draw("posterior"))[mine]
+        xi = noise_at(places, shape, recipe.seed, "posterior")
     x0, labels = dataset.batch(indices, flips, xi, fetch)
     y = _with_dropped(model, labels, mine, B, draw("label dropout"))
-    return Batch(x0, t[mine], y, noise[mine])
+    return Batch(x0, t[mine], y, noise)
 
 
 def _with_dropped(
@@ -97,18 +135,31 @@ def training_batches(
     rank: int = 0,
     size: int = 1,
     workers: int = 4,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """The batches from a step to the end of the run, each made while one is used.
 
     Data sets that read files (they have a method `read`) do so in `workers` threads.
+    For a GPU as `device` the batches are pinned.
     """
     threads = workers if hasattr(dataset, "read") else 1
-    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(threads) as readers:
+    gpu = device if device is not None and device.type == "cuda" else None
+    maker = ThreadPoolExecutor(1, initializer=partial(_use, gpu))
+    with maker, ThreadPoolExecutor(threads) as readers:
         fetch = readers.map if threads > 1 else map
-        batch = partial(training_batch, dataset, model, recipe)
-        ahead = pool.submit(batch, step, rank, size, fetch)
+
+        def batch(step: int) -> Batch:
+            made = training_batch(dataset, model, recipe, step, rank, size, fetch)
+            return made if gpu is None else made.pinned()
+
+        ahead = maker.submit(batch, step)
         for following in range(step + 1, recipe.steps + 1):
             ready = ahead.result()
             if following < recipe.steps:
-                ahead = pool.submit(batch, following, rank, size, fetch)
+                ahead = maker.submit(batch, following)
             yield ready
+
+
+def _use(gpu: torch.device | None) -> None:
+    if gpu is not None:  # or a new thread would take memory of the first GPU
+        torch.cuda.set_device(gpu)

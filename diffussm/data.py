@@ -157,14 +157,14 @@ def random_bits(seed: int, purpose: str, number: int | np.ndarray) -> np.ndarray
     return bits.reshape(np.shape(number))
 
 
-RANDOM = 2  # how a run drew its random numbers; 1: before eq-data-bits
+RANDOM = 2  # how random numbers are drawn; 1: before eq-data-bits
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     """A CPU generator that depends on its arguments alone: make it, draw once.
 
     Draw for the whole batch and take your slice, and the number of processes does not
-    matter.
+    matter. Noise has a stream for each image instead (`diffussm.batches.noise_at`).
     """
     return torch.Generator().manual_seed(int(random_bits(seed, purpose, number)))
 

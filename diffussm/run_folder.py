@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffussm.batches import BATCHES
 from diffussm.checkpoints import find_checkpoint, step_of
-from diffussm.data import RANDOM, Dataset
+from diffussm.data import Dataset
 from diffussm.distributed import on_rank_zero
 from diffussm.files import UNSUPPORTED, read_json, write_json
 from diffussm.guards import differences, expect_same, explain
@@ -34,7 +35,7 @@ class RunConfig(NamedTuple):
     recipe: Recipe
     execution: Execution
     data: dict[str, Any]
-    random: int = RANDOM
+    random: int = BATCHES
 
     def write(self, run: Path) -> None:
         """Write it, whole or not at all."""
@@ -299,11 +300,12 @@ def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
 
 
 def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:
-    if theirs.random != RANDOM:
+    if theirs.random != BATCHES:
+        others = "which digits are held out, order, flips, dropped labels and noise"
+        changed = "the noise of each image" if theirs.random == 2 else others
         warn(
             f"{run} was begun by a version that drew its random numbers in another "
-            "way: it goes on, but which digits are held out, order, flips, noise and "
-            "dropped labels are not those of then"
+            f"way: it goes on, but {changed} will be others than that version's"
         )
     known, found = (config.data.get("fingerprint") for config in (theirs, ours))
     if known is None and found is not None:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from tiny import TINY, write_images
 
-from diffussm.batches import training_batch, training_batches
-from diffussm.data import TensorData, batch_indices, generator
+from diffussm.batches import _mixed, noise_at, training_batch, training_batches
+from diffussm.data import TensorData, batch_indices, digits, generator
 from diffussm.folders import ImageFolder
 from diffussm.model import DiffuSSM
 
@@ -95,9 +95,96 @@ def test_each_draw_of_a_step_has_a_purpose_of_its_own():
     batch = training_batch(data, model, TINY, 3)
     shape, count = batch.noise.shape, (TINY.batch_size,)
     draw = partial(generator, TINY.seed, number=3)
-    assert torch.equal(batch.noise, torch.randn(shape, generator=draw("noise")))
+    places = range(3 * len(batch.t), 4 * len(batch.t))
+    assert torch.equal(batch.noise, noise_at(places, shape[1:], TINY.seed, "noise"))
     t = torch.randint(TINY.timesteps, count, generator=draw("timesteps"))
     assert torch.equal(batch.t, t)
     labels = data.labels[batch_indices(50, *count, 3, TINY.seed)]
     dropped = model.drop_labels(labels, draw("label dropout"))
     assert torch.equal(batch.y, dropped)
+
+
+def test_noise_belongs_to_a_place_and_not_to_who_draws_it():
+    """Any number of processes, micro-batches and even other batches see the same."""
+    data, model = TensorData(*digits("train")), DiffuSSM(TINY.model)
+    whole = training_batch(data, model, TINY, step=6)
+    for size in (2, 4, 8):
+        parts = [training_batch(data, model, TINY, 6, r, size) for r in range(size)]
+        assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
+    halves = [whole.part(slice(a, a + 4), torch.device("cpu")).noise for a in (0, 4)]
+    assert torch.equal(torch.cat(halves), whole.noise)
+    shorter = replace(TINY, batch_size=4)
+    again = [training_batch(data, model, shorter, step).noise for step in (12, 13)]
+    assert torch.equal(torch.cat(again), whole.noise)
+
+
+def test_a_process_draws_the_noise_of_its_share_alone(monkeypatch):
+    data, model, drawn = TensorData(*digits("train")), DiffuSSM(TINY.model), []
+    randn = torch.randn
+
+    def counted(shape, **options):
+        drawn.append(shape)
+        return randn(shape, **options)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    training_batch(data, model, TINY, step=0, rank=1, size=4)
+    assert drawn == [(1, 8, 8)] * 2
+
+
+def test_noise_is_noise():
+    rows = noise_at(range(5000, 9000), (1, 8, 8), seed=3).flatten(1).double()
+    n = rows.numel()
+    moments = [rows.pow(k).mean().item() for k in (1, 2, 3, 4)]
+    for got, (wanted, variance) in zip(
+        moments, ((0, 1), (1, 2), (0, 15), (3, 96)), strict=True
+    ):
+        assert abs(got - wanted) < 4 * (variance / n) ** 0.5
+    for shift in (1, 2, 64):  # neighbours in the row, and within an image
+        ahead = (rows[shift:] * rows[:-shift]).mean().item()
+        assert abs(ahead) < 4 / (n - 64 * shift) ** 0.5
+    beside = (rows[:, 1:] * rows[:, :-1]).mean().item()
+    assert abs(beside) < 4 / (n * 63 / 64) ** 0.5
+    for other in ({"seed": 4}, {"seed": 3, "purpose": "posterior"}):
+        theirs = noise_at(range(5000, 9000), (1, 8, 8), **other).flatten(1)
+        assert abs((rows * theirs).mean().item()) < 4 / n**0.5
+
+
+def test_no_two_places_have_the_same_stream():
+    """A permutation of 32 bits; here each step of it is undone."""
+    modulus, numbers = 2**32, [0, 1, 2, 77, 2**16, 2**31, 2**32 - 1]
+    for number in numbers:
+        z = _mixed(number)
+        z ^= z >> 16
+        z = z * pow(0xC2B2AE35, -1, modulus) % modulus
+        z ^= z >> 13 ^ z >> 26
+        z = z * pow(0x85EBCA6B, -1, modulus) % modulus
+        assert z ^ z >> 16 == number
+
+
+def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(monkeypatch):
+    """By the thread that makes them, on its own GPU; there is no GPU here."""
+    data, pinned, used, copied = TensorData(*digits("train")), set(), [], []
+
+    def pin(tensor):
+        pinned.add(tensor.data_ptr())
+        assert threading.current_thread() is not threading.main_thread()
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        assert tensor.untyped_storage().data_ptr() in pinned
+        copied.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    two, gpu = replace(TINY, steps=2), torch.device("cuda", 1)
+    batches = partial(training_batches, data, DiffuSSM(TINY.model), two)
+    plain = list(batches())
+    assert not pinned and not used
+    made = list(batches(device=gpu))
+    assert used == [gpu]
+    for a, b in zip(plain, made, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    made[0].part(slice(2, 6), gpu)
+    assert copied == [(gpu, True)] * 4

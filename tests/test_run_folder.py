@@ -289,13 +289,18 @@ def test_a_run_of_earlier_random_streams_says_so_and_goes_on(tmp_path, capsys):
     run_tiny(tmp_path / "run", steps=4)
     file = tmp_path / "run" / "config.json"
     values = json.loads(file.read_text())
-    assert values["random"] == 2
+    assert values["random"] == 3
     run_tiny(tmp_path / "run", steps=5)
     assert "random numbers" not in capsys.readouterr().err
+    file.write_text(json.dumps(values | {"random": 2}))
+    assert run_tiny(tmp_path / "run", steps=7).step == 7
+    said = capsys.readouterr().err
+    assert "goes on, but the noise of each image will be" in said
+    assert "order" not in said
     del values["random"]
     file.write_text(json.dumps(values))
     assert run_tiny(tmp_path / "run").step == 10
-    assert "drew its random numbers in another way" in capsys.readouterr().err
+    assert "order, flips, dropped labels and noise" in capsys.readouterr().err
     assert load_run(tmp_path / "run")[1].steps == 10
 
 
