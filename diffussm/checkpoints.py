@@ -236,7 +236,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
             _fill(getattr(state, name), read_tensors(folder / file), file)
         _fill_moments(state, read_tensors(folder / _OPTIMIZER))
         sums = torch.tensor(record["meter"], dtype=torch.float64)
-        state.meter.sums = sums.view_as(state.meter.sums)
+        state.meter.sums.copy_(sums.view_as(state.meter.sums))
         state.step = int(record["step"])
         state.skipped = [int(step) for step in record.get("skipped", [])]
 

@@ -73,7 +73,8 @@ class GaussianDiffusion(ForwardProcess):
         """The two halves of the network's output, noise and v, in the precision of
         x_t.
         """
-        output = model(x_t, self.timestep_map.to(t.device)[t], y)  # (B, 2C, H, W)
+        told = self._at("timestep_map", t, like=x_t).flatten().to(t.dtype)  # (B,)
+        output = model(x_t, told, y)  # (B, 2C, H, W)
         B, C, H, W = x_t.shape
         expect("model output, noise and v,", output, "B C H W", B=B, C=2 * C, H=H, W=W)
         eps, v = output.to(x_t.dtype).chunk(2, dim=1)  # (B, C, H, W) each

@@ -37,6 +37,7 @@ __all__ = [
     "barrier",
     "processes",
     "own_device",
+    "limit_waiting",
     "together",
     "leaves_alone",
     "PeerFailed",
@@ -59,7 +60,7 @@ def world_size() -> int:
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """The sum of a CPU tensor over the processes, in place; all of them call it."""
+    """The sum of a tensor over the processes, in place; all of them call it."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -77,7 +78,9 @@ def on_rank_zero(function: Callable[[], T]) -> T:
             pickle.dumps(outcome[0])  # or the others would wait for what cannot be sent
         except Exception as raised:
             error, outcome = raised, [None, _portable(raised)]
-    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    dist.broadcast_object_list(
+        outcome, group=_GROUP.patient, device=torch.device("cpu")
+    )
     if outcome[1] is not None:
         raise together(error or outcome[1])
     return cast(T, outcome[0])
@@ -96,6 +99,8 @@ class _Group:
     """The processes that work together, as this one sees them."""
 
     store: Store | None = None
+    patient: dist.ProcessGroup | None = None  # in it one waits as long as at the start
+    limit: float = 0.0  # of the start, in seconds
     counters: int = 0  # that were handed out so far
     stopping: bool = False
     interrupted: float | None = None  # when Ctrl-C was pressed first
@@ -168,7 +173,7 @@ def processes(
 
     Args:
         device: None for a GPU if there is one, "cuda" for this process's, or "cpu".
-        timeout: seconds until a process gives up waiting in an all-reduce.
+        timeout: seconds until a process gives up waiting; see `limit_waiting`.
         stoppable: whether signals set `stopping`.
         report: called with what made this process fail; returns its exit code.
 
@@ -204,6 +209,8 @@ def _join(
     store, number, _ = next(rendezvous("env://", timeout=limit))
     _GROUP.store = PrefixStore(f"diffussm/{next(_GROUPS)}", store)
     gpu = device.type == "cuda"
+    for name, value in _FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", _GROUP.store),
@@ -212,6 +219,9 @@ def _join(
         timeout=limit,
         device_id=device if gpu else None,  # or NCCL has to guess it from the rank
     )
+    patient = dist.new_group(backend="gloo", timeout=limit)
+    _GROUP.patient = cast(dist.ProcessGroup, patient)
+    _GROUP.limit = timeout
     return _FailureWatch(_GROUP.store, report)
 
 
@@ -235,6 +245,20 @@ def own_device(device: str | torch.device | None) -> torch.device:
     own = torch.device("cuda", local) if own.index is None else own
     torch.cuda.set_device(own)
     return own
+
+
+def limit_waiting(seconds: float | None) -> None:
+    """How long an all-reduce may take from now on; None: as at the start.
+
+    `on_rank_zero` and `barrier` are as patient as ever.
+    """
+    if world_size() > 1:
+        limit = _GROUP.limit if seconds is None else seconds
+        older: Any = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        getattr(dist, "set_timeout", older)(timedelta(seconds=limit))
+
+
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 def together(error: E) -> E:

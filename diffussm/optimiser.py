@@ -68,11 +68,20 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """In place: ema <- decay ema + (1 - decay) model (eq-training-ema)."""
+def update_ema(
+    ema: nn.Module, model: nn.Module, decay: float, fine: Tensor | None = None
+) -> None:
+    """In place: ema <- decay ema + (1 - decay) model (eq-training-ema).
+
+    `fine`, a bool on the device, says whether to do it; None: yes.
+    """
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     ours, theirs = zip(*((_local(a), _local(b)) for a, b in pairs), strict=True)
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+    if fine is None:
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+    else:
+        weight = torch.where(fine, 1 - decay, 0.0)
+        torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
 
 
 def _local(parameter: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ class Execution:
         keep_every: Checkpoints of multiples of so many steps stay, too; 0 is none.
         keep: Checkpoints that stay, by steps or images, as in 400k or 338M images.
         skip_nonfinite: Steps with a loss that is not finite that may be left out.
+        step_limit: Seconds that a process waits for another in a step; then it ends.
+        profile: Step that each process records into RUN/profile; 0 is none.
         workers: Threads of each process that read images or latents.
         micro_batch: Images that go through the network at once; 0 is all of a process.
         strategy: Whole replicas of the network, or shards of it (fsdp).
@@ -139,6 +141,8 @@ class Execution:
     keep_every: int = bounded(0, least=0)
     keep: tuple[str, ...] = ()
     skip_nonfinite: int = bounded(3, least=0)
+    step_limit: float = bounded(300.0, above=0)
+    profile: int = bounded(0, least=0)
     workers: int = bounded(4, least=1)
     micro_batch: int = bounded(0, least=0)
     strategy: Literal["ddp", "fsdp"] = "ddp"

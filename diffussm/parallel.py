@@ -23,9 +23,10 @@ from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
+from diffussm.meter import Meter
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, warn
-from diffussm.training import Meter, TrainState, backward
+from diffussm.training import TrainState, backward
 
 __all__ = [
     "wrap",

@@ -3,8 +3,9 @@
 Generated from book/47_runs.md by `make export`: edit there.
 """
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from diffussm.data import Dataset
 from diffussm.distributed import (
     Preempted,
     all_reduce,
+    limit_waiting,
     on_rank_zero,
     own_device,
     rank,
@@ -35,6 +37,7 @@ from diffussm.distributed import (
     world_size,
 )
 from diffussm.files import read_json, read_tensors, write_json, write_tensors
+from diffussm.meter import Look
 from diffussm.model import DiffuSSM
 from diffussm.options import (
     Execution,
@@ -48,28 +51,25 @@ from diffussm.options import (
 from diffussm.parallel import accumulate_gradients, create_state, micro_batch_of, wrap
 from diffussm.run_folder import locked, open_run
 from diffussm.training import TrainState, update
+from diffussm.vital_signs import Heartbeat, WorkTimes, garbage_kept, recorded
 from diffussm.writers import BackgroundWriter, Log, rewind_log
 
 __all__ = ["train", "replay"]
 
 
-class _Told(NamedTuple):
-    """What all processes know after a step."""
-
-    tally: Tensor
-    grad_norm: float
-    broken: bool
-    stopping: bool
-    unsaved: bool
+def _agree(saved: bool) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and whether any could not save."""
+    reasons = torch.tensor([stopping(), not saved], dtype=torch.float64)
+    stop, unsaved = all_reduce(reasons).tolist()
+    return bool(stop), bool(unsaved)
 
 
-def _agree(tally: Tensor, norm: Tensor, saved: bool) -> _Told:
-    ours = torch.cat([tally.flatten(), norm.double().reshape(1)]).cpu()
-    reasons = [not ours.isfinite().all(), stopping(), not saved]
-    flags = torch.tensor(reasons, dtype=torch.float64)
-    sums = all_reduce(torch.cat([ours[:-1], flags]))
-    broken, stop, unsaved = (bool(reason) for reason in sums[-3:])
-    return _Told(sums[:-3].view_as(tally), ours[-1].item(), broken, stop, unsaved)
+class _Due(NamedTuple):
+    """What there is to do after a step."""
+
+    line: bool
+    save: bool
+    draw: bool
 
 
 @dataclass
@@ -82,49 +82,81 @@ class _Run:
     state: TrainState
     writer: BackgroundWriter
     log: Log
+    heart: Heartbeat
     on_samples: Callable[[DiffuSSM, int], None] | None = None
     on_scores: Callable[[DiffuSSM], dict[str, float | None]] | None = None
 
 
 def _loop(run: _Run) -> None:
+    network = wrap(run.state.model, run.execution)
+    try:
+        with garbage_kept(), WorkTimes(network, run.device) as times:
+            while run.state.step < run.recipe.steps:
+                _go(run, network, times)
+    finally:
+        limit_waiting(None)
+    run.writer.wait()
+
+
+def _go(run: _Run, network: nn.Module, times: WorkTimes) -> None:
+    """Steps, to the end of the run or past one that was not finite."""
     state, recipe, execution = run.state, run.recipe, run.execution
-    network, diffusion = wrap(state.model, execution), diffusion_of(recipe)
-    share = state.step, rank(), world_size(), execution.workers
+    share = state.step, rank(), world_size(), execution.workers, run.device
+    diffusion, how = diffusion_of(recipe), (recipe, execution, run.device)
     batches = training_batches(run.data, state.model, recipe, *share)
     for batch in run.log.clock.awaited(batches):
-        tally = accumulate_gradients(
-            network, diffusion, batch, recipe, execution, run.device
-        )
-        norm = full_tensor(nn.utils.get_total_norm(state.gradients()))
-        told = _agree(tally, norm, saved=run.writer.error() is None)
-        if told.unsaved:
+        with recorded(run.folder, state.step + 1, run.device, execution.profile):
+            tally = accumulate_gradients(network, diffusion, batch, *how)
+            norm = full_tensor(nn.utils.get_total_norm(state.gradients()))
+            tally[0, 7] = 0 * norm  # 0, or not a number: then in all processes
+            update(state, recipe, all_reduce(tally), norm)
+            state.advance()
+        times.end()
+        run.log.step(state)
+        run.heart.beat(state.step)
+        stop, unsaved = _agree(saved=run.writer.error() is None)
+        if unsaved:
             raise together(run.writer.error() or OSError(_UNSAVED))
-        if told.broken:
-            _leave_out(run, told.grad_norm)
-        else:
-            update(state, recipe, told.grad_norm)
-            state.meter.add(told.tally, told.grad_norm)
-        state.advance()
-        run.log.step(state, _scores(run))
-        _keep(run, told.stopping)
-    run.writer.wait()
+        if any(due := _due(run, stop)):
+            look = state.meter.look()
+            if broken := look.finite < look.steps:
+                _leave_out(run, look)
+                due = _due(run, stop)
+            limit_waiting(None)  # who draws or scores is waited for
+            _keep(run, due, look.means | (times.read() if due.line else {}), stop)
+            if broken:
+                return
+        limit_waiting(execution.step_limit)  # the first took what it took
+        times.begin()
 
 
 _UNSAVED = "another process could not write a checkpoint; see its message"
 
 
-def _keep(run: _Run, stop: bool) -> None:
-    state, recipe, execution = run.state, run.recipe, run.execution
-    every, named = execution.save_every, execution.keep_steps(recipe.batch_size)
-    last, often = state.step == recipe.steps, execution.sample_every
+def _due(run: _Run, stop: bool) -> _Due:
+    step, recipe, execution = run.state.step, run.recipe, run.execution
+    save = stop or step in execution.keep_steps(recipe.batch_size)
+    save |= step % execution.save_every == 0 or step == recipe.steps
+    often = execution.sample_every if run.on_samples is not None else 0
+    draw = bool(often) and step % often == 0
+    return _Due(step % execution.log_every == 0, save, draw)
+
+
+def _keep(
+    run: _Run, due: _Due, figures: Mapping[str, float | None], stop: bool
+) -> None:
+    state, recipe, draw = run.state, run.recipe, run.on_samples
+    if due.line:
+        run.log.line(state, {**figures, **_scores(run)})
+        state.meter.sums.zero_()
+        gc.collect(1)
     with run.log.clock.paused():
-        if stop or last or state.step % every == 0 or state.step in named:
+        if due.save:
             run.writer.save(state)
-        draw = run.on_samples
-        if often and state.step % often == 0 and draw is not None:
+        if due.draw and draw is not None:
             ema = whole_ema(state)
             on_rank_zero(lambda: draw(ema, state.step))
-    if stop and not last:
+    if stop and state.step < recipe.steps:
         run.writer.wait()
         saved = f"asked to stop: saved step {state.step} of {recipe.steps}"
         told = f"{saved}; the same command goes on from there"
@@ -179,8 +211,10 @@ def train(
     with locked(run), BackgroundWriter(run, recipe, execution) as writer:
         state = _resume(run, recipe, execution, own)
         with Log(run, recipe, execution, state, progress, on_log) as log:
-            parts = recipe, execution, data, own, state, writer, log
-            _loop(_Run(run, *parts, on_samples, on_scores))
+            parts = recipe, execution, data, own, state, writer, log, Heartbeat(run)
+            running = _Run(run, *parts, on_samples, on_scores)
+            _loop(running)
+            running.heart.end()
     return state
 
 
@@ -207,9 +241,10 @@ def _tell_missed(run: Path, step: int, keep: frozenset[int]) -> None:
         )
 
 
-def _leave_out(run: _Run, grad_norm: float) -> None:
-    """Count a step that is left out; FloatingPointError if it is one too many."""
-    state = run.state
+def _leave_out(run: _Run, look: Look) -> None:
+    """Go back to a step and leave it out; FloatingPointError if it is one too many."""
+    state, grad_norm = run.state, look.grad_norm
+    state.step -= look.steps - look.finite
     if not state.skipped:
         _dump(run, grad_norm)
     state.skipped.append(state.step + 1)
@@ -225,6 +260,7 @@ def _leave_out(run: _Run, grad_norm: float) -> None:
     if rank() == 0:
         told = f"{what}; left out, as {left} more may be. See {first}"
         tqdm.write(told, file=sys.stderr)
+    state.advance()
 
 
 def _dump(run: _Run, grad_norm: float) -> None:

@@ -6,7 +6,7 @@ Generated from book/36_training.md by `make export`: edit there.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffussm.batches import Batch
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.meter import Meter
 from diffussm.model import DiffuSSM
 from diffussm.optimiser import (
     ema_decay_at,
@@ -23,40 +24,7 @@ from diffussm.optimiser import (
 )
 from diffussm.options import Recipe
 
-__all__ = ["Meter", "TrainState", "backward", "update", "training_step"]
-
-
-class Meter:
-    """Running means of the loss terms, and of mse by quartile of t: (2, 8)."""
-
-    names = ("loss", "mse", "vb", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "grad_norm")
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(2, len(self.names), dtype=torch.float64)
-
-    @classmethod
-    def tally(cls, losses: dict[str, Tensor], t: Tensor, timesteps: int) -> Tensor:
-        """What images add: losses (B,) each, t (B,) in [0, timesteps) -> (2, 8)."""
-        sums = torch.zeros(2, len(cls.names), dtype=torch.float64, device=t.device)
-        terms = torch.stack([losses[name].detach().double() for name in cls.names[:3]])
-        sums[0, :3], sums[1, :3] = terms.sum(1), len(t)
-        quartile = torch.arange(4, device=t.device)[:, None]  # (4, 1)
-        inside = 4 * t // timesteps == quartile  # (4, B)
-        sums[0, 3:7] = torch.where(inside, terms[1], 0.0).sum(1)
-        sums[1, 3:7] = inside.sum(1)
-        return sums
-
-    def add(self, tally: Tensor, grad_norm: float) -> None:
-        """One step: the tally of all its images, and the norm of its gradient."""
-        self.sums += tally
-        self.sums[:, 7] += torch.tensor([grad_norm, 1.0], dtype=torch.float64)
-
-    def read_and_reset(self) -> dict[str, float | None]:
-        """The means since the last call; None for a quartile without an image."""
-        sums, counts = self.sums.tolist()
-        self.sums.zero_()
-        means = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
-        return dict(zip(self.names, means, strict=True))
+__all__ = ["TrainState", "backward", "update", "training_step"]
 
 
 @dataclass
@@ -85,9 +53,11 @@ class TrainState:
         for network in (model, ema):
             prepare(network)
         groups = parameter_groups(model, recipe.lr, recipe.ssm_lr, recipe.weight_decay)
-        fused = torch.device(device).type in ("cpu", "cuda")  # one walk through memory
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=fused)
-        return cls(model, ema, optimizer, Meter())
+        how: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
+        optimizer = torch.optim.AdamW(
+            groups, **how, fused=True
+        )  # one walk through memory
+        return cls(model, ema, optimizer, Meter(device))
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""
@@ -115,15 +85,22 @@ def backward(
     return Meter.tally(losses, batch.t, recipe.timesteps)
 
 
-def update(state: TrainState, recipe: Recipe, grad_norm: float) -> None:
-    """Move weights and average by the gradients that lie in the parameters."""
-    if recipe.clip and grad_norm > recipe.clip:
-        torch._foreach_mul_(state.gradients(), recipe.clip / grad_norm)
+def update(state: TrainState, recipe: Recipe, tally: Tensor, grad_norm: Tensor) -> None:
+    """Move weights and average by the gradients that lie in the parameters.
+
+    Nothing moves from the first step that is not finite on, until the meter is read.
+    """
+    fine = state.meter.add(tally, grad_norm)
+    if recipe.clip:
+        shorter = recipe.clip / grad_norm.double()
+        factor = torch.where(grad_norm > recipe.clip, shorter, 1.0)
+        torch._foreach_mul_(state.gradients(), factor)
     for group in state.optimizer.param_groups:
         group["lr"] = group["base_lr"] * learning_rate_factor(state.step, recipe)
+    state.optimizer.found_inf = (~fine).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     decay = ema_decay_at(state.step, recipe.ema_decay, recipe.ema_warmup)
-    update_ema(state.ema, state.model, decay)
+    update_ema(state.ema, state.model, decay, fine)
 
 
 def training_step(
@@ -131,7 +108,5 @@ def training_step(
 ) -> None:
     """One step of a run that a process does alone."""
     tally = backward(state.model, diffusion, batch, recipe)
-    grad_norm = nn.utils.get_total_norm(state.gradients()).item()
-    update(state, recipe, grad_norm)
-    state.meter.add(tally, grad_norm)
+    update(state, recipe, tally, nn.utils.get_total_norm(state.gradients()))
     state.advance()

@@ -18,13 +18,13 @@ from diffussm.batches import Batch
 from diffussm.data import Dataset, generator, random_bits
 from diffussm.distributed import all_reduce, rank, world_size
 from diffussm.guards import refuse
+from diffussm.meter import Meter
 from diffussm.metrics import kernel_distance
 from diffussm.model import DiffuSSM
 from diffussm.options import Recipe, diffusion_of
 from diffussm.pictures import computing_in
 from diffussm.plain_scores import FEATURES, as_images, named_features
 from diffussm.sampling import Sampler
-from diffussm.training import Meter
 
 __all__ = ["watched_loss", "held_out_bits", "Watch"]
 

@@ -126,7 +126,6 @@ class Log:
     ) -> None:
         self.clock = Clock(state.step, recipe)
         self._file, self._recipe, self._on_log = run / "log.jsonl", recipe, on_log
-        self._every = execution.log_every
         self._device = next(state.model.parameters()).device
         progress = progress and rank() == 0
         if progress:
@@ -148,26 +147,23 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def step(self, state: TrainState, scores: Mapping[str, float | None]) -> None:
-        """A step is done; each so manyth writes a line, with its scores."""
-        self._bar.update()
-        if state.step % self._every:
-            return
-        row = self._row(state) | dict(scores)
+    def step(self, state: TrainState) -> None:
+        """Show how far the run is, which may be less far than before."""
+        self._bar.update(state.step - self._bar.n)
+
+    def line(self, state: TrainState, figures: Mapping[str, float | None]) -> None:
+        """Write a line."""
+        row: dict[str, Any] = {"step": state.step}
+        row |= {"images": state.step * self._recipe.batch_size, **figures}
+        row |= self.clock.read(state.step)
+        row |= utilisation(self._recipe.model, row["images_per_second"], self._device)
+        row |= {"skipped": list(state.skipped)} if state.skipped else {}
         if rank() == 0:
             with self._file.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             if self._on_log is not None:
                 self._on_log(row)
         self._bar.set_postfix_str(in_short(row))
-
-    def _row(self, state: TrainState) -> dict[str, Any]:
-        images = state.step * self._recipe.batch_size
-        row: dict[str, Any] = {"step": state.step, "images": images}
-        row |= state.meter.read_and_reset() | self.clock.read(state.step)
-        model, rate = self._recipe.model, row["images_per_second"]
-        row |= utilisation(model, rate, self._device)
-        return row | ({"skipped": list(state.skipped)} if state.skipped else {})
 
 
 def rewind_log(path: Path, step: int) -> None:

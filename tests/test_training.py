@@ -1,39 +1,37 @@
-"""Training: what is tallied."""
+"""Training: one step."""
 
-import pytest
+import copy
+import math
+from dataclasses import replace
+
 import torch
+from tiny import TINY, assert_same_state
 
-from diffussm.training import Meter
-
-
-def test_meter_means_equal_a_loop():
-    torch.manual_seed(0)
-    meter, seen = Meter(), []
-    for _ in range(3):
-        losses = {name: torch.rand(8) for name in ("loss", "mse", "vb")}
-        t = torch.randint(500, (8,))  # nothing in the two noisy quarters
-        meter.add(Meter.tally(losses, t, 1000), 2.0)
-        seen += [
-            (int(t[i]), {name: float(losses[name][i]) for name in losses})
-            for i in range(8)
-        ]
-    row = meter.read_and_reset()
-    for name in ("loss", "mse", "vb"):
-        assert row[name] == pytest.approx(
-            sum(terms[name] for _, terms in seen) / len(seen)
-        )
-    low = [terms["mse"] for t, terms in seen if t < 250]
-    assert row["mse_q1"] == pytest.approx(sum(low) / len(low))
-    assert row["mse_q3"] is None and row["grad_norm"] == 2.0
-    assert meter.sums.abs().sum() == 0
+from diffussm.batches import training_batch
+from diffussm.data import TensorData, digits
+from diffussm.options import diffusion_of
+from diffussm.training import TrainState, training_step
 
 
-def test_a_tally_stays_on_the_device():
-    """On a device without numbers any look at them would fail."""
-    losses = {name: torch.rand(8, device="meta") for name in ("loss", "mse", "vb")}
-    tally = Meter.tally(losses, torch.zeros(8, dtype=torch.int64, device="meta"), 1000)
-    assert (
-        tally.device.type == "meta"
-        and tally.shape == (2, 8)
-        and tally.dtype == torch.float64
-    )
+def test_nothing_moves_from_a_step_that_is_not_finite_until_somebody_looks():
+    recipe = replace(TINY, clip=0.5)
+    state, data = TrainState.create(recipe), TensorData(*digits("train"))
+
+    def steps(numbers, scale=1.0):
+        for step in numbers:
+            batch = training_batch(data, state.model, recipe, step)
+            batch = batch._replace(x0=batch.x0 * scale)
+            training_step(state, diffusion_of(recipe), batch, recipe)
+
+    steps(range(2))
+    before, seen = copy.deepcopy(state), state.meter.sums.clone()
+    steps([2], scale=1e30)
+    steps([3])
+    assert torch.equal(state.meter.sums, seen)
+    state.step = before.step
+    assert_same_state(before, state)
+    look = state.meter.look()
+    assert (look.steps, look.finite) == (4, 2) and not math.isfinite(look.grad_norm)
+    steps([2])
+    assert not torch.equal(state.model.head.weight, before.model.head.weight)
+    assert state.meter.look()[:2] == (1, 1)

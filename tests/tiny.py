@@ -42,6 +42,7 @@ def run_tiny(folder, **changes):
 def log_of(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     times = ("seconds", "images_per_second", "seconds_left", "data_wait")
+    times += ("work_seconds_fastest", "work_seconds_slowest", "slowest_process")
     return [
         {key: value for key, value in line.items() if key not in times}
         for line in lines
