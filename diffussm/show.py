@@ -79,7 +79,7 @@ class History:
     def last_alive(self) -> float:
         """When the run has written last, in seconds as of `time.time()`."""
         files = [self.run / "config.json", self.run / "log.jsonl", self.picture()]
-        files += self.run.glob("checkpoints/step_*")
+        files += [self.run / "heartbeat.json", *self.run.glob("checkpoints/step_*")]
         return max(file.stat().st_mtime for file in files if file and file.exists())
 
     def losses(self) -> dict[str, _Curve]:
@@ -140,6 +140,8 @@ def _state(history: History, now: float) -> str:
         return asked.read_text(errors="replace").strip()
     silence, due = max(now - history.last_alive(), 0.0), _due(history)
     said = f"last alive {duration(silence)} ago"
+    if (history.run / "heartbeat.json").is_file() and silence > 600:
+        return f"silent for {duration(silence)}: stopped or stuck"
     if due is None or silence <= max(5 * due, 60):
         return said
     return f"{said}, where a line is due every {duration(due)}: stopped or stuck"
