@@ -6,6 +6,8 @@ Generated from book/33_data.md by `make export`: edit there.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -249,6 +251,18 @@ def stratified_split(
     return torch.nonzero(~test).flatten(), torch.nonzero(test).flatten()
 
 
+def _digits_table() -> np.ndarray:
+    """A digit a row: 64 levels and its label, as scikit-learn's `load_digits` has them.
+
+    Its file is read without importing it, for that costs seconds at each start.
+    """
+    home = find_spec("sklearn")
+    if home is None or home.origin is None:
+        raise ImportError("the digits are scikit-learn's: pip install scikit-learn")
+    file = Path(home.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    return np.loadtxt(file, delimiter=",")
+
+
 def digits(
     split: str = "train", seed: int = 0, test_size: float = 0.2
 ) -> tuple[Tensor, Tensor]:
@@ -261,11 +275,9 @@ def digits(
         images float32 (n, 1, 8, 8) in [-1, 1], level / 8 - 1; labels int64 (n,).
     """
     expect_one_of("split", split, ("train", "test", "all"))
-    from sklearn.datasets import load_digits  # imported here: it costs a second
-
-    levels, target = load_digits(return_X_y=True)
-    images = torch.from_numpy(levels.reshape(-1, 1, 8, 8) / 8 - 1).to(torch.float32)
-    labels = torch.from_numpy(target.astype(np.int64))
+    table = _digits_table()
+    images = torch.from_numpy(table[:, :-1].reshape(-1, 1, 8, 8) / 8 - 1).float()
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
     if split == "all":
         return images, labels
     train, test = stratified_split(labels, test_size, seed)
