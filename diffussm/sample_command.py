@@ -60,7 +60,7 @@ def sample(
 
     Args:
         from_: folder of the run
-        pretrained: instead of a run, weights that come with the package: digits
+        pretrained: instead of a run, weights in the package: digits or emoji
         step: the checkpoint to draw from; default: the newest
         weights: moving average or raw
         vae: autoencoder that decodes, for a run on latents
@@ -163,7 +163,7 @@ def _take(name: str) -> _Found:
     known = box.model(), box.recipe, box.data["classes"], box.data["images"]
     vae = str(box.vae) if box.vae else None
     facts = {"pretrained": name}
-    return _Found(box.folder, box.recipe.steps, "ema", *known, facts, vae)
+    return _Found(box.folder, box.record["steps"], "ema", *known, facts, vae)
 
 
 def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:

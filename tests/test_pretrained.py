@@ -116,3 +116,15 @@ def test_another_name_is_refused_with_those_in_the_box(tmp_path):
         assert "no effect" in diffussm(f"{words} --pretrained digits {idle}", 1)
     with pytest.raises(ValueError, match=r"pretrained='cats'.*digits"):
         load_pretrained("cats")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_latents_in_the_box_bring_their_decoder_and_their_licence(tmp_path):
+    box = load_pretrained("emoji")
+    assert "CC BY-SA 4.0" in box.record["licence"] and "OpenMoji" in box.record["data"]
+    assert "CC BY-SA 4.0" in (ROOT / "README.md").read_text()
+    words = "sample --pretrained emoji --classes hearts --per_class 2 --steps 2"
+    diffussm(f"{words} --device cpu --grid {tmp_path}/hearts.png")
+    with Image.open(tmp_path / "hearts.png") as picture:
+        assert picture.mode == "RGB" and picture.height == 68

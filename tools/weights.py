@@ -9,7 +9,6 @@ says of one of the same name is kept where no option changes it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -39,13 +38,14 @@ STEPS, SCALE = 50, 1.5
 
 
 def sampler_of(box: Pretrained) -> Sampler:
-    """The one of the figures."""
-    return Sampler(STEPS, "ddim", cfg_scale=SCALE, clip_denoised=box.vae is None)
+    """The one of the figures: latents cannot be clipped, and keep their noise."""
+    method = "ddim" if box.vae is None else "ddpm"
+    return Sampler(STEPS, method, cfg_scale=SCALE, clip_denoised=box.vae is None)
 
 
 def drawn(box: Pretrained, model: DiffuSSM) -> Tensor:
-    """Two images of each class, decoded if they are latents, always the same noise."""
-    y = torch.arange(len(box.data["classes"])).repeat_interleave(2)
+    """An image of each class, decoded if they are latents, always the same noise."""
+    y = torch.arange(len(box.data["classes"]))
     x = sampler_of(box).draw(
         model.eval(),
         diffusion_of(box.recipe),
@@ -54,6 +54,13 @@ def drawn(box: Pretrained, model: DiffuSSM) -> Tensor:
         progress=False,
     )
     return x if box.vae is None else decode(load_vae(box.vae), x)
+
+
+def told_of(box: Pretrained) -> str:
+    """How the images of the figures are drawn."""
+    clipped = ", clipped" if box.vae is None else ""
+    method = sampler_of(box).method.upper()
+    return f"{method}, {STEPS} steps, guidance {SCALE}{clipped}"
 
 
 def half_precision(box: Pretrained, exact: DiffuSSM) -> dict[str, Any]:
@@ -68,15 +75,13 @@ def half_precision(box: Pretrained, exact: DiffuSSM) -> dict[str, Any]:
             name: round((drawn(box, model) - first).abs().max().item(), 4)
             for name, model in found.items()
         },
-        "of": f"2 images of each class in [-1, 1], DDIM, {STEPS} steps, guidance "
-        f"{SCALE}, the same noise",
+        "of": f"an image of each class in [-1, 1], {told_of(box)}, the same noise",
     }
 
 
-def figures(box: Pretrained, train: str, held_out: str) -> dict[str, Any]:
+def figures(box: Pretrained, train: str, held_out: str, count: int) -> dict[str, Any]:
     """KID beside its noise floor, nearest training images beside those of held-out."""
     images, others = real_images(train), real_images(held_out)
-    count = 50 * len(box.data["classes"])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "set.npz")
         draw_set(box, out, count)
@@ -84,8 +89,7 @@ def figures(box: Pretrained, train: str, held_out: str) -> dict[str, Any]:
         mirrored = box.recipe.flip
         _, _, near = find_copies(out, images, others, count=count, mirrored=mirrored)
     return {
-        "sampling": f"DDIM, {STEPS} steps, guidance {SCALE}, {count} images, balanced "
-        "classes, seed 0",
+        "sampling": f"{told_of(box)}, {count} images, balanced classes, seed 0",
         "features": scores["features"]["sees"],
         "compared": scores["compared"],
         "KID to training images": scores["samples"][0]["kid"],
@@ -96,8 +100,10 @@ def figures(box: Pretrained, train: str, held_out: str) -> dict[str, Any]:
 
 def draw_set(box: Pretrained, out: Path, count: int) -> None:
     """By the command that everybody has."""
-    words = f"--pretrained {box.folder.name} --out {out} --count {count} --device cpu"
-    how = f"--method ddim --steps {STEPS} --cfg_scale {SCALE}"
+    words = f"--pretrained {box.folder.name} --out {out} --count {count}"
+    words += f" --batch_size {min(count, 64)} --device cpu"
+    method = sampler_of(box).method
+    how = f"--method {method} --steps {STEPS} --cfg_scale {SCALE}"
     clip = "--clip_denoised true" if box.vae is None else ""
     if call(sample, f"{words} {how} {clip}".split(), preset_group):
         raise SystemExit("the set was not drawn")
@@ -111,21 +117,19 @@ def rounded(value: Any) -> Any:
 
 
 def store(run: Path, step: int | None, vae: Path | None, out: Path) -> Path:
-    """Write all but the record; returns the folder of the averaged weights."""
+    """Write all but the record; returns the folder of the checkpoint."""
     found = find_checkpoint(run, step)
     if found is None:
         raise SystemExit(f"{run} has no checkpoint of step {step}")
     out.mkdir(parents=True, exist_ok=True)
     config = read_run(run)
-    taken = int(found.name.removeprefix("step_"))
-    recipe = dataclasses.replace(config.recipe, steps=taken)
-    config._replace(recipe=recipe).write(out)
+    config.write(out)
     (out / "config.json").rename(out / "run.json")
     halve(found / "ema" / "model.safetensors", out / "model.safetensors")
     shutil.copyfile(found / "ema" / "config.json", out / "config.json")
     if vae is not None:
         store_vae(vae, out)
-    return found / "ema"
+    return found
 
 
 def halve(source: Path, out: Path) -> None:
@@ -160,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     add("--vae", type=Path, help="the autoencoder of a run on latents")
     add("--train", help="images that it learnt from, for the figures")
     add("--held_out", help="images that it did not")
+    add("--count", type=int, default=500, help="how many are drawn for the figures")
     told = "what the record says of KEY, such as command, data or licence; repeatable"
     add("--said", action="append", default=[], metavar="KEY=TEXT", help=told)
     return made
@@ -169,15 +174,20 @@ def main() -> int:
     """The command; returns the exit status."""
     options = parser().parse_args()
     out = BOX / options.name
-    ema = store(options.run, options.step, options.vae, out)
+    found = store(options.run, options.step, options.vae, out)
+    steps = int(found.name.removeprefix("step_"))
     path, seed = out / "record.json", read_run(options.run).recipe.seed
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    record = earlier | {"seed": seed} | dict(one.split("=", 1) for one in options.said)
+    known = earlier | {"seed": seed, "steps": steps}
+    record = known | dict(one.split("=", 1) for one in options.said)
     write_json(path, record)  # so that the name is known
     box = load_pretrained(options.name)
-    record["half precision"] = half_precision(box, DiffuSSM.from_pretrained(ema))
+    record["half precision"] = half_precision(
+        box, DiffuSSM.from_pretrained(found / "ema")
+    )
     if options.train:
-        record["figures"] = figures(box, options.train, options.held_out)
+        about = options.train, options.held_out, options.count
+        record["figures"] = figures(box, *about)
     write_json(path, rounded(record))
     print(path.read_text())
     return 0
