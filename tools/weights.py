@@ -39,8 +39,9 @@ STEPS, SCALE = 50, 1.5
 
 def sampler_of(box: Pretrained) -> Sampler:
     """The one of the figures: latents cannot be clipped, and keep their noise."""
-    method = "ddim" if box.vae is None else "ddpm"
-    return Sampler(STEPS, method, cfg_scale=SCALE, clip_denoised=box.vae is None)
+    if box.vae is not None:
+        return Sampler(STEPS, cfg_scale=SCALE)
+    return Sampler(STEPS, "ddim", cfg_scale=SCALE, clip_denoised=True)
 
 
 def drawn(box: Pretrained, model: DiffuSSM) -> Tensor:
