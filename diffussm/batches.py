@@ -3,6 +3,7 @@
 Generated from book/35_batches.md by `make export`: edit there.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -137,7 +138,7 @@ def training_batches(
     workers: int = 4,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
-    """The batches from a step to the end of the run, each made while one is used.
+    """The batches from a step to the end of the run, made while others are used.
 
     Data sets that read files (they have a method `read`) do so in `workers` threads.
     For a GPU as `device` the batches are pinned.
@@ -152,12 +153,20 @@ def training_batches(
             made = training_batch(dataset, model, recipe, step, rank, size, fetch)
             return made if gpu is None else made.pinned()
 
-        ahead = maker.submit(batch, step)
-        for following in range(step + 1, recipe.steps + 1):
-            ready = ahead.result()
-            if following < recipe.steps:
-                ahead = maker.submit(batch, following)
-            yield ready
+        first = range(step, min(step + _AHEAD, recipe.steps))
+        ahead = deque(maker.submit(batch, number) for number in first)
+        try:
+            for following in range(step + _AHEAD, recipe.steps + _AHEAD):
+                ready = ahead.popleft().result()
+                if following < recipe.steps:
+                    ahead.append(maker.submit(batch, following))
+                yield ready
+        finally:  # whoever stops early waits for none that is not begun
+            for waiting in ahead:
+                waiting.cancel()
+
+
+_AHEAD = 4  # batches: a network disk that pauses for a step or two stops nobody
 
 
 def _use(gpu: torch.device | None) -> None:

@@ -88,6 +88,27 @@ def test_threads_decode_at_the_same_time_and_change_nothing(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_a_few_batches_are_made_ahead_and_no_more():
+    made, enough = [], threading.Event()
+
+    class Counting(TensorData):
+        def batch(self, *given, **options):
+            made.append(len(made))
+            if len(made) == 4:
+                enough.set()
+            return super().batch(*given, **options)
+
+    data = Counting(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
+    model = DiffuSSM(TINY.model)
+    batches = training_batches(data, model, TINY)
+    next(batches)
+    assert enough.wait(60)
+    batches.close()
+    assert 4 <= len(made) <= 5  # of ten
+    for step in range(6, 11):
+        assert len(list(training_batches(data, model, TINY, step))) == 10 - step
+
+
 def test_each_draw_of_a_step_has_a_purpose_of_its_own():
     # so that no draw depends on which others are made, or in which order
     data = TensorData(torch.zeros(50, 1, 8, 8), torch.arange(50) % 10)
