@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffussm.convolution import multiplying_in
 from diffussm.data import Dataset, batch_indices, generator
 from diffussm.guards import (
     expect_finite,
@@ -25,6 +24,7 @@ from diffussm.guards import (
     explain,
     refuse,
 )
+from diffussm.two_level import multiplying_in
 
 __all__ = [
     "train_vae",

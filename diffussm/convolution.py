@@ -4,10 +4,10 @@ Generated from book/12_convolution.md by `make export`: edit there.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ __all__ = [
     "vandermonde",
     "without_autocast",
     "fft_conv",
-    "multiplying_in",
     "later",
     "Kernel",
     "INITIALISATIONS",
@@ -114,24 +113,6 @@ def fft_conv(u: Tensor, k: Tensor) -> Tensor:
         y_f = u_f * torch.fft.rfft(k.to(dtype), n=2 * length)  # (..., D, L + 1)
         y: Tensor = torch.fft.irfft(y_f, n=2 * length)[..., :length]
         return y.to(u.dtype)
-
-
-@contextmanager
-def multiplying_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """On GPUs, products and convolutions of float32 in all 24 bits, or in TF32's 11.
-
-    What was set before is set again afterwards.
-    """
-    backends: Any = torch.backends  # no type checker knows its members
-    settings = backends.cuda.matmul, backends.cudnn.conv
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for setting, known in zip(settings, before, strict=True):
-            setting.fp32_precision = known
 
 
 def _log_bilinear(z: Tensor) -> Tensor:

@@ -78,9 +78,8 @@ def on_rank_zero(function: Callable[[], T]) -> T:
             pickle.dumps(outcome[0])  # or the others would wait for what cannot be sent
         except Exception as raised:
             error, outcome = raised, [None, _portable(raised)]
-    dist.broadcast_object_list(
-        outcome, group=_GROUP.patient, device=torch.device("cpu")
-    )
+    cpu = torch.device("cpu")
+    dist.broadcast_object_list(outcome, group=_GROUP.patient, device=cpu)
     if outcome[1] is not None:
         raise together(error or outcome[1])
     return cast(T, outcome[0])
@@ -209,8 +208,7 @@ def _join(
     store, number, _ = next(rendezvous("env://", timeout=limit))
     _GROUP.store = PrefixStore(f"diffussm/{next(_GROUPS)}", store)
     gpu = device.type == "cuda"
-    for name, value in _FLIGHT_RECORDER.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**_FLIGHT_RECORDER, **os.environ})
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         store=PrefixStore("group", _GROUP.store),
@@ -219,8 +217,7 @@ def _join(
         timeout=limit,
         device_id=device if gpu else None,  # or NCCL has to guess it from the rank
     )
-    patient = dist.new_group(backend="gloo", timeout=limit)
-    _GROUP.patient = cast(dist.ProcessGroup, patient)
+    _GROUP.patient = cast(Any, dist.new_group(backend="gloo", timeout=limit))
     _GROUP.limit = timeout
     return _FailureWatch(_GROUP.store, report)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffussm.adapters import IndexedImages
-from diffussm.convolution import multiplying_in
 from diffussm.files import sha256, whole_file
 from diffussm.formats import LmdbImages, holds_images
 from diffussm.guards import (
@@ -28,6 +27,7 @@ from diffussm.guards import (
 )
 from diffussm.image_sets import FirstByKey, ImageSet, Source, digests_of, keys_of
 from diffussm.metrics import FeatureStatistics, RunningMoments
+from diffussm.two_level import multiplying_in
 from diffussm.zips import ZipFolder
 
 __all__ = [

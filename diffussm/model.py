@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffussm.convolution import multiplying_in, without_autocast
+from diffussm.convolution import without_autocast
 from diffussm.embeddings import (
     Labels,
     as_labels,
@@ -36,6 +36,7 @@ from diffussm.model_config import CONFIG_FILE, read_config
 from diffussm.model_config import PRESETS as PRESETS
 from diffussm.model_config import DiffuSSMConfig as DiffuSSMConfig
 from diffussm.recomputation import Recompute, RecomputingBlock
+from diffussm.two_level import multiplying_in
 
 __all__ = ["DiffuSSM", "weights_file"]
 

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.batches import Batch
 from diffussm.bidirectional import Convolution, way
-from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
@@ -27,6 +26,7 @@ from diffussm.meter import Meter
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution, Recipe, warn
 from diffussm.training import TrainState, backward
+from diffussm.two_level import multiplying_in
 
 __all__ = [
     "wrap",

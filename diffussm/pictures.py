@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from diffussm.convolution import multiplying_in
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion, NoiseSource
 from diffussm.files import whole_file
 from diffussm.guards import expect_finite, refuse
 from diffussm.model import DiffuSSM
 from diffussm.sampling import Sampler
+from diffussm.two_level import multiplying_in
 
 __all__ = [
     "Decode",

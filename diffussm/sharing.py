@@ -256,11 +256,8 @@ def _places_of(folder: Path) -> tuple[_Places, dict[str, Any]]:
 
 def _boxed(name: str) -> tuple[_Places, dict[str, Any]]:
     box = import_module("diffussm.pretrained").load_pretrained(name)
-    told = {key: box.record[key] for key in ("data", "licence")}
-    facts = _facts(box.recipe, "ema", box.record["steps"]) | {
-        "pretrained": name,
-        **told,
-    }
+    told = {key: box.record[key] for key in ("data", "licence")} | {"pretrained": name}
+    facts = _facts(box.recipe, "ema", box.record["steps"]) | told
     settings = {
         "id2label": {str(n): word for n, word in enumerate(box.data["classes"])},
         "num_train_timesteps": box.recipe.timesteps,

@@ -4,7 +4,9 @@ Generated from book/15_two_level.md by `make export`: edit there.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from diffussm.convolution import check_kernel, without_autocast
 
-__all__ = ["vandermonde_two_level"]
+__all__ = ["multiplying_in", "vandermonde_two_level"]
 
 
 def _exp(z: Tensor) -> Tensor:
@@ -75,6 +77,24 @@ class _TwoLevel(torch.autograd.Function):
         with without_autocast(grad.device):  # it may be called where autocast is on
             grads = _product_backward(2 * grad, weights, E, Q_conj, ctx.block)
         return *grads, None, None
+
+
+@contextmanager
+def multiplying_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """On GPUs, products and convolutions of float32 in all 24 bits, or in TF32's 11.
+
+    What was set before is set again afterwards.
+    """
+    backends: Any = torch.backends  # no type checker knows its members
+    settings = backends.cuda.matmul, backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for setting, known in zip(settings, before, strict=True):
+            setting.fp32_precision = known
 
 
 def vandermonde_two_level(log_dA: Tensor, weights: Tensor, length: int) -> Tensor:

@@ -22,7 +22,6 @@ from tiny import SELDOM
 
 from diffussm import parallel
 from diffussm.batches import training_batch
-from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import rank, world_size
 from diffussm.fft_convolution import convolve
@@ -30,6 +29,7 @@ from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe
 from diffussm.parallel import accumulate_gradients, compiler_lacking, create_state, wrap
 from diffussm.runs import train
+from diffussm.two_level import multiplying_in
 
 pytestmark = pytest.mark.slow  # many processes
 

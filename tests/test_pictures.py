@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from diffussm import pictures
-from diffussm.convolution import multiplying_in
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.pictures import (
@@ -21,6 +20,7 @@ from diffussm.pictures import (
     to_uint8,
 )
 from diffussm.sampling import Sampler
+from diffussm.two_level import multiplying_in
 
 
 def test_pixels_are_rounded_and_latents_refused():
