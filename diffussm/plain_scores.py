@@ -22,12 +22,8 @@ from diffussm.metrics import frechet_distance, kernel_distance
 from diffussm.pictures import to_uint8
 
 __all__ = [
-    "Pixels",
-    "RandomEdges",
     "FEATURES",
     "named_features",
-    "DRAWS",
-    "SEED",
     "against_real",
     "as_images",
     "real_images",
@@ -35,7 +31,7 @@ __all__ = [
 ]
 
 
-class Pixels:
+class _Pixels:
     """Means over 8 x 8 fields of an image; an `Extractor`."""
 
     name = "pixels"
@@ -52,7 +48,7 @@ _FILTERS = 64
 _SCALES = 3
 
 
-class RandomEdges:
+class _RandomEdges:
     """How strongly random filters answer, eq-plain-scores-edges; an `Extractor`."""
 
     name = "random"
@@ -77,7 +73,7 @@ class RandomEdges:
         return {"pool": torch.cat(found, 1)}
 
 
-FEATURES = {"pixels": Pixels, "random": RandomEdges}
+FEATURES = {"pixels": _Pixels, "random": _RandomEdges}
 
 
 def named_features(name: str) -> Extractor:
@@ -86,8 +82,8 @@ def named_features(name: str) -> Extractor:
     return made
 
 
-DRAWS = 20
-SEED = 0
+_DRAWS = 20
+_SEED = 0
 
 
 def _distances(real: Tensor, others: Tensor) -> dict[str, float]:
@@ -116,7 +112,7 @@ def _one_draw(
     number: int,
 ) -> list[dict[str, float]]:
     """Distances to `count` real images: of each set, and then of other real ones."""
-    order = torch.randperm(len(real), generator=generator(SEED, "real images", number))
+    order = torch.randperm(len(real), generator=generator(_SEED, "real images", number))
     ours, rest = real[order[:count]], real[order[count:]]
     others = rest if held_out is None else held_out
     return [_distances(ours, _some(z, count, number)) for z in (*sets, others)]
@@ -124,7 +120,7 @@ def _one_draw(
 
 def _some(features: Tensor, count: int, number: int) -> Tensor:
     """`count` rows of (n, d), others in each draw."""
-    draws = generator(SEED, "images of a set", number)
+    draws = generator(_SEED, "images of a set", number)
     return features[torch.randperm(len(features), generator=draws)[:count]]
 
 
@@ -132,7 +128,7 @@ def against_real(
     sets: Sequence[Tensor],
     real: Tensor,
     held_out: Tensor | None = None,
-    draws: int = DRAWS,
+    draws: int = _DRAWS,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Distances of sets of features (n, d) to those of real images, and their floor.
 
@@ -214,7 +210,7 @@ def plain_scores(
     read = zip(facts, found, rows, strict=True)
     return {
         "features": _told(extractor, real.shape[1]),
-        "compared": {"images": count, "draws": DRAWS, "seed": SEED},
+        "compared": {"images": count, "draws": _DRAWS, "seed": _SEED},
         "samples": [fact | record | row for fact, (_, record), row in read],
         "real": floor | {"images": "held out" if rest else "the rest of the reference"},
         "reference": about,
