@@ -11,7 +11,7 @@ from diffussm.checkpoints import find_checkpoint
 from diffussm.options import from_flat
 from diffussm.runs import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 class Killed(Exception):
