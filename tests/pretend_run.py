@@ -34,6 +34,8 @@ def main() -> None:
         told = {name: os.environ.get(name) for name in names}
         with Path(notes).open("a") as file:
             file.write(json.dumps(told | {"words": sys.argv[2:]}) + "\n")
+        while len(Path(notes).read_text().splitlines()) % 2 and HOW == "well":
+            time.sleep(0.01)  # a killed one must have said that it was there
     for step in itertools.count(begun + 1):
         time.sleep(0.003)
         if step == 7 and HOW == "stuck":

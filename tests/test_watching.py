@@ -93,7 +93,7 @@ def test_the_same_model_scores_the_same_and_draws_nothing_at_random():
 
 
 def test_images_that_were_learnt_have_the_lower_loss():
-    recipe, _ = changed({"steps": 60, "lr": 0.01, "batch_size": 8})
+    recipe, _ = changed({"steps": 150, "lr": 0.01, "batch_size": 8})
     few = TensorData(fifty().images[:8], fifty().labels[:8])
     state = create_state(*changed({}), torch.device("cpu"))
     from diffussm.batches import training_batches
