@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,6 +69,10 @@ def pytest_collect_file(
             import jupytext
             import nbformat
 
+            if sys.platform == "linux":
+                from tools.kernels import use_warm_kernels
+
+                use_warm_kernels()
             option = self.config.option
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, f"{file_path.stem}.ipynb")

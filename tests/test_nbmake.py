@@ -69,6 +69,7 @@ def book(tmp_path: Path) -> Path:
     folder = tmp_path / "book"
     folder.mkdir()
     shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (folder / "index.md").write_text("# Prose only\n")
     (folder / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "2"))
