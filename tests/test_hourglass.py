@@ -1,10 +1,13 @@
 """Ch. "The hourglass block": against a loop over positions and the paper's counts."""
 
+import inspect
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from drawings import drawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffussm.hourglass import HourglassBlock, PositionLinear, linear_macs
@@ -289,3 +292,24 @@ def test_exported_block_holds_the_operator_and_its_values():
     exported = torch.export.export(block, (x, c))
     assert "torch.ops.diffussm.convolve" in exported.graph_module.code
     torch.testing.assert_close(exported.module()(x, c), block(x, c), rtol=0, atol=0)
+
+
+def test_drawing_has_every_map_of_the_block_with_its_sizes_and_nothing_else():
+    boxes = drawn("block.svg")
+    D, M = 24, 4
+    block = HourglassBlock(D, 4, M)
+    assert set(boxes) == {name.split(".")[0] for name, _ in block.named_parameters()}
+    letters = {"modulation": "Wc", "w_up": "W↑k", "w_down": "W↓k", "ssm": "SSM→"}
+    for name, box in boxes.items():
+        assert box.label == letters.get(name, name.upper())
+        if name != "ssm":
+            *_, outputs, inputs = getattr(block, name).weight.shape
+            assert box.widths(D=D, M=M) == [inputs, outputs], name
+
+
+def test_drawing_has_a_sigma_where_the_code_has_one():
+    source = inspect.getsource(HourglassBlock.forward)
+    activated = set(re.findall(r"F\.gelu\(self\.(\w+)\(", source))
+    assert len(activated) == source.count("F.gelu(")
+    boxes = drawn("block.svg")
+    assert {name for name, box in boxes.items() if box.sigma} == activated

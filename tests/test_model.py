@@ -11,6 +11,8 @@ from typing import get_args
 import pytest
 import safetensors.torch
 import torch
+from drawings import drawn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffussm
@@ -639,3 +641,16 @@ def test_the_weights_in_the_package_are_those_of_their_record():
             torch.randn(images.shape),
         )
     assert losses["mse"].mean() < 0.2  # an untrained network predicts zero noise: 1
+
+
+def test_drawing_has_every_map_of_the_model_with_its_sizes_and_nothing_else():
+    boxes = drawn("model.svg")
+    sizes = {"d_model": 24, "n_blocks": 1, "in_channels": 3, "patch_size": 2}
+    model = DiffuSSM(DiffuSSMConfig(8, downsample=4, num_classes=5, d_state=4, **sizes))
+    assert set(boxes) == {name.split(".")[0] for name, _ in model.named_parameters()}
+    for name, box in boxes.items():
+        linear = [m for m in getattr(model, name).modules() if isinstance(m, nn.Linear)]
+        if name != "blocks" and linear:
+            widths = [linear[0].in_features, *(m.out_features for m in linear)]
+            assert box.widths(D=24, M=4, P=2, C=3) == widths, name
+        assert box.label == name
