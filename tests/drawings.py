@@ -13,7 +13,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @dataclass(frozen=True)
 class Drawn:
-    """One box with parameters: its label, its line of sizes, whether a sigma follows."""
+    """A box with parameters: its label, its line of sizes, whether a sigma follows."""
 
     label: str
     sizes: str
@@ -25,7 +25,7 @@ class Drawn:
 
 
 def _value(term: str, letters: dict[str, int]) -> int:
-    """`2D/M` or `MP²C`: a product of numbers and letters, perhaps divided by another."""
+    """`2D/M` or `MP²C`: a product of numbers and letters, or a quotient."""
     above, _, below = term.partition("/")
     product = 1
     for factor, square in re.findall(r"(\d+|[A-Z])(²?)", above):
