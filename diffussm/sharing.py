@@ -1,4 +1,4 @@
-"""Sharing: a folder, and the way back.
+"""Sharing: to a folder and back.
 
 Generated from book/62_sharing.md by `make export`: edit there.
 """

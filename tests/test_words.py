@@ -1,0 +1,109 @@
+"""Words that the book does not use, because readers search for the standard ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.book import ROOT, read_chapter
+
+# A pattern, and what to write in its place. One idea has one name.
+WORDS = {
+    r"\bway back\b": "backward pass, reverse process, or inverse: three ideas",
+    r"\bbackward process\b": "reverse process",
+    r"\bnoising process\b": "forward process",
+    r"\bhears?\b|\bheard\b(?! of)": "receives, depends on, sees; is told",
+    r"\bturn(?:s|ed|ing)? round\b": "transpose, reverse; rise again",
+    r"\bjourneys?\b": "memory traffic",
+    r"\btravels? to memory\b|\bthe road between\b": "memory traffic, bandwidth",
+    r"\bdearer\b": "costlier",
+    r"\bdrawn anew\b": "recomputed, or sampled again",
+    r"\ba beat\b": "a periodicity",
+    r"\btwins?\b": "counterpart",
+    r"\bawake\b|\bwakes?\b": "once trained",
+    r"\bat the door\b": "on entry",
+    r"\bfirst day\b": "at initialisation",
+    r"\bthousand million\b|\bhundred-thousandths?\b": "billion, or a power of ten",
+    r"\bleav(?:e|es|ing) \w+ away\b|\bleft away\b": "omit",
+    r"\b(?:hold|holds|held) (?:it|this|them|these) against\b": "compare with",
+    r"\btakes long for\b": "takes a long time for",
+    r"\blibraries of messages\b": "communication backends",
+    r"\bexchanges? (?:of )?gradients\b": "all-reduce",
+    r"\bwho knows nothing\b": "of predicting the mean",
+    r"\bis much\.": "is a lot",
+    r"\bone off\b": "off by one",
+    r"\bcomparisons and mixtures\b": "the products QK^T and AV",
+    r"\bparts of (?:a|the) batch\b": "micro-batches",
+    r"\bweather\b": "noise of the measurement",
+    r"\bmanners\b|\bwisp\b|\bwishes\b|\bEurope\b": "what is meant",
+    r"\bmachine that built\b|\bthis build\b": "nothing: no page quotes its machine",
+    r"\bgrays?\b|\bcolors?\b|\bbehaviors?\b|\btime[ -]steps?\b": "grey, colour, "
+    "behaviour, timestep: one spelling",
+    r"\bstate-space model": "state space model",
+}
+NEXT = "\n"
+TEXTS = [
+    *sorted((ROOT / "book").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
+
+
+def prose(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
+    """A page without code, formulas, roles' labels and addresses, and the captions and
+    descriptions of its figures; each with the line where it begins.
+    """
+    text = path.read_text(encoding="utf-8")
+    for silent in (
+        r"\A---\n.*?^---\n",
+        r"^(`{3,})(?:\{code-cell\}|\w*\n).*?^\1$",
+        r"\$\$?[^$]+\$\$?",
+        r"`[^`\n]+`",
+        r"\]\([^)]*\)|https?://\S+|^\([\w-]+\)=$",
+    ):
+        text = re.sub(
+            silent,
+            lambda found: "\n" * found[0].count("\n"),
+            text,
+            flags=re.DOTALL | re.MULTILINE,
+        )
+    yield 1, text
+    for cell in read_chapter(path, root).cells:
+        shown = cell.metadata.get("mystnb", {})
+        yield cell.line, str(shown.get("figure", {}).get("caption", ""))
+        yield cell.line, str(shown.get("image", {}).get("alt", ""))
+
+
+def faults(path: Path, root: Path = ROOT) -> list[str]:
+    return [
+        f"{path.name}, line {line + text.count(NEXT, 0, found.start())}: "
+        f"{' '.join(found[0].split())!r}; write {instead}"
+        for line, text in prose(path, root)
+        for pattern, instead in WORDS.items()
+        for found in re.finditer(pattern.replace(" ", r"\s+"), text, re.IGNORECASE)
+    ]
+
+
+def test_the_search_reads_prose_and_captions_and_no_code(tmp_path: Path) -> None:
+    page = tmp_path / "11_alpha.md"
+    page.write_text(
+        "---\ntitle: journey\n---\n\nThe way back.\n\n```{code-cell} ipython3\n---\n"
+        "mystnb:\n  figure:\n    caption: It hears.\n---\nx = 'journey'\n```\n\n"
+        "`dearer`, $a beat$ and\n[this](https://first.day/journey) he heard of.\n"
+        "One\noff.\n",
+        encoding="utf-8",
+    )
+    found = [fault.split(";")[0] for fault in faults(page, tmp_path)]
+    assert found == [
+        "11_alpha.md, line 5: 'way back'",
+        "11_alpha.md, line 18: 'One off'",
+        "11_alpha.md, line 13: 'hears'",
+    ]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+def test_words_that_are_not_used(path: Path) -> None:
+    assert not faults(path)
