@@ -154,7 +154,8 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
         assert (figure.locator("figcaption").first.text_content() or "").strip(), (
             f"{name} has no caption"
         )
-        assert figure.locator("img, svg, .frame-player").count(), f"{name} is empty"
+        inside = figure.locator("img, svg, .frame-player, table")
+        assert inside.count(), f"{name} is empty"
     shown = visit.tab.locator("article figure[id^='fig-']")
     assert shown.count() == len(named)
     for image in visit.tab.locator(
@@ -180,6 +181,15 @@ def test_figures_are_there_and_described(visit: Visit) -> None:
         assert alt and not re.search(r"_images/|\.(svg|png)$", alt), (
             f"no alternative text: {state['what']}"
         )
+
+
+def test_tables_are_numbered(visit: Visit) -> None:
+    named = re.findall(r"^ *:?name: *(tab[\w-]+) *$", visit.source, re.MULTILINE)
+    for name in named:
+        table = visit.tab.locator(f"article table[id='{name}']")
+        assert table.count() == 1, f"{name} is not on the page"
+        caption = table.locator("caption").first.text_content() or ""
+        assert re.match(r"\s*Table [\d.]+ *\S", caption), f"{name}: {caption!r}"
 
 
 def test_mathematics_is_typeset(visit: Visit) -> None:
