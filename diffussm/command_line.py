@@ -94,9 +94,10 @@ _IDLE = {
     "for an LMDB, which has no classes": "no_classes",
     "for .npz files, whose pictures are as they are": "exif_rotate",
     "beside --self_test": "reference weights batch_size out device size exif_rotate "
-    "features held_out",
-    "for Inception's features": "held_out",
-    "for features without a network": "weights batch_size device",
+    "features held_out extrapolate acceptance",
+    "beside --acceptance": "size exif_rotate features held_out extrapolate",
+    "for a network's features": "held_out",
+    "for features without a network": "weights batch_size device extrapolate",
     "under torchrun": "processes",
     "without --trial": "price",
     "without a pipeline": "vae",

@@ -21,6 +21,7 @@ from diffussm.files import sha256
 from diffussm.image_sets import SEED, ImageSet, Source
 from diffussm.metrics import FeatureStatistics, protocol, scores
 from diffussm.metrics import frechet_distance as frechet_distance
+from diffussm.trust import fid_infinity
 
 __all__ = ["evaluate", "facts_of", "versions"]
 
@@ -40,10 +41,13 @@ def _score_set(
     kind: str,
     extractor: Extractor,
     batch_size: int,
+    extrapolate: bool,
 ) -> _Scored:
     place = getattr(extractor, "device", "cpu")
     found = statistics(images, extractor, batch_size)
     row = scores(found, known, place)
+    if extrapolate and found.pool is not None:
+        row["fid_infinity"] = fid_infinity(found.pool, known.mu, known.sigma)
     how = protocol(found, known, row, place)
     for name in how.keys() & {"inception_score", "precision_recall", "kid"}:
         how[name]["seed"] = SEED  # of the keys that order the images
@@ -118,13 +122,14 @@ def evaluate(
     how: dict[str, Any] | None = None,
     size: int | None = None,
     exif_rotate: bool = False,
+    extrapolate: bool = False,
 ) -> dict[str, Any]:
     """Score samples against a reference; the result says how it can be repeated.
 
     `samples` may be a list of sets drawn with different seeds: then each score comes
     with its mean and standard deviation. What `diffussm sample` wrote beside a set goes
     into the result; `how` adds to it. `size` and `exif_rotate` hold for the samples and
-    for a reference of images, see `ImageSet`.
+    for a reference of images, see `ImageSet`. `extrapolate` adds `fid_infinity`.
 
     Raises ValueError, OSError as `ImageSet`, `load_reference`, `check_weights` do.
     """
@@ -133,7 +138,8 @@ def evaluate(
     facts = [facts_of(one) | (how or {}) for one in sources]
     extractor = extractor or load_inception(weights, device)
     known, kind = load_reference(reference, extractor, batch_size, size, exif_rotate)
-    found = [_score_set(one, known, kind, extractor, batch_size) for one in sets]
+    how_to = (known, kind, extractor, batch_size, extrapolate)
+    found = [_score_set(one, *how_to) for one in sets]
     facts = [fact | one.record for fact, one in zip(facts, found, strict=True)]
     return _summary([one.scores for one in found]) | {
         "samples": facts if len(facts) > 1 else facts[0],

@@ -28,7 +28,7 @@ def evaluate(
     given: set[str],
     *,
     reference: Path | None = None,
-    features: Literal["inception", "pixels", "random"] = "inception",
+    features: Literal["inception", "dinov2", "pixels", "random"] = "inception",
     held_out: Path | None = None,
     weights: Path | None = None,
     size: PositiveInt | None = None,
@@ -36,6 +36,8 @@ def evaluate(
     batch_size: PositiveInt = 64,
     device: str | None = None,
     out: Path | None = None,
+    extrapolate: bool = False,
+    acceptance: Path | None = None,
     self_test: bool = False,
 ) -> int:
     """score a set of samples: FID, sFID, IS, precision, recall; or without Inception
@@ -46,53 +48,92 @@ def evaluate(
     Args:
         samples: folders of PNG files or .npz files; several: drawn with other seeds
         reference: images (also digits/train), a .npz, or statistics
-        features: whose: Inception's, pixels (composition), random filters (texture)
+        features: Inception's, DINOv2's, pixels (composition), random filters (texture)
         held_out: other real images, for the noise floor; default: half the reference
-        weights: Inception's weights, a file
+        weights: Inception's weights, or DINOv2's, a file
         size: crop images to size x size, as ADM does
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
         batch_size: images at once
         device: DEVICE
         out: a .json file to write
+        extrapolate: add the FID extended to infinitely many samples
+        acceptance: folder of ADM's published samples; our scores beside ADM's, alone
         self_test: check the metrics, and nothing else
     """
-    if self_test == bool(samples) or self_test == bool(reference):
-        raise ValueError("give SAMPLES and --reference, or --self_test alone")
-    if reference is None:
-        refuse_idle(given, "beside --self_test")
-        return _self_test()
-    if out is not None:
+    alone = self_test or acceptance is not None
+    if alone == bool(samples) or alone == bool(reference):
+        told = "give SAMPLES and --reference, or --self_test or --acceptance alone"
+        raise ValueError(told)
+    if out is not None and not self_test:
         _check_result(out, samples)
+    network = {"weights": weights, "batch_size": batch_size}
+    if reference is None:
+        refuse_idle(given, "beside --self_test", self_test)
+        refuse_idle(given, "beside --acceptance", acceptance)
+        return _accept(acceptance, out, network, device) if acceptance else _self_test()
     _check_turned(given, *samples, reference)
-    refuse_idle(given, "for Inception's features", features == "inception")
-    refuse_idle(given, "for features without a network", features != "inception")
+    known = _NETWORKS.get(features)
+    refuse_idle(given, "for a network's features", known)
+    refuse_idle(given, "for features without a network", not known)
     how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
-    if features == "inception":
-        how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
+    if not known:
+        how |= {"held_out": held_out}
     else:
-        how |= {"features": features, "held_out": held_out}
+        how |= network | {"device": _chosen(device), "extrapolate": extrapolate}
     with interruptible(nothing_kept):
-        result = _result_of(samples, reference, how)
+        result = _result_of(samples, reference, features, how)
+    return _told(result, out)
+
+
+def _told(result: dict[str, Any], out: Path | None) -> int:
     if out is not None:
         write_json(out, result)
     print(json.dumps(result, indent=2))
     return 0
 
 
+_NETWORKS = {"inception": "Inception", "dinov2": "DINOv2"}
+
+
+def _extractor(features: str, how: dict[str, Any]) -> dict[str, Any]:
+    """`how`, with the extractor of features that are not Inception's."""
+    if features == "inception":
+        return how
+    from diffussm.trust import load_dinov2
+
+    return how | {"extractor": load_dinov2(how["weights"], how["device"])}
+
+
 def _result_of(
-    samples: list[Path], reference: Path, how: dict[str, Any]
+    samples: list[Path], reference: Path, features: str, how: dict[str, Any]
 ) -> dict[str, Any]:
-    """By ADM's protocol, or on features that are named in `how`."""
-    if "features" not in how:
+    """By ADM's protocol on a network's features, or on features without one."""
+    if features in _NETWORKS:
         from diffussm import evaluation
 
         drawn = samples if len(samples) > 1 else samples[0]
-        return evaluation.evaluate(drawn, reference, **how)
+        return evaluation.evaluate(drawn, reference, **_extractor(features, how))
     from diffussm.plain_scores import plain_scores, real_images
 
     held_out = how.pop("held_out")
     rest = None if held_out is None else real_images(held_out)
+    how["features"] = features
     return plain_scores(samples, real_images(reference), held_out=rest, **how)
+
+
+def _accept(
+    folder: Path, out: Path | None, network: dict[str, Any], device: str | None
+) -> int:
+    from diffussm import evaluation
+    from diffussm.trust import acceptance, acceptance_files
+
+    samples, reference = acceptance_files(folder)
+    with interruptible(nothing_kept):
+        how = network | {"device": _chosen(device)}
+        found = evaluation.evaluate(samples, reference, **how)
+    compared = acceptance(found)
+    _told(compared | {"evaluation": found}, out)
+    return 0 if compared["accepted"] else 1
 
 
 def _check_result(out: Path, samples: Sequence[Path]) -> None:
@@ -108,6 +149,7 @@ def statistics(
     out: Path,
     given: set[str],
     *,
+    features: Literal["inception", "dinov2"] = "inception",
     weights: Path | None = None,
     size: PositiveInt | None = None,
     exif_rotate: bool = False,
@@ -121,7 +163,8 @@ def statistics(
     Args:
         data: a folder of images, class folders, a zip, an LMDB, or a .npz file
         out: the .npz file to write
-        weights: Inception's weights, a file
+        features: Inception's or DINOv2's
+        weights: Inception's weights, or DINOv2's, a file
         size: crop images to size x size, as ADM does
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
         batch_size: images at once
@@ -129,12 +172,12 @@ def statistics(
     """
     check_new(out, ".npz")
     _check_turned(given, data)
-    from diffussm import features
+    from diffussm.features import save_statistics
 
     how: dict[str, Any] = {"size": size, "exif_rotate": exif_rotate}
     how |= {"weights": weights, "batch_size": batch_size, "device": _chosen(device)}
     with interruptible(nothing_kept):
-        features.save_statistics(data, out, **how)
+        save_statistics(data, out, **_extractor(features, how))
     print(f"wrote {out}")
     return 0
 
