@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tools.book import ROOT, read_chapter
+from tools.book import ROOT, prose
 
 # A pattern, and what to write in its place. One idea has one name.
 WORDS = {
@@ -52,31 +51,6 @@ TEXTS = [
 ]
 
 
-def prose(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
-    """A page without code, formulas, roles' labels and addresses, and the captions and
-    descriptions of its figures; each with the line where it begins.
-    """
-    text = path.read_text(encoding="utf-8")
-    for silent in (
-        r"\A---\n.*?^---\n",
-        r"^(`{3,})(?:\{code-cell\}|\w*\n).*?^\1$",
-        r"\$\$?[^$]+\$\$?",
-        r"`[^`\n]+`",
-        r"\]\([^)]*\)|https?://\S+|^\([\w-]+\)=$",
-    ):
-        text = re.sub(
-            silent,
-            lambda found: "\n" * found[0].count("\n"),
-            text,
-            flags=re.DOTALL | re.MULTILINE,
-        )
-    yield 1, text
-    for cell in read_chapter(path, root).cells:
-        shown = cell.metadata.get("mystnb", {})
-        yield cell.line, str(shown.get("figure", {}).get("caption", ""))
-        yield cell.line, str(shown.get("image", {}).get("alt", ""))
-
-
 def faults(path: Path, root: Path = ROOT) -> list[str]:
     return [
         f"{path.name}, line {line + text.count(NEXT, 0, found.start())}: "
@@ -92,14 +66,15 @@ def test_the_search_reads_prose_and_captions_and_no_code(tmp_path: Path) -> None
     page.write_text(
         "---\ntitle: journey\n---\n\nThe way back.\n\n```{code-cell} ipython3\n---\n"
         "mystnb:\n  figure:\n    caption: It hears.\n---\nx = 'journey'\n```\n\n"
-        "`dearer`, $a beat$ and\n[this](https://first.day/journey) he heard of.\n"
-        "One\noff.\n",
+        "```{note}\nA twin.\n```\n`dearer`, $a beat$ and\n"
+        "[this](https://first.day/journey) he heard of.\nOne\noff.\n",
         encoding="utf-8",
     )
     found = [fault.split(";")[0] for fault in faults(page, tmp_path)]
     assert found == [
         "11_alpha.md, line 5: 'way back'",
-        "11_alpha.md, line 18: 'One off'",
+        "11_alpha.md, line 17: 'twin'",
+        "11_alpha.md, line 21: 'One off'",
         "11_alpha.md, line 13: 'hears'",
     ]
 

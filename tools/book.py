@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from markdown_it import MarkdownIt
 from mdit_py_plugins.front_matter import front_matter_plugin
 
-__all__ = ["ROOT", "Cell", "Chapter", "chapters", "labels", "read_chapter"]
+__all__ = ["ROOT", "Cell", "Chapter", "chapters", "labels", "prose", "read_chapter"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +119,40 @@ def labels(text: str) -> list[str]:
         re.MULTILINE,
     )
     return [a or b for a, b in found]
+
+
+def prose(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
+    """A page without code, formulas, roles' labels and addresses, and the captions and
+    descriptions of its figures; each with the line where it begins.
+    """
+    lines: list[str] = []
+    fences: list[tuple[str, bool]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fence = re.match(r"(`{3,})(.*)", line)
+        if fence and fences and fence[0] == fences[-1][0]:
+            fences.pop()
+        elif fence:
+            prosaic = re.match(r"\{(?!code-cell|math|bibliography)", fence[2])
+            fences.append((fence[1], bool(prosaic)))
+        lines.append(line if all(prosaic for _, prosaic in fences) else "")
+    text = "\n".join(lines)
+    for silent in (
+        r"\A---\n.*?^---\n",
+        r"\$[^$\n]*(?:\n[^$\n]+)?\$",
+        r"`[^`\n]+`",
+        r"\]\([^)]*\)|https?://\S+|^\([\w-]+\)=$",
+    ):
+        text = re.sub(
+            silent,
+            lambda found: "\n" * found[0].count("\n"),
+            text,
+            flags=re.DOTALL | re.MULTILINE,
+        )
+    yield 1, text
+    for cell in read_chapter(path, root).cells:
+        shown = cell.metadata.get("mystnb", {})
+        yield cell.line, str(shown.get("figure", {}).get("caption", ""))
+        yield cell.line, str(shown.get("image", {}).get("alt", ""))
 
 
 def chapters(root: Path = ROOT) -> list[Chapter]:
