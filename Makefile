@@ -44,25 +44,29 @@ export: venv ## write diffussm/ from the chapters, and the path through the book
 fresh: export
 	@$(RUN) -m tools.cache
 
+# Two at a time: the longest chapter, which trains, uses one thread. Threads that wait must not spin then.
+EXECUTE := OMP_WAIT_POLICY=passive $(RUN) -m pytest --nbmake --nbmake-timeout 900 -n 2 --keep-outputs $(CACHE)
+
 # After a failure every page is read again, or the next build would not repeat the warning.
 render: fresh
 	$(call timed,render,$(VENV)/bin/jupyter-book build . --warningiserror --keep-going --quiet \
 	    || { rm -rf _build/.doctrees; exit 1; })
 
-book: render ## export, execute all chapters (those that changed), render; prints the page to open
+book: fresh ## export, execute all chapters (those that changed), render; prints the page to open
+	$(call timed,chapters,$(EXECUTE) --skip-kept -q book)
+	@$(MAKE) --no-print-directory render
 	@echo "open file://$(PAGE)"
 
 page: fresh ## execute and render one page: make page P=training
 	@$(RUN) -m tools.page "$(P)"
 
-# Two at a time: the longest chapter, which trains, uses one thread. Threads that wait must not spin then.
 chapters: fresh
-	$(call timed,chapters,OMP_WAIT_POLICY=passive $(RUN) -m pytest --nbmake --nbmake-timeout 900 -n 2 --keep-outputs $(CACHE) book)
+	$(call timed,chapters,$(EXECUTE) book)
 
 # The chapters run first and leave their outputs for the pages, so that nothing runs twice.
 test: chapters ## everything that must hold: chapters, unit tests, export, lint, types, rendered pages
 	@$(MAKE) --no-print-directory render
-	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile)
+	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 
 rehearsal: export ## the whole road at full scale, walked small: encode, train, crash, resume, sample, score
 	@$(RUN) -m tools.rehearsal

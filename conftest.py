@@ -21,10 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="store what the chapters put out in this execution cache, where the "
         "book build finds it",
     )
+    parser.addoption(
+        "--skip-kept",
+        action="store_true",
+        help="run only the chapters of which --keep-outputs has none yet",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with what takes long; skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if wanting:
         import torch
@@ -74,9 +80,12 @@ def pytest_collect_file(
 
                 use_warm_kernels()
             option = self.config.option
+            notebook = jupytext.read(file_path)
+            if option.skip_kept and is_kept(option.keep_outputs, notebook):
+                pytest.skip("its outputs are kept")
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, f"{file_path.stem}.ipynb")
-                nbformat.write(jupytext.read(file_path), copy)
+                nbformat.write(notebook, copy)
                 run = NotebookRun(
                     Text(copy), option.nbmake_timeout, kernel=option.nbmake_kernel
                 )  # type: ignore[arg-type]
@@ -102,6 +111,17 @@ def pytest_collect_file(
             yield ChapterItem.from_parent(self, filename=str(file_path))
 
     return ChapterFile.from_parent(parent, path=file_path)
+
+
+def is_kept(folder: str, notebook: Any) -> bool:
+    """Whether the outputs of this very code are in the cache."""
+    from jupyter_cache import get_cache
+
+    try:
+        get_cache(folder).match_cache_notebook(notebook)
+    except KeyError:
+        return False
+    return True
 
 
 def keep_outputs(folder: str, chapter: Path, notebook: Any, seconds: float) -> None:

@@ -97,11 +97,13 @@ def test_plain_pytest_leaves_the_chapters_alone(book: Path) -> None:
 
 
 def test_outputs_can_be_kept_for_the_pages(book: Path) -> None:
-    done = run(
-        book.parent, "--nbmake", "--keep-outputs", str(book.parent / "cache"), "book"
-    )
+    keep = ("--nbmake", "--keep-outputs", str(book.parent / "cache"), "book")
+    done = run(book.parent, *keep)
     assert done.returncode == 0, done.stdout
     from jupyter_cache import get_cache
 
     records = get_cache(str(book.parent / "cache")).list_cache_records()
     assert [Path(record.uri).name for record in records] == ["01_toy.md"]
+    assert "1 skipped" in run(book.parent, *keep, "--skip-kept").stdout
+    (book / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "3"))
+    assert "1 passed" in run(book.parent, *keep, "--skip-kept").stdout
