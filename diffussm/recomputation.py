@@ -33,9 +33,9 @@ _PRODUCTS = [
 
 
 def _policy(_: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    dear = operation in _PRODUCTS or operation.namespace == "diffussm"
+    expensive = operation in _PRODUCTS or operation.namespace == "diffussm"
     keep, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
-    return keep if dear else again
+    return keep if expensive else again
 
 
 class RecomputingBlock(HourglassBlock):
