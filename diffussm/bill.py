@@ -14,7 +14,7 @@ from diffussm.files import sha256
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSMConfig
 from diffussm.options import Execution, Recipe
-from diffussm.samples import SampleSet
+from diffussm.sample_options import SampleSet
 
 __all__ = ["checkpoints_kept", "Download", "VAE_FILE", "DOWNLOADS", "published"]
 

@@ -188,9 +188,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def preset_group(parser: Parser, words: list[str]) -> Take:
     """The preset and, with its values for defaults, the options of a set of samples."""
-    _say_loading()
-    from diffussm.samples import SAMPLE_PRESETS, SampleSet
-    from diffussm.sampling import Sampler
+    from diffussm.sample_options import SAMPLE_PRESETS, Sampler, SampleSet
 
     known = Literal[tuple(SAMPLE_PRESETS)]  # type: ignore[valid-type]
     told = "whose defaults the options below have"
@@ -208,7 +206,7 @@ _UNASKED = {"classes", "sampler", "eta", "cfg_scale"}
 
 def _set_of(options: Any) -> dict[str, Any]:
     """The set that the options of a preset make."""
-    from diffussm.samples import SAMPLE_PRESETS
+    from diffussm.sample_options import SAMPLE_PRESETS
 
     preset = SAMPLE_PRESETS[options["preset"]]
     inner, outer = (

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from diffussm.model import DiffuSSM
     from diffussm.options import Recipe
-    from diffussm.samples import SampleSet
-    from diffussm.sampling import Sampler
+    from diffussm.sample_options import Sampler, SampleSet
 
 __all__ = [
     "show",

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from diffussm import sampling
 from diffussm.data import generator
 from diffussm.diffusion import GaussianDiffusion, NoiseSource
 from diffussm.files import whole_file
 from diffussm.guards import expect_finite, refuse
 from diffussm.model import DiffuSSM
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler
 from diffussm.two_level import multiplying_in
 
 __all__ = [
@@ -170,7 +171,7 @@ class Grid:
         per_class, seed: Columns, and their noise, as `one_stream` has it.
         start: Other columns, such as a part of `stream_per_seed`.
         sampler: None: that of `_grid_sampler`.
-        walk: Called with the sampler and the arguments of `Sampler.walk`.
+        walk: Called with the sampler and the arguments of `sampling.walk`.
         precision: See `computing_in`.
     """
 
@@ -181,7 +182,7 @@ class Grid:
     seed: int = 0
     start: Start | None = None
     sampler: Sampler | None = None
-    walk: Walk = Sampler.walk
+    walk: Walk = sampling.walk
     precision: str = "float32"
 
     def words(self, num_classes: int) -> list[str]:
@@ -213,7 +214,7 @@ class Grid:
         for scale in scales:
             asked = replace(sampler, cfg_scale=scale)
             chain = self._begin(model, diffusion, asked)
-            total = asked.steps if self.walk is Sampler.walk else None
+            total = asked.steps if self.walk is sampling.walk else None
             bar = tqdm(chain, "sampling", total, unit="step", disable=not progress)
             with computing_in(self.precision, next(model.parameters()).device):
                 blocks.append(_some(bar, every))

@@ -8,10 +8,10 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,94 +32,25 @@ from diffussm.distributed import (
     together,
 )
 from diffussm.files import read_json, whole_file, write_json
-from diffussm.guards import bounded, check_fields, expect_same
-from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.guards import expect_same
+from diffussm.model import DiffuSSM
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
-from diffussm.sampling import Sampler
+from diffussm.sample_options import SampleSet
+from diffussm.sampling import walk
 
-__all__ = ["SampleSet", "SAMPLE_PRESETS", "draw_batch", "draw_samples"]
-
-
-_DIT = Sampler(cfg_scale=1.5, guidance_channels=3)
+__all__ = ["labels_of", "draw_batch", "draw_samples"]
 
 
-@dataclass(frozen=True)
-class SampleSet:
-    """Everything that decides a set of samples; the defaults are those of `paper-fid`.
-
-    Args:
-        count: Images of the set.
-        labels: Classes at random, or each as often as any other.
-        classes: Numbers of those that are drawn; None is all.
-        precision: With tf32 a GPU rounds the factors of matrix products; bf16 is
-            autocast.
-        batch_size: Images at once; each batch has a random stream of its own.
-        seed: Decides all that is random.
-        sampler: How each is drawn.
-    """
-
-    count: int = bounded(50_000, least=1)
-    labels: Literal["random", "balanced"] = "random"
-    classes: tuple[int, ...] | None = None
-    precision: Literal["float32", "tf32", "bf16"] = "tf32"
-    batch_size: int = bounded(64, least=1)
-    seed: int = bounded(0, least=0)
-    sampler: Sampler = _DIT
-
-    def label(self, indices: range, num_classes: int) -> Tensor | None:
-        """The labels of these samples, int64 (n,); None for a model without classes."""
-        if not num_classes:
-            return None
-        among = torch.tensor(self.classes or range(num_classes))
-        numbers = np.arange(indices.start, indices.stop, dtype=np.uint64)
-        if self.labels == "random":
-            numbers = random_bits(self.seed, "labels", numbers)
-        chosen = (numbers % np.uint64(len(among))).astype(np.int64)
-        return among[torch.from_numpy(chosen)]
-
-    def of(self, model: DiffuSSMConfig) -> "SampleSet":
-        """What of this applies to a model; ValueError for classes that it lacks."""
-        known = model.num_classes
-        if self.classes and max(self.classes) >= known:
-            raise ValueError(f"classes={self.classes}: this model has {known}, from 0")
-        scale = self.sampler.cfg_scale if known else 1.0
-        channels = self.sampler.guidance_channels
-        if scale == 1 or (channels is not None and channels >= model.in_channels):
-            channels = None  # nothing is guided, or all of it
-        sampler = replace(self.sampler, cfg_scale=scale, guidance_channels=channels)
-        return replace(self, sampler=sampler)
-
-    def record(self, num_classes: int) -> dict[str, Any]:
-        """How the set is drawn, as one flat mapping that JSON can hold."""
-        how = asdict(self)
-        sampler = how.pop("sampler")
-        if not sampler["eta"]:
-            del sampler["eta"]  # DDIM without noise: sets of earlier versions
-        labels = self.labels if num_classes else "none"
-        return {**how, **sampler, "labels": labels}
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        chosen = (0,) if self.classes is None else self.classes
-        if min(chosen, default=-1) < 0 or len({*chosen}) < len(chosen):
-            raise ValueError(f"classes={chosen}: expected numbers from 0, each once")
-
-
-SAMPLE_PRESETS = {
-    "paper-fid": SampleSet(),
-    "paper-fid-all": SampleSet(labels="balanced", sampler=Sampler(cfg_scale=1.5)),
-    "paper-fid-unguided": SampleSet(sampler=Sampler(guidance_channels=3)),
-    "pretty": SampleSet(
-        count=64,
-        labels="balanced",
-        precision="float32",
-        batch_size=16,
-        sampler=Sampler(cfg_scale=4.0),
-    ),
-}
-
-
-_SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
+def labels_of(wanted: SampleSet, indices: range, num_classes: int) -> Tensor | None:
+    """The labels of these samples, int64 (n,); None for a model without classes."""
+    if not num_classes:
+        return None
+    among = torch.tensor(wanted.classes or range(num_classes))
+    numbers = np.arange(indices.start, indices.stop, dtype=np.uint64)
+    if wanted.labels == "random":
+        numbers = random_bits(wanted.seed, "labels", numbers)
+    chosen = (numbers % np.uint64(len(among))).astype(np.int64)
+    return among[torch.from_numpy(chosen)]
 
 
 def draw_batch(
@@ -133,7 +64,7 @@ def draw_batch(
 ) -> np.ndarray | None:
     """Batch `number`, uint8 (n, H, W, 3): a pure function; None if asked to stop."""
     y, noise, draws = _begin(model, wanted, number, device)
-    chain = wanted.sampler.walk(model, diffusion, y, generator=draws, noise=noise)
+    chain = walk(wanted.sampler, model, diffusion, y, generator=draws, noise=noise)
     with computing_in(wanted.precision, device):
         for _, latest, _ in chain:
             x = latest  # (B, C, H, W)
@@ -148,10 +79,13 @@ def _begin(
 ) -> tuple[Tensor | None, Tensor, torch.Generator]:
     """Labels and noise of a batch, and the stream from which the rest is drawn."""
     first, size = number * wanted.batch_size, wanted.batch_size
-    y = wanted.label(range(first, first + size), model.config.num_classes)
+    y = labels_of(wanted, range(first, first + size), model.config.num_classes)
     draws = generator(wanted.seed, "samples", number)
     noise = torch.randn(size, *image_shape(model), generator=draws)
     return None if y is None else y.to(device), noise.to(device), draws
+
+
+_SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
 
 
 def draw_samples(
@@ -187,7 +121,7 @@ def draw_samples(
         return files.out
     draw = partial(draw_batch, model, diffusion, wanted, device=device, decode=decode)
     batches = _draw_missing(draw, files, wanted, progress)
-    labels = wanted.label(range(wanted.count), classes)
+    labels = labels_of(wanted, range(wanted.count), classes)
     on_rank_zero(lambda: files.complete(batches, wanted.count, labels))
     return files.out
 

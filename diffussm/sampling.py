@@ -5,8 +5,7 @@ Generated from book/32_sampling.md by `make export`: edit there.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +19,11 @@ from diffussm.diffusion import (
 )
 from diffussm.embeddings import Labels, as_labels
 from diffussm.forward_process import working_dtype
-from diffussm.guards import (
-    bounded,
-    check_fields,
-    expect,
-    expect_int,
-    expect_number,
-    expect_real,
-)
+from diffussm.guards import expect, expect_int, expect_number, expect_real
 from diffussm.reverse_process import ancestral_step, ddim_step
+from diffussm.sample_options import Sampler
 
-__all__ = ["guided", "Sampler", "denoise", "sample"]
+__all__ = ["guided", "walk", "draw", "denoise", "sample"]
 
 
 def guided(
@@ -82,90 +75,46 @@ def _exaggerated(output: Tensor, w: float, n: int) -> Tensor:
     return torch.cat([eps_null + w * (eps - eps_null), conditional[:, n:]], dim=1)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """How images are drawn: by which steps, how many, guided how strongly.
+def _step_back(sampler: Sampler, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """One step: arguments and results as for `ancestral_step`."""
+    options: dict[str, Any] = {"clip_denoised": sampler.clip_denoised}
+    if sampler.method == "ddpm":
+        return ancestral_step(*arguments, **options)
+    return ddim_step(*arguments, **options | {"eta": sampler.eta})
 
-    Args:
-        steps: Length of the chain, 1 to the number of timesteps in training.
-        method: "ddpm" (ancestral sampling with the learned variance) or "ddim".
-        eta: Noise of DDIM, 0 (none) to 1.
-        cfg_scale: Guidance, at least 0; 1 is none.
-        guidance_channels: Guide only the first so many channels; None is all.
-        clip_denoised: Clamp each predicted image to [-1, 1]: for pixels, not for
-            latents.
-    """
 
-    steps: int = bounded(250, least=1)
-    method: Literal["ddpm", "ddim"] = "ddpm"
-    eta: float = bounded(0.0, least=0, most=1)
-    cfg_scale: float = bounded(1.0, least=0)
-    guidance_channels: int | None = bounded(None, least=1)
-    clip_denoised: bool = False
+def _steps_back(
+    sampler: Sampler,
+    model: Callable[..., Tensor],
+    predict: Callable[..., Tensor],
+    chain: GaussianDiffusion,
+    x: Tensor,
+    y: Tensor | None,
+    generator: NoiseSource,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    with find_attribute(model, "cached_kernels", nullcontext)():
+        for step in reversed(range(sampler.steps)):
+            x, x0 = _step_back(sampler, predict, chain, x, step, y, generator)
+            yield int(chain.timestep_map[step]), x, x0
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.eta and self.method == "ddpm":
-            raise ValueError(f"eta={self.eta}: eta belongs to 'ddim', not to 'ddpm'")
 
-    def step_back(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """One step: arguments and results as for `ancestral_step`."""
-        options: dict[str, Any] = {"clip_denoised": self.clip_denoised}
-        if self.method == "ddpm":
-            return ancestral_step(*arguments, **options)
-        return ddim_step(*arguments, **options | {"eta": self.eta})
-
-    def _steps_back(
-        self,
-        model: Callable[..., Tensor],
-        predict: Callable[..., Tensor],
-        chain: GaussianDiffusion,
-        x: Tensor,
-        y: Tensor | None,
-        generator: NoiseSource,
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        with find_attribute(model, "cached_kernels", nullcontext)():
-            for step in reversed(range(self.steps)):
-                x, x0 = self.step_back(predict, chain, x, step, y, generator)
-                yield int(chain.timestep_map[step]), x, x0
-
-    def walk(
-        self,
-        model: Callable[..., Tensor],
-        diffusion: GaussianDiffusion,
-        y: Labels | None,
-        *,
-        generator: NoiseSource = None,
-        noise: Tensor | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """From noise to images, step by step: arguments and items as for `denoise`."""
-        if y is None and self.cfg_scale != 1:
-            raise ValueError(f"cfg_scale={self.cfg_scale}: guidance needs y, or use 1")
-        predict = guided(model, self.cfg_scale, self.guidance_channels)
-        chain = diffusion.respace(self.steps)
-        x, labels = _start(model, y, generator, noise, shape)
-        return self._steps_back(model, predict, chain, x, labels, generator)
-
-    def draw(
-        self,
-        model: Callable[..., Tensor],
-        diffusion: GaussianDiffusion,
-        y: Labels | None,
-        *,
-        progress: bool = True,
-        **start: Any,
-    ) -> Tensor:
-        """Images (B, C, H, W), not clipped.
-
-        `progress` shows a bar on stderr; the other arguments are those of `walk`.
-        """
-        chain = self.walk(model, diffusion, y, **start)
-        title = f"sampling ({self.method})"
-        bar = tqdm(chain, title, self.steps, unit="step", disable=not progress)
-        for _, x, _ in bar:
-            images: Tensor = x
-        return images
+def walk(
+    sampler: Sampler,
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    y: Labels | None,
+    *,
+    generator: NoiseSource = None,
+    noise: Tensor | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """From noise to images, step by step: arguments and items as for `denoise`."""
+    if y is None and sampler.cfg_scale != 1:
+        raise ValueError(f"cfg_scale={sampler.cfg_scale}: guidance needs y, or use 1")
+    predict = guided(model, sampler.cfg_scale, sampler.guidance_channels)
+    chain = diffusion.respace(sampler.steps)
+    x, labels = _start(model, y, generator, noise, shape)
+    return _steps_back(sampler, model, predict, chain, x, labels, generator)
 
 
 def _start(
@@ -220,6 +169,27 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v.item() if hasattr(v, "item") else v for k, v in options.items()}
 
 
+def draw(
+    sampler: Sampler,
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    y: Labels | None,
+    *,
+    progress: bool = True,
+    **start: Any,
+) -> Tensor:
+    """Images (B, C, H, W), not clipped.
+
+    `progress` shows a bar on stderr; the other arguments are those of `walk`.
+    """
+    chain = walk(sampler, model, diffusion, y, **start)
+    title = f"sampling ({sampler.method})"
+    bar = tqdm(chain, title, sampler.steps, unit="step", disable=not progress)
+    for _, x, _ in bar:
+        images: Tensor = x
+    return images
+
+
 def denoise(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
@@ -250,7 +220,7 @@ def denoise(
         ValueError, TypeError: options that cannot work, before the first step.
     """
     start: dict[str, Any] = {"generator": generator, "noise": noise, "shape": shape}
-    return Sampler(**_plain(options)).walk(model, diffusion, y, **start)
+    return walk(Sampler(**_plain(options)), model, diffusion, y, **start)
 
 
 def sample(
@@ -271,4 +241,4 @@ def sample(
     start: dict[str, Any] = {key: options.pop(key) for key in given}
     start |= {"generator": generator, "progress": progress}
     options |= {"steps": steps, "method": method, "cfg_scale": cfg_scale}
-    return Sampler(**_plain(options)).draw(model, diffusion, y, **start)
+    return draw(Sampler(**_plain(options)), model, diffusion, y, **start)

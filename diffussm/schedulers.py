@@ -17,7 +17,8 @@ from torch import Tensor
 from diffussm.diffusion import GaussianDiffusion, NoiseSource, find_attribute
 from diffussm.embeddings import Labels
 from diffussm.guards import expect_int, expect_number, expect_one_of
-from diffussm.sampling import Sampler, guided
+from diffussm.sample_options import Sampler
+from diffussm.sampling import guided
 
 __all__ = [
     "ancestral_scheduler",
@@ -252,7 +253,7 @@ def scheduled_walk(
     generator: NoiseSource = None,
     noise: Tensor,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """As `Sampler.walk`, by the steps of a scheduler instead of those of its method."""
+    """As `sampling.walk`, by the steps of a scheduler, not by those of its method."""
     T, eta = diffusion.num_timesteps, sampler.eta
     plain, takes_v = scheduler_for(scheduler, T)
     short, times, levels = respaced_scheduler(plain, T, sampler.steps, noise.device)

@@ -24,7 +24,8 @@ from diffussm.model import DiffuSSM
 from diffussm.options import Recipe, diffusion_of
 from diffussm.pictures import computing_in
 from diffussm.plain_scores import FEATURES, as_images, named_features
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler
+from diffussm.sampling import draw
 
 __all__ = ["watched_loss", "held_out_bits", "Watch"]
 
@@ -184,7 +185,7 @@ class Watch:
             how: dict[str, Any] = {"noise": noise.to(device), "progress": False}
             table[part] = math.nan
             with suppress(ValueError), computing_in(recipe.precision, device):
-                x = sampler.draw(model, diffusion_of(recipe), y, **how)
+                x = draw(sampler, model, diffusion_of(recipe), y, **how)
                 table[part] = self._seen(x.float().cpu())
         return all_reduce(table)
 

@@ -10,8 +10,7 @@ from commands import diffussm
 from pipelines import NAMES, draw, network, piped, seeded
 
 from diffussm.look_commands import Look, draw_one, how_many, look_of, page_of, with_look
-from diffussm.samples import SampleSet
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler, SampleSet
 
 WANTED = SampleSet(sampler=Sampler(10, cfg_scale=1.5))
 

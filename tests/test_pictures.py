@@ -19,7 +19,8 @@ from diffussm.pictures import (
     stream_per_seed,
     to_uint8,
 )
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler
+from diffussm.sampling import walk
 from diffussm.two_level import multiplying_in
 
 
@@ -217,7 +218,7 @@ def test_a_film_shows_noise_beside_its_prediction_and_ends_at_the_grid(tmp_path)
     sampler = Sampler(8, "ddpm", cfg_scale=2.0, clip_denoised=True)
     noise, source = stream_per_seed([0], 2, (1, 8, 8))
     y = torch.tensor([3, 1])
-    _, x, x0 = next(sampler.walk(model, DIFFUSION, y, generator=source, noise=noise))
+    _, x, x0 = next(walk(sampler, model, DIFFUSION, y, generator=source, noise=noise))
     for shown, state in ((left, x), (right, x0)):
         save_grid(state, 1, tmp_path / "y.png")
         assert close(shown[0], np.asarray(Image.open(tmp_path / "y.png")).astype(int))

@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffussm.options import diffusion_of
 from diffussm.pretrained import halved, load_pretrained, pretrained_names
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler
+from diffussm.sampling import draw
 from tools.book import ROOT
 
 NAMES = pretrained_names()
@@ -68,7 +69,7 @@ def test_half_precision_of_the_kernels_is_what_harms():
 
     def drawn(model):
         seeded = {"generator": torch.Generator().manual_seed(0), "progress": False}
-        return how.draw(model, diffusion_of(box.recipe), torch.arange(10), **seeded)
+        return draw(how, model, diffusion_of(box.recipe), torch.arange(10), **seeded)
 
     first = drawn(exact)
     stored, coarse = ((drawn(model) - first).abs().max() for model in (less, least))
@@ -109,7 +110,7 @@ def test_another_name_is_refused_with_those_in_the_box(tmp_path):
     words = f"sample --device cpu --grid {tmp_path}/x.png"
     said = diffussm(f"{words} --pretrained digit", 1)
     assert "did you mean 'digits'?" in said and said.count("\n") == 1
-    assert "--pretrained NAME (digits" in diffussm(words, 1)
+    assert f"--pretrained NAME ({', '.join(NAMES)})" in diffussm(words, 1)
     both = f"{words} --pretrained digits --from {tmp_path}"
     assert "either" in diffussm(both, 1)
     for idle in ("--step 3", "--weights model"):

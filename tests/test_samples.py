@@ -15,8 +15,8 @@ from diffussm import samples
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import Preempted, all_reduce, rank, request_stop, world_size
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.samples import SAMPLE_PRESETS, SampleSet, draw_samples
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler, SampleSet
+from diffussm.samples import draw_samples, labels_of
 
 MODEL = DiffuSSMConfig(
     input_size=8, in_channels=1, num_classes=10, d_model=16, n_blocks=2, d_state=4
@@ -97,8 +97,8 @@ def test_an_interrupted_set_is_finished_and_not_begun_again(
             raise KeyboardInterrupt
         return honest(*arguments, **options)
 
-    honest = Sampler.walk
-    monkeypatch.setattr(Sampler, "walk", counted)
+    honest = samples.walk
+    monkeypatch.setattr(samples, "walk", counted)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / name)
     draw(tmp_path / name)
@@ -169,7 +169,7 @@ def test_batches_go_to_whoever_is_free_and_the_last_is_waited_for(tmp_path):
 
 def draw_until_stopped(out):
     """The last process is asked to stop in the middle of its second batch."""
-    honest, begun = Sampler.walk, []
+    honest, begun = samples.walk, []
 
     def walk(*arguments, **options):
         begun.append(1)
@@ -180,7 +180,7 @@ def draw_until_stopped(out):
                 request_stop()
             yield step
 
-    Sampler.walk = walk
+    samples.walk = walk
     try:
         with cluster() as device:
             config = replace(FEW, count=40, batch_size=1)
@@ -269,64 +269,15 @@ def test_an_autoencoder_may_have_moved_but_must_be_the_same(tmp_path):
         draw(tmp_path / "set", facts={"vae": vae | {"decoder_sha256": "another"}})
 
 
-def test_what_does_not_apply_to_a_model_is_not_in_its_record():
-    conditional, latents = MODEL, replace(MODEL, in_channels=4)
-    paper = SampleSet()
-    assert paper.of(latents).sampler.guidance_channels == 3
-    one = paper.of(conditional).sampler
-    assert one.guidance_channels is None  # one channel: all of it
-    plain = SAMPLE_PRESETS["paper-fid-unguided"].of(latents).sampler
-    assert plain.guidance_channels is None
-    unconditional = paper.of(replace(latents, num_classes=0)).sampler
-    assert unconditional.cfg_scale == 1.0 and unconditional.guidance_channels is None
-    for model, has in ((conditional, 10), (replace(conditional, num_classes=0), 0)):
-        with pytest.raises(ValueError, match=f"this model has {has}"):
-            replace(paper, classes=(3, 10)).of(model)
-
-
 def test_labels_are_balanced_or_random_by_name():
-    balanced = SampleSet(labels="balanced").label(range(50_000), 1000)
+    balanced = labels_of(SampleSet(labels="balanced"), range(50_000), 1000)
     assert (balanced.bincount(minlength=1000) == 50).all()
     config = SampleSet(labels="random")
-    random = config.label(range(50_000), 1000)
+    random = labels_of(config, range(50_000), 1000)
     counts = random.bincount(minlength=1000).double()
     assert 40 < counts.var() < 60  # Poisson: variance = mean = 50
-    assert torch.equal(random[100:200], config.label(range(100, 200), 1000))
-    assert not torch.equal(random, replace(config, seed=1).label(range(50_000), 1000))
-    among = replace(config, classes=(5, 900)).label(range(1000), 1000)
+    assert torch.equal(random[100:200], labels_of(config, range(100, 200), 1000))
+    other = labels_of(replace(config, seed=1), range(50_000), 1000)
+    assert not torch.equal(random, other)
+    among = labels_of(replace(config, classes=(5, 900)), range(1000), 1000)
     assert set(among.tolist()) == {5, 900} and 400 < (among == 5).sum() < 600
-
-
-def test_presets_are_the_papers():
-    paper = SAMPLE_PRESETS["paper-fid"]
-    how = Sampler(steps=250, method="ddpm", cfg_scale=1.5, guidance_channels=3)
-    assert (paper.count, paper.sampler) == (50_000, how)
-    assert (paper.labels, paper.classes) == ("random", None)  # as DiT's code
-    both = SAMPLE_PRESETS["paper-fid-all"]
-    all_channels = replace(how, guidance_channels=None)
-    assert both == replace(paper, labels="balanced", sampler=all_channels)
-    unguided = replace(paper, sampler=replace(how, cfg_scale=1.0))
-    assert SAMPLE_PRESETS["paper-fid-unguided"] == unguided
-
-
-def test_the_record_has_the_flat_keys_of_earlier_versions():
-    record = FEW.record(10)
-    assert set(record) == set(
-        "count labels classes steps method cfg_scale guidance_channels clip_denoised "
-        "precision batch_size seed".split()
-    )
-    assert record["steps"] == 3 and FEW.record(0)["labels"] == "none"
-    noisy = replace(FEW, sampler=replace(QUICK, eta=0.5))
-    assert noisy.record(10)["eta"] == 0.5
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"count": 0}, {"labels": "mine"}, {"precision": "fp8"}, {"seed": -1}),
-        *({"classes": ()}, {"classes": (3, -1)}, {"classes": (3, 3)}),
-    ],
-)
-def test_sample_options_that_cannot_work_are_refused(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        replace(FEW, **changes)

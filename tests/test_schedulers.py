@@ -18,7 +18,8 @@ import torch
 
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSMConfig
-from diffussm.sampling import Sampler, sample
+from diffussm.sample_options import Sampler
+from diffussm.sampling import sample
 
 diffusers = pytest.importorskip("diffusers")
 import diffusers.schedulers as schedulers  # noqa: E402

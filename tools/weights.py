@@ -30,7 +30,8 @@ from diffussm.plain_scores import plain_scores, real_images
 from diffussm.pretrained import Pretrained, halved, load_pretrained
 from diffussm.run_folder import read_run
 from diffussm.sample_command import sample
-from diffussm.sampling import Sampler
+from diffussm.sample_options import Sampler
+from diffussm.sampling import draw
 from tools.book import ROOT
 
 BOX = ROOT / "diffussm" / "weights"
@@ -47,7 +48,8 @@ def sampler_of(box: Pretrained) -> Sampler:
 def drawn(box: Pretrained, model: DiffuSSM) -> Tensor:
     """An image of each class, decoded if they are latents, always the same noise."""
     y = torch.arange(len(box.data["classes"]))
-    x = sampler_of(box).draw(
+    x = draw(
+        sampler_of(box),
         model.eval(),
         diffusion_of(box.recipe),
         y,
