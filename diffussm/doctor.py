@@ -19,8 +19,10 @@ from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
 from diffussm.parallel import compiler_lacking
 from diffussm.probe import probe_all_reduce
-from diffussm.recipes import fit, open_data, open_decoder, takes_latents
+from diffussm.recipes import fit, open_data, open_decoder, open_held_out, takes_latents
 from diffussm.resources import memory_needed, parameter_count
+from diffussm.run_folder import check_run
+from diffussm.warm_start import check_warm_start
 
 __all__ = ["Plan", "Finding", "examine", "QUESTIONS"]
 
@@ -44,6 +46,8 @@ class Plan:
     trial: int = 0
     price: float = 0.0
     free: frozenset[str] = frozenset()
+    init_from: Path | None = None
+    other_data: bool = False
 
     @classmethod
     def here(
@@ -172,11 +176,42 @@ def _ask_data(plan: Plan) -> str:
     return f"{told}, every checksum right"
 
 
+def _ask_folder(plan: Plan) -> str:
+    """Is the folder of the run free, or of this very run?"""
+    _skip_unless(plan.out != Path("."), "say with --out where the run will be written")
+    _first_process_only()
+    data = open_data(plan.recipe, plan.free, plan.out.parent)
+    fitted = fit(plan.recipe, data, plan.free)
+    known = check_run(plan.out, fitted, plan.execution, data, plan.other_data)
+    return f"{plan.out} is {'free' if known is None else 'of this run: it goes on'}"
+
+
+def _ask_start(plan: Plan) -> str:
+    """Do the weights that the run begins with fit?"""
+    other = _skip_unless(plan.init_from, "the run begins with random weights")
+    _first_process_only()
+    origin = check_warm_start(plan.out, plan.recipe, other)
+    new = ", ".join(origin["new"]) or "nothing"
+    return f"{len(origin['taken'])} tensors of {other}; new: {new}"
+
+
+def _ask_held_out(plan: Plan) -> str:
+    """Are there images that the run does not see, for its scores?"""
+    execution, place = plan.execution, plan.out.parent
+    _skip_unless(execution.score_every, "the run is not scored on the way")
+    data = open_data(plan.recipe, plan.free, place)
+    named = execution.held_out, plan.recipe, data.classes
+    return f"{len(open_held_out(*named, place))} images"
+
+
 def _ask_vae(plan: Plan) -> str:
     """Does the autoencoder decode what the model will draw?"""
     model = plan.recipe.model
     _skip_unless(takes_latents(model), "the recipe trains on pixels")
-    vae = _skip_unless(plan.vae, "say with --vae what decodes the samples")
+    lacking = "say with --vae what decodes the samples"
+    seen = not plan.execution.sample_every or plan.vae is not None
+    _judged(seen, "--sample_every draws samples on the way", lacking)
+    vae = _skip_unless(plan.vae, lacking)
     known, place = plan.recipe.data, plan.out.parent
     found = open_data(plan.recipe, plan.free, place) if known else None
     decode, _ = open_decoder(vae, plan.device, getattr(found, "vae", None))
@@ -260,6 +295,9 @@ QUESTIONS: dict[str, Callable[[Plan], str]] = {
     "processes": _ask_processes,
     "disk": _ask_disk,
     "data": _ask_data,
+    "folder": _ask_folder,
+    "start": _ask_start,
+    "held-out": _ask_held_out,
     "autoencoder": _ask_vae,
     "Inception": _ask_inception,
     "reference": _ask_reference,

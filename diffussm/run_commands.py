@@ -95,6 +95,10 @@ def doctor(
     quick: bool = False,
     trial: NonNegativeInt = 0,
     price: NonNegativeFloat = 0.0,
+    other_data: bool = False,
+    init_from: Path | None = None,
+    tensorboard: bool = False,
+    no_grid: bool = False,
 ) -> int:
     """see whether this machine can carry out a run, before it starts
 
@@ -111,17 +115,24 @@ def doctor(
         quick: do not read all of the latents
         trial: carry out so many steps of the run, e.g. 200, kill it and resume it
         price: of an hour of a GPU, for the cost of the run
+        other_data: go on with other images than the run began with
+        init_from: begin with the averaged weights of this run (folder)
+        tensorboard: write RUN/tensorboard besides the log
+        no_grid: draw no samples at the end
     """
     from diffussm.doctor import Plan
     from diffussm.verdict import report
 
     with suppress(ValueError, OSError, ImportError):  # a question says what is wrong
         recipe, _ = _fitted(recipe, free, out)
-    refuse_idle(given, "for a model of pixels", not takes_latents(recipe))
+    _refuse_idle_options(given, recipe, execution, no_grid)
     refuse_idle(given, "under torchrun", "WORLD_SIZE" in os.environ)
     refuse_idle(given, "without --trial", not trial)
+    if tensorboard:
+        board_writer()
     files: dict[str, Any] = {"weights": weights, "reference": reference}
     how: dict[str, Any] = {"out": out, "vae": vae, "limit": limit, "quick": quick}
+    how |= {"init_from": init_from, "other_data": other_data}
     how |= {"free": free, "trial": trial, "price": price}
     plan = Plan.here(recipe, execution, device, processes, **files, **how)
     return report(plan)
@@ -154,9 +165,6 @@ def train(
         device: DEVICE
         no_grid: draw no samples at the end
     """
-    refuse_idle(
-        given, "where no samples are drawn", no_grid and not execution.sample_every
-    )
     tell(f"{recipe.steps:,} steps on {recipe.data or 'no data'}, in {out}")
     from diffussm.distributed import on_rank_zero
 
@@ -166,8 +174,7 @@ def train(
         raise ValueError(
             "--sample_every: say with --vae what decodes latents, or --sample_every 0"
         )
-    _refuse_idle_data(given, recipe)
-    refuse_idle(given, "without --score_every", not execution.score_every)
+    _refuse_idle_options(given, recipe, execution, no_grid)
     watch = _watch(recipe, execution, data, out)
     goes_on = partial(_goes_on, out)
     with (
@@ -197,8 +204,12 @@ def _watch(
     return Watch(recipe, data, held_out, execution.score_images)
 
 
-def _refuse_idle_data(given: set[str], recipe: "Recipe") -> None:
-    latents = takes_latents(recipe)
+def _refuse_idle_options(
+    given: set[str], recipe: "Recipe", execution: "Execution", no_grid: bool
+) -> None:
+    latents, drawn = takes_latents(recipe), execution.sample_every or not no_grid
+    refuse_idle(given, "where no samples are drawn", not drawn)
+    refuse_idle(given, "without --score_every", not execution.score_every)
     refuse_idle(given, "for digits", recipe.data == "digits")
     refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
 

@@ -26,7 +26,15 @@ from diffussm.optimiser import learning_rate_factor
 from diffussm.options import Execution, Recipe, from_flat, warn
 from diffussm.parallel import chooser
 
-__all__ = ["RunConfig", "read_run", "locked", "open_run", "encoder_of", "load_run"]
+__all__ = [
+    "RunConfig",
+    "read_run",
+    "locked",
+    "open_run",
+    "check_run",
+    "encoder_of",
+    "load_run",
+]
 
 
 class RunConfig(NamedTuple):
@@ -179,34 +187,37 @@ def open_run(
     Raises:
         ValueError: another run, a run of other data, or files that are no run.
     """
-    chooser(execution.convolution)  # refused before there is a folder
-    ours = RunConfig(recipe, execution, dataset.identity)
-    encoder = getattr(dataset, "vae", None)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    now = check_run(run, recipe, execution, dataset, other_data)
+    if now is None:
         run.mkdir(parents=True, exist_ok=True)
-        ours.write(run)
-        if encoder is not None:
-            write_json(run / "vae.json", encoder)
+        RunConfig(recipe, execution, dataset.identity).write(run)
     else:
-        _go_on(run, ours, encoder, other_data)
+        _record(run, read_run(run), now)
+    if (encoder := getattr(dataset, "vae", None)) is not None:
+        write_json(run / "vae.json", encoder_of(run) or encoder)
 
 
-def _go_on(
-    run: Path, ours: RunConfig, encoder: dict[str, Any] | None, other_data: bool
-) -> None:
-    """Compare what is there with what is asked."""
+def check_run(
+    run: Path,
+    recipe: Recipe,
+    execution: Execution,
+    dataset: Dataset,
+    other_data: bool = False,
+) -> RunConfig | None:
+    """What the run in a folder becomes, None: none is there; refuses as `open_run`."""
+    chooser(execution.convolution)
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return None
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no training run, but files: name another")
-    theirs = read_run(run)
-    _compare_recipe(run, ours.recipe, theirs.recipe)
-    _compare_rates(run, ours.recipe, theirs.recipe)
-    if encoder is not None:
-        _compare_encoder(run, encoder)
+    theirs, ours = read_run(run), RunConfig(recipe, execution, dataset.identity)
+    _compare_recipe(run, recipe, theirs.recipe)
+    _compare_rates(run, recipe, theirs.recipe)
+    _compare_encoder(run, getattr(dataset, "vae", None))
     _warn_of_age(run, ours, theirs)
     data = _compare_data(run, ours, theirs, other_data)
-    phases = {name: getattr(ours.recipe, name) for name in _PHASES}
-    recipe = replace(theirs.recipe, **phases)
-    _record(run, theirs, theirs._replace(recipe=recipe, data=data))
+    phases = {name: getattr(recipe, name) for name in _PHASES}
+    return theirs._replace(recipe=replace(theirs.recipe, **phases), data=data)
 
 
 _PHASES = ("steps", "warmup", "cooldown")
@@ -287,16 +298,16 @@ def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | No
     return None
 
 
-def _compare_encoder(run: Path, encoder: dict[str, Any]) -> None:
-    known = encoder_of(run) or encoder
+def _compare_encoder(run: Path, encoder: dict[str, Any] | None) -> None:
+    if encoder is None:
+        return
     now, then = (
         {name: made_by.get(name) for name in ("encoder_sha256", "scaling_factor")}
-        for made_by in (encoder, known)
+        for made_by in (encoder, encoder_of(run) or encoder)
     )
     expect_same(
         f"{run} has another encoder, which differs in", now, then, "Name a new folder."
     )
-    write_json(run / "vae.json", known)
 
 
 def _warn_of_age(run: Path, ours: RunConfig, theirs: RunConfig) -> None:

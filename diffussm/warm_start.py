@@ -7,16 +7,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from diffussm.checkpoints import find_checkpoint, snapshot, write_checkpoint
 from diffussm.data import Dataset
 from diffussm.files import read_json, write_json
 from diffussm.guards import expect_same
 from diffussm.model import DiffuSSM
+from diffussm.model_config import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, as_flags
 from diffussm.run_folder import load_run, open_run
 from diffussm.training import TrainState
 
-__all__ = ["inherit", "warm_start"]
+__all__ = ["inherit", "warm_start", "check_warm_start"]
+
+
+def _what_fits(recipe: Recipe, other: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Averaged weights of a run that fit a recipe; names of those taken, and new."""
+    model, _, _ = load_run(other)
+    _compare_models(other, recipe.model, model.config)
+    with torch.device("meta"):
+        ours = DiffuSSM(recipe.model).state_dict()
+    theirs = model.state_dict()
+    taken = [k for k in ours if k in theirs and ours[k].shape == theirs[k].shape]
+    new = [name for name in ours if name not in taken]
+    origin = {"run": str(other.resolve()), "taken": taken, "new": new}
+    return {name: theirs[name] for name in taken}, origin
 
 
 def inherit(recipe: Recipe, other: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -25,24 +42,20 @@ def inherit(recipe: Recipe, other: Path) -> tuple[TrainState, dict[str, Any]]:
     Raises:
         ValueError, OSError: no run, or one of another width, depth or kind.
     """
-    model, _, _ = load_run(other)
+    weights, origin = _what_fits(recipe, other)
     state = TrainState.create(recipe)
-    _compare_models(other, state.model, model)
-    ours, theirs = state.model.state_dict(), model.state_dict()
-    taken = [k for k in ours if k in theirs and ours[k].shape == theirs[k].shape]
     for network in (state.model, state.ema):
-        network.load_state_dict({k: theirs[k] for k in taken}, strict=False)
-    new = [name for name in ours if name not in taken]
-    return state, {"run": str(other.resolve()), "taken": taken, "new": new}
+        network.load_state_dict(weights, strict=False)
+    return state, origin
 
 
 _MAY_DIFFER = {"input_size", "num_classes", "label_dropout"}
 
 
-def _compare_models(other: Path, ours: DiffuSSM, theirs: DiffuSSM) -> None:
+def _compare_models(other: Path, ours: DiffuSSMConfig, theirs: DiffuSSMConfig) -> None:
     now, then = (
-        {k: v for k, v in asdict(model.config).items() if k not in _MAY_DIFFER}
-        for model in (ours, theirs)
+        {k: v for k, v in asdict(config).items() if k not in _MAY_DIFFER}
+        for config in (ours, theirs)
     )
     unlike = {f"model.{k}": v for k, v in then.items() if now[k] != v}
     advice = f"Add {as_flags(unlike)}, or omit --init_from."
@@ -84,3 +97,14 @@ def _has_begun(run: Path, other: Path) -> bool:
     advice = "Omit --init_from, or name a new folder."
     expect_same(f"{run} has begun with other weights:", asked, known, advice)
     return True
+
+
+def check_warm_start(run: Path, recipe: Recipe, other: Path) -> dict[str, Any]:
+    """What `RUN/init.json` says, or would say.
+
+    Raises:
+        ValueError, OSError: as for `warm_start`.
+    """
+    if _has_begun(run, other):
+        return dict(read_json(run / "init.json"))
+    return _what_fits(recipe, other)[1]

@@ -56,6 +56,8 @@ IDLE = [
     ),
     ("train {p}/plain.yaml --data {p}/images --out {t}/x --vae {w}/vae", "--vae"),
     ("doctor digits --vae {w}/vae", "--vae"),
+    ("doctor digits --workers 2", "--workers"),
+    ("doctor digits --held_out {w}/images", "--held_out"),
     ("evaluate --self_test --size 8 --exif_rotate", "--size and --exif_rotate"),
     ("evaluate --self_test --weights {w}/tiny.yaml", "--weights"),
 ]

@@ -2,15 +2,19 @@
 
 import sys
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import diffussm
+from commands import diffussm, listing
 
 from diffussm import doctor, recipes
 from diffussm.options import Execution
+from diffussm.run_commands import doctor as ask_all
+from diffussm.run_commands import train
+from diffussm.run_folder import read_run
 
 
 def plan(recipe, execution=None, **options):
@@ -60,6 +64,67 @@ def test_doctor_fails_with_everything_that_is_wrong_at_once(work, tmp_path):
         and "made by the encoder of" in said
         and not list(tmp_path.iterdir())
     )
+
+
+def test_doctor_takes_every_option_that_train_takes():
+    lacking = signature(train).parameters.keys() - signature(ask_all).parameters.keys()
+    assert not lacking
+
+
+def test_the_folder_is_free_or_of_this_run_or_refused(work, tmp_path):
+    digits, execution = read_run(work / "digits")[:2]
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to_mother.txt").write_text("dear")
+    before = listing(work)
+    for out, lr, verdict, told in (
+        (tmp_path / "new", digits.lr, "pass", "free"),
+        (work / "digits", digits.lr, "pass", "goes on"),
+        (work / "digits", digits.lr / 2, "FAIL", "holds another run"),
+        (tmp_path / "letters", digits.lr, "FAIL", "holds no training run"),
+    ):
+        found = doctor.examine(
+            "folder", plan(replace(digits, lr=lr), execution, out=out)
+        )
+        assert found.verdict == verdict and told in found.told, found
+    assert doctor.examine("folder", plan(digits)).verdict == "skip"
+    assert listing(work) == before and not (tmp_path / "new").exists()
+
+
+def test_the_weights_that_a_run_begins_with_are_looked_at(work, tmp_path):
+    digits, execution = read_run(work / "digits")[:2]
+    few = replace(digits, model=replace(digits.model, num_classes=3))
+    wide = replace(digits, model=replace(digits.model, d_model=32))
+    for recipe, other, out, verdict, told in (
+        (digits, work / "digits", tmp_path / "new", "pass", "new: nothing"),
+        (few, work / "digits", tmp_path / "new", "pass", "new: embed_y.weight"),
+        (wide, work / "digits", tmp_path / "new", "FAIL", "--model.d_model"),
+        (digits, tmp_path / "nowhere", tmp_path / "new", "FAIL", "no config.json"),
+        (digits, work / "digits", work / "digits", "FAIL", "other weights"),
+    ):
+        known = {"out": out, "init_from": other}
+        found = doctor.examine("start", plan(recipe, execution, **known))
+        assert found.verdict == verdict and told in found.told, found
+    assert doctor.examine("start", plan(digits)).verdict == "skip"
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_images_are_looked_at_if_the_run_is_scored(work):
+    digits = recipes.read_recipe("digits")[0]
+    for held_out, verdict, told in (
+        ("", "pass", "images"),
+        (str(work / "nowhere"), "FAIL", "nowhere"),
+    ):
+        scored = Execution(score_every=50, held_out=held_out)
+        found = doctor.examine("held-out", plan(digits, scored))
+        assert found.verdict == verdict and told in found.told, found
+    assert doctor.examine("held-out", plan(digits)).verdict == "skip"
+
+
+def test_samples_of_latents_on_the_way_need_a_decoder(work):
+    latents = recipes.read_recipe(str(work / "tiny.yaml"))[0]
+    found = doctor.examine("autoencoder", plan(latents, Execution(sample_every=50)))
+    assert found.verdict == "FAIL" and "--vae" in found.told
+    assert doctor.examine("autoencoder", plan(latents)).verdict == "skip"
 
 
 def test_doctor_reads_every_byte_unless_told_to_be_quick(work, tmp_path):
