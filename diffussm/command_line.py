@@ -47,10 +47,11 @@ def call(
     `group` adds options, and says what parameters they make; `given` are the names of
     the options that were typed. A command gets those that are in its signature.
     """
-    parser, words = parser_of(command), [_with_underscores(word) for word in words]
+    words = [_with_underscores(word) for word in words]
+    parser = parser_of(command, "run" if "pretrained" in _typed(words) else "")
     take = group(parser, words) if group else lambda options: {}
     options = parser.read(words)
-    values = {name: options[name.rstrip("_")] for name in told_of(command)[2]}
+    values = {name: options.get(name.rstrip("_")) for name in told_of(command)[2]}
     values |= take(options)
     wanted = inspect.signature(command).parameters
     if "given" in wanted:
@@ -81,6 +82,7 @@ _IDLE = {
     "for a picture": "count labels batch_size",
     "beside --out": "per_class overwrite seeds interpolate scheduler",
     "beside --pretrained": "step weights",
+    "beside --pretrained, which has what decodes": "vae",
     "beside --seeds": "seed per_class",
     "beside --interpolate": "seed",
     "beside --scheduler": "method",

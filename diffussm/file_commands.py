@@ -15,7 +15,15 @@ from diffussm.command_line import interruptible, nothing_kept, refuse_idle, star
 from diffussm.files import apply_umask, whole_folder
 from diffussm.guards import expect_empty, explain, refuse
 
-__all__ = ["vae", "encode", "SHOWN", "tell_skipped", "export"]
+__all__ = [
+    "vae",
+    "encode",
+    "SHOWN",
+    "tell_skipped",
+    "export",
+    "pipeline_of",
+    "check_decodes",
+]
 
 
 def vae(
@@ -172,10 +180,11 @@ def _shards_kept(out: Path) -> str:
 
 
 def export(
-    run: Path,
+    run: Path | None,
     folder: Path,
     given: set[str],
     *,
+    pretrained: str | None = None,
     format: Literal["pipeline", "safetensors", "onnx", "torch"] = "pipeline",
     weights: Literal["ema", "model"] = "ema",
     step: NonNegativeInt | None = None,
@@ -191,6 +200,7 @@ def export(
     Args:
         run: folder of the run
         folder: folder to write
+        pretrained: instead of a run, weights in the package: digits or emoji
         format: all for diffusers, weights alone, a graph in ONNX or of torch.export
         weights: moving average or raw
         step: the checkpoint to take; default: the newest
@@ -208,23 +218,38 @@ def export(
         from diffussm import exporting
     with interruptible(nothing_kept):
         exporting.check_target(folder, format, dtype)
-        pipe = _pipeline_of(run, weights, vae, step, format)
+        pipe = pipeline_of(run, pretrained, given, weights, vae, step)
+        if format == "pipeline":
+            check_decodes(pipe, run, ", or take another --format")
         pipe.to(getattr(torch, dtype))
         difference = exporting.export_network(pipe, folder, format, batch)
     print(f"wrote {folder}: it differs by {difference:.1e} of the largest output")
     return 0
 
 
-def _pipeline_of(
-    run: Path, weights: str, vae: str | None, step: int | None, format: str
+def pipeline_of(
+    run: Path | None,
+    pretrained: str | None,
+    given: set[str],
+    weights: str,
+    vae: str | None,
+    step: int | None,
 ) -> Any:
-    """The pipeline of a run; of a run on latents it needs a decoder."""
+    """The pipeline of a run, or of weights in the box."""
     from diffussm.pipeline import DiffuSSMPipeline
+    from diffussm.pretrained import load_pretrained
+
+    if pretrained is not None:
+        refuse_idle(given, "beside --pretrained")
+        refuse_idle(given, "beside --pretrained, which has what decodes")
+        return DiffuSSMPipeline.from_pretrained(load_pretrained(pretrained).folder)
+    return DiffuSSMPipeline.from_run(Path(run or ""), weights, vae, step)
+
+
+def check_decodes(pipe: Any, run: Path | None, hint: str = "") -> None:
+    """ValueError, with a hint, for the pipeline of a run on latents without decoder."""
     from diffussm.recipes import takes_latents
 
-    pipe = DiffuSSMPipeline.from_run(run, weights, vae, step)
-    bare = vae is None and takes_latents(pipe.denoiser.config)
     coder = pipe.config.training.get("latents", {}).get("name", run)
-    told = f"say with --vae what decodes the latents of {coder}"
-    refuse(bare and format == "pipeline", f"{told}, or take another --format")
-    return pipe
+    lacking = pipe.vae is None and takes_latents(pipe.denoiser.config)
+    refuse(lacking, f"say with --vae what decodes the latents of {coder}{hint}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from diffussm.command_line import check_device, check_new, refuse_idle
+from diffussm.file_commands import check_decodes, pipeline_of
 from diffussm.guards import expect_number, explain, refuse
 
 if TYPE_CHECKING:
@@ -243,8 +244,10 @@ def page_of(gradio: Any, pipe: Any) -> Any:
 
 
 def demo(
-    run: Path,
+    run: Path | None,
+    given: set[str],
     *,
+    pretrained: str | None = None,
     step: NonNegativeInt | None = None,
     weights: Literal["ema", "model"] = "ema",
     vae: str | None = None,
@@ -257,6 +260,7 @@ def demo(
 
     Args:
         run: folder of the run
+        pretrained: instead of a run, weights in the package: digits or emoji
         step: the checkpoint to draw from; default: the newest
         weights: moving average or raw
         vae: autoencoder that decodes, for a run on latents
@@ -267,12 +271,10 @@ def demo(
         import gradio
 
         from diffussm.distributed import own_device
-        from diffussm.pipeline import DiffuSSMPipeline
         from diffussm.schedulers import named_scheduler
     check_device(device)
-    pipe: Any = DiffuSSMPipeline.from_run(run, weights, vae, step)
-    latent = vae is None and pipe.denoiser.config.in_channels not in (1, 3)
-    refuse(latent, f"say with --vae what decodes the latents of {run}")
+    pipe = pipeline_of(run, pretrained, given, weights, vae, step)
+    check_decodes(pipe, run)
     most = pipe.config.num_train_timesteps
     pipe.scheduler = named_scheduler("DDIMScheduler", most)
     pipe.set_progress_bar_config(disable=True)

@@ -175,12 +175,17 @@ def told_of(command: Callable[..., int]) -> tuple[str, str, dict[str, str]]:
 _DEVICE = "e.g. cpu or cuda; default: a GPU if there is one"
 
 
-def parser_of(command: Callable[..., int]) -> Parser:
-    """The parser that a command's signature and docstring describe."""
+def parser_of(command: Callable[..., int], without: str = "") -> Parser:
+    """The parser that a command's signature and docstring describe.
+
+    `without`: the name of an argument that is not to be given.
+    """
     _, description, helps = told_of(command)
     parser = Parser(f"diffussm {command.__name__}", description)
     parameters = inspect.signature(command).parameters
     for name, told in helps.items():
+        if name == without:
+            continue
         add = partial(parser.add_argument, help=told.replace("DEVICE", _DEVICE))
         _add_option(add, parameters[name])
     return parser

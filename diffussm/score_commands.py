@@ -203,9 +203,24 @@ def _self_test() -> int:
     return 0
 
 
+def _weights_of(
+    run: Path | None, pretrained: str | None, weights: str, step: int | None
+) -> tuple[Any, Any, Sequence[str]]:
+    """Network, recipe and class names of a run, or of weights in the box."""
+    from diffussm.pretrained import load_pretrained
+    from diffussm.run_folder import load_run
+
+    if pretrained is None:
+        return load_run(run or "", weights, step)
+    box = load_pretrained(pretrained)
+    return box.model(), box.recipe, box.data["classes"]
+
+
 def bound(
-    run: Path,
+    run: Path | None,
+    given: set[str],
     *,
+    pretrained: str | None = None,
     held_out: str = "",
     count: PositiveInt = 64,
     steps: PositiveInt = 250,
@@ -219,6 +234,7 @@ def bound(
 
     Args:
         run: folder of the run
+        pretrained: instead of a run, weights in the package: digits or emoji
         held_out: images as --data names them; default: those of digits and openmoji
         count: so many of them, at the most
         steps: length of the chain, at most that of training
@@ -227,11 +243,12 @@ def bound(
         device: DEVICE
     """
     from diffussm.recipes import open_held_out
-    from diffussm.run_folder import load_run
     from diffussm.watching import held_out_bits
 
-    model, recipe, names = load_run(run, weights, step)
-    data = open_held_out(held_out, recipe, names, run.parent)
+    if pretrained is not None:
+        refuse_idle(given, "beside --pretrained")
+    model, recipe, names = _weights_of(run, pretrained, weights, step)
+    data = open_held_out(held_out, recipe, names, (run or Path("run")).parent)
     model, steps = model.to(_chosen(device)).eval(), min(steps, recipe.timesteps)
     with interruptible(nothing_kept):
         told: dict[str, Any] = dict(held_out_bits(model, recipe, data, count, steps))

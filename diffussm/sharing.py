@@ -246,17 +246,21 @@ class _Places(NamedTuple):
 
 def _places_of(folder: Path) -> tuple[_Places, dict[str, Any]]:
     """The parts, and the settings, of a saved pipeline or of weights in the box."""
-    if not folder.exists() and str(folder) in _in_the_box():
-        return _boxed(str(folder))
+    if folder.name in _in_the_box() and (boxed := _boxed(folder)):
+        return boxed
     names, settings = _read_index(folder / "model_index.json")
     scheduler = partial(_saved_scheduler, folder / "scheduler", names["scheduler"])
     vae = folder / "vae" if names["vae"] else None
     return _Places(folder / "denoiser", vae, scheduler), settings
 
 
-def _boxed(name: str) -> tuple[_Places, dict[str, Any]]:
-    box = import_module("diffussm.pretrained").load_pretrained(name)
-    told = {key: box.record[key] for key in ("data", "licence")} | {"pretrained": name}
+def _boxed(folder: Path) -> tuple[_Places, dict[str, Any]] | None:
+    """Weights in the box, by their name or their folder; None: it is another folder."""
+    box = import_module("diffussm.pretrained").load_pretrained(folder.name)
+    if folder != box.folder and (folder.exists() or str(folder) != folder.name):
+        return None
+    told = {key: box.record[key] for key in ("data", "licence")}
+    told["pretrained"] = folder.name
     facts = _facts(box.recipe, "ema", box.record["steps"]) | told
     settings = {
         "id2label": {str(n): word for n, word in enumerate(box.data["classes"])},

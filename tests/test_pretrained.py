@@ -3,6 +3,8 @@ them.
 """
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +12,15 @@ import torch
 from commands import diffussm
 from PIL import Image
 
+from diffussm import look_commands
+from diffussm.model import DiffuSSM
 from diffussm.options import diffusion_of
+from diffussm.pipeline import DiffuSSMPipeline
 from diffussm.pretrained import halved, load_pretrained, pretrained_names
+from diffussm.recipes import open_held_out
 from diffussm.sample_options import Sampler
 from diffussm.sampling import draw
+from diffussm.watching import held_out_bits
 from tools.book import ROOT
 
 NAMES = pretrained_names()
@@ -117,6 +124,59 @@ def test_another_name_is_refused_with_those_in_the_box(tmp_path):
         assert "no effect" in diffussm(f"{words} --pretrained digits {idle}", 1)
     with pytest.raises(ValueError, match=r"pretrained='cats'.*digits"):
         load_pretrained("cats")
+
+
+def test_an_export_of_the_box_is_a_pipeline_of_its_weights(tmp_path):
+    diffussm(f"export --pretrained digits {tmp_path}/new --format safetensors")
+    diffussm(f"export {tmp_path}/again --pretrained=digits --format safetensors")
+    ours = load_pretrained("digits").model().state_dict()
+    for folder in (tmp_path / "new", tmp_path / "again"):
+        for name, tensor in DiffuSSM.from_pretrained(folder).state_dict().items():
+            assert torch.equal(tensor, ours[name])
+        facts = json.loads((folder / "export.json").read_text())
+        assert facts["training"]["pretrained"] == "digits"
+    for wrong, said in (
+        ("export --pretrained digit {t}/x", "did you mean 'digits'?"),
+        ("export --pretrained digits {t} {t}/x", "is more than"),
+        ("export --pretrained digits {t}/x --step 3", "no effect"),
+        ("export --pretrained emoji {t}/x --vae {t}", "which has what decodes"),
+        ("bound --pretrained digits --weights model", "no effect"),
+        ("demo --pretrained digits --port none", "at least 1"),
+        ("show --pretrained digits", "there is no option --pretrained"),
+        ("train digits --pretrained digits --out {t}/x", "no option --pretrained"),
+    ):
+        told = diffussm(wrong, (1, 2), t=tmp_path)
+        assert said in told and told.count("\n") == 1, told
+    assert {file.name for file in tmp_path.iterdir()} == {"new", "again"}
+
+
+def test_a_folder_of_that_name_is_not_taken_for_the_box(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    diffussm("export --pretrained digits new --format safetensors")
+    with pytest.raises(FileNotFoundError, match="model_index"):
+        DiffuSSMPipeline.from_pretrained("digits")
+
+
+def test_the_demo_draws_with_the_box(monkeypatch):
+    pages = []
+    page = SimpleNamespace(launch=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    monkeypatch.setattr(
+        look_commands, "page_of", lambda _, pipe: (pages.append(pipe), page)[1]
+    )
+    for name in NAMES:
+        diffussm(f"demo --pretrained {name} --device cpu")
+    digits, emoji = pages
+    assert digits.vae is None and emoji.vae is not None
+
+
+def test_the_bound_of_the_box_is_that_of_its_weights():
+    words = "bound --pretrained digits --count 2 --steps 3 --device cpu"
+    box = load_pretrained("digits")
+    data = open_held_out("", box.recipe, box.data["classes"])
+    bits = held_out_bits(box.model().eval(), box.recipe, data, 2, 3)
+    assert json.loads(diffussm(words)).items() >= bits.items()
 
 
 @pytest.mark.slow
