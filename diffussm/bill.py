@@ -31,11 +31,13 @@ def _hours(operations: float, peak: float, share: float, cards: int = 1) -> floa
 
 def _sampling_operations(
     model: DiffuSSMConfig, wanted: SampleSet, decode: float = 0.0
-) -> float:
-    """Operations to draw a set, of which each image takes `decode` more."""
+) -> dict[str, float]:
+    """Operations to draw a set, by precision; to decode an image takes `decode`."""
     guided = wanted.sampler.cfg_scale != 1
-    passes = wanted.sampler.steps * (2 if guided else 1)
-    return wanted.count * (2 * linear_macs(model) * passes + decode)
+    passes = wanted.count * wanted.sampler.steps * (2 if guided else 1)
+    counted = {wanted.precision: 2.0 * linear_macs(model) * passes}
+    counted["float32"] = counted.get("float32", 0.0) + wanted.count * decode
+    return counted
 
 
 def _autoencoder_operations(vae: Any, side: int) -> tuple[float, float]:

@@ -5,7 +5,21 @@ from dataclasses import replace
 import pytest
 
 from diffussm import bill, recipes
+from diffussm.hourglass import linear_macs
 from diffussm.options import Execution
+from diffussm.sample_options import Sampler, SampleSet
+
+
+def test_an_image_is_decoded_in_float32_whatever_it_is_drawn_in():
+    model = recipes.read_recipe("imagenet256")[0].model
+    for precision in ("tf32", "bf16"):
+        guided = SampleSet(count=10, precision=precision)
+        counted = bill._sampling_operations(model, guided, decode=7.0)
+        network = 10 * 250 * 2 * 2 * linear_macs(model)
+        assert counted == {precision: network, "float32": 70.0}
+    plain = replace(guided, precision="float32", sampler=Sampler())
+    counted = bill._sampling_operations(model, plain, decode=7.0)
+    assert counted == {"float32": network / 2 + 70.0}
 
 
 def test_the_disk_must_hold_the_checkpoints_that_are_kept():
