@@ -6,6 +6,7 @@ Generated from book/98_cli.md by `make export`: edit there.
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
@@ -100,36 +101,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # imported here: tqdm reads them when it is imported
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    out, err = (_Pipe(s) if s else None for s in (sys.stdout, sys.stderr))
+    out, err = (_Stream(s) if s else None for s in (sys.stdout, sys.stderr))
     words = list(sys.argv[1:] if arguments is None else arguments)
     with redirect_stdout(out), redirect_stderr(err), logging_redirect_tqdm([_LOG]):
         code = _dispatch(words)
         for stream in filter(None, (out, err)):
+            stream.write("")  # a line that waits for its end
             stream.flush()
     return code
 
 
-class _Pipe:
-    """A stream of output whose reader may leave; what is then written goes nowhere."""
+class _Stream:
+    """A stream of output on which bars and lines do not mix."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._watched = bool(stream.isatty())
+        self._held, self._after_bar, self._due = "", False, time.monotonic() + 30
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        bar, empty = text.startswith("\r"), text == "\n" and not self._held
+        if bar:
+            self._write_bar(text)
+        elif not empty:
+            self._write_line(text)
+        elif self._watched or not self._after_bar:  # else it is the end of a bar
+            self._put(text)
+        if text:
+            self._after_bar = bar
+        return len(text)
+
+    def _write_bar(self, text: str) -> None:
+        if self._watched:
+            self._put(text)
+        elif text.strip() and time.monotonic() >= self._due:
+            self._due = time.monotonic() + 30
+            self._put(f"{text.strip()}\n")
+
+    def _write_line(self, text: str) -> None:
+        from tqdm import tqdm
+
+        if not self._watched or all(bar.disable for bar in tqdm._instances):
+            text, self._held = self._held + text, ""
+            return self._put(text)
+        whole, end, self._held = (self._held + text).rpartition("\n")
+        if end:
+            with tqdm.external_write_mode(file=self):
+                self._put(whole + end)
+        return None
+
+    def _put(self, text: str) -> None:
         try:
             self._try(self._stream.write, text)
         except UnicodeEncodeError as error:
             shown = text.encode(error.encoding, "backslashreplace")
             self._try(self._stream.write, shown.decode(error.encoding))
-        return len(text)
 
     def flush(self) -> None:
         self._try(self._stream.flush)
 
     def _try(self, do: Callable[..., Any], *words: str) -> None:
+        """What is written goes nowhere if its reader has left."""
         try:
             do(*words)
         except BrokenPipeError:

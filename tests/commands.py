@@ -33,6 +33,7 @@ def diffussm(command, code=0, **names):
     said = out.getvalue() + err.getvalue()
     assert got in (code if isinstance(code, tuple) else (code,)), said
     assert "Traceback" not in said
+    assert "\r" not in said, "a bar where nobody watches"
     return said
 
 

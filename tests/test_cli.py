@@ -7,10 +7,11 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
-from commands import ALONE, SMALL, diffussm, listing, shell
+from commands import SMALL, diffussm, listing, shell
 
 from diffussm import cli
 
@@ -384,18 +385,68 @@ def test_names_that_a_strict_stream_cannot_encode_are_escaped(monkeypatch, encod
     assert "\\udcff.png" in said[0]
 
 
-def test_what_the_package_warns_of_does_not_stick_to_the_bar(tmp_path, monkeypatch):
+class Terminal(io.StringIO):
+    """A terminal, and what stands on it in the end."""
+
+    def isatty(self):
+        return True
+
+    def lines(self):
+        shown, column = [""], 0
+        for sign in self.getvalue():
+            if sign == "\n":
+                shown, column = [*shown, ""], 0
+            elif sign == "\r":
+                column = 0
+            else:
+                shown[-1] = shown[-1][:column] + sign + shown[-1][column + 1 :]
+                column += 1
+        return [line.rstrip() for line in shown]
+
+
+def busy():
+    """busy"""
     from tqdm import tqdm
 
-    def busy():
-        """busy"""
-        with tqdm(total=3, mininterval=0) as bar:
-            bar.update()
-            logging.getLogger("diffussm.folders").warning("a line")
-        return 0
+    with tqdm(total=3, mininterval=0, desc="bar") as bar:
+        bar.update()
+        logging.getLogger("diffussm.folders").warning("a log")
+        print("a print")
+        print("in", "two", "parts", file=sys.stderr)
+        bar.update()
+        # as Python shows one; pytest keeps those that are raised here
+        sys.stderr.write(warnings.formatwarning("a warning", UserWarning, "x.py", 1))
+        print("at the end", end="")
+    return 0
 
+
+def test_what_is_said_under_a_bar_stands_above_it(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "vae", busy)
-    assert ALONE.search(diffussm("vae"))
+    screen = Terminal()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        assert cli.main(["vae"]) == 0
+    lines = screen.lines()
+    assert lines[:3] == ["a log", "a print", "in two parts"]
+    assert any(line.endswith("UserWarning: a warning") for line in lines)
+    (bar,) = [i for i, line in enumerate(lines) if "bar" in line and "2/3" in line]
+    assert lines[bar + 1 :] == ["at the end"]
+
+
+def test_a_bar_that_nobody_watches_is_a_line_in_thirty_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    screen = io.StringIO()
+    stream = cli._Stream(screen)
+    for now[0] in (0.0, 29.0, 30.0, 59.0, 61.0):
+        stream.write(f"\rat {now[0]:.0f}")
+        stream.write("")
+    stream.write("\n")  # the bar ends
+    print("a line", file=stream)
+    print(file=stream)
+    assert screen.getvalue() == "at 30\nat 61\na line\n\n"
+    monkeypatch.setitem(cli.COMMANDS, "vae", busy)
+    said = diffussm("vae")  # which knows that no bar is drawn
+    assert "a print\n" in said and "bar" not in said.replace("bar.", "")
 
 
 @pytest.mark.slow
