@@ -167,6 +167,7 @@ def train(
     """
     tell(f"{recipe.steps:,} steps on {recipe.data or 'no data'}, in {out}")
     from diffussm.distributed import on_rank_zero
+    from diffussm.vital_signs import flights_in
 
     writer = board_writer() if tensorboard else None
     recipe, data = _fitted(recipe, free, out)
@@ -178,6 +179,7 @@ def train(
     watch = _watch(recipe, execution, data, out)
     goes_on = partial(_goes_on, out)
     with (
+        flights_in(out),
         interruptible(goes_on),  # looks again once a checkpoint is whole
         start("train", device, stoppable=True) as own,
         interruptible(goes_on),  # for a process that leaves alone

@@ -17,6 +17,7 @@ from diffussm.files import whole_file
 from diffussm.guards import expect_there, explain
 from diffussm.optimiser import learning_rate_factor
 from diffussm.run_folder import RunConfig, read_run
+from diffussm.vital_signs import FLIGHT
 
 __all__ = ["History", "read_history", "curve", "duration", "summary", "draw_history"]
 
@@ -185,6 +186,7 @@ def _facts(history: History) -> dict[str, str]:
     saved, picture = sorted(history.run.glob("checkpoints/step_*")), history.picture()
     facts = {"checkpoint": saved[-1].name if saved else "none yet"}
     facts["picture"] = str(picture.relative_to(history.run)) if picture else "none yet"
+    facts |= _flights(history.run)
     if not history.rows:
         return facts
     last, (_, lrs) = history.rows[-1], history.learning_rates()
@@ -197,6 +199,13 @@ def _facts(history: History) -> dict[str, str]:
         "skipped steps": skipped,
         **facts,
     }
+
+
+def _flights(run: Path) -> dict[str, str]:
+    """What PyTorch has recorded of processes that hung, and how it is read."""
+    files = sorted(run.glob(f"{FLIGHT}*"))
+    read = f"torchfrtrace --prefix {FLIGHT} {run}"
+    return {"it hung": f"{len(files)} records; {read}"} if files else {}
 
 
 def _left(row: dict[str, Any]) -> str:

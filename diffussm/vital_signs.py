@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffussm.distributed import all_reduce, rank, world_size
 
-__all__ = ["WorkTimes", "Heartbeat", "garbage_kept", "recorded"]
+__all__ = ["WorkTimes", "Heartbeat", "FLIGHT", "flights_in", "garbage_kept", "recorded"]
 
 
 class WorkTimes:
@@ -93,6 +93,23 @@ class Heartbeat:
         """The run ends in good order."""
         if rank() == 0:
             self._file.unlink(missing_ok=True)
+
+
+FLIGHT = "flight_process_"  # and the number of the process
+_FLIGHTS = "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"  # once
+
+
+@contextmanager
+def flights_in(run: Path) -> Iterator[None]:
+    """Records of what hung go into a run's folder, unless they have another place."""
+    if os.environ.keys() & {*_FLIGHTS}:
+        yield
+        return
+    os.environ[_FLIGHTS[0]] = str(run.absolute() / FLIGHT)
+    try:
+        yield
+    finally:
+        del os.environ[_FLIGHTS[0]]
 
 
 @contextmanager

@@ -120,6 +120,16 @@ def test_the_newest_files_and_what_was_left_out_are_named(tmp_path):
     assert read_history(run).picture() == run / "samples.png"
 
 
+def test_records_of_what_hung_are_named_with_what_reads_them(tmp_path):
+    made(tmp_path / "run", row(1))
+    assert "hung" not in summary(read_history(tmp_path / "run"), 0.0)
+    for process in range(2):
+        (tmp_path / "run" / f"flight_process_{process}").write_bytes(b"x")
+    told = summary(read_history(tmp_path / "run"), 0.0)
+    assert "2 records" in told
+    assert f"torchfrtrace --prefix flight_process_ {tmp_path}/run" in told
+
+
 def test_the_picture_shows_the_newest_samples_or_why_not(tmp_path):
     run, out = made(tmp_path / "run", row(100), row(200)), tmp_path / "x.png"
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import SMALL, diffussm
 from processes import SHARED, cluster, fifty, outcomes, start, together
 from tiny import SELDOM, assert_same_state, changed, run_tiny
 
-from diffussm import runs, vital_signs
+from diffussm import distributed, runs, vital_signs
 from diffussm.data import TensorData, digits
 from diffussm.distributed import limit_waiting, on_rank_zero, rank
 from diffussm.runs import train
@@ -89,6 +90,26 @@ def limits():
 def test_the_first_process_is_waited_for_and_flights_are_recorded():
     for device, recorder in together(2, limits):
         assert device == "cpu" and recorder == {"TORCH_FR_BUFFER_SIZE": "2000"}
+
+
+def test_records_of_what_hung_go_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    """The prefix is in place when the processes meet, for that is when it is read."""
+    seen, name = [], "TORCH_FR_DUMP_TEMP_FILE"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", raising=False)
+    meet = distributed._join
+
+    def join(*arguments):
+        seen.append(os.environ.get(name))
+        return meet(*arguments)
+
+    monkeypatch.setattr(distributed, "_join", join)
+    words = f"train digits --out {tmp_path}/run --steps 1 --no_grid {SMALL}"
+    diffussm(words)
+    assert name not in os.environ
+    monkeypatch.setenv(name, "elsewhere_")
+    diffussm(words)
+    assert seen == [f"{tmp_path}/run/flight_process_", "elsewhere_"]
 
 
 def test_a_gpu_stamps_its_own_clock(monkeypatch):
