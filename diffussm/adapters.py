@@ -99,6 +99,7 @@ class IndexedImages(StoredImages):
 
     An item is a picture, or a tuple or mapping with a picture and perhaps a label. A
     picture is what Pillow opens, the bytes of a file, or uint8 (H, W, 3) or (H, W).
+    `fingerprint` is of all labels and of 64 images: a change to others is not noticed.
 
     Args:
         dataset: such as those of `torchvision.datasets`, or a `datasets.Dataset`.
@@ -170,7 +171,7 @@ class IndexedImages(StoredImages):
         return f"{self.root}[{self.name(index)}]"
 
     def _facts(self) -> Iterator[bytes]:
-        """All labels, and 64 images: a change to others is not noticed."""
+        """All labels, and so many images: a change to others is not noticed."""
         n, k = len(self), min(len(self), _LOOKED_AT)
         yield self.labels.numpy().astype("<i8").tobytes()
         for i in range(k):

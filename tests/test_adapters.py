@@ -21,6 +21,7 @@ from torch.utils.data import Subset
 from torchvision import datasets as vision
 from torchvision.transforms import ToTensor
 
+from diffussm import adapters
 from diffussm.adapters import IndexedImages
 from diffussm.encoding import encode
 from diffussm.folders import ImageFolder
@@ -176,6 +177,18 @@ def test_the_identity_is_alike_wherever_the_data_set_lies(zoo, saved, tmp_path):
     write(zoo / "b_second" / "1.JPEG", b"broken")
     prints.append(IndexedImages(hugging(zoo), 16).fingerprint)
     assert len(set(prints)) == len(prints)
+
+
+def test_the_fingerprint_sees_what_its_documentation_says():
+    """Of 200 images 0, 3, 6, 9, 12, 15, ... are looked at, and not 1 and 2."""
+    rng = np.random.default_rng(0)
+    items = [(rng.integers(0, 256, (4, 4, 3), np.uint8), 0) for _ in range(200)]
+    known = IndexedImages(items, 4).fingerprint
+    swapped = [items[0], items[2], items[1], *items[3:]]
+    assert IndexedImages(swapped, 4).fingerprint == known
+    for other in (items[::-1], items[:-1], [*items[:-1], (items[-1][0], 1)]):
+        assert IndexedImages(other, 4).fingerprint != known
+    assert f"of {adapters._LOOKED_AT} images" in IndexedImages.__doc__
 
 
 def test_splits_and_damaged_folders_are_refused(zoo, saved, tmp_path, monkeypatch):
