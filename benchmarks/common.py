@@ -14,6 +14,7 @@ A ratio is only as good as its two sides, so
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -309,6 +310,20 @@ def report(
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(markdown)
     return 0 if all(row.get("reached", True) for row in rows) else 1
+
+
+def asked_runs(module: str, told: str | None, argv: list[str] | None) -> int:
+    """The one option of a benchmark without any other: ``--runs``."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}", description=(told or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
+    )
+    runs: int = parser.parse_args(argv).runs
+    if runs < 1:
+        parser.error("--runs must be positive")
+    return runs
 
 
 def command(main: Callable[[], int]) -> int:

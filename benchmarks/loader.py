@@ -8,7 +8,6 @@ is what the form of storage costs, not the disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, report, require_agreement, speed_row
+from benchmarks.common import asked_runs, command, report, require_agreement, speed_row
 from diffussm.data import batch_flips, batch_indices
 from diffussm.files import sha256
 from diffussm.latents import FORMAT, LatentStore, verify_store, with_checksum
@@ -77,15 +76,7 @@ def read_files(files: Path, indices: Tensor, flips: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.runs < 1:
-        parser.error("--runs must be positive")
+    runs = asked_runs("loader", __doc__, argv)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for side, images in SIZES.items():
@@ -119,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 ("one .npy per image", one_by_one),
                 ("latent store", from_store),
                 at_least=LIMIT,
-                runs=arguments.runs,
+                runs=runs,
             )
             for name in ("one .npy per image", "latent store"):
                 rate = (
@@ -129,12 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 row[name] += f", {rate:,.0f} images/s"
             rows.append(row)
     title = f"Reading moments in random order, batches of {BATCH}, files in the cache"
-    settings = {
-        "batch": BATCH,
-        "shards": SHARDS,
-        "runs": arguments.runs,
-        "images": SIZES,
-    }
+    settings = {"batch": BATCH, "shards": SHARDS, "runs": runs, "images": SIZES}
     return report("loader", title, rows, settings=settings)
 
 

@@ -7,7 +7,6 @@ same moments; the ratio is what threads are worth where waiting is all that cost
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import command, report, require_agreement, speed_row
+from benchmarks.common import asked_runs, command, report, require_agreement, speed_row
 from benchmarks.loader import write_both
 from diffussm.data import batch_flips, batch_indices
 from diffussm.latents import LatentStore
@@ -34,15 +33,7 @@ class FarStore(LatentStore):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readers", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.runs < 1:
-        parser.error("--runs must be positive")
+    runs = asked_runs("readers", __doc__, argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = FarStore(write_both(Path(folder), 32, 2 * BATCH)[0].path)
@@ -65,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
                     ("one thread", alone),
                     ("threads", several),
                     at_least=threads / 2,
-                    runs=arguments.runs,
+                    runs=runs,
                 )
             rows.append(row)
     title = f"Reading latents from a disk that answers after {1e3 * DELAY:g} ms"
-    settings = {"batch": BATCH, "delay": DELAY, "runs": arguments.runs}
+    settings = {"batch": BATCH, "delay": DELAY, "runs": runs}
     return report("readers", title, rows, settings=settings)
 
 

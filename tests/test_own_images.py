@@ -41,12 +41,15 @@ def photos(tmp_path_factory):
 
 
 def walk(commands, where, monkeypatch):
-    """Type the commands in a clean folder; its grid, and what was said."""
+    """Type the commands in a clean folder; recipe, grid, and what was said."""
     monkeypatch.chdir(where)
     said = "".join(diffussm(command) for command in commands)
     assert "warning" not in said and "would have" not in said, said
     assert not list(where.rglob("*.y*ml"))
-    return np.asarray(Image.open(where / "grid.png")), said
+    run = read_run(where / "runs" / "own")
+    assert (run.data["images"], tuple(run.data["classes"])) == (300, KINDS)
+    assert run.recipe.model.num_classes == 3
+    return run.recipe, np.asarray(Image.open(where / "grid.png")), said
 
 
 @pytest.mark.end_to_end
@@ -55,11 +58,8 @@ def test_pixels_take_two_commands(photos, tmp_path, monkeypatch):
         f"train pixels --data {photos} --out runs/own {TINY}",
         "sample --from runs/own --grid grid.png --per_class 2 --steps 2 --device cpu",
     )
-    grid, said = walk(commands, tmp_path, monkeypatch)
-    run = read_run(tmp_path / "runs" / "own")
-    assert (run.data["images"], tuple(run.data["classes"])) == (300, KINDS)
-    model = run.recipe.model
-    assert (model.in_channels, model.input_size, model.num_classes) == (3, 32, 3)
+    recipe, grid, said = walk(commands, tmp_path, monkeypatch)
+    assert (recipe.model.in_channels, recipe.model.input_size) == (3, 32)
     assert grid.shape[0] == 3 * (2 * 32 + 4) and grid.shape[2] == 3  # twice as large
     assert said.count("--model.num_classes 3") == 1
 
@@ -73,12 +73,9 @@ def test_latents_take_four_commands(photos, tmp_path, monkeypatch):
         "sample --from runs/own --vae coder --grid grid.png --per_class 2 --steps 2 "
         "--device cpu",
     )
-    grid, said = walk(commands, tmp_path, monkeypatch)
-    run = read_run(tmp_path / "runs" / "own")
-    assert (run.data["images"], tuple(run.data["classes"])) == (300, KINDS)
-    model = run.recipe.model
-    assert (model.in_channels, model.input_size, model.num_classes) == (4, 4, 3)
-    assert run.recipe.flip and "300 images in 3 classes; 0 skipped" in said
+    recipe, grid, said = walk(commands, tmp_path, monkeypatch)
+    assert (recipe.model.in_channels, recipe.model.input_size) == (4, 4)
+    assert recipe.flip and "300 images in 3 classes; 0 skipped" in said
     assert grid.shape[0] == 3 * (3 * 16 + 4) and grid.shape[2] == 3
 
 
