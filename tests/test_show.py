@@ -122,7 +122,7 @@ def test_the_newest_files_and_what_was_left_out_are_named(tmp_path):
 
 def test_records_of_what_hung_are_named_with_what_reads_them(tmp_path):
     made(tmp_path / "run", row(1))
-    assert "hung" not in summary(read_history(tmp_path / "run"), 0.0)
+    assert "torchfrtrace" not in summary(read_history(tmp_path / "run"), 0.0)
     for process in range(2):
         (tmp_path / "run" / f"flight_process_{process}").write_bytes(b"x")
     told = summary(read_history(tmp_path / "run"), 0.0)
