@@ -35,7 +35,8 @@ def _sampling_operations(
     """Operations to draw a set, by precision; to decode an image takes `decode`."""
     guided = wanted.sampler.cfg_scale != 1
     passes = wanted.count * wanted.sampler.steps * (2 if guided else 1)
-    counted = {wanted.precision: 2.0 * linear_macs(model) * passes}
+    network = 2.0 * linear_macs(model) * passes
+    counted: dict[str, float] = {wanted.precision: network}
     counted["float32"] = counted.get("float32", 0.0) + wanted.count * decode
     return counted
 
