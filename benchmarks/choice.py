@@ -22,7 +22,7 @@ from diffussm.data import batch_indices, digits
 from diffussm.state_space import s4d_inv, s4d_legs, s4d_lin
 from tools.book import ROOT, read_chapter
 
-PAGE = ROOT / "book" / "19_does_the_choice_matter.md"
+PAGE = ROOT / "book" / "39_does_the_choice_matter.md"
 USED = (
     torch,
     nn,
