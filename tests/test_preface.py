@@ -1,0 +1,56 @@
+"""What stands under a chapter's title is read from the chapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tools.overview import parts
+from tools.preface import builds_on, preface
+
+PAGE = "---\nmodule: {module}\n---\n\n(ch-{module})=\n# {module}\n\n{words}\n\n"
+CELL = "```{{code-cell}} ipython3\n:tags: [{tags}]\n\n{code}\n```\n"
+
+
+def page(root: Path, module: str, words: int, *cells: tuple[str, str]) -> None:
+    text = PAGE.format(module=module, words="word " * words)
+    text += "".join(CELL.format(tags=tags, code=code) for tags, code in cells)
+    (root / "book" / f"{module}.md").write_text(text, encoding="utf-8")
+
+
+def test_preface_is_read_from_words_imports_and_cells(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    names = ("alpha", "beta", "gamma", "delta")
+    toc = "".join(f"      - file: book/{name}\n" for name in names)
+    (tmp_path / "_toc.yml").write_text(
+        f"parts:\n  - numbered: true\n    caption: A\n    chapters:\n{toc}"
+        "  - chapters:\n      - file: book/last\n"
+    )
+    imports = "from diffussm.{} import x"
+    page(tmp_path, "alpha", 10, ("export", "def train(): ..."))
+    page(tmp_path, "beta", 250, ("export", imports.format("alpha")))
+    page(
+        tmp_path,
+        "gamma",
+        10,
+        ("export", f"{imports.format('beta')}\n{imports.format('alpha')}"),
+        ("hide-input", f"{imports.format('delta')}\ntrain(1)"),
+    )
+    page(tmp_path, "delta", 10, ("export", imports.format("alpha")))
+    assert preface("book/alpha", tmp_path) == "1 min to read."
+    assert preface("book/beta", tmp_path) == "2 min to read; builds on {ref}`ch-alpha`."
+    assert preface("book/gamma", tmp_path) == (
+        "1 min to read; builds on {ref}`ch-beta`; its cells train a network."
+    )
+    assert preface("book/delta", tmp_path).endswith("builds on {ref}`ch-alpha`.")
+    assert preface("book/last", tmp_path) == ""
+
+
+def test_no_chapter_builds_on_one_that_is_read_later() -> None:
+    pages = [
+        chapter.name.removesuffix(".md") for _, part in parts() for chapter in part
+    ]
+    for place, name in enumerate(pages):
+        assert set(builds_on(name)) <= set(pages[:place])
+        assert preface(name).endswith(".")
+    assert preface("book/notation") == ""
+    assert preface("book/36_training").endswith("its cells train a network.")

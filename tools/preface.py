@@ -1,0 +1,100 @@
+"""What stands under a chapter's title: what it builds on, how long it is, what it runs.
+
+Nothing of it is typed: it is read from the chapter's imports, words and cells.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from tools.book import ROOT, Chapter, labels, prose, read_chapter
+
+__all__ = ["builds_on", "minutes", "preface", "trains"]
+
+WORDS_PER_MINUTE = 200
+# A faster way to the same numbers, and a helper that many take.
+MAY_SKIP = {"two_level"}
+STEPS = re.compile(r"(?<!def )\b(?:optimi[sz]er\.step|training_step|train|train_vae)\(")
+
+
+@lru_cache
+def _numbered(root: Path) -> dict[str, Chapter]:
+    """The numbered chapters in the order in which they are read, by their file."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    files = [
+        page["file"]
+        for part in toc["parts"]
+        if part.get("numbered")
+        for page in part["chapters"]
+    ]
+    return {name: read_chapter(root / f"{name}.md", root) for name in files}
+
+
+def _imports(chapter: Chapter) -> set[str]:
+    """The modules of the package that the chapter takes; a module's, for export."""
+    cells = chapter.exported if chapter.module else chapter.cells
+    source = "\n".join(c.source for c in cells)
+    source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)
+    return {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "")[:9] == "diffussm."
+    }
+
+
+@lru_cache
+def _direct(name: str, root: Path) -> frozenset[str]:
+    """The earlier chapters whose modules a chapter takes."""
+    pages = list(_numbered(root))
+    page_of = {c.module: page for page, c in _numbered(root).items() if c.module}
+    taken = {page_of.get(m, "") for m in _imports(_numbered(root)[name]) - MAY_SKIP}
+    return frozenset(taken & set(pages[: pages.index(name)]))
+
+
+@lru_cache
+def _all(name: str, root: Path) -> frozenset[str]:
+    """And those that these take, and so on."""
+    direct = _direct(name, root)
+    return direct.union(*(_all(page, root) for page in direct))
+
+
+def builds_on(name: str, root: Path = ROOT) -> list[str]:
+    """The earlier chapters that one must have read, less those that they build on."""
+    direct = _direct(name, root)
+    implied = frozenset().union(*(_all(page, root) for page in direct))
+    return [page for page in _numbered(root) if page in direct - implied]
+
+
+def minutes(chapter: Chapter, root: Path = ROOT) -> int:
+    """Minutes to read the words, formulas and code left out."""
+    words = sum(len(text.split()) for _, text in prose(chapter.path, root))
+    return math.ceil(words / WORDS_PER_MINUTE)
+
+
+def trains(chapter: Chapter) -> bool:
+    """Whether the chapter, when it is run, makes steps of an optimiser."""
+    cells = (cell.source for cell in chapter.cells if "export" not in cell.tags)
+    return any(STEPS.search(cell) for cell in cells)
+
+
+def preface(name: str, root: Path = ROOT) -> str:
+    """One sentence or two in Markdown; nothing for a page that has no number."""
+    chapter = _numbered(root).get(name)
+    if chapter is None:
+        return ""
+    said = [f"{minutes(chapter, root)} min to read"]
+    before = [
+        f"{{ref}}`{labels(_numbered(root)[page].path.read_text(encoding='utf-8'))[0]}`"
+        for page in builds_on(name, root)
+    ]
+    if before:
+        said.append(f"builds on {', '.join(before)}")
+    if trains(chapter):
+        said.append("its cells train a network")
+    return f"{'; '.join(said)}."
