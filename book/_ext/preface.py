@@ -10,7 +10,6 @@ from sphinx.application import Sphinx
 
 def add_preface(app: Sphinx, page: str, source: list[str]) -> None:
     """Put the line into the text, before it is parsed; called by Sphinx."""
-    sys.path.insert(0, str(app.srcdir))
     from tools.preface import preface
 
     line = preface(page, Path(app.srcdir))
@@ -23,5 +22,6 @@ def add_preface(app: Sphinx, page: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    sys.path.insert(0, str(app.srcdir))
     app.connect("source-read", add_preface)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
