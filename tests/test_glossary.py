@@ -11,7 +11,7 @@ import yaml
 from tools.book import ROOT, labels, prose
 
 BOOK = ROOT / "book"
-ENTRY = re.compile(r"^(\S.*)\n  (.*?)(?:\{ref\}|\{doc\})`([\w-]+)`$", re.MULTILINE)
+ENTRY = re.compile(r"^(\S.*)\n  (.*?)\{ref\}`([\w-]+)`$", re.MULTILINE)
 NEXT = "\n"
 # The front page says what the book is about; the other two are looked things up in.
 AT_HAND = ("index", "notation", "glossary")
@@ -66,7 +66,7 @@ def early(
 @pytest.fixture(scope="module")
 def explains() -> dict[str, str]:
     """The page of each label."""
-    found = {"index": "index"}
+    found: dict[str, str] = {}
     for path in order():
         text = path.read_text(encoding="utf-8")
         found |= dict.fromkeys(labels(text), path.stem)
