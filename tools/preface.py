@@ -42,7 +42,7 @@ def _imports(chapter: Chapter) -> set[str]:
     source = "\n".join(c.source for c in cells)
     source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE)
     return {
-        node.module.split(".")[1]
+        str(node.module).split(".")[1]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ImportFrom) and (node.module or "")[:9] == "diffussm."
     }
