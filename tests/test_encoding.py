@@ -93,8 +93,10 @@ from stores import OPTIONS, SIZE, make_vae
 from diffussm import encoding
 from diffussm.folders import ImageFolder
 
+vae = make_vae()  # here: what it imports, each child would import again
+
 def work(root, out, rank, size, fuse):
-    vae, plain, events = make_vae(), encoding.moments, 0
+    plain, events = encoding.moments, 0
     def slowly(*arguments):
         time.sleep(0.01)
         return plain(*arguments)
