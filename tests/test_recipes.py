@@ -43,6 +43,9 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
     presets = {
         "imagenet256": ("DiffuSSM-XL", 32, 1000),
         "imagenet256-p2": ("DiffuSSM-XL/2", 32, 1000),
+        "imagenet256-s": ("DiffuSSM-S", 32, 1000),
+        "imagenet256-b": ("DiffuSSM-B", 32, 1000),
+        "imagenet256-l": ("DiffuSSM-L", 32, 1000),
         "imagenet512": ("DiffuSSM-XL", 64, 1000),
         "imagenet512-p2": ("DiffuSSM-XL/2", 64, 1000),
         "church256": ("DiffuSSM-XL", 32, 0),
@@ -93,6 +96,15 @@ def test_the_lengths_are_those_of_table_1():
         round(images["imagenet256"] / 1e6) == 550
         and round(images["imagenet512"] / 1e6) == 192
     )
+
+
+@pytest.mark.parametrize("size", "sbl")
+def test_the_runs_to_do_first_differ_from_xl_in_size_and_length_alone(size):
+    xl, how = recipes.read_recipe("imagenet256")
+    recipe, execution = recipes.read_recipe(f"imagenet256-{size}")
+    sizes = {"d_model": xl.model.d_model, "n_blocks": xl.model.n_blocks}
+    assert replace(recipe, steps=xl.steps, model=replace(recipe.model, **sizes)) == xl
+    assert replace(execution, keep=how.keep) == how and recipe.steps == 400_000
 
 
 EVERYTHING_OPEN = frozenset(
