@@ -23,6 +23,7 @@ import yaml
 from browsers import absent
 
 from tools.book import ROOT, Chapter, read_chapter
+from tools.preface import preface
 
 pytestmark = pytest.mark.end_to_end
 
@@ -142,6 +143,14 @@ def test_page_has_title_and_content(visit: Visit) -> None:
     article = visit.tab.locator("article.bd-article").inner_text()
     assert len(article) > 0.25 * len(prose(visit)) or "{bibliography}" in visit.source
     assert len(article.strip()) > len(plain), "nothing but a title"
+
+
+def test_numbered_pages_say_how_long_they_are(visit: Visit) -> None:
+    said = preface(visit.chapter.name.removesuffix(".md"))
+    assert visit.tab.locator("article .preface").count() == bool(said)
+    if said:
+        shown = visit.tab.locator("article .preface").inner_text()
+        assert shown.startswith(said.partition(";")[0].rstrip("."))
 
 
 def test_figures_are_there_and_described(visit: Visit) -> None:
