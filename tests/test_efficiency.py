@@ -280,6 +280,7 @@ NAMES = (
     "readers",
     "length",
     "checkpoint",
+    "guidance",
     "solvers",
 )
 
