@@ -67,15 +67,15 @@ def _with_underscores(word: str) -> str:
     return f"{renamed}{equals}{value}" if word.startswith("--") else word
 
 
+def _typed(words: Sequence[str]) -> set[str]:
+    """The names of the options among the words of a command."""
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+
+
 def _say_loading() -> None:
     """Say on a terminal why there is nothing to see yet."""
     if "torch" not in sys.modules and sys.stderr and sys.stderr.isatty():
         print("loading PyTorch ...", file=sys.stderr, flush=True)
-
-
-def _typed(words: Sequence[str]) -> set[str]:
-    """The names of the options among the words of a command."""
-    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
 
 
 _IDLE = {

@@ -79,6 +79,16 @@ def _fitted(
     return fit(recipe, data, free), data
 
 
+def _refuse_idle_options(
+    given: set[str], recipe: "Recipe", execution: "Execution", no_grid: bool
+) -> None:
+    latents, drawn = takes_latents(recipe), execution.sample_every or not no_grid
+    refuse_idle(given, "where no samples are drawn", not drawn)
+    refuse_idle(given, "without --score_every", not execution.score_every)
+    refuse_idle(given, "for digits", recipe.data == "digits")
+    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
+
+
 def doctor(
     recipe: "Recipe",
     execution: "Execution",
@@ -204,16 +214,6 @@ def _watch(
     named = execution.held_out, recipe, data.classes
     held_out = open_held_out(*named, out.parent)
     return Watch(recipe, data, held_out, execution.score_images)
-
-
-def _refuse_idle_options(
-    given: set[str], recipe: "Recipe", execution: "Execution", no_grid: bool
-) -> None:
-    latents, drawn = takes_latents(recipe), execution.sample_every or not no_grid
-    refuse_idle(given, "where no samples are drawn", not drawn)
-    refuse_idle(given, "without --score_every", not execution.score_every)
-    refuse_idle(given, "for digits", recipe.data == "digits")
-    refuse_idle(given, "for stored latents" if latents else "for a model of pixels")
 
 
 def _carry_out(
