@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tools.overview import parts
@@ -43,6 +44,14 @@ def test_preface_is_read_from_words_imports_and_cells(tmp_path: Path) -> None:
     )
     assert preface("book/delta", tmp_path).endswith("builds on {ref}`ch-alpha`.")
     assert preface("book/last", tmp_path) == ""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    took = (("alpha", 3), ("beta", 61), ("gamma", 200))
+    rows = [{"chapter": name, "seconds": seconds} for name, seconds in took]
+    (results / "chapters.json").write_text(json.dumps({"rows": rows}))
+    assert preface("book/alpha", tmp_path) == "1 min to read; 10 s to run."
+    assert preface("book/beta", tmp_path).startswith("2 min to read; 70 s to run; b")
+    assert preface("book/gamma", tmp_path).startswith("1 min to read; 4 min to run; b")
 
 
 def test_no_chapter_builds_on_one_that_is_read_later() -> None:

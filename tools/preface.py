@@ -1,11 +1,13 @@
 """What stands under a chapter's title: what it builds on, how long it is, what it runs.
 
-Nothing of it is typed: it is read from the chapter's imports, words and cells.
+Nothing of it is typed: it is read from the chapter's imports, words and cells, and from
+the record of `benchmarks.chapters`.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from functools import lru_cache
@@ -15,7 +17,7 @@ import yaml
 
 from tools.book import ROOT, Chapter, labels, prose, read_chapter
 
-__all__ = ["builds_on", "minutes", "preface", "trains"]
+__all__ = ["builds_on", "minutes", "preface", "running", "trains"]
 
 WORDS_PER_MINUTE = 200
 # A faster way to the same numbers, and a helper that many take.
@@ -77,6 +79,19 @@ def minutes(chapter: Chapter, root: Path = ROOT) -> int:
     return math.ceil(words / WORDS_PER_MINUTE)
 
 
+def running(chapter: Chapter, root: Path = ROOT) -> list[str]:
+    """How long the chapter ran when that was last recorded, rounded up."""
+    record = root / "benchmarks" / "results" / "chapters.json"
+    rows = json.loads(record.read_text())["rows"] if record.exists() else []
+    took = {row["chapter"]: row["seconds"] for row in rows}
+    seconds = took.get(chapter.path.stem)
+    if seconds is None:
+        return []
+    if seconds > 90:
+        return [f"{math.ceil(seconds / 60)} min to run"]
+    return [f"{10 * max(math.ceil(seconds / 10), 1)} s to run"]
+
+
 def trains(chapter: Chapter) -> bool:
     """Whether the chapter, when it is run, makes steps of an optimiser."""
     cells = (cell.source for cell in chapter.cells if "export" not in cell.tags)
@@ -88,7 +103,7 @@ def preface(name: str, root: Path = ROOT) -> str:
     chapter = _numbered(root).get(name)
     if chapter is None:
         return ""
-    said = [f"{minutes(chapter, root)} min to read"]
+    said = [f"{minutes(chapter, root)} min to read", *running(chapter, root)]
     before = [
         f"{{ref}}`{labels(_numbered(root)[page].path.read_text(encoding='utf-8'))[0]}`"
         for page in builds_on(name, root)
