@@ -1,4 +1,4 @@
-"""How long each chapter runs: ``make chapters``, then ``python -m benchmarks.chapters``.
+"""How long each chapter runs: ``python -m benchmarks.chapters`` after `make chapters`.
 
 `make chapters` runs two chapters at a time and keeps with their outputs how long each
 took. The line under a chapter's title is made from the record.
@@ -19,9 +19,8 @@ CACHE = ROOT / "_build" / ".jupyter_cache"
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.chapters", description=(__doc__ or "").splitlines()[0]
-    )
+    told = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser("python -m benchmarks.chapters", description=told)
     parser.parse_args(argv)
     if not CACHE.is_dir():
         parser.error(f"{CACHE} is not there: run `make chapters` first")
