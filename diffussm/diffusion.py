@@ -265,9 +265,9 @@ class GaussianDiffusion(ForwardProcess):
         """A shorter chain through some of the same noise levels, for the same network
         (equation eq-sampling-respace).
 
-        The chosen timesteps are equally spaced, the first and the last among them, as in
-        ADM's code for a plain number, not for its "ddimN". A single one is the last, where
-        ADM's code takes the first. The network is still given the original timestep.
+        The chosen timesteps are equally spaced, the first and the last among them, as
+        in ADM's code for a plain number, not for its "ddimN". A single one is the last,
+        ADM's is the first. The network is still given the original timestep.
 
         Raises:
             ValueError, TypeError: not an integer from 1 to T.
