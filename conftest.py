@@ -75,7 +75,8 @@ def pytest_collect_file(
             import jupytext
             import nbformat
 
-            if sys.platform == "linux":
+            many = len(self.session.items) > 2  # a few start sooner by themselves
+            if many and sys.platform == "linux":
                 from tools.kernels import use_warm_kernels
 
                 use_warm_kernels()

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.end_to_end
 
 CLEAN = "() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')"
 CHAPTER = "book/21_hourglass.md"
-PLAIN = ("README.md", "book/index.md", "book/notation.md")
+PLAIN = ("README.md", "book/notation.md")
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
-MODULES = ("book/plotting.py", "diffussm/hourglass.py")
+MODULES = ("diffussm/hourglass.py",)
 
 
 @pytest.fixture(scope="module")

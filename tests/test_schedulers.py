@@ -42,7 +42,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-STEPS = [1, 2, 3, 5, 7, 10, 20, 50, 250, 300, 350, 600, 1000]
+STEPS = [1, 2, 3, 5, 7, 10, 20, 50, 350, 600, 1000]
 CLASSES = [
     name
     for name, kind in sorted(vars(schedulers).items())
