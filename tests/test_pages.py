@@ -232,6 +232,7 @@ def test_no_cell_failed_or_complained(visit: Visit) -> None:
         "{cite}",
     ):
         assert sign not in text, f"{sign!r} stands on the page"
+    assert not re.search(r"\s–\w", text), "the -- of an option has become a dash"
     shown = visit.tab.locator("article p").all_inner_texts()
     assert not [words for words in shown if words.lstrip().startswith("|")], (
         "a table was not set as one"
