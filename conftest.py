@@ -82,7 +82,8 @@ def pytest_collect_file(
                 use_warm_kernels()
             option = self.config.option
             notebook = jupytext.read(file_path)
-            if option.skip_kept and is_kept(option.keep_outputs, notebook):
+            kept = option.skip_kept and option.keep_outputs
+            if kept and is_kept(option.keep_outputs, notebook):
                 pytest.skip("its outputs are kept")
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder, f"{file_path.stem}.ipynb")

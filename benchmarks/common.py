@@ -312,14 +312,19 @@ def report(
     return 0 if all(row.get("reached", True) for row in rows) else 1
 
 
-def asked_runs(module: str, told: str | None, argv: list[str] | None) -> int:
+def asked_runs(
+    module: str,
+    told: str | None,
+    argv: list[str] | None,
+    default: int = 5,
+    what: str = "timed runs of each side",
+) -> int:
     """The one option of a benchmark without any other: ``--runs``."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=(told or "").splitlines()[0]
     )
-    parser.add_argument(
-        "--runs", type=int, default=5, help="timed runs of each side (default: 5)"
-    )
+    text = f"{what} (default: {default})"
+    parser.add_argument("--runs", type=int, default=default, help=text)
     runs: int = parser.parse_args(argv).runs
     if runs < 1:
         parser.error("--runs must be positive")

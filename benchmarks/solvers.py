@@ -7,7 +7,6 @@ distance is the root mean square over all pixels, which span 2.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from benchmarks.common import command, report
+from benchmarks.common import asked_runs, command, report
 from diffussm.options import diffusion_of
 from diffussm.pipeline import DiffuSSMPipeline
 from diffussm.pretrained import load_pretrained
@@ -52,17 +51,8 @@ def ends(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.solvers", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--runs", type=int, default=1, help="images of each class (default: 1)"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.runs < 1:
-        parser.error("--runs must be positive")
-
-    box, count = load_pretrained("digits"), 10 * arguments.runs
+    runs = asked_runs("solvers", __doc__, argv, default=1, what="images of each class")
+    box, count = load_pretrained("digits"), 10 * runs
     pipe = DiffuSSMPipeline(box.model(), ancestral_scheduler())
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tools.book import ROOT, labels, prose
+from tools.book import ROOT, labels, prose, reading_order
 
 BOOK = ROOT / "book"
 ENTRY = re.compile(r"^(\S.*)\n  (.*?)\{ref\}`([\w-]+)`$", re.MULTILINE)
@@ -19,9 +18,7 @@ AT_HAND = ("index", "notation", "glossary")
 
 def order() -> list[Path]:
     """The pages in the order in which they are read."""
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    files = [page["file"] for part in contents["parts"] for page in part["chapters"]]
-    return [ROOT / f"{name}.md" for name in [contents["root"], *files]]
+    return [ROOT / f"{name}.md" for name in reading_order()]
 
 
 def entries() -> dict[str, str]:

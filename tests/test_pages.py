@@ -19,26 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from browsers import absent
 
-from tools.book import ROOT, Chapter, read_chapter
+from tools.book import ROOT, Chapter, read_chapter, reading_order
 from tools.preface import preface
 
 pytestmark = pytest.mark.end_to_end
 
 HTML = ROOT / "_build" / "html"
 PHONE = 390
-
-
-def toc() -> list[str]:
-    """The pages in reading order, as `book/11_state_space`."""
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    files = [entry["file"] for part in contents["parts"] for entry in part["chapters"]]
-    return [contents["root"], *files]
-
-
-PAGES = toc()
+PAGES = reading_order()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,16 @@ import yaml
 from markdown_it import MarkdownIt
 from mdit_py_plugins.front_matter import front_matter_plugin
 
-__all__ = ["ROOT", "Cell", "Chapter", "chapters", "labels", "prose", "read_chapter"]
+__all__ = [
+    "ROOT",
+    "Cell",
+    "Chapter",
+    "chapters",
+    "labels",
+    "prose",
+    "read_chapter",
+    "reading_order",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +69,13 @@ class Chapter:
     def exported(self) -> list[Cell]:
         """The cells tagged ``export``."""
         return [cell for cell in self.cells if "export" in cell.tags]
+
+
+def reading_order(root: Path = ROOT) -> list[str]:
+    """All pages in the order in which they are read, as `book/11_state_space`."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    files = [page["file"] for part in toc["parts"] for page in part["chapters"]]
+    return [toc["root"], *files]
 
 
 def read_chapter(path: Path, root: Path = ROOT) -> Chapter:

@@ -13,9 +13,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
-from tools.book import ROOT, Chapter, labels, prose, read_chapter
+from tools.book import ROOT, Chapter, labels, prose
+from tools.overview import parts
 
 __all__ = ["builds_on", "minutes", "preface", "running", "trains"]
 
@@ -28,14 +27,11 @@ STEPS = re.compile(r"(?<!def )\b(?:optimi[sz]er\.step|training_step|train|train_
 @lru_cache
 def _numbered(root: Path) -> dict[str, Chapter]:
     """The numbered chapters in the order in which they are read, by their file."""
-    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    files = [
-        page["file"]
-        for part in toc["parts"]
-        if part.get("numbered")
-        for page in part["chapters"]
-    ]
-    return {name: read_chapter(root / f"{name}.md", root) for name in files}
+    return {
+        chapter.name.removesuffix(".md"): chapter
+        for _, part in parts(root)
+        for chapter in part
+    }
 
 
 def _imports(chapter: Chapter) -> set[str]:
