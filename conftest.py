@@ -132,6 +132,7 @@ def keep_outputs(folder: str, chapter: Path, notebook: Any, seconds: float) -> N
     from jupyter_cache import get_cache
     from jupyter_cache.base import CacheBundleIn
 
+    notebook.metadata.pop("widgets", None)  # they belong to this kernel
     for cell in notebook.cells:
         cell.metadata.pop(
             "execution", None

@@ -6,6 +6,7 @@ elsewhere are left out.
 
 from __future__ import annotations
 
+import re
 import shutil
 from importlib.metadata import distribution
 from pathlib import Path
@@ -30,19 +31,25 @@ def copy_mathjax(app: Sphinx) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def drop_thebe(
+def drop_scripts(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
-    """Leave out Thebe, which names a CDN and which Jupyter Book always adds."""
+    """Leave out Thebe, which names a CDN and which Jupyter Book always adds.
+
+    And the state of widgets, for they are shown at a kernel only.
+    """
     context["script_files"] = [
         script
         for script in context.get("script_files", [])
-        if "thebe" not in f"{script} {getattr(script, 'attributes', '')}".lower()
+        if not re.search(
+            "thebe|widget-state",
+            f"{script} {getattr(script, 'attributes', '')}".lower(),
+        )
     ]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("builder-inited", copy_mathjax)
-    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", drop_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

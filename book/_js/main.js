@@ -1,0 +1,19 @@
+// Every explorable of a page comes to life where its still picture stands.
+
+import { spring } from "./spring.js";
+
+const EXPLORABLES = { spring };
+
+/** Replace the still picture of each box by what its name stands for. */
+export function start() {
+  for (const box of document.querySelectorAll(".explorable[data-name]")) {
+    const explorable = EXPLORABLES[box.dataset.name];
+    if (!explorable) throw new Error(`no explorable ${box.dataset.name}`);
+    const given = JSON.parse(box.querySelector("script").textContent);
+    const stage = document.createElement("div");
+    explorable(stage, given);
+    box.querySelector(".explorable-still").classList.add("explorable-paper");
+    stage.className = "explorable-stage";
+    box.append(stage);
+  }
+}

@@ -1,0 +1,100 @@
+"""The scripts of the explorables become one, and it runs where files are opened."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.book import ROOT
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+from explorables import bundle  # type: ignore[import-not-found]
+
+PAGE = '<html data-theme="light"><script src="x.js" defer></script><body>{}</body>'
+BOX = (
+    '<div class="explorable" data-name="{}"><img class="explorable-still" alt="">'
+    '<script type="application/json">{}</script></div>'
+)
+
+
+def modules(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / f"{name}.js").write_text(text)
+    return folder
+
+
+def test_modules_stand_after_those_that_they_import(tmp_path: Path) -> None:
+    folder = modules(
+        tmp_path,
+        main='import { a, b } from "./zed.js";\nexport function start() { a(b); }\n',
+        zed="export const b = 1;\nexport function a(x) { return x; }\n",
+    )
+    text = bundle(folder)
+    assert text.index("modules.zed =") < text.index("modules.main =")
+    assert "const { a, b } = modules.zed;" in text
+    assert "import " not in text and "export " not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('import { gone } from "./zed.js";\n', "zed.js has no"),
+        ('import { b } from "./nowhere.js";\n', "nowhere.js has no"),
+        ('import zed from "./zed.js";\n', "cannot bundle 'import zed"),
+        ("export default 3;\n", "cannot bundle 'export default"),
+    ],
+)
+def test_other_forms_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    folder = modules(tmp_path, main=text, zed="export const b = 1;\n")
+    with pytest.raises(ValueError, match=said):
+        bundle(folder)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, browser: Any) -> Any:
+    """Opens one explorable from a file, in a page of its own; collects complaints."""
+    (tmp_path / "x.js").write_text(bundle(ROOT / "book" / "_js"), encoding="utf-8")
+    tabs = []
+
+    def show(name: str, given: dict[str, Any]) -> Any:
+        page = tmp_path / f"{name}.html"
+        page.write_text(PAGE.format(BOX.format(name, json.dumps(given))))
+        tab = browser.new_page(viewport={"width": 800, "height": 700})
+        tab.complaints = []
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.goto(page.as_uri())
+        tabs.append(tab)
+        return tab
+
+    yield show
+    for tab in tabs:
+        assert tab.complaints == []
+        tab.close()
+
+
+def picture(tab: Any) -> str:
+    return str(tab.evaluate("document.querySelector('canvas').toDataURL()"))
+
+
+@pytest.mark.end_to_end
+def test_a_push_moves_the_spring(opened: Any) -> None:
+    tab = opened("spring", {"omega": 6.28, "gamma": 0.7})
+    tab.emulate_media(reduced_motion="reduce")
+    tab.reload()
+    tab.wait_for_function("document.querySelector('canvas').height > 100")
+    tab.wait_for_timeout(100)
+    before = picture(tab)
+    tab.wait_for_timeout(200)
+    assert picture(tab) == before, "it moves although less motion was asked for"
+    tab.get_by_role("button", name="Push").press("Enter")
+    tab.wait_for_timeout(100)
+    pushed = picture(tab)
+    assert pushed != before
+    tab.get_by_label("damping").press("End")
+    tab.get_by_role("button", name="Push").click()
+    tab.wait_for_timeout(100)
+    assert picture(tab) not in (before, pushed)
