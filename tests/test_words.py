@@ -106,7 +106,7 @@ def test_spelling(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     found = sorted(fault.split("'")[1] for fault in faults(page, tmp_path))
-    expected = ["a ", "a ", "learnt", "normalization", "per cent", "pytorch", "warmup"]
+    expected = ["a", "a", "learnt", "normalization", "per cent", "pytorch", "warmup"]
     assert found == expected
 
 
