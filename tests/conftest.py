@@ -11,6 +11,7 @@ import pytest
 from browsers import absent
 from commands import plain, work  # noqa: F401 (fixtures)
 from pictures import encoded, noise_image, write
+from stages import computed, opened  # noqa: F401 (fixtures)
 from stores import copy, one_thread, root, vae, whole  # noqa: F401 (fixtures)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tools.book import ROOT
-
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
-from explorables import bundle  # type: ignore[import-not-found]
-
-PAGE = '<html data-theme="light"><script src="x.js" defer></script><body>{}</body>'
-BOX = (
-    '<div class="explorable" data-name="{}"><img class="explorable-still" alt="">'
-    '<script type="application/json">{}</script></div>'
-)
+from stages import bundle, picture
 
 
 def modules(folder: Path, **texts: str) -> Path:
@@ -52,32 +40,6 @@ def test_other_forms_are_refused(tmp_path: Path, text: str, said: str) -> None:
     folder = modules(tmp_path, main=text, zed="export const b = 1;\n")
     with pytest.raises(ValueError, match=said):
         bundle(folder)
-
-
-@pytest.fixture
-def opened(tmp_path: Path, browser: Any) -> Any:
-    """Opens one explorable from a file, in a page of its own; collects complaints."""
-    (tmp_path / "x.js").write_text(bundle(ROOT / "book" / "_js"), encoding="utf-8")
-    tabs = []
-
-    def show(name: str, given: dict[str, Any]) -> Any:
-        page = tmp_path / f"{name}.html"
-        page.write_text(PAGE.format(BOX.format(name, json.dumps(given))))
-        tab = browser.new_page(viewport={"width": 800, "height": 700})
-        tab.complaints = []
-        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.goto(page.as_uri())
-        tabs.append(tab)
-        return tab
-
-    yield show
-    for tab in tabs:
-        assert tab.complaints == []
-        tab.close()
-
-
-def picture(tab: Any) -> str:
-    return str(tab.evaluate("document.querySelector('canvas').toDataURL()"))
 
 
 @pytest.mark.end_to_end

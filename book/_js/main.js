@@ -1,8 +1,9 @@
 // Every explorable of a page comes to life where its still picture stands.
 
+import { eigenvalue } from "./eigenvalue.js";
 import { spring } from "./spring.js";
 
-const EXPLORABLES = { spring };
+const EXPLORABLES = { eigenvalue, spring };
 
 /** Replace the still picture of each box by what its name stands for. */
 export function start() {

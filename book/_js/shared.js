@@ -66,6 +66,25 @@ export function row(parent) {
   return element;
 }
 
+/** A row for canvases, which stand below each other where there is no room. */
+export function panels(parent) {
+  const element = document.createElement("div");
+  element.className = "explorable-panels";
+  parent.append(element);
+  return element;
+}
+
+/** A line of text that changes, read aloud when it does; returns what sets it. */
+export function say(parent) {
+  const element = document.createElement("p");
+  element.className = "explorable-says";
+  element.setAttribute("role", "status");
+  parent.append(element);
+  return (text) => {
+    element.textContent = text;
+  };
+}
+
 /** A slider with its name and its value; `input.set(value)` moves it. */
 export function slider(parent, options) {
   const { label, min, max, step, value, format = String, change } = options;
@@ -158,9 +177,9 @@ export function animate(element, step) {
 
 /**
  * A rectangle of a canvas with coordinates: `at(x, y)` in pixels, `of(px, py)` back,
- * and pens for a frame with labels, lines and dots.
+ * and pens for lines, dots and shaded areas (from one corner to the other) inside it.
  */
-export function axes(pen, { left, top, width, height, x, y, labels = ["", ""] }) {
+export function axes(pen, { left, top, width, height, x, y, labels = ["", ""], title = "" }) {
   const hue = colours();
   const at = (a, b) => [
     left + ((a - x[0]) / (x[1] - x[0])) * width,
@@ -174,6 +193,7 @@ export function axes(pen, { left, top, width, height, x, y, labels = ["", ""] })
   pen.strokeRect(left, top, width, height);
   pen.fillStyle = hue.text;
   pen.textAlign = "center";
+  pen.fillText(title, left + width / 2, top - 8);
   pen.fillText(labels[0], left + width / 2, top + height + 30);
   pen.save();
   pen.translate(left - 30, top + height / 2);
@@ -181,11 +201,12 @@ export function axes(pen, { left, top, width, height, x, y, labels = ["", ""] })
   pen.fillText(labels[1], 0, 0);
   pen.restore();
   pen.fillStyle = hue.muted;
-  pen.fillText(x[0], left, top + height + 15);
-  pen.fillText(x[1], left + width, top + height + 15);
+  const text = (number) => String(number).replace("-", "−");
+  pen.fillText(text(x[0]), left, top + height + 15);
+  pen.fillText(text(x[1]), left + width, top + height + 15);
   pen.textAlign = "right";
-  pen.fillText(y[0], left - 5, top + height);
-  pen.fillText(y[1], left - 5, top + 9);
+  pen.fillText(text(y[0]), left - 5, top + height);
+  pen.fillText(text(y[1]), left - 5, top + 9);
   const clipped = (paint) => {
     pen.save();
     pen.beginPath();
@@ -194,13 +215,20 @@ export function axes(pen, { left, top, width, height, x, y, labels = ["", ""] })
     paint();
     pen.restore();
   };
-  const line = (xs, ys, colour, thick = 1.6) =>
+  const line = (xs, ys, colour, thick = 1.6, dash = []) =>
     clipped(() => {
       pen.beginPath();
       for (let i = 0; i < xs.length; i++) pen.lineTo(...at(xs[i], ys[i]));
       pen.strokeStyle = colour;
       pen.lineWidth = thick;
+      pen.setLineDash(dash);
       pen.stroke();
+    });
+  const area = (a, b, c, d, colour) =>
+    clipped(() => {
+      pen.fillStyle = colour;
+      pen.globalAlpha = 0.15;
+      pen.fillRect(...at(a, d), at(c, b)[0] - at(a, d)[0], at(c, b)[1] - at(a, d)[1]);
     });
   const dot = (a, b, colour, radius = 5) =>
     clipped(() => {
@@ -209,5 +237,5 @@ export function axes(pen, { left, top, width, height, x, y, labels = ["", ""] })
       pen.fillStyle = colour;
       pen.fill();
     });
-  return { at, of, line, dot };
+  return { at, of, line, dot, area };
 }

@@ -1,0 +1,79 @@
+"""Explorables in pages of their own, and what the modules of `book/_js` compute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.book import ROOT
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+from explorables import bundle  # type: ignore[import-not-found]
+
+__all__ = ["bundle", "computed", "opened", "picture"]
+
+PAGE = (
+    '<html data-theme="light"><meta charset="utf-8"><script src="x.js" defer></script>'
+    "<body>{}</body>"
+)
+BOX = (
+    '<div class="explorable" data-name="{}"><img class="explorable-still" alt="">'
+    '<script type="application/json">{}</script></div>'
+)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens one explorable from a file, in a page of its own; collects complaints."""
+    (tmp_path / "x.js").write_text(bundle(ROOT / "book" / "_js"), encoding="utf-8")
+    tabs = []
+
+    def show(name: str, given: dict[str, Any]) -> Any:
+        page = tmp_path / f"{name}.html"
+        page.write_text(PAGE.format(BOX.format(name, json.dumps(given))))
+        tab = browser.new_page(viewport={"width": 800, "height": 700})
+        tab.complaints = []
+        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.goto(page.as_uri())
+        tabs.append(tab)
+        return tab
+
+    yield show
+    for tab in tabs:
+        assert tab.complaints == []
+        tab.close()
+
+
+def picture(tab: Any, number: int = 0) -> str:
+    """What one of the page's canvases shows."""
+    canvas = tab.locator("canvas").nth(number)
+    return str(canvas.evaluate("e => e.toDataURL()"))
+
+
+@pytest.fixture
+def computed(tmp_path: Path, browser: Any) -> Callable[..., Any]:
+    """Calls a function of a module of `book/_js` in a browser, for several cases."""
+
+    def call(module: str, function: str, cases: list[Any]) -> Any:
+        folder = tmp_path / "modules"
+        shutil.copytree(ROOT / "book" / "_js", folder, dirs_exist_ok=True)
+        (folder / "main.js").write_text(
+            f'import {{ {function} }} from "./{module}.js";\n'
+            "const plain = (_, v) => (ArrayBuffer.isView(v) ? [...v] : v);\n"
+            f"const cases = {json.dumps(cases)};\n"
+            f"const found = () => cases.map((given) => {function}(...given));\n"
+            "export function start() {\n"
+            "  window.found = JSON.stringify(found(), plain);\n}\n"
+        )
+        tab = browser.new_page()
+        found = json.loads(tab.evaluate(f"{bundle(folder)}; found"))
+        tab.close()
+        return found
+
+    return call
