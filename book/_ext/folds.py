@@ -1,0 +1,138 @@
+"""Folded code says what it is, in one thin line, and stands where it does not disturb.
+
+- The code of a picture comes *under* it: "Code for this figure". A cell that prepares
+  one and shows nothing itself goes into the same fold.
+- What the package needs and the text does not: "Imports", "Guards", "Details".
+- The solution of an exercise: "Solution".
+
+The notebook that one downloads has all cells where they were.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from docutils import nodes
+from myst_nb.sphinx_ import HideCodeCellNode
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+NAMES = 3  # so many definitions are named in a line
+
+
+def definitions(code: str) -> list[str] | None:
+    """The names that the statements of a cell define; nothing if it only imports."""
+    body = [
+        statement
+        for statement in ast.parse(code).body
+        if not isinstance(statement, ast.Import | ast.ImportFrom)
+    ]
+    if not body:
+        return None
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [statement.name for statement in body if isinstance(statement, kinds)]
+
+
+def title_of_plumbing(code: str) -> str:
+    """What a folded cell of the package is called."""
+    names = definitions(code)
+    if names is None:
+        return "Imports"
+    checks = ("check", "_check", "__post_init__", "_refuse")
+    title = (
+        "Guards"
+        if names and all(name.startswith(checks) for name in names)
+        else "Details"
+    )
+    told = [name for name in names if not name.startswith("__")]
+    more = ", …" if len(told) > NAMES else ""
+    return f"{title}: {', '.join(told[:NAMES])}{more}" if told else title
+
+
+def parts(
+    cell: nodes.Node | None,
+) -> tuple[HideCodeCellNode | None, nodes.Element | None]:
+    """The fold of a cell, and what it shows besides."""
+    if not isinstance(cell, nodes.container) or cell.get("nb_element") != "cell_code":
+        return None, None
+    fold = next((n for n in cell.children if isinstance(n, HideCodeCellNode)), None)
+    shown = (n for n in cell.children if isinstance(n, nodes.Element) and n is not fold)
+    return fold, next(shown, None)
+
+
+def title_of_output(output: nodes.Element) -> str:
+    """What the code under a figure, a table or a text is called."""
+    if next(output.findall(nodes.table), None):
+        return "Code for this table"
+    if next(output.findall(nodes.image), None) or next(
+        output.findall(nodes.figure), None
+    ):
+        return "Code for this figure"
+    return "Code for this output"
+
+
+class NameFolds(SphinxPostTransform):
+    """Name and place the folds that MyST-NB has just made; badges come later."""
+
+    default_priority = 210
+    formats = ("html",)
+
+    def run(self, **_: Any) -> None:
+        """Called by Sphinx, once a page."""
+        for cell in list(self.document.findall(nodes.container)):
+            fold, output = parts(cell)
+            if fold is None or cell.parent is None:
+                continue
+            code = next(fold.findall(nodes.literal_block)).astext()
+            if cell["hide_mode"] == "all":
+                name, place = self.title_of_solution(cell), "solution"
+            elif "tag_export" in cell["classes"]:
+                name, place = title_of_plumbing(code), "plumbing"
+            elif output is not None:
+                name, place = title_of_output(output), "under"
+                cell.remove(fold)
+                cell.append(fold)
+            elif self.joins_figure(cell, fold):
+                continue
+            else:
+                only_imports = definitions(code) is None
+                name, place = "Imports" if only_imports else "Preparations", "plumbing"
+            fold["prompt_show"], fold["classes"] = name, [f"fold-{place}"]
+
+    def title_of_solution(self, cell: nodes.Element) -> str:
+        """The second part of a solution, after its words, is its code."""
+        before = cell.previous_sibling()
+        words = isinstance(before, nodes.Element) and (
+            "sd-dropdown" in before["classes"] or parts(before)[0] is not None
+        )
+        return "Solution in code" if words else "Solution"
+
+    def joins_figure(self, cell: nodes.Element, fold: HideCodeCellNode) -> bool:
+        """Whether the code of a cell has gone into the fold of the figure after it."""
+        after = cell.next_node(descend=False, siblings=True)
+        below, output = parts(after)
+        if below is None or output is None or after["hide_mode"] == "all":
+            return False
+        below[0:0] = fold.children
+        cell.parent.remove(cell)
+        return True
+
+
+def open_fold(self: Any, node: HideCodeCellNode) -> None:
+    """Called by Sphinx; a name that says the same, folded or not."""
+    classes = " ".join(["fold", *node["classes"]])
+    name = self.encode(node["prompt_show"])
+    self.body.append(f'<details class="{classes}">\n<summary>{name}</summary>\n')
+
+
+def close_fold(self: Any, _: HideCodeCellNode) -> None:
+    """Called by Sphinx."""
+    self.body.append("</details>\n")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx, after MyST-NB."""
+    app.add_node(HideCodeCellNode, override=True, html=(open_fold, close_fold))
+    app.add_post_transform(NameFolds)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

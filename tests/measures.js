@@ -1,0 +1,74 @@
+// What a page that fits must not have. Each function lists the faults that it sees on
+// the open page, in words; the tests expect empty lists.
+(() => {
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const seen = (e) => e.getClientRects().length > 0 && e.checkVisibility();
+
+  // Where something stands, short enough to read in a report.
+  const where = (e) => {
+    const names = [];
+    for (let at = e; at && at.tagName !== "ARTICLE" && names.length < 4; at = at.parentElement) {
+      names.unshift(at.tagName.toLowerCase() + (at.id ? `#${at.id}` : at.classList.length ? `.${at.classList[0]}` : ""));
+      if (at.id) break;
+    }
+    const text = (e.textContent || "").trim().replace(/\s+/g, " ").slice(0, 50);
+    return `${names.join(" > ")} "${text}"`;
+  };
+
+  // How far the contents of an element reach over its right edge.
+  const excess = (e) => e.scrollWidth - e.clientWidth;
+  const scrolls = (e) => excess(e) > 1 && /auto|scroll/.test(getComputedStyle(e).overflowX);
+
+  const wide = (selector) =>
+    all(selector).filter((e) => seen(e) && excess(e) > 1)
+      .map((e) => `${excess(e)} px are cut: ${where(e)}`);
+
+  // Formulas within a line that reach over the edge of their paragraph.
+  const wideInline = () =>
+    all("article mjx-container:not([display])").filter(seen).flatMap((e) => {
+      const box = e.closest("td, th, figcaption, caption, li, dd, p, summary") || e.parentElement;
+      const over = e.getBoundingClientRect().right - box.getBoundingClientRect().right;
+      return over > 2 && !e.closest(".scrolls") ? [`${Math.round(over)} px over the edge: ${where(e)}`] : [];
+    });
+
+  window.measures = {
+    equations: () => [
+      ...wide("article mjx-container[display], article div.math"),
+      ...wideInline(),
+    ],
+    code: () => wide("article pre"),
+    tables: () => wide("article .pst-scrollable-table-container, article .table-wrapper"),
+
+    // The page itself never moves sideways.
+    body: () => {
+      const width = document.documentElement.clientWidth;
+      if (document.documentElement.scrollWidth <= width) return [];
+      return all("body *").filter((e) => seen(e) && e.getBoundingClientRect().right > width + 1)
+        .slice(0, 5).map((e) => `${Math.round(e.getBoundingClientRect().right)} px: ${where(e)}`);
+    },
+
+    // What scrolls says so, has a name and can be reached without a mouse.
+    silentScrollers: () =>
+      all("article *").filter((e) => seen(e) && scrolls(e) &&
+        !(e.classList.contains("scrolls") && e.tabIndex === 0 && e.getAttribute("aria-label")))
+        .map(where),
+
+    // Formulas are read, not stopped at.
+    tabStops: () => all("article mjx-container[tabindex], article mjx-container [tabindex]").filter((e) => e.tabIndex === 0 && !e.classList.contains("scrolls")).map(where),
+
+    // What one clicks is called what it says; what one moves has a name.
+    names: () => [
+      ...all("summary, button").filter((e) => seen(e) && !(e.getAttribute("aria-label") || e.textContent.trim() || e.title)),
+      ...all("summary[aria-label]").filter((e) => e.getAttribute("aria-label").trim() !== e.innerText.trim()),
+      ...all("input:not([type=hidden]), select, canvas:not([aria-hidden])").filter((e) => seen(e) &&
+        !(e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || e.labels?.length || e.placeholder || e.title)),
+    ].map(where),
+
+    // In the dark no box of the page is light.
+    slabs: () =>
+      all("article, article *").filter(seen).flatMap((e) => {
+        const [r, g, b, a = 1] = (getComputedStyle(e).backgroundColor.match(/[\d.]+/g) || []).map(Number);
+        return a > 0.5 && 0.2126 * r + 0.7152 * g + 0.0722 * b > 110 ? [`${getComputedStyle(e).backgroundColor}: ${where(e)}`] : [];
+      }),
+  };
+})();
