@@ -1,24 +1,76 @@
-// What is wider than its place: formulas shrink as far as one can read them; what is
-// still too wide scrolls, shows that it does, has a name and is reached by keyboard.
+// What is wider than its place. A formula breaks where its parts are apart, then before
+// its relations, then before its sums, then shrinks as far as one can read it. What is still too wide scrolls,
+// shows that it does, has a name and is reached by keyboard.
 (() => {
   "use strict";
-  const SMALLEST = 0.66; // of the size of a formula
+  const SMALLEST = 0.7; // of the size of a formula
   const KINDS = {
     "article pre": "Code",
     "article div.math > mjx-container": "Formula",
     "article .pst-scrollable-table-container, article .table-wrapper": "Table",
   };
+  const BREAKS = [ // what comes first is tried first
+    ["relation", /[=<>≤≥≈∝∼≡⟺⟹≪≫]/],
+    ["sum", /[+−]/],
+  ];
+  const STAGES = ["broken", "broken-relation", "broken-sum"];
 
-  function shrink(box) {
-    const place = box.parentElement;
+  const tooWide = (box) => box.scrollWidth > box.clientWidth + 1;
+
+  // The lines of a formula: all of it, or the cells of an aligned one.
+  function lines(part) {
+    const inside = [...part.children].filter((child) => child.tagName !== "MJX-TSTRUT");
+    const only = inside.length === 1 ? inside[0] : null;
+    if (only?.tagName === "MJX-MROW") return lines(only);
+    if (only?.tagName !== "MJX-MTABLE") return [part];
+    const cells = only.querySelectorAll(
+      ":scope > mjx-table > mjx-itable > mjx-mtr > mjx-mtd, :scope > mjx-table > mjx-itable > mjx-mlabeledtr > mjx-mtd");
+    return [...cells].flatMap(lines);
+  }
+
+  // Mark where a line may break: at a quad, and before a relation or a sum, but not
+  // before the first of a line.
+  function prepare(formula) {
+    for (const line of lines(formula.querySelector("mjx-math"))) {
+      let first = true;
+      for (const part of line.children) {
+        if (part.querySelector(":scope > mjx-mspace")?.style.width === "2em") {
+          part.classList.add("break");
+          first = true;
+        } else if (part.tagName === "MJX-MO") {
+          const [kind] = BREAKS.find(([, signs]) => signs.test(text(part))) ?? [];
+          if (kind && !first) {
+            const spacer = document.createElement("mjx-mspace");
+            spacer.className = `may-break ${kind}`;
+            part.before(spacer);
+          }
+          if (kind === "relation") first = false;
+        }
+      }
+    }
+  }
+
+  // The characters of an operator; MathJax writes them into the names of classes.
+  function text(part) {
+    return [...part.querySelectorAll("mjx-c")].map((c) =>
+      String.fromCodePoint(parseInt(c.className.match(/mjx-c([0-9A-F]+)/)?.[1] ?? "20", 16))).join("");
+  }
+
+  function fold(formula) {
+    const place = formula.parentElement;
     place.style.fontSize = "";
-    const share = box.clientWidth / box.scrollWidth;
+    formula.classList.remove(...STAGES);
+    for (const name of STAGES) {
+      if (!tooWide(formula)) return;
+      formula.classList.add(name);
+    }
+    const share = formula.clientWidth / formula.scrollWidth;
     if (share < 1) place.style.fontSize = `${100 * Math.max(0.98 * share, SMALLEST)}%`;
   }
 
   function mark(box, kind) {
-    if (kind === "Formula") shrink(box);
-    const wide = box.scrollWidth > box.clientWidth + 1;
+    if (kind === "Formula") fold(box);
+    const wide = tooWide(box);
     if (wide === box.classList.contains("scrolls")) return;
     box.classList.toggle("scrolls", wide);
     if (wide) {
@@ -43,6 +95,7 @@
     });
     for (const [selector, kind] of Object.entries(KINDS)) {
       for (const box of document.querySelectorAll(selector)) {
+        if (kind === "Formula") prepare(box);
         kinds.set(box, kind);
         box.addEventListener("scroll", fade, { passive: true });
         observer.observe(box);
