@@ -10,7 +10,9 @@ import base64
 import hashlib
 import html
 import io
+import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.core.getipython import get_ipython
 from IPython.display import HTML, Markdown, display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from PIL import Image
 
 __all__ = ["COLORS", "frame_player", "image_grid", "recorded", "table", "use_style"]
@@ -52,6 +56,7 @@ def use_style() -> None:
             "axes.spines.right": False,
             "axes.titlesize": 11,
             "axes.labelsize": 10,
+            "axes.facecolor": "none",
             "axes.grid": False,
             "figure.figsize": (7.0, 3.2),
             "figure.constrained_layout.use": True,
@@ -68,10 +73,167 @@ def use_style() -> None:
             "ytick.labelsize": 9,
         }
     )
-    if get_ipython() is not None:
+    shell = get_ipython()
+    if shell is not None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("svg", metadata={"Date": None})
+        set_matplotlib_formats("svg")  # and no other
+        shell.display_formatter.formatters["image/svg+xml"].for_type(Figure, _svg)
+
+
+def _svg(fig: Figure) -> str:
+    """A figure as SVG; for the site, not in JupyterLab, with its narrow drawing inside.
+
+    The site's extension `figures` takes the two apart.
+    """
+    if "JPY_SESSION_NAME" in os.environ:
+        return _drawn(fig)
+    _keep_colours(fig)
+    wide = _drawn(fig)
+    if not narrow(fig):
+        return wide
+    inside = _drawn(fig)
+    inside = inside[inside.index("<svg") :]
+    end = wide.rindex("</svg>")
+    return f'{wide[:end]}<metadata id="narrow">{inside}</metadata>\n</svg>\n'
+
+
+def _drawn(fig: Figure) -> str:
+    """A figure as SVG, cut to what is drawn."""
+    buffer = io.StringIO()
+    fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _keep_colours(fig: Figure) -> None:
+    """Name what lies on a picture or on a colour: it stays so in the dark theme."""
+    if not any(ax.texts or ax.images for ax in fig.axes):
+        return
+    fig.draw_without_rendering()
+    numbers = itertools.count()
+    for ax in fig.axes:
+        pictures = [image.get_window_extent() for image in ax.images]
+        fills = [
+            (patch, [patch.get_path()], patch.get_facecolor()) for patch in ax.patches
+        ]
+        fills += [(c, c.get_paths(), c.get_facecolor()) for c in ax.collections]
+        colours = [
+            (artist, path)
+            for artist, paths, faces in fills
+            for path, face in zip(
+                paths, itertools.cycle(mpl.colors.to_rgba_array(faces))
+            )
+            if face[3] > 0.5 and np.ptp(face[:3]) > 0.1
+        ]
+        for artist in (*ax.texts, *ax.lines, *ax.patches):
+            box = artist.get_window_extent()
+            middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+            if any(picture.contains(*middle) for picture in pictures) or (
+                artist in ax.texts
+                and mpl.colors.to_rgb(artist.get_color()) == (0, 0, 0)
+                and any(
+                    path.contains_point(middle, patch.get_transform())
+                    for patch, path in colours
+                )
+            ):
+                artist.set_gid(f"keep-{next(numbers)}")
+
+
+PHONE = 4.0  # inches; at 350 pixels a text of 9 points is then 10 pixels high
+
+
+def narrow(fig: Figure) -> bool:
+    """Rearrange a figure for a phone, and say whether that was needed.
+
+    Panels of a row stand one under another, pictures two or more abreast; of two or
+    three rows, each becomes a column. Twins, colour bars and insets move along with
+    their axes. A legend that is too wide stands above all panels.
+    """
+    width, height = fig.get_size_inches()
+    places: dict[tuple[int, int], list[Axes]] = {}
+    spans = False
+    for ax in fig.axes:
+        spec = ax.get_subplotspec()
+        if spec is not None:
+            spans |= len(spec.rowspan) > 1 or len(spec.colspan) > 1
+            place = spec.rowspan.start, spec.colspan.start
+            places.setdefault(place, []).append(ax)
+    if width <= PHONE or not places:
+        return False
+    panels = [axes for _, axes in sorted(places.items())]  # twins share one
+    rows, columns = panels[0][0].get_gridspec().get_geometry()
+    square = all(axes[0].get_aspect() != "auto" for axes in panels)
+
+    abreast = columns
+    if rows == 1:
+        bare = square and not any(axes[0].get_yticks().size for axes in panels)
+        most = 4 if bare else 2 if all(axes[0].images for axes in panels) else 1
+        abreast = -(-columns // -(-columns // most))
+    elif max(rows, columns) <= 3 and len(panels) == rows * columns:
+        abreast = rows
+        panels = [panels[r * columns + c] for c in range(columns) for r in range(rows)]
+    if spans or abreast == columns:
+        tall = height * PHONE / width if square else min(height, 2.6 * rows)
+        fig.set_size_inches(PHONE, tall)
+    else:
+        _restack(fig, panels, abreast, min(height / rows, 2.4))
+    fig.set_layout_engine("constrained")
+    for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)]:
+        if legend is not None:
+            _fit_legend(fig, legend)
+    return True
+
+
+def _restack(fig: Figure, panels: list[list[Axes]], abreast: int, tall: float) -> None:
+    """Put panels into a new grid of this many columns, each with its own labels."""
+    heights = []
+    for start in range(0, len(panels), abreast):
+        row = [axes[0] for axes in panels[start : start + abreast]]
+        heights.append(
+            max(
+                tall if ax.get_aspect() == "auto" else _picture_height(ax, abreast)
+                for ax in row
+            )
+        )
+    fig.set_size_inches(PHONE, sum(heights))
+    grid = fig.add_gridspec(len(heights), abreast, height_ratios=heights)
+    for k, axes in enumerate(panels):
+        for ax in axes:
+            ax.set_subplotspec(grid[k // abreast, k % abreast])
+        _label(axes[0])
+
+
+def _picture_height(ax: Axes, abreast: int) -> float:
+    """Inches for axes of a fixed shape, with a line of text."""
+    shape = ax.get_data_ratio() * float(ax.get_aspect())
+    return min(PHONE / abreast, 0.8 * PHONE) * shape + 0.3
+
+
+def _label(ax: Axes) -> None:
+    """Write at these axes what a neighbour with the same scale carried for both."""
+    for name, side in (("x", "bottom"), ("y", "left")):
+        neighbours = getattr(ax, f"get_shared_{name}_axes")().get_siblings(ax)
+        labels = [getattr(other, f"get_{name}label")() for other in neighbours]
+        if len(neighbours) > 1:
+            ax.tick_params(axis=name, which="both", **{f"label{side}": True})
+            getattr(ax, f"set_{name}label")(labels[neighbours.index(ax)] or max(labels))
+
+
+def _fit_legend(fig: Figure, legend: Legend) -> None:
+    """Put a legend that is too wide above the figure, in as many columns as fit."""
+    renderer = fig.canvas.get_renderer()
+    if legend.get_window_extent(renderer).width < 0.85 * fig.bbox.width:
+        return
+    widest = max(text.get_window_extent(renderer).width for text in legend.texts)
+    room = fig.bbox.width / (widest + 4 * fig.dpi / 72 * legend.texts[0].get_fontsize())
+    fig.legend(
+        legend.legend_handles,
+        [text.get_text() for text in legend.texts],
+        loc="outside upper center",
+        ncols=max(1, int(room)),
+        fontsize=legend.texts[0].get_fontsize(),
+    )
+    legend.remove()
 
 
 def recorded(name: str) -> Any:
@@ -169,39 +331,48 @@ def image_grid(
     return fig
 
 
-def _png(frame: Any, upscale: int, dpi: int) -> bytes:
-    """One frame as a PNG file: an array in [0, 1], or a figure, then closed."""
+def _png(frame: Any, upscale: int) -> bytes:
+    """An array with values in [0, 1] as a PNG file."""
+    values = _as_array(frame)
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] != 3):
+        raise ValueError(
+            f"a frame is (H, W), (H, W, 3) or a figure, got an array of {values.shape}"
+        )
+    values = np.rint(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
+    picture = Image.fromarray(values.repeat(upscale, axis=0).repeat(upscale, axis=1))
     buffer = io.BytesIO()
-    if isinstance(frame, Figure):
-        frame.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-        plt.close(frame)
-        # A palette of 256 colours is indistinguishable for line art and a third of the
-        # size.
-        picture = (
-            Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        )
-        buffer = io.BytesIO()
-    else:
-        values = _as_array(frame)
-        if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[-1] != 3):
-            raise ValueError(
-                "a frame is (H, W), (H, W, 3) or a figure, got an array of "
-                f"{values.shape}"
-            )
-        values = np.rint(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
-        picture = Image.fromarray(
-            values.repeat(upscale, axis=0).repeat(upscale, axis=1)
-        )
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
+def _frame(frame: Any, upscale: int) -> tuple[str, str, tuple[int, int]]:
+    """What a player holds of a frame, its first source, and its size in pixels.
+
+    A figure becomes SVG without a ground, and is closed.
+    """
+    if isinstance(frame, Figure):
+        text = io.StringIO()
+        frame.savefig(text, format="svg", facecolor="none", metadata={"Date": None})
+        plt.close(frame)
+        width, height = frame.get_size_inches() * 96
+        svg = text.getvalue()
+        svg = svg[svg.index("<svg") :]
+        encoded = base64.b64encode(svg.encode()).decode()
+        source = f"data:image/svg+xml;base64,{encoded}"
+        return svg, source, (round(width), round(height))
+    file = _png(frame, upscale)
+    encoded = base64.b64encode(file).decode()
+    size = Image.open(io.BytesIO(file)).size
+    return encoded, f"data:image/png;base64,{encoded}", size
+
+
 _PLAYER = """\
-<{box} class="frame-player" id="{uid}">
-<img src="{first}" alt="{alt}" width="{width}" height="{height}">
+<{box} class="frame-player" id="{uid}" data-dark="{{}}">
+<img src="{first}" alt="{alt}" width="{width}" height="{height}" class="{kind}">
 <div class="frame-player-controls">
 <button type="button" aria-label="Play" title="Play or pause">&#9654;</button>
-<input type="range" min="0" max="{last}" step="1" value="{start}" aria-label="Frame">
+<input type="range" min="0" max="{last}" step="1" value="{start}"
+ aria-label="Frame of: {alt}">
 <output>{label}</output>
 </div>{caption}
 <script>
@@ -212,9 +383,18 @@ _PLAYER = """\
   const [image, range, output, button] =
     ["img", "input", "output", "button"].map((name) => box.querySelector(name));
   let timer = null;
+  // On the site's dark theme, drawings have the colours that stand here.
+  const dark = JSON.parse(box.dataset.dark);
+  const root = document.documentElement;
+  const painted = (svg) => root.dataset.theme !== "dark" ? svg : svg
+    .replace("<svg", `<svg fill="${{dark["#000000"] ?? "#000000"}}"`)
+    .replace(/#[0-9a-f]{{6}}\\b/g, (colour) => dark[colour] ?? colour);
+  const source = (frame) => frame.startsWith("<")
+    ? "data:image/svg+xml," + encodeURIComponent(painted(frame))
+    : "data:image/png;base64," + frame;
   const show = () => {{
     const i = Number(range.value);
-    image.src = "data:image/png;base64," + frames[i];
+    image.src = source(frames[i]);
     output.textContent = labels[i];
     range.setAttribute("aria-valuetext", labels[i]);
   }};
@@ -241,6 +421,7 @@ _PLAYER = """\
   // Someone who asked for less motion moves through the frames by hand.
   if (window.matchMedia("(prefers-reduced-motion: reduce)").matches)
       button.hidden = true;
+  new MutationObserver(show).observe(root, {{attributeFilter: ["data-theme"]}});
   show();
 }})();
 </script>
@@ -257,7 +438,6 @@ def frame_player(
     start: int = 0,
     upscale: int = 1,
     interval: int = 500,
-    dpi: int = 96,
 ) -> HTML:
     """Precomputed frames with a slider and a play button; needs no kernel.
 
@@ -276,29 +456,29 @@ def frame_player(
             "alt: say in a sentence what the frames show, for someone who cannot "
             "see them"
         )
-    files = [_png(frame, upscale, dpi) for frame in frames]
-    width, height = Image.open(io.BytesIO(files[0])).size
+    held, sources, sizes = zip(
+        *(_frame(frame, upscale) for frame in frames), strict=True
+    )
+    width, height = sizes[0]
     names = [str(label) for label in labels]
-    start %= len(files)
-    digest = hashlib.sha256(
-        b"".join(files) + "".join([alt, caption, *names]).encode()
-    ).hexdigest()
-    encoded = [base64.b64encode(file).decode() for file in files]
+    start %= len(held)
+    digest = hashlib.sha256("".join([*held, alt, caption, *names]).encode()).hexdigest()
     return HTML(
         _PLAYER.format(
             box="figure" if caption else "div",
             uid=f"player-{digest[:12]}",
-            first=f"data:image/png;base64,{encoded[start]}",
+            first=sources[start],
+            kind="drawing" if held[start].startswith("<") else "dark-light",
             alt=html.escape(alt, quote=True),
             width=width,
             height=height,
-            last=len(files) - 1,
+            last=len(held) - 1,
             start=start,
             label=html.escape(names[start]),
             caption=f"\n<figcaption>{html.escape(caption)}</figcaption>"
             if caption
             else "",
-            frames=json.dumps(encoded),
+            frames=json.dumps(held).replace("</", "<\\/"),
             labels=json.dumps(names).replace("</", "<\\/"),
             interval=interval,
         )

@@ -87,7 +87,7 @@ def _box(x: int, y: int, color: str, number: int, title: str) -> list[str]:
         f'<rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6" '
         f'fill="{color}" '
         f'fill-opacity="0.08" stroke="{color}" stroke-width="1.4"/>',
-        f'<text x="{x + 5}" y="{y + 11}" font-size="9" fill="{color}">{number}</text>',
+        f'<text x="{x + 5}" y="{y + 11}" font-size="10" fill="{color}">{number}</text>',
         *(
             f'<text x="{x + BOX[0] // 2}" y="{top + 14 * i:.0f}" text-anchor="middle" '
             f'fill="#222">{escape(line)}</text>'
