@@ -59,7 +59,8 @@ def exercises(text: str) -> list[str]:
             faults.append(f"{title}: paragraphs begin with {starts}")
     for number, asked in given.items():
         if re.match(r"\*\*A (?:proof|reading)\.\*\* ", asked):
-            pass
+            if number not in answered:
+                faults.append(f"exercise {number} has no answer: {asked[:40]!r}")
         elif re.match(OTHER, asked):
             faults.append(f"exercise {number} is of a kind: {asked[:40]!r}")
     return faults
@@ -91,6 +92,16 @@ def test_a_page_has_the_forms_of_the_book(path: Path) -> None:
     assert not questions(text) + exercises(text) + tables(text)
 
 
+def test_a_chapter_has_one_exercise_of_each_kind() -> None:
+    lack = {}
+    for path in PAGES[3:-1]:
+        section = part(path.read_text(encoding="utf-8"), "Exercises")
+        missing = [kind for kind in KINDS if f"**{kind}.**" not in section]
+        if missing:
+            lack[path.stem] = missing
+    assert not lack
+
+
 ITEM = "## Exercises\n\n1. **A proof.** Show that it is.\n2. Count.\n"
 ANSWER = "\n```{dropdown} Answer to 1\nThus.\n```\n"
 
@@ -107,6 +118,7 @@ ANSWER = "\n```{dropdown} Answer to 1\nThus.\n```\n"
         ),
         (questions, "## Questions\n\n```{dropdown} Why `f`?\nSo.\n```\n", "not a"),
         (exercises, ITEM + ANSWER, None),
+        (exercises, ITEM, "exercise 1 has no answer"),
         (exercises, ITEM + ANSWER.replace("Answer to 1", "The proof"), "'The proof'"),
         (exercises, ITEM + ANSWER + ANSWER, "more than one"),
         (
