@@ -37,9 +37,8 @@ venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.
 	@$(RUN) -c 'import matplotlib.font_manager' 2>/dev/null  # or its first use would print into a chapter
 	@mkdir -p $(VENV)/etc/ipython && echo 'c.IPKernelApp.log_level = 40' > $(VENV)/etc/ipython/ipython_kernel_config.py  # or each kernel would warn of TCP
 
-export: venv ## write diffussm/ from the chapters, and the path through the book
+export: venv ## write diffussm/ from the chapters
 	@$(RUN) -m tools.export
-	@$(RUN) -m tools.overview
 
 fresh: export
 	@$(RUN) -m tools.cache

@@ -4,7 +4,6 @@ and how long things are.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -104,14 +103,11 @@ def test_names_that_nobody_takes_are_found(tmp_path: Path) -> None:
     assert unused_names(tmp_path) == ["alpha.a", "alpha.e"]
 
 
-def test_readme_and_index_name_every_room() -> None:
+def test_readme_names_every_room() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    index = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
     for chapter in chapters():
         if chapter.module:
             assert f"`{chapter.module}`" in readme, chapter.module
-        label = re.search(r"^\((ch-[\w-]+)\)=$", chapter.path.read_text(), re.MULTILINE)
-        assert label and f"{{ref}}`{label[1]}`" in index, chapter.name
 
 
 def test_each_module_has_tests_of_its_name() -> None:

@@ -42,16 +42,6 @@ def test_types_hold() -> None:
     run("mypy")
 
 
-def test_overview_has_a_box_for_each_chapter() -> None:
-    run("tools.overview", "--check")
-    figure = (ROOT / "book" / "figures" / "overview.svg").read_text()
-    numbers = re.findall(r'font-size="9"[^>]*>(\d+)</text>', figure)
-    toc = (ROOT / "_toc.yml").read_text().split("caption: Appendix")[0]
-    count = len(re.findall(r"file: book/\d", toc))
-    assert [int(number) for number in numbers] == list(range(1, count + 1))
-    assert figure.count("<rect") == 1 + count  # the ground, and the boxes
-
-
 @pytest.mark.slow
 def test_chapters_are_stored_as_jupytext_writes_them() -> None:
     run("tools.tidy", "--check")

@@ -1,9 +1,13 @@
-"""A badge with the module's name on every cell that belongs to the package."""
+"""A badge with the module's name on every cell that belongs to the package.
+
+It leads to the module's reference; and the reference leads to the badge.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from api_reference import definitions
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -29,7 +33,12 @@ class AddBadges(SphinxPostTransform):
                 and "tag_export" in cell["classes"]
             ):
                 badge = nodes.container(classes=["export-badge"])
-                badge += nodes.inline(text=f"diffussm.{module}")
+                name = f"diffussm.{module}"
+                address = f"api.html#{nodes.make_id(f'api {name}')}"
+                link = nodes.reference("", name, refuri=address, internal=True)
+                badge += nodes.inline("", "", link)
+                code = next(cell.findall(nodes.literal_block))
+                badge["ids"] = [f"def-{name}" for name in definitions(code.astext())]
                 cell.insert(0, badge)
 
 

@@ -1,0 +1,143 @@
+"""What a page says of itself: one title, a description, a picture for a shared link.
+
+Beside the pages there are the front door, `index.html`, which leads on to the first
+page, and `404.html`, for an address that does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from PIL import Image, ImageDraw, ImageFont
+from sphinx.application import Sphinx
+
+CARD = "_static/card.png"
+LENGTH = 200  # characters of a description: search engines show no more
+DOOR = """<!DOCTYPE html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8" />
+    <meta name="viewport" content="width=device-width, initial-scale=1" />
+    <title>{title}</title>
+    <meta name="description" content="{description}" />
+    <meta property="og:title" content="{title}" />
+    <meta property="og:description" content="{description}" />
+    <meta property="og:image" content="{base}{card}" />
+    <link rel="icon" href="{base}_static/logo.svg" />
+    {refresh}
+    <style>
+      :root {{ color-scheme: light dark; }}
+      body {{ font: 1.125rem/1.6 system-ui, sans-serif; }}
+      main {{ margin: 15vh auto; max-width: 36rem; padding: 0 1rem; }}
+    </style>
+  </head>
+  <body>
+    <main>
+      <h1>{heading}</h1>
+      <p>{words}</p>
+      <p><a href="{base}{first}">Read the book</a></p>
+    </main>
+  </body>
+</html>
+"""
+
+
+def describe(doctree: nodes.document) -> str:
+    """The first sentences of a page, as many as a search engine shows.
+
+    A sentence with a formula is left out: there it would be raw TeX.
+    """
+    said = ""
+    for paragraph in doctree.findall(nodes.paragraph):
+        parents = paragraph.parent["classes"]
+        if "preface" in parents or "cell_output" in parents:
+            continue
+        shown = paragraph.deepcopy()
+        for formula in list(shown.findall(nodes.math)):
+            formula.replace_self(nodes.Text("\0"))
+        text = re.sub(r"\s+", " ", shown.astext())
+        for sentence in re.split(r"(?<=[.?!]) (?=[A-Z*])", text):
+            if "\0" in sentence or (said and len(said) + len(sentence) >= LENGTH):
+                continue
+            said = f"{said} {sentence}".strip()
+        if len(said) > LENGTH / 2:
+            break
+    if len(said) <= LENGTH:
+        return said
+    return said[:LENGTH].rpartition(" ")[0].rstrip(",;: ") + " …"
+
+
+def add_head(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Give the layout what it puts into the head of a page."""
+    book = app.config.html_title
+    title = re.sub(r"<[^>]*>", "", context.get("title", ""))
+    context["page_title"] = title if title in ("", book) else f"{title} — {book}"
+    context["description"] = (
+        describe(doctree) if doctree else ""
+    ) or f"{title}. {book}."
+    base = app.config.html_baseurl
+    context["card"] = base + CARD if base else context["pathto"](CARD, 1)
+    # docutils adds a second viewport.
+    context["metatags"] = re.sub(
+        r'\s*<meta name="viewport"[^>]*>', "", context.get("metatags", "")
+    )
+
+
+def draw_card(title: str, picture: Path) -> Image.Image:
+    """The picture that goes with a shared link: the title, and drawn digits."""
+    card = Image.new("RGB", (1200, 630), "#101820")
+    with Image.open(picture) as drawn:
+        digits = drawn.convert("RGB").crop((22, 0, drawn.width, drawn.height))
+    scale = card.height / digits.height
+    size = round(digits.width * scale), card.height
+    digits = digits.resize(size, Image.Resampling.NEAREST)
+    card.paste(digits, (card.width - digits.width, 0))
+    draw = ImageDraw.Draw(card)
+    for line, word in enumerate(title.split()):
+        draw.text((60, 150 + 104 * line), word, "#ffffff", ImageFont.load_default(92))
+    return card.quantize(32)
+
+
+def write_doors(app: Sphinx, failed: Exception | None) -> None:
+    """Write `index.html`, `404.html` and the card."""
+    if failed or app.builder.format != "html":
+        return
+    out, first = Path(app.outdir), f"{app.config.root_doc}.html"
+    title = app.config.html_title
+    said = {
+        "title": escape(title),
+        "base": escape(app.config.html_baseurl),
+        "card": CARD,
+        "first": first,
+        "description": "Diffusion models without attention, built again from the first "
+        "equation: a book that is its own Python package.",
+    }
+    door = DOOR.format(
+        **said,
+        refresh=f'<meta http-equiv="refresh" content="0; url={first}" />',
+        heading=escape(title),
+        words=said["description"],
+    )
+    (out / "index.html").write_text(door, encoding="utf-8")
+    lost = DOOR.format(
+        **said,
+        refresh='<meta name="robots" content="noindex" />',
+        heading="There is no such page",
+        words="It may have moved: the list of all chapters is on the first page.",
+    )
+    (out / "404.html").write_text(lost, encoding="utf-8")
+    picture = Path(app.srcdir, "book", "figures", "samples.png")
+    draw_card(title, picture).save(out / CARD, optimize=True)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("html-page-context", add_head, priority=900)
+    app.connect("build-finished", write_doors, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

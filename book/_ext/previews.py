@@ -1,0 +1,151 @@
+"""What `preview.js` shows beside a link: collected here, page by page.
+
+Each page that is written leaves its texts in a file beside Sphinx's own; in the end
+they become one script, which is loaded only when somebody rests on a link.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from page_head import describe
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+NOTATION = "book/notation"
+IMAGES = 4  # of a figure
+# "u(t), u_k" are two symbols, "f(a, b)" is one.
+COMMA = re.compile(r",\s*(?![^(]*\))")
+
+
+class Pages:
+    """Nodes of one page as HTML."""
+
+    def __init__(self, app: Sphinx) -> None:
+        self.render = app.builder.render_partial  # type: ignore[attr-defined]
+
+    def html(self, *parts: nodes.Node) -> str:
+        """Nodes as they stand on the page, without anchors."""
+        text = "".join(self.render(part)["fragment"] for part in parts)
+        text = re.sub(r'<a class="headerlink".*?</a>', "", text)
+        return re.sub(r' id="[^"]*"', "", text).strip()
+
+    def about(self, node: nodes.Element) -> str:
+        """What is shown for a target: the thing itself, or its title and beginning."""
+        match node:
+            case nodes.math_block() | nodes.citation():
+                return self.html(node)
+            case nodes.figure():
+                images = list(node.findall(nodes.image))[:IMAGES]
+                words = node.next_node(nodes.caption)
+                return self.html(*images) + self.paragraph(words)
+            case nodes.table():
+                return self.paragraph(node.next_node(nodes.title))
+            case nodes.term():
+                meaning = node.parent.next_node(nodes.definition)
+                return self.paragraph(node, "strong") + self.html(*meaning.children)
+            case addnodes.desc_signature():
+                first = node.parent.next_node(nodes.paragraph)
+                name = f"<p><code>{escape(node.astext())}</code></p>"
+                return name + self.paragraph(first)
+        title = self.paragraph(node.next_node(nodes.title), "strong")
+        return title + f"<p>{escape(describe(node))}</p>"
+
+    def paragraph(self, node: nodes.Element | None, tag: str = "span") -> str:
+        """The text of a caption, a title or a term."""
+        if node is None:
+            return ""
+        inside = nodes.paragraph("", "", *(child.deepcopy() for child in node.children))
+        return (
+            self.html(inside)
+            .replace("<p>", f"<p><{tag}>")
+            .replace("</p>", f"</{tag}></p>")
+        )
+
+
+def targets(doctree: nodes.document) -> Iterator[tuple[nodes.Element, list[str]]]:
+    """What on a page can be referred to, with its anchors."""
+    kinds = (
+        nodes.math_block,
+        nodes.citation,
+        nodes.figure,
+        nodes.table,
+        nodes.term,
+        addnodes.desc_signature,
+        nodes.section,
+    )
+    for node in doctree.findall(lambda n: isinstance(n, kinds)):
+        # A section that has but one anchor has no label.
+        if node["ids"] and (
+            len(node["ids"]) > 1 or not isinstance(node, nodes.section)
+        ):
+            yield node, node["ids"]
+
+
+def symbols(pages: Pages, doctree: nodes.document) -> dict[str, str]:
+    """The rows of the page of notation, by symbol."""
+    found: dict[str, str] = {}
+    for row in doctree.findall(nodes.row):
+        if isinstance(row.parent, nodes.thead):
+            continue
+        symbol, *cells = row.children
+        said = [pages.html(*cell.children) for cell in cells if cell.astext()]
+        text = pages.html(*symbol.children) + "".join(said)
+        for formula in symbol.findall(nodes.math):
+            whole = formula.astext()
+            for name in {whole, *COMMA.split(whole)}:
+                found[name] = found.get(name, "") + text
+    return found
+
+
+def collect(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Called by Sphinx for each page that is written."""
+    if not doctree or app.builder.format != "html":
+        return
+    pages, address = Pages(app), f"{page}.html"
+    texts = {
+        f"{address}#{anchor}": text
+        for node, anchors in targets(doctree)
+        if (text := pages.about(node))
+        for anchor in anchors
+    }
+    top = doctree.next_node(nodes.section)
+    if top is not None:
+        texts[address] = pages.about(top)
+    kept = {"targets": texts, "symbols": {}}
+    if page == NOTATION:
+        kept["symbols"] = symbols(pages, doctree)
+    file = Path(app.doctreedir, "previews", f"{page}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def write(app: Sphinx, failed: Exception | None) -> None:
+    """Write the script, when all pages are there."""
+    whole: dict[str, dict[str, str]] = {"targets": {}, "symbols": {}}
+    folder = Path(app.doctreedir, "previews")
+    for page in sorted(app.env.found_docs):
+        file = folder / f"{page}.json"
+        if file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            for key, texts in whole.items():
+                texts.update(kept[key])
+    if not failed and app.builder.format == "html":
+        script = Path(app.outdir, "_static", "previews.js")
+        script.write_text(f"window.PREVIEWS = {json.dumps(whole)};\n", encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.add_js_file("preview.js", loading_method="defer")
+    app.connect("html-page-context", collect)
+    app.connect("build-finished", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,284 @@
+"""What stands around the chapters: icons, heads of pages, the front door.
+
+What needs the rendered book reads its files, without a browser.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsers import absent
+from docutils.core import publish_doctree
+
+from tools.book import ROOT, reading_order
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+
+import api_reference
+import page_head
+import previews
+
+from tools.overview import parts, path
+
+HTML = ROOT / "_build" / "html"
+STATIC = ROOT / "book" / "_static"
+
+
+class Page(HTMLParser):
+    """A rendered page: its tags with their attributes, in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def meta(self, name: str) -> list[str]:
+        return [
+            m["content"]
+            for m in self.all("meta")
+            if name in (m.get("name"), m.get("property"))
+        ]
+
+
+@pytest.fixture(scope="session")
+def pages() -> dict[str, Page]:
+    """The rendered book, by the pages' names; `index`, `404` and the others too."""
+    for page in reading_order():
+        if not (HTML / f"{page}.html").exists():
+            absent(
+                f"{page}.html is not built: run `make book`", "DIFFUSSM_REQUIRE_BOOK"
+            )
+    return {
+        str(path.relative_to(HTML).with_suffix("")): Page(path)
+        for path in [*HTML.glob("*.html"), *HTML.glob("book/*.html")]
+    }
+
+
+def described(text: str) -> str:
+    return page_head.describe(publish_doctree(text))
+
+
+def test_description_is_the_first_sentences_without_formulas() -> None:
+    assert (
+        described("Why?\n\nIt is so. And :math:`x` too. Yes.") == "Why? It is so. Yes."
+    )
+    assert described("") == ""
+    long = described("word " * 100)
+    assert len(long) <= page_head.LENGTH + 2 and long.endswith("word …")
+
+
+def test_card_shows_what_was_drawn() -> None:
+    card = page_head.draw_card("a b", ROOT / "book" / "figures" / "samples.png")
+    assert card.size == (1200, 630)
+    grey = card.convert("L")
+    assert grey.crop((700, 0, 1200, 630)).getextrema() == (0, 255)
+    assert grey.crop((0, 0, 600, 140)).getextrema()[1] < 50
+    assert grey.crop((0, 140, 600, 630)).getextrema()[1] > 200
+
+
+@pytest.mark.end_to_end
+def test_every_icon_has_a_drawing(pages: dict[str, Page]) -> None:
+    drawn = set(re.findall(r"\.(fa-[\w-]+) \{", (STATIC / "icons.css").read_text()))
+    plain = {"fa-solid", "fa-lg", "fa-brands"}
+    for name, page in pages.items():
+        used = set(re.findall(r"(?<=[\" ])fa-[\w-]+", page.text)) - plain
+        assert used <= drawn, f"{name}: {used - drawn}"
+        assert "vendor/fontawesome" not in page.text, name
+    assert not (HTML / "_static" / "vendor").exists()
+
+
+@pytest.mark.end_to_end
+def test_mathjax_is_loaded_where_there_is_mathematics(pages: dict[str, Page]) -> None:
+    loaded = {name for name, page in pages.items() if "mathjax/" in page.text}
+    assert loaded == {name for name, p in pages.items() if 'class="math ' in p.text}
+    assert "book/index" not in loaded and "book/notation" in loaded
+
+
+@pytest.mark.end_to_end
+def test_heads_say_what_a_page_is(pages: dict[str, Page]) -> None:
+    titles = {}
+    for name in reading_order():
+        page = pages[name]
+        assert len(page.meta("viewport")) == 1, name
+        (title,) = re.findall(r"<title>(.*?)</title>", page.text)
+        assert title.count("Diffusion without attention") == 1, title
+        assert titles.setdefault(title, name) == name
+        assert page.meta("og:title") == [title.replace("&amp;", "&")]
+        assert page.meta("description") == page.meta("og:description") != [""], name
+        (said,) = page.meta("description")
+        assert "\\" not in said and len(said) <= page_head.LENGTH + 2, said
+        (card,) = page.meta("og:image")
+        assert (HTML / name).parent.joinpath(card).is_file()
+
+
+@pytest.mark.end_to_end
+def test_front_door_and_lost_pages_lead_on(pages: dict[str, Page]) -> None:
+    for name in ("index", "404"):
+        page = pages[name]
+        assert "<title>" in page.text and page.meta("description")
+        (link,) = page.all("a")
+        assert (HTML / link["href"]).is_file() and "<script" not in page.text
+    assert "0; url=book/index.html" in pages["index"].text
+    assert "refresh" not in pages["404"].text
+
+
+@pytest.mark.end_to_end
+def test_pages_are_light(pages: dict[str, Page]) -> None:
+    """A page and all that it loads, less its pictures: two megabytes."""
+    for name in reading_order():
+        page = pages[name]
+        files = [s["src"] for s in page.all("script") if "src" in s]
+        files += [x["href"] for x in page.all("link") if x.get("rel") == "stylesheet"]
+        here = (HTML / name).parent
+        size = len(re.sub(r"data:[^\"]*", "", page.text)) + sum(
+            (here / file.partition("?")[0]).stat().st_size for file in files
+        )
+        assert size < 2_000_000, f"{name}: {size / 1e6:.2f} MB"
+
+
+def test_path_names_every_part_and_every_chapter() -> None:
+    shown = [*parts(), *parts(numbered=False)]
+    text = path({caption: "Why." for caption, _ in shown})
+    assert text.count(":::{container} part") == len(shown)
+    links = re.findall(r"^(?:(\d+)\.|-) \{ref\}`([\w-]+)`$", text, re.MULTILINE)
+    assert len(links) == sum(len(chapters) for _, chapters in shown)
+    assert len({label for _, label in links}) == len(links)
+    numbers = [int(number) for number, _ in links if number]
+    assert numbers == list(range(1, sum(len(c) for _, c in parts()) + 1))
+    with pytest.raises(ValueError, match="Speed"):
+        path({caption: "" for caption, _ in shown if caption != "Speed"})
+
+
+def test_docstrings_become_lists() -> None:
+    text = "Do it.\n\nArgs:\n    x: the first,\n        and more.\n    *y: the rest."
+    assert api_reference.markdown(text).splitlines() == [
+        "Do it.",
+        "",
+        "",
+        "**Args**",
+        "",
+        "- `x`: the first,",
+        "  and more.",
+        "- `*y`: the rest.",
+    ]
+
+
+def test_signatures_are_those_of_the_code() -> None:
+    source = (
+        "@dataclass(frozen=True)\nclass A:\n    x: int\n    y: str = 'a'\n\n"
+        "class B:\n    def __init__(self, n: int) -> None: ...\n\n"
+        "def f(x: 'A', *, n=3) -> list[int]: ..."
+    )
+    a, b, f = ast.parse(source).body
+    said = [api_reference.signature(node) for node in (a, b, f)]  # type: ignore[arg-type]
+    assert said == ["(x: int, y: str='a')", "(n: int)", "(x: 'A', *, n=3) -> list[int]"]
+    cell = "@method_of(A)\ndef g(self): ...\n\ndef _h(): ...\n\nclass C: ..."
+    assert api_reference.definitions(cell) == ["C"]
+
+
+def test_one_cell_of_the_notation_may_have_several_symbols() -> None:
+    assert previews.COMMA.split("u(t), u_k") == ["u(t)", "u_k"]
+    assert previews.COMMA.split("f(a, b)") == ["f(a, b)"]
+
+
+@pytest.fixture(scope="session")
+def texts(pages: dict[str, Page]) -> dict[str, dict[str, str]]:
+    script = (HTML / "_static" / "previews.js").read_text(encoding="utf-8")
+    said = re.fullmatch(r"window\.PREVIEWS = (.*);\n", script)
+    assert said
+    return dict(json.loads(said[1]))
+
+
+@pytest.mark.end_to_end
+def test_what_a_page_refers_to_has_a_preview(
+    pages: dict[str, Page], texts: dict[str, dict[str, str]]
+) -> None:
+    """Whatever has a number, a term, a source or a signature."""
+    kinds = re.compile(r"#(equation-|fig-|tab-|term-|diffussm\.)")
+    for name in reading_order():
+        for link in pages[name].all("a"):
+            if link.get("class") != "reference internal":
+                continue
+            address, mark, anchor = link["href"].partition("#")
+            target = f"book/{address}" if address else f"{name}.html"
+            if kinds.match(mark + anchor):
+                assert texts["targets"].get(f"{target}#{anchor}"), f"{name}: {link}"
+    assert {"L", "M", "u_k"} <= set(texts["symbols"])
+
+
+@pytest.mark.end_to_end
+def test_reference_has_every_public_name(pages: dict[str, Page]) -> None:
+    anchors = {a["id"] for _, a in pages["book/api"].tags if "id" in a}
+    index = pages["genindex"].text
+    for file in (ROOT / "diffussm").glob("[a-z]*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        public = api_reference.public(tree)
+        for node in tree.body:
+            if isinstance(node, api_reference.Definition) and node.name in public:
+                assert f"diffussm.{file.stem}.{node.name}" in anchors
+                assert f"#diffussm.{file.stem}.{node.name}" in index
+
+
+@pytest.mark.end_to_end
+def test_badges_and_reference_lead_to_each_other(pages: dict[str, Page]) -> None:
+    for link in pages["book/api"].all("a"):
+        if "api-chapter" in link.get("class", ""):
+            page, _, anchor = link["href"].partition(".html#")
+            assert f'id="{anchor}"' in pages[f"book/{page}"].text, link["href"]
+    for name, page in pages.items():
+        for anchor in re.findall(r'href="api\.html#([\w-]+)"', page.text):
+            assert f'id="{anchor}"' in pages["book/api"].text, f"{name}: {anchor}"
+
+
+@pytest.fixture
+def tab(browser: Any, pages: dict[str, Page]) -> Iterator[Any]:
+    """A chapter, opened as a file."""
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.complaints = []
+    tab.on(
+        "console", lambda m: tab.complaints.append(m.text) if m.type == "error" else 0
+    )
+    tab.goto((HTML / "book" / "13_bidirectional.html").as_uri())
+    yield tab
+    assert tab.complaints == []
+    tab.close()
+
+
+@pytest.mark.end_to_end
+def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> None:
+    box = tab.locator("#preview")
+    link = tab.locator("article a[href*='#equation-eq-bidirectional']").first
+    link.hover()
+    box.locator("mjx-container").wait_for()
+    assert link.get_attribute("aria-describedby") == "preview"
+    box.hover()
+    tab.wait_for_timeout(500)
+    assert box.is_visible(), "one may go into it"
+    tab.keyboard.press("Escape")
+    assert box.is_hidden() and link.get_attribute("aria-describedby") is None
+    figure = tab.locator("article a[href*='#fig-bidirectional']").first
+    figure.scroll_into_view_if_needed()
+    tab.keyboard.press("Tab")  # the focus is where the keyboard has put it
+    figure.focus()
+    box.locator("img").wait_for()
+    assert box.locator("img").evaluate("e => e.decode().then(() => e.naturalWidth)") > 0
+    symbol = tab.locator("article p mjx-container").first
+    symbol.hover()
+    tab.wait_for_function(
+        "document.querySelector('#preview').innerText.includes('lag')"
+    )
