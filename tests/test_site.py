@@ -262,7 +262,7 @@ def tab(browser: Any, pages: dict[str, Page]) -> Iterator[Any]:
 @pytest.mark.end_to_end
 def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> None:
     box = tab.locator("#preview")
-    link = tab.locator("article a[href*='#equation-eq-bidirectional']").first
+    link = tab.locator("article a.reference[href*='#equation-eq-bidirectional']").first
     link.hover()
     box.locator("mjx-container").wait_for()
     assert link.get_attribute("aria-describedby") == "preview"
@@ -271,7 +271,7 @@ def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> 
     assert box.is_visible(), "one may go into it"
     tab.keyboard.press("Escape")
     assert box.is_hidden() and link.get_attribute("aria-describedby") is None
-    figure = tab.locator("article a[href*='#fig-bidirectional']").first
+    figure = tab.locator("article a.reference[href*='#fig-bidirectional']").first
     figure.scroll_into_view_if_needed()
     tab.keyboard.press("Tab")  # the focus is where the keyboard has put it
     figure.focus()

@@ -33,7 +33,7 @@
   function prepare(formula) {
     for (const line of lines(formula.querySelector("mjx-math"))) {
       let first = true;
-      for (const part of line.children) {
+      for (const part of [...line.children]) {
         if (part.querySelector(":scope > mjx-mspace")?.style.width === "2em") {
           part.classList.add("break");
           first = true;
