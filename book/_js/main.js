@@ -1,9 +1,11 @@
 // Every explorable of a page comes to life where its still picture stands.
 
 import { eigenvalue } from "./eigenvalue.js";
+import { growth } from "./growth.js";
+import { reach } from "./reach.js";
 import { spring } from "./spring.js";
 
-const EXPLORABLES = { eigenvalue, spring };
+const EXPLORABLES = { eigenvalue, growth, reach, spring };
 
 /** Replace the still picture of each box by what its name stands for. */
 export function start() {

@@ -175,6 +175,22 @@ export function animate(element, step) {
   }).observe(element);
 }
 
+/** The bytes that Python's `base64.b64encode` has made a text of. */
+export function bytes(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+/** A square image of small squares, row by row; `colour(value)` says how each looks. */
+export function mosaic(pen, values, { left, top, size, colour }) {
+  const side = Math.sqrt(values.length);
+  const edge = (k) => Math.round((k * size) / side);
+  values.forEach((value, k) => {
+    const [r, c] = [Math.floor(k / side), k % side];
+    pen.fillStyle = colour(value);
+    pen.fillRect(left + edge(c), top + edge(r), edge(c + 1) - edge(c), edge(r + 1) - edge(r));
+  });
+}
+
 /**
  * A rectangle of a canvas with coordinates: `at(x, y)` in pixels, `of(px, py)` back,
  * and pens for lines, dots and shaded areas (from one corner to the other) inside it.
