@@ -1,4 +1,4 @@
-"""Explorables of trained networks: their pictures show the numbers that they are given."""
+"""Explorables of trained networks show the numbers that they are given."""
 
 from __future__ import annotations
 
