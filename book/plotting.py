@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _keep_colours(fig: Figure) -> None:
             )
             if face[3] > 0.5 and np.ptp(face[:3]) > 0.1
         ]
-        for artist in (*ax.texts, *ax.lines, *ax.patches):
+        for artist in (*ax.texts, *ax.lines, *ax.patches, *ax.collections, ax.patch):
             box = artist.get_window_extent()
             middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
             if any(picture.contains(*middle) for picture in pictures) or (
@@ -169,14 +170,18 @@ def narrow(fig: Figure) -> bool:
         bare = square and not any(axes[0].get_yticks().size for axes in panels)
         most = 4 if bare else 2 if all(axes[0].images for axes in panels) else 1
         abreast = -(-columns // -(-columns // most))
-    elif max(rows, columns) <= 3 and len(panels) == rows * columns:
+    elif 1 < columns <= 3 >= rows and len(panels) == rows * columns:
         abreast = rows
         panels = [panels[r * columns + c] for c in range(columns) for r in range(rows)]
-    if spans or abreast == columns:
+    if spans or columns == 1 or (rows > 1 and abreast == columns):
         tall = height * PHONE / width if square else min(height, 2.6 * rows)
         fig.set_size_inches(PHONE, tall)
     else:
         _restack(fig, panels, abreast, min(height / rows, 2.4))
+    for axes in panels if abreast > 1 and not spans else []:
+        title = axes[0].title
+        letters = PHONE / abreast * 72 / (0.6 * title.get_fontsize())
+        title.set_text(textwrap.fill(title.get_text(), int(letters)))
     fig.set_layout_engine("constrained")
     for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)]:
         if legend is not None:
@@ -198,8 +203,10 @@ def _restack(fig: Figure, panels: list[list[Axes]], abreast: int, tall: float) -
     fig.set_size_inches(PHONE, sum(heights))
     grid = fig.add_gridspec(len(heights), abreast, height_ratios=heights)
     for k, axes in enumerate(panels):
+        row, column = divmod(k, abreast)
+        alone = column == 0 and k == len(panels) - 1
         for ax in axes:
-            ax.set_subplotspec(grid[k // abreast, k % abreast])
+            ax.set_subplotspec(grid[row, :] if alone else grid[row, column])
         _label(axes[0])
 
 

@@ -167,3 +167,24 @@ def test_players_of_drawings_learn_the_dark_colours() -> None:
     assert "<svg" in player and "image/svg+xml" in player
     told = figures.with_dark_colours(player)
     assert figures.dark("#0072b2") in told and figures.INK in told
+
+
+def test_a_picture_of_its_own_keeps_its_black_ground() -> None:
+    fig, ax = plt.subplots(figsize=(2, 2))
+    ax.imshow(np.ma.masked_less(np.eye(3), 0.5))
+    ax.set_facecolor("black")
+    dark = drawn(fig)["-dark"]
+    ground = dark[dark.index('id="keep-') :].partition("</g>")[0]
+    assert 'fill="#000000"' in dark.partition('id="keep-')[0][-20:]
+    assert "<path" in ground
+
+
+def test_long_titles_of_panels_side_by_side_are_broken() -> None:
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3))
+    for ax in axes:
+        ax.imshow(np.eye(3))
+        ax.set_title("a title as long as two or three of these panels")
+    plotting.narrow(fig)
+    fig.draw_without_rendering()
+    left, right = (ax.title.get_window_extent() for ax in axes)
+    assert left.x1 < right.x0
