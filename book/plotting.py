@@ -148,9 +148,11 @@ def narrow(fig: Figure) -> bool:
 
     Panels of a row stand one under another, pictures two or more abreast; of two or
     three rows, each becomes a column. Twins, colour bars and insets move along with
-    their axes. A legend that is too wide stands above all panels.
+    their axes. A legend that is too wide stands above all panels. A single panel with
+    much text can ask for more than 4 inches: `fig.phone_width = 5.5`.
     """
     width, height = fig.get_size_inches()
+    phone = getattr(fig, "phone_width", PHONE)
     places: dict[tuple[int, int], list[Axes]] = {}
     spans = False
     for ax in fig.axes:
@@ -159,7 +161,7 @@ def narrow(fig: Figure) -> bool:
             spans |= len(spec.rowspan) > 1 or len(spec.colspan) > 1
             place = spec.rowspan.start, spec.colspan.start
             places.setdefault(place, []).append(ax)
-    if width <= PHONE or not places:
+    if width <= phone or not places:
         return False
     panels = [axes for _, axes in sorted(places.items())]  # twins share one
     rows, columns = panels[0][0].get_gridspec().get_geometry()
@@ -174,8 +176,8 @@ def narrow(fig: Figure) -> bool:
         abreast = rows
         panels = [panels[r * columns + c] for c in range(columns) for r in range(rows)]
     if spans or columns == 1 or (rows > 1 and abreast == columns):
-        tall = height * PHONE / width if square else min(height, 2.6 * rows)
-        fig.set_size_inches(PHONE, tall)
+        tall = height * phone / width if square else min(height, 2.6 * rows)
+        fig.set_size_inches(phone, tall)
     else:
         _restack(fig, panels, abreast, min(height / rows, 2.4))
     for axes in panels if abreast > 1 and not spans else []:
