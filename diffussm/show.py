@@ -224,13 +224,17 @@ def draw_history(history: History, out: Path) -> None:
     with explain("a picture needs matplotlib, the extra 'show'", ImportError):
         from matplotlib.figure import Figure
     picture = history.picture()
-    figure = Figure(figsize=(11 if picture else 7, 6), layout="constrained")
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     beside = ["samples"] if picture else []
     heights = {"loss": 3, "score": 2, "learning rate": 1, "images/s": 1}
     if not history.scores():
         del heights["score"]
     rows: Any = [[name, *beside] for name in heights]
-    axes = figure.subplot_mosaic(rows, height_ratios=[*heights.values()])
+    sizes: Any = {
+        "height_ratios": [*heights.values()],
+        "width_ratios": [2, *[1] * len(beside)],
+    }
+    axes = figure.subplot_mosaic(rows, **sizes)
     _fill(axes, history)
     figure.suptitle(f"{history.run.resolve().name}, step {history.step():,}")
     with whole_file(out) as draft:
@@ -239,6 +243,7 @@ def draw_history(history: History, out: Path) -> None:
 
 # told apart with any of the common kinds of colour blindness (Okabe and Ito)
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#000000"]
+_ABOVE: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
 
 
 def _fill(axes: Any, history: History) -> None:
@@ -246,7 +251,7 @@ def _fill(axes: Any, history: History) -> None:
     axes["loss"].set_prop_cycle(color=_COLORS)
     for name, (words, steps, values) in history.losses().items():
         axes["loss"].semilogy(steps, values, label=f"{name}: {words}")
-    axes["loss"].legend(fontsize="small")
+    axes["loss"].legend(fontsize="small", ncols=2, **_ABOVE)
     for name, (_, steps, values) in history.scores().items():
         axes["score"].plot(steps, values, "o-", ms=3, label=name)
         axes["score"].legend(fontsize="small")
