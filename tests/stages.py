@@ -20,6 +20,7 @@ __all__ = ["bundle", "computed", "opened", "picture"]
 
 PAGE = (
     '<html data-theme="light"><meta charset="utf-8"><script src="x.js" defer></script>'
+    f'<link rel="stylesheet" href="{(ROOT / "book/_static/book.css").as_uri()}">'
     "<body>{}</body>"
 )
 BOX = (

@@ -60,3 +60,23 @@ def test_a_push_moves_the_spring(opened: Any) -> None:
     tab.get_by_role("button", name="Push").click()
     tab.wait_for_timeout(100)
     assert picture(tab) not in (before, pushed)
+
+
+@pytest.mark.end_to_end
+def test_a_tap_on_the_mass_pushes_and_then_the_space_bar_does(opened: Any) -> None:
+    tab = opened("spring", {"omega": 6.28, "gamma": 0.7})
+    tab.emulate_media(reduced_motion="reduce")
+    tab.reload()
+    tab.wait_for_timeout(200)
+    before, canvas = picture(tab), tab.locator("canvas")
+    canvas.click(position={"x": 500, "y": 100})
+    tab.wait_for_timeout(100)
+    assert picture(tab) == before, "a click on the output is no push"
+    canvas.click(position={"x": 48, "y": 120})
+    tab.wait_for_timeout(100)
+    tapped = picture(tab)
+    tab.get_by_label("damping").focus()
+    canvas.click(position={"x": 48, "y": 120})
+    tab.keyboard.press("Space")
+    assert before != tapped
+    assert tab.evaluate("document.activeElement.textContent") == "Push"

@@ -1,11 +1,13 @@
 // Every explorable of a page comes to life where its still picture stands.
 
+import { convolution } from "./convolution.js";
 import { eigenvalue } from "./eigenvalue.js";
 import { growth } from "./growth.js";
+import { memory } from "./memory.js";
 import { reach } from "./reach.js";
 import { spring } from "./spring.js";
 
-const EXPLORABLES = { eigenvalue, growth, reach, spring };
+const EXPLORABLES = { convolution, eigenvalue, growth, memory, reach, spring };
 
 /** Replace the still picture of each box by what its name stands for. */
 export function start() {

@@ -117,6 +117,14 @@ export function choice(parent, { label, options, value, change }) {
   return select;
 }
 
+/** A box to tick. */
+export function check(parent, { label, value, change }) {
+  const [, input] = named(parent, label, "input");
+  Object.assign(input, { type: "checkbox", checked: value });
+  input.addEventListener("change", () => change(input.checked));
+  return input;
+}
+
 /** A button. */
 export function button(parent, { label, press }) {
   const element = document.createElement("button");

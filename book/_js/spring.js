@@ -1,7 +1,7 @@
 // A mass on a spring, its state as one complex number, and its output (ch. "State
-// spaces"): push it when you like.
+// spaces"): push it when you like, with the button or on the mass itself.
 
-import { animate, axes, button, canvas, colours, drag, row, slider, still } from "./shared.js";
+import { animate, axes, button, canvas, colours, row, slider, still } from "./shared.js";
 
 const SECONDS = 4; // of the output that are seen
 
@@ -10,9 +10,11 @@ export function spring(stage, { omega, gamma }) {
   let time = 0;
   let trace = []; // [time, z] of the last seconds
   let pushes = []; // times
+  let mass; // where it is drawn
 
   const swing = () => Math.sqrt(Math.max(omega ** 2 - gamma ** 2, 1e-6));
   const position = ([, imaginary]) => imaginary / swing();
+  const scale = () => omega / 2; // a push from rest swings by about a half
 
   /** Let time pass: z turns and shrinks, by exp(lambda dt). */
   const pass = (seconds) => {
@@ -35,58 +37,92 @@ export function spring(stage, { omega, gamma }) {
   const draw = (pen, width, height) => {
     const hue = colours();
     const stacked = width < 560;
-    const side = stacked ? Math.min(width * 0.5, 190) : height - 60;
-    drawMass(pen, { left: 12, top: 10, height: side, position: position(state), hue, omega });
-    const plane = axes(pen, {
-      left: stacked ? width - side - 8 : 130, top: 10, width: side, height: side,
-      x: [-2, 2], y: [-2, 2], labels: ["Re z", "Im z"],
+    const side = stacked ? Math.min(width * 0.5, 190) : height - 70;
+    const since = time - (pushes.at(-1) ?? -9);
+    mass = drawMass(pen, {
+      left: stacked ? Math.max(8, width / 2 - side / 2 - 110) : 8, top: 24, height: side,
+      here: position(state) * scale(), pushed: since < 0.25 && !still(), hue,
     });
+    const left = stacked ? mass.right + 52 : 150;
+    const plane = axes(pen, {
+      left, top: 24, width: side, height: side,
+      x: [-2, 2], y: [-2, 2], labels: ["Re z", "Im z"], title: "state z",
+    });
+    plane.line([-2, 2], [0, 0], hue.line, 1);
+    plane.line([0, 0], [-2, 2], hue.line, 1);
     const tail = trace.filter(([then]) => then > time - 0.5).map(([, z]) => z);
     plane.line(tail.map((z) => z[0]), tail.map((z) => z[1]), hue.sky, 2);
     plane.dot(...state, hue.blue, 6);
-    const left = stacked ? 46 : 130 + side + 60;
+    const start = stacked ? 46 : left + side + 60;
     const output = axes(pen, {
-      left, top: stacked ? side + 60 : 10, width: width - left - 16,
-      height: stacked ? height - side - 100 : side,
-      x: [-SECONDS, 0], y: [-1, 1], labels: ["seconds before now", "output y"],
+      left: start, top: stacked ? side + 90 : 24, width: width - start - 16,
+      height: stacked ? height - side - 130 : side,
+      x: [-SECONDS, 0], y: [-1, 1], labels: ["seconds before now", "y"],
+      title: "output y, pushes in orange",
     });
+    output.line([-SECONDS, 0], [0, 0], hue.line, 1);
     for (const then of pushes) {
       output.line([then - time, then - time], [-1, -0.7], hue.orange, 4);
     }
-    const scale = omega / 2; // a push from rest swings by about a half
-    output.line(trace.map(([then]) => then - time), trace.map(([, z]) => position(z) * scale), hue.blue, 2);
+    const seen = trace.map(([, z]) => position(z) * scale());
+    output.line(trace.map(([then]) => then - time), seen, hue.blue, 2);
   };
   const view = canvas(stage, {
     label: "A mass on a spring, its complex state and its output; the button pushes it.",
-    height: (width) => (width < 560 ? 420 : 260),
+    height: (width) => (width < 560 ? 440 : 280),
     draw,
   });
   const controls = row(stage);
-  button(controls, { label: "Push", press: push });
+  const pusher = button(controls, { label: "Push", press: push });
   slider(controls, {
     label: "damping γ", min: 0.05, max: 3, step: 0.05, value: gamma,
-    format: (value) => `${value.toFixed(2)} per second`,
+    format: (value) => `${value.toFixed(2)} / s`,
     change: (value) => { gamma = value; view.redraw(); },
   });
   slider(controls, {
     label: "frequency ω", min: 3.2, max: 12.6, step: 0.1, value: omega,
-    format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} turns per second`,
+    format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} turns / s`,
     change: (value) => { omega = value; view.redraw(); },
   });
-  drag(view.element, () => {}, push);
+  const over = (event) => event.offsetX < mass.right && event.offsetY < mass.bottom;
+  view.element.addEventListener("pointermove", (event) => {
+    view.element.style.cursor = over(event) ? "pointer" : "";
+  });
+  view.element.addEventListener("click", (event) => {
+    if (!over(event)) return;
+    pusher.focus({ preventScroll: true }); // the space bar goes on pushing
+    push();
+  });
   for (let k = 0; k < 200; k++) pass(SECONDS / 200);
   if (!still()) animate(view.element, (seconds) => { pass(seconds); view.redraw(); });
 }
 
-function drawMass(pen, { left, top, height, position, hue, omega }) {
-  const middle = left + 35;
-  const here = top + height * (0.55 - 0.25 * position * omega / 2);
+/** The spring, its mass, and an arrow below it while it is pushed; returns its corner. */
+function drawMass(pen, { left, top, height, here, pushed, hue }) {
+  const middle = left + 40;
+  const edge = top + height * (0.5 - 0.22 * Math.min(1.6, Math.max(-1.6, here)));
   pen.strokeStyle = hue.muted;
   pen.beginPath();
   for (let k = 0; k <= 60; k++) {
-    pen.lineTo(middle + 9 * Math.sin((14 * Math.PI * k) / 60), top + ((here - top) * k) / 60);
+    pen.lineTo(middle + 9 * Math.sin((14 * Math.PI * k) / 60), top + ((edge - top) * k) / 60);
   }
   pen.stroke();
+  pen.beginPath();
+  pen.moveTo(middle - 24, top);
+  pen.lineTo(middle + 24, top);
+  pen.stroke();
   pen.fillStyle = hue.blue;
-  pen.fillRect(middle - 16, here, 32, 32);
+  pen.fillRect(middle - 19, edge, 38, 38);
+  if (pushed) {
+    pen.fillStyle = hue.orange;
+    pen.beginPath();
+    pen.moveTo(middle, edge + 42);
+    pen.lineTo(middle - 11, edge + 58);
+    pen.lineTo(middle + 11, edge + 58);
+    pen.fill();
+  }
+  pen.fillStyle = hue.muted;
+  pen.textAlign = "center";
+  pen.fillText("tap to push", middle, top + height + 30);
+  return { right: left + 80, bottom: top + height + 36 };
 }
