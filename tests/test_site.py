@@ -178,6 +178,13 @@ def test_docstrings_become_lists() -> None:
     ]
 
 
+def test_labels_in_docstrings_become_references() -> None:
+    text = "Source: eq-a-b (fig-a-b), eq-none, `eq-a-b`, seq-a-b."
+    assert api_reference.linked(text, {"eq-a-b", "fig-a-b"}) == (
+        "Source: {eq}`eq-a-b` ({numref}`fig-a-b`), eq-none, `eq-a-b`, seq-a-b."
+    )
+
+
 def test_signatures_are_those_of_the_code() -> None:
     source = (
         "@dataclass(frozen=True)\nclass A:\n    x: int\n    y: str = 'a'\n\n"
@@ -186,7 +193,11 @@ def test_signatures_are_those_of_the_code() -> None:
     )
     a, b, f = ast.parse(source).body
     said = [api_reference.signature(node) for node in (a, b, f)]  # type: ignore[arg-type]
-    assert said == ["(x: int, y: str='a')", "(n: int)", "(x: 'A', *, n=3) -> list[int]"]
+    assert said == [
+        "(x: int, y: str = 'a')",
+        "(n: int)",
+        "(x: 'A', *, n=3) -> list[int]",
+    ]
     cell = "@method_of(A)\ndef g(self): ...\n\ndef _h(): ...\n\nclass C: ..."
     assert api_reference.definitions(cell) == ["C"]
 

@@ -19,6 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
+# What a docstring names as its source, and the role that refers to it.
+ROLES = {"ch": "ref", "eq": "eq", "fig": "numref", "tab": "numref"}
 HEADINGS = ("Args", "Attributes", "Raises", "Returns", "Yields")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -29,6 +31,16 @@ def public(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     return []
+
+
+def linked(text: str, known: set[str]) -> str:
+    """A text in which labels of the book are references."""
+
+    def role(label: str) -> str:
+        return f"{{{ROLES[label.partition('-')[0]]}}}`{label}`"
+
+    found = rf"(?<![\w`-])(?:{'|'.join(ROLES)})-[a-z][\w-]+"
+    return re.sub(found, lambda m: role(m[0]) if m[0] in known else m[0], text)
 
 
 def markdown(docstring: str) -> str:
@@ -125,9 +137,12 @@ class ApiReference(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Called by the parser."""
+        from tools.book import labels
         from tools.overview import parts
 
         root = Path(self.env.srcdir)
+        texts = [p.read_text(encoding="utf-8") for p in (root / "book").glob("*.md")]
+        self.known = {label for text in texts for label in labels(text)}
         found: list[nodes.Node] = []
         for caption, chapters in [*parts(root), *parts(root, numbered=False)]:
             part = nodes.section("", nodes.title("", caption))
@@ -154,7 +169,7 @@ class ApiReference(SphinxDirective):
             if isinstance(node, Definition) and node.name in names
         ]
         text = "\n\n".join([f"```{{py:module}} {name}\n```", *shown])
-        section += self.parse_text_to_nodes(text)
+        section += self.parse_text_to_nodes(linked(text, self.known))
         for sign in section.findall(addnodes.desc_signature):
             if sign.parent["objtype"] in ("function", "class"):
                 cell = f"{page}.html#def-{sign['fullname']}"

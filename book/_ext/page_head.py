@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sphinx.application import Sphinx
 
 CARD = "_static/card.png"
+FORMULA = "\ue000"  # stands for one, while sentences are told apart
 LENGTH = 200  # characters of a description: search engines show no more
 DOOR = """<!DOCTYPE html>
 <html lang="en">
@@ -58,10 +59,10 @@ def describe(doctree: nodes.document) -> str:
             continue
         shown = paragraph.deepcopy()
         for formula in list(shown.findall(nodes.math)):
-            formula.replace_self(nodes.Text("\0"))
+            formula.replace_self(nodes.Text(FORMULA))
         text = re.sub(r"\s+", " ", shown.astext())
         for sentence in re.split(r"(?<=[.?!]) (?=[A-Z*])", text):
-            if "\0" in sentence or (said and len(said) + len(sentence) >= LENGTH):
+            if FORMULA in sentence or (said and len(said) + len(sentence) >= LENGTH):
                 continue
             said = f"{said} {sentence}".strip()
         if len(said) > LENGTH / 2:

@@ -29,6 +29,7 @@ class Pages:
 
     def __init__(self, app: Sphinx) -> None:
         self.render = app.builder.render_partial  # type: ignore[attr-defined]
+        self.files = app.builder.images
 
     def html(self, *parts: nodes.Node) -> str:
         """Nodes as they stand on the page, without anchors."""
@@ -44,7 +45,7 @@ class Pages:
             case nodes.figure():
                 images = list(node.findall(nodes.image))[:IMAGES]
                 words = node.next_node(nodes.caption)
-                return self.html(*images) + self.paragraph(words)
+                return "".join(map(self.picture, images)) + self.paragraph(words)
             case nodes.table():
                 return self.paragraph(node.next_node(nodes.title))
             case nodes.term():
@@ -56,6 +57,18 @@ class Pages:
                 return name + self.paragraph(first)
         title = self.paragraph(node.next_node(nodes.title), "strong")
         return title + f"<p>{escape(describe(node))}</p>"
+
+    def picture(self, image: nodes.image) -> str:
+        """A picture; of a drawing the two that `figures` makes for the themes."""
+        file = Path(self.files.get(image["uri"], image["uri"]))
+        themes = {"only-light": "", "only-dark": "-dark"}
+        return "".join(
+            f'<img class="{kind}" src="../_images/{file.stem}{end}{file.suffix}" '
+            f'alt="{escape(image.get("alt", ""))}">'
+            for kind, end in (
+                themes if file.suffix == ".svg" else {"dark-light": ""}
+            ).items()
+        )
 
     def paragraph(self, node: nodes.Element | None, tag: str = "span") -> str:
         """The text of a caption, a title or a term."""
@@ -140,7 +153,8 @@ def write(app: Sphinx, failed: Exception | None) -> None:
                 texts.update(kept[key])
     if not failed and app.builder.format == "html":
         script = Path(app.outdir, "_static", "previews.js")
-        script.write_text(f"window.PREVIEWS = {json.dumps(whole)};\n", encoding="utf-8")
+        said = json.dumps({**whole, "mathjax": app.config.mathjax3_config})
+        script.write_text(f"window.PREVIEWS = {said};\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -18,13 +18,26 @@
   let timer = 0;
   let owner = null;
 
-  const load = () =>
-    (texts ??= new Promise((resolve) => {
-      const script = document.createElement("script");
-      script.src = `${root}_static/previews.js`;
-      script.onload = () => resolve(window.PREVIEWS);
-      document.head.append(script);
-    }));
+  const script = (name) =>
+    new Promise((resolve) => {
+      const element = document.createElement("script");
+      element.src = `${root}_static/${name}`;
+      element.onload = resolve;
+      document.head.append(element);
+    });
+
+  const load = () => (texts ??= script("previews.js").then(() => window.PREVIEWS));
+
+  // A page without mathematics may refer to some.
+  const typeset = async ({ mathjax }) => {
+    if (!window.MathJax) {
+      window.MathJax = mathjax;
+      await script("mathjax/startup.js");
+    }
+    await MathJax.startup.promise;
+    MathJax.typesetClear([box]);
+    await MathJax.typesetPromise([box]);
+  };
 
   const textFor = (element, { targets, symbols }) => {
     if (element.href) return targets[element.href.slice(root.length)];
@@ -51,18 +64,17 @@
   };
 
   const show = async (element) => {
-    const text = textFor(element, await load());
-    const formulas = text?.includes('class="math');
-    if (!text || (formulas && !window.MathJax?.typesetPromise)) return;
+    const previews = await load();
+    const text = textFor(element, previews);
+    if (!text) return;
     hide();
-    if (formulas) MathJax.typesetClear([box]);
     box.innerHTML = text;
     box.hidden = false;
     owner = element;
     element.setAttribute("aria-describedby", box.id);
     place();
-    if (!formulas) return;
-    await MathJax.typesetPromise([box]);
+    if (!text.includes('class="math')) return;
+    await typeset(previews);
     if (owner) place();
   };
 
