@@ -265,6 +265,7 @@ def tab(browser: Any, pages: dict[str, Page]) -> Iterator[Any]:
         "console", lambda m: tab.complaints.append(m.text) if m.type == "error" else 0
     )
     tab.goto((HTML / "book" / "13_bidirectional.html").as_uri())
+    tab.evaluate("() => MathJax.startup.promise")
     yield tab
     assert tab.complaints == []
     tab.close()
@@ -286,8 +287,13 @@ def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> 
     figure.scroll_into_view_if_needed()
     tab.keyboard.press("Tab")  # the focus is where the keyboard has put it
     figure.focus()
-    box.locator("img").wait_for()
-    assert box.locator("img").evaluate("e => e.decode().then(() => e.naturalWidth)") > 0
+    box.locator("img.only-light").wait_for()
+    assert (
+        box.locator("img.only-light").evaluate(
+            "e => e.decode().then(() => e.naturalWidth)"
+        )
+        > 0
+    )
     symbol = tab.locator("article p mjx-container").first
     symbol.hover()
     tab.wait_for_function(

@@ -95,7 +95,7 @@
     else if (!box.contains(target)) hide();
   });
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, { passive: true });
+  document.addEventListener("scroll", () => owner && place(), { passive: true });
   document.addEventListener("keydown", ({ key }) => key === "Escape" && hide());
   document.body.append(box);
 }
