@@ -146,10 +146,10 @@ PHONE = 4.0  # inches; at 350 pixels a text of 9 points is then 10 pixels high
 def narrow(fig: Figure) -> bool:
     """Rearrange a figure for a phone, and say whether that was needed.
 
-    Panels of a row stand one under another, pictures two or more abreast; of two or
-    three rows, each becomes a column. Twins, colour bars and insets move along with
-    their axes. A legend that is too wide stands above all panels. A single panel with
-    much text can ask for more than 4 inches: `fig.phone_width = 5.5`.
+    Panels of a row stand one under another, small ones and pictures two or more
+    abreast; of two or three rows, each becomes a column. Twins, colour bars and insets
+    move along with their axes. A legend that is too wide stands above all panels. A
+    single panel with much text can ask for more room: `fig.phone_width = 5.5`.
     """
     width, height = fig.get_size_inches()
     phone = getattr(fig, "phone_width", PHONE)
@@ -170,7 +170,8 @@ def narrow(fig: Figure) -> bool:
     abreast = columns
     if rows == 1:
         bare = square and not any(axes[0].get_yticks().size for axes in panels)
-        most = 4 if bare else 2 if all(axes[0].images for axes in panels) else 1
+        two = width / columns < 2.8 or all(axes[0].images for axes in panels)
+        most = 4 if bare else 2 if two else 1
         abreast = -(-columns // -(-columns // most))
     elif 1 < columns <= 3 >= rows and len(panels) == rows * columns:
         abreast = rows
@@ -235,7 +236,7 @@ def _fit_legend(fig: Figure, legend: Legend) -> None:
         return
     widest = max(text.get_window_extent(renderer).width for text in legend.texts)
     room = fig.bbox.width / (widest + 4 * fig.dpi / 72 * legend.texts[0].get_fontsize())
-    fig.legend(
+    above = fig.legend(
         legend.legend_handles,
         [text.get_text() for text in legend.texts],
         loc="outside upper center",
@@ -243,6 +244,8 @@ def _fit_legend(fig: Figure, legend: Legend) -> None:
         fontsize=legend.texts[0].get_fontsize(),
     )
     legend.remove()
+    taller = above.get_window_extent(renderer).height / fig.dpi
+    fig.set_figheight(fig.get_figheight() + taller)
 
 
 def recorded(name: str) -> Any:
