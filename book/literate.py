@@ -1,8 +1,8 @@
-"""A class continues over cells: what the exporter does, in the notebook.
+"""What pages import besides the package: classes over several cells, and a shell.
 
 The exporter moves a function under ``@method_of(Class)`` into the body of the class;
 here the class gets it as an attribute, so objects that were made before have it too.
-Chapters import it in a cell that is not exported.
+Chapters import both in a cell that is not exported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["method_of"]
+__all__ = ["method_of", "shell"]
 
 Member = TypeVar("Member")
 
@@ -82,3 +82,14 @@ def _call_after_init(cls: Any) -> None:
         self.__post_init__()
 
     cls.__init__ = with_post_init
+
+
+def shell(line: str) -> None:
+    """Type `diffussm` and a line, and show what is printed; it must succeed.
+
+    In this process: most of the time of a short command is the import of torch.
+    """
+    from diffussm.cli import main
+
+    print(f"$ diffussm {line}")
+    assert main(line.split()) == 0
