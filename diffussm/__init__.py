@@ -27,7 +27,7 @@ __all__ = [
 
 # What earlier versions called otherwise
 _RENAMED = {
-    "TrainConfig": "Recipe (what is learnt) and Execution (how it is carried out)",
+    "TrainConfig": "Recipe (what is learned) and Execution (how it is carried out)",
     "on_chip": "diffussm.gpu_kernels",
 }
 

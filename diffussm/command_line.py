@@ -137,7 +137,7 @@ def _add_run(parser: Parser, told: str) -> None:
     parser.add_argument("recipe", type=str, help=told)
     told = "YAML file with any of the options below"
     parser.add_argument("--config", action="config", help=told)
-    parser.add_class_arguments(Recipe, help="what is learnt")
+    parser.add_class_arguments(Recipe, help="what is learned")
     skip = {"keep", "activation_checkpointing"}
     parser.add_class_arguments(Execution, help="how it is carried out", skip=skip)
     told = "what the backward pass computes again of a block: none, elementwise or all"

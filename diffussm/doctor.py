@@ -265,7 +265,7 @@ def _ask_inception(plan: Plan) -> str:
 
 def _ask_reference(plan: Plan) -> str:
     """Is there something to compare with?"""
-    hint = "say with --reference what evaluate shall compare with"
+    hint = "say with --reference what evaluate compares with"
     reference = _skip_unless(plan.reference, hint)
     _first_process_only()
     _judged(reference.exists(), f"there is no {reference}", "see where it was put")

@@ -1,4 +1,4 @@
-"""A folder that needs nobody.
+"""A folder that needs no package.
 
 Generated from book/61_one_file.md by `make export`: edit there.
 """

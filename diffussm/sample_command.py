@@ -133,7 +133,7 @@ class _Found:
     model: "DiffuSSM"
     recipe: "Recipe"
     names: Sequence[str]
-    seen: int  # images that it learnt from
+    seen: int  # images that it learned from
     facts: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None  # what decodes, if nothing else is said
     decode: Any = None
@@ -200,7 +200,7 @@ def _for_run(
     """The set for this run, with its classes; ValueError for what it has no use for."""
     _check_sampler(run.recipe, wanted.sampler, given)
     steps, most = wanted.sampler.steps, run.recipe.timesteps
-    # a set is of a protocol: its steps are not lowered without a word
+    # a set is of a protocol: its steps are not lowered silently
     if steps > most and (strict or "steps" in given):
         raise ValueError(f"--steps {steps}: the run has only {most} timesteps")
     sampler = replace(wanted.sampler, steps=min(steps, most))

@@ -86,7 +86,7 @@ def _check_system(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> None:
 
 
 def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
-    """Run x_k = dA x_{k-1} + dB u_k, y_k = 2 Re(C x_k) from x = 0: the slow truth.
+    """Run x_k = dA x_{k-1} + dB u_k, y_k = 2 Re(C x_k) from x = 0, step by step.
 
     The factor 2 Re adds the conjugate half of the state, which is not stored.
 

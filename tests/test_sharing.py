@@ -1,4 +1,4 @@
-"""A folder that loads with our package, and one that needs nobody."""
+"""A folder that loads with our package, and one that needs no package."""
 
 import json
 import logging
