@@ -94,7 +94,7 @@ def test_a_page_has_the_forms_of_the_book(path: Path) -> None:
 
 def test_a_chapter_has_one_exercise_of_each_kind() -> None:
     lack = {}
-    for path in PAGES[3:-1]:
+    for path in (page for page in PAGES if page.stem[0].isdigit()):
         section = part(path.read_text(encoding="utf-8"), "Exercises")
         missing = [kind for kind in KINDS if f"**{kind}.**" not in section]
         if missing:

@@ -157,6 +157,7 @@ def prose(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
         r"\$[^$\n]*(?:\n[^$\n]+)?\$",
         r"`[^`\n]+`",
         r"\]\([^)]*\)|https?://\S+|^\([\w-]+\)=$",
+        r"^:(?:class|color|name|ref-type):.*$",
     ):
         text = re.sub(
             silent,
