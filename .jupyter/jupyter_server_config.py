@@ -2,7 +2,7 @@
 
 JupyterLab marks a notebook as changed when its kernel tells it about the language; so
 chapters are handed out with what this kernel will say. jupytext does not write it into
-the file.
+the file. Folded cells and references, too, are handed out as JupyterLab can show them.
 """
 
 import re
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ipykernel.ipkernel import IPythonKernel
 from jupytext import AsyncTextFileContentsManager
+
+from tools.readable import readable, restored
 
 KERNEL = {
     "display_name": "Python 3 (ipykernel)",
@@ -22,6 +24,32 @@ HEADER = {
 }
 
 
+FOLDED = {
+    "hide-input": {"source_hidden": True},
+    "hide-output": {"outputs_hidden": True},
+    "hide-cell": {"source_hidden": True, "outputs_hidden": True},
+    "remove-input": {"source_hidden": True},
+    "remove-cell": {"source_hidden": True},
+}
+
+
+def dress(notebook, page):
+    """Fold what the pages fold, and write references as words and links."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = readable(cell["source"], keep=page)
+        for tag in cell["metadata"].get("tags", []):
+            cell["metadata"].setdefault("jupyter", {}).update(FOLDED.get(tag, {}))
+
+
+def undress(notebook):
+    """What `dress` was given."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = restored(cell["source"])
+        cell["metadata"].pop("jupyter", None)
+
+
 class TextNotebooks(AsyncTextFileContentsManager):
     """Notebooks stored as text, complete with kernel and language."""
 
@@ -32,7 +60,14 @@ class TextNotebooks(AsyncTextFileContentsManager):
             metadata = model["content"]["metadata"]
             metadata.setdefault("kernelspec", dict(KERNEL))
             metadata.setdefault("language_info", dict(IPythonKernel.language_info))
+            dress(model["content"], Path(path).stem)
         return model
+
+    async def save(self, model, path=""):
+        """As in any contents manager."""
+        if model["type"] == "notebook" and not path.endswith(".ipynb"):
+            undress(model["content"])
+        return await super().save(model, path)
 
 
 def keep_without_header(model, path, contents_manager, **_):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.end_to_end
 
 CLEAN = "() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')"
 CHAPTER = "book/21_hourglass.md"
+MOVING = "book/11_state_space.md"
 PLAIN = ("README.md", "book/notation.md")
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
 MODULES = ("diffussm/hourglass.py",)
@@ -40,11 +41,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("README.md", "jupytext.toml"):
         shutil.copy(ROOT / name, folder / name)
-    text = (folder / CHAPTER).read_text()
-    cells = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
-    (folder / CHAPTER).write_text(
-        "".join(cells[:6])
-    )  # of a chapter, its beginning is enough to be run
+    for chapter, cells in ((CHAPTER, 6), (MOVING, 3)):  # beginnings suffice
+        text = (folder / chapter).read_text()
+        parts = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
+        (folder / chapter).write_text("".join(parts[:cells]))
     return folder
 
 
@@ -159,6 +159,38 @@ def test_a_chapter_that_was_run_is_saved_as_it_was(
     choose(page, "File", "docmanager:save")
     page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="detached")
     assert (checkout / CHAPTER).read_text() == before
+    page.close()
+
+
+def test_cells_are_folded_and_references_read_as_words(
+    lab: str, checkout: Path, browser: Any
+) -> None:
+    page = opened(browser, lab, CHAPTER)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    text = (checkout / CHAPTER).read_text()
+    folded = len(re.findall(r"^:?tags: .*hide-input|^:tags: .*remove", text, re.M))
+    assert page.locator(".jp-CodeCell .jp-Placeholder").count() == folded >= 2
+    first = page.locator(".jp-MarkdownOutput, .jp-MarkdownCell").first
+    first.locator("a:has-text('Embeddings')").first.wait_for()
+    shown = " ".join(page.locator(".jp-MarkdownCell").all_inner_texts())
+    assert not re.search(r"\b(ch|fig|sec)-[a-z]", shown), shown
+    page.close()
+
+
+def test_a_slider_moves_the_figure(lab: str, browser: Any) -> None:
+    page = opened(browser, lab, MOVING)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    choose(page, "Run", "runmenu:run-all")
+    figure = page.locator(".jp-OutputArea-output .jupyter-widgets .jp-RenderedSVG img")
+    figure.first.wait_for()
+    assert figure.count() == 1 and page.locator(".explorable").count() == 0
+    before = figure.get_attribute("src")
+    page.locator(".jupyter-widgets .noUi-handle").first.press("ArrowRight")
+    page.wait_for_function(
+        "before => { const f = document.querySelector("
+        "'.jupyter-widgets .jp-RenderedSVG img'); return f && f.src !== before; }",
+        arg=before,
+    )
     page.close()
 
 

@@ -1,5 +1,7 @@
 // Every explorable of a page comes to life where its still picture stands.
 
+import { bill } from "./bill.js";
+import { block_cost } from "./block_cost.js";
 import { convolution } from "./convolution.js";
 import { eigenvalue } from "./eigenvalue.js";
 import { growth } from "./growth.js";
@@ -7,7 +9,16 @@ import { memory } from "./memory.js";
 import { reach } from "./reach.js";
 import { spring } from "./spring.js";
 
-const EXPLORABLES = { convolution, eigenvalue, growth, memory, reach, spring };
+const EXPLORABLES = {
+  bill,
+  block_cost,
+  convolution,
+  eigenvalue,
+  growth,
+  memory,
+  reach,
+  spring,
+};
 
 /** Replace the still picture of each box by what its name stands for. */
 export function start() {

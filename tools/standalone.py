@@ -1,0 +1,206 @@
+"""A chapter as a notebook that runs by itself, in any folder and in any notebook.
+
+``python -m tools.standalone book/12_convolution.md`` writes `12_convolution.ipynb`.
+Its first cell brings along what the chapter takes from the book's folder; what Sphinx's
+directives say becomes plain Markdown. It needs the package.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+from tools.book import ROOT
+from tools.readable import places, readable
+
+__all__ = ["main", "standalone"]
+
+HELPERS = ("plotting", "literate", "explorables")
+OURS = re.compile(rf"^from ({'|'.join(HELPERS)}) import|^import ({'|'.join(HELPERS)})$")
+RECORDED = re.compile(r'\brecorded\("(\w+)"\)')
+CHECKOUT = re.compile(
+    r'^(?:from|import) (?:tools|benchmarks)\b|Path\("\.\./', re.MULTILINE
+)
+NOTE = """\
+This is a chapter of *Diffusion without attention*, as a notebook. It needs the package
+`diffussm` with its extras `data` and `show`, and `ipywidgets`. Words in ⟨brackets⟩ are
+numbers that the cells compute; the rendered book shows them."""
+PRELUDE = '''\
+# What the chapter takes from the book's folder
+import json
+import sys
+import types
+
+
+def bring(name, text):
+    """Make a module of its text."""
+    module = types.ModuleType(name)
+    module.__file__ = f"{{name}}.py"
+    sys.modules[name] = module
+    exec(compile(text, f"{{name}}.py", "exec"), vars(module))
+    return module
+
+
+try:
+    import myst_nb
+except ImportError:  # only the rendered book needs the numbers in its sentences
+    bring("myst_nb", "def glue(name, value, display=True): pass")
+{modules}'''
+FENCE = re.compile(r"^(?P<ticks>`{3,})\{(?P<name>\w+)\} ?(?P<title>.*)$")
+
+
+def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
+    """The notebook of a chapter; `path` is its Markdown file.
+
+    Raises:
+        ValueError: it works on the checkout itself.
+    """
+    notebook = jupytext.read(path)
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    if CHECKOUT.search(code):
+        raise ValueError(f"{path.name} reads files of the checkout: open it there")
+    cells = [new_markdown_cell(NOTE), _prelude(code, root)]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cells.append(_plain(cell.source, path.stem, root))
+        else:
+            shown = cell.metadata.pop("mystnb", {}).get("figure", {})
+            folded = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+            if folded & set(cell.metadata.get("tags", [])):
+                cell.metadata["jupyter"] = {"source_hidden": True}
+            cells.append(new_code_cell(cell.source, metadata=cell.metadata))
+            if shown:
+                words = f"*{places(root)[shown['name']].words}.* {shown['caption']}"
+                cells.append(_plain(words, path.stem, root))
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    done: nbformat.NotebookNode = nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": kernel}
+    )
+    return done
+
+
+def _prelude(code: str, root: Path) -> nbformat.NotebookNode:
+    """The cell that brings the book's own helpers, and the records that are read."""
+    lines = [m for m in map(OURS.match, code.splitlines()) if m]
+    used = {m[1] or m[2] for m in lines}
+    if "explorables" in used or "plotting" in used:
+        used.add("plotting")
+    modules = [
+        f"bring({name!r}, {(root / 'book' / f'{name}.py').read_text('utf-8')!r})"
+        for name in HELPERS
+        if name in used
+    ]
+    names = sorted(set(RECORDED.findall(code)))
+    if names:
+        results = root / "benchmarks" / "results"
+        records = {n: json.loads((results / f"{n}.json").read_text()) for n in names}
+        modules.append(f"RECORDS = json.loads({json.dumps(records)!r})")
+        modules.append("sys.modules['plotting'].recorded = RECORDS.get")
+    hidden = {"jupyter": {"source_hidden": True}}
+    source = PRELUDE.format(modules="\n".join(modules))
+    cell: nbformat.NotebookNode = new_code_cell(source, metadata=hidden)
+    return cell
+
+
+def _plain(text: str, page: str, root: Path) -> nbformat.NotebookNode:
+    """A cell of Markdown that any notebook can show."""
+    attachments: dict[str, Any] = {}
+    shown = "\n".join(_directives(text.splitlines(), page, root, attachments))
+    shown = re.sub(r"^\([\w-]+\)=\n", "", shown, flags=re.MULTILINE)
+    cell: nbformat.NotebookNode = new_markdown_cell(
+        readable(shown, suffix="", root=root)
+    )
+    if attachments:
+        cell["attachments"] = attachments
+    return cell
+
+
+def _directives(
+    lines: list[str], page: str, root: Path, attachments: dict[str, Any]
+) -> list[str]:
+    """Lines with their directives as plain Markdown, those inside of others too."""
+    said: list[str] = []
+    while lines:
+        opening = FENCE.match(lines[0])
+        if not opening:
+            said.append(lines[0])
+            lines = lines[1:]
+            continue
+        end = lines.index(opening["ticks"])
+        body, options = lines[1:end], {}
+        while body and (option := re.match(r":(\w+): *(.*)", body[0])):
+            options[option[1]] = option[2]
+            body = body[1:]
+        label = options.get("name", options.get("label", ""))
+        number = places(root)[label].words if label in places(root) else ""
+        inside = _directives(body, page, root, attachments)
+        if opening["name"] == "figure":
+            inside = _picture(
+                root / "book" / opening["title"], options, attachments, inside
+            )
+        said += SHOWN[opening["name"]](opening["title"], number, inside)
+        lines = lines[end + 1 :]
+    return said
+
+
+def _picture(
+    file: Path, options: dict[str, str], attachments: dict[str, Any], caption: list[str]
+) -> list[str]:
+    encoded = base64.b64encode(file.read_bytes()).decode()
+    attachments[file.name] = {"image/svg+xml": encoded}
+    return [f"![{options.get('alt', '')}](attachment:{file.name})", "", *caption]
+
+
+SHOWN: dict[str, Callable[[str, str, list[str]], list[str]]] = {
+    "math": lambda _, number, body: [
+        "$$",
+        *body,
+        *([rf"\tag{{{number.strip('()')}}}"] if number else []),
+        "$$",
+    ],
+    "dropdown": lambda title, _, body: [
+        f"<details><summary>{title}</summary>",
+        "",
+        *body,
+        "",
+        "</details>",
+    ],
+    "admonition": lambda title, _, body: [
+        f"> **{title}**",
+        ">",
+        *(f"> {line}" for line in body),
+    ],
+    "table": lambda title, number, body: [f"*{number}.* {title}", "", *body],
+    "figure": lambda _, number, body: [*body[:2], f"*{number}.*", *body[2:]],
+}
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit status."""
+    if not arguments:
+        print("standalone: name a chapter, such as book/12_convolution.md")
+        return 2
+    for name in arguments:
+        path = Path(name)
+        try:
+            nbformat.write(standalone(path), f"{path.stem}.ipynb")
+        except (OSError, ValueError) as error:
+            print(f"standalone: {error}", file=sys.stderr)
+            return 2
+        print(f"wrote {path.stem}.ipynb")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
