@@ -14,7 +14,11 @@ export function levels() {
 
 /** The timesteps of a chain of n steps, equally spaced with both ends (eq-sampling-respace). */
 export function timesteps(n) {
-  return Array.from({ length: n }, (_, i) => Math.round((999 * i) / (n - 1)));
+  return Array.from({ length: n }, (_, i) => {
+    const place = (999 * i) / (n - 1);
+    const near = Math.round(place);
+    return near - place === 0.5 && near % 2 ? near - 1 : near; // halves to even, as Python
+  });
 }
 
 /**
@@ -87,46 +91,33 @@ export function* chain(start, noise, { method, steps, seed = 0 }) {
   const table = levels();
   const visited = [1, ...timesteps(steps).map((t) => table[t])];
   const { normal } = random(seed);
-  const eta = method === "ancestral" ? 1 : 0;
   let points = start;
   yield points;
   for (let i = steps; i > 0; i--) {
     const [now, after] = [visited[i], visited[i - 1]];
-    points = method === "heun" && after < 1
-      ? heunStep(points, noise, now, after)
-      : ddimStep(points, noise, now, after, eta, normal);
+    const fresh = Math.sqrt(((1 - after) / (1 - now)) * (1 - now / after));
+    const sigma = method === "ancestral" ? fresh : 0;
+    const next = new Float64Array(points.length);
+    for (let j = 0; j < points.length; j += 2) {
+      const here = [points[j], points[j + 1]];
+      let eps = noise(...here, now);
+      if (method === "heun" && after < 1) { // eq-score-heun
+        const there = here.map((x, k) => move(x, eps[k], now, after, 0));
+        const second = noise(...there, after);
+        eps = eps.map((first, k) => (first + second[k]) / 2);
+      }
+      for (const k of [0, 1]) {
+        next[j + k] = move(here[k], eps[k], now, after, sigma);
+        if (sigma > 0) next[j + k] += sigma * normal();
+      }
+    }
+    points = next;
     yield points;
   }
 }
 
-/** eq-sampling-ddim; eta = 1 is ancestral sampling with the smaller variance. */
-export function ddimStep(points, noise, now, after, eta, normal) {
-  const sigma = eta * Math.sqrt(((1 - after) / (1 - now)) * (1 - now / after));
-  const rest = Math.sqrt(Math.max(0, 1 - after - sigma ** 2));
-  const next = new Float64Array(points.length);
-  for (let i = 0; i < points.length; i += 2) {
-    const eps = noise(points[i], points[i + 1], now);
-    for (const k of [0, 1]) {
-      const clean = (points[i + k] - Math.sqrt(1 - now) * eps[k]) / Math.sqrt(now);
-      next[i + k] = Math.sqrt(after) * clean + rest * eps[k];
-      if (sigma > 0) next[i + k] += sigma * normal();
-    }
-  }
-  return next;
-}
-
-/** eq-score-heun, in the coordinates z = x / a of eq-score-sigma. */
-export function heunStep(points, noise, now, after) {
-  const sigma = (level) => Math.sqrt((1 - level) / level);
-  const stride = sigma(after) - sigma(now);
-  const [a, b] = [Math.sqrt(now), Math.sqrt(after)];
-  const next = new Float64Array(points.length);
-  for (let i = 0; i < points.length; i += 2) {
-    const z = [points[i] / a, points[i + 1] / a];
-    const first = noise(points[i], points[i + 1], now);
-    const there = z.map((value, k) => b * (value + stride * first[k]));
-    const second = noise(...there, after);
-    for (const k of [0, 1]) next[i + k] = b * (z[k] + (stride * (first[k] + second[k])) / 2);
-  }
-  return next;
+/** eq-sampling-ddim without its fresh noise, for one coordinate. */
+function move(x, eps, now, after, sigma) {
+  const clean = (x - Math.sqrt(1 - now) * eps) / Math.sqrt(now);
+  return Math.sqrt(after) * clean + Math.sqrt(Math.max(0, 1 - after - sigma ** 2)) * eps;
 }
