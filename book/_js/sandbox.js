@@ -42,15 +42,15 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   let paint = 0; // the group that a click paints
   let done = still() ? 1 : 0; // share of the way
   let playing = !still();
-  let pupil = null; // the network in training, with `trained` steps and their mean `loss`
-  let ways = null; // both chains as far as they are computed, null when they are outdated
+  let pupil = null; // the network in training, which has done `trained` steps
+  let ways = []; // both chains as far as they are computed; missing when they are outdated
   let fields = []; // the panels as they were drawn last, for the hand
   const table = levels();
   const start = drawPoints([{ x: 0, y: 0, weight: 1 }], 1, POINTS, random(1)).points;
 
   const change = (what) => {
-    what?.();
-    ways = null;
+    what();
+    ways = [];
     view.redraw();
   };
   /** Other data: the network knows nothing of them yet. */
@@ -69,25 +69,20 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     if (pupil) both.push(guided(pupil.noise(null), pupil.noise(0), w));
     return both;
   };
-  const begin = () => predictions().map((noise) => {
-    const walk = chain(start, noise, { method, steps });
-    return { walk, states: [walk.next().value] };
-  });
+  const begin = (noise) => ({ walk: chain(start, noise, { method, steps }), states: [] });
   /** State k of a chain, or the last that could be computed until the end of the slice. */
   const state = ({ walk, states }, k, end) => {
-    while (states.length <= k && performance.now() < end) states.push(walk.next().value);
+    while (states.length <= k && (!states.length || performance.now() < end)) states.push(walk.next().value);
     if (states.length <= k) view.redraw();
     return states[Math.min(k, states.length - 1)];
   };
 
   const draw = (pen, width) => {
-    const empty = !data.blobs.length;
-    if (!empty) ways ??= begin();
-    const noises = empty ? [] : predictions();
+    const noises = data.blobs.length ? predictions() : [];
     const side = panelSide(width);
     const k = Math.round(done * steps);
     const level = k === steps ? 1 : table[timesteps(steps)[steps - 1 - k]];
-    const titles = ["exact score", pupil ? `the network, loss ${pupil.loss.toFixed(2)}` : "a network: not trained"];
+    const titles = ["exact score", pupil ? `the network after ${pupil.trained} steps` : "a network: not trained"];
     fields = titles.map((title, panel) => {
       const place = panelPlace(width, side, panel);
       pen.fillStyle = colours().text;
@@ -95,8 +90,11 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
       pen.fillText(title, place.left, place.top - 6);
       const field = axes(pen, { ...place, x: [-REACH, REACH], y: [-REACH, REACH] });
       drawData(pen, field, data, level, (place.width / 2) / REACH);
-      if (noises[panel]) drawScore(pen, field, noises[panel], Math.min(level, 0.995));
-      if (!empty && ways[panel]) drawAll(pen, field, state(ways[panel], k, performance.now() + SLICE));
+      if (noises[panel]) {
+        drawScore(pen, field, noises[panel], Math.min(level, 0.995));
+        ways[panel] ??= begin(noises[panel]);
+        drawAll(pen, field, state(ways[panel], k, performance.now() + SLICE));
+      }
       return field;
     });
   };
@@ -149,7 +147,7 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
       if (!data.blobs.length) return;
       const source = random(2);
       const sample = drawPoints(data.blobs, data.spread, 2000, source);
-      pupil = { ...trainer(sample, table, source, { steps: STEPS }), trained: 0, loss: 1 };
+      pupil = { ...trainer(sample, table, source, { steps: STEPS }), trained: 0 };
       done = 1;
       playing = false;
       progress.set(done);
@@ -164,10 +162,14 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   const train = (learner) => {
     const end = performance.now() + SLICE;
     while (learner.trained < STEPS && performance.now() < end) {
-      learner.loss += 0.01 * (learner.step() - learner.loss);
+      learner.step();
       learner.trained++;
       const pause = !still() && learner.trained % PAUSE === 0;
-      if (pause || learner.trained === STEPS) change(tell);
+      if (pause || learner.trained === STEPS) {
+        delete ways[1];
+        tell();
+        view.redraw();
+      }
     }
     if (learner === pupil && learner.trained < STEPS) setTimeout(train, 0, learner);
   };
