@@ -28,6 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Outputs of a quick run are never those of the book."""
+    if not config.getoption("--keep-outputs"):
+        return
+    from tools.book import is_quick
+
+    if is_quick():
+        raise pytest.UsageError(
+            "QUICK=1 is set, and the outputs of a quick run are not those of the book: "
+            "unset QUICK, or run `QUICK=1 pytest --nbmake book/` without --keep-outputs"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes long; skip what needs a GPU where there is none."""
     items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)

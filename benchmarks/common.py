@@ -269,9 +269,10 @@ def report(
     rows: list[dict[str, Any]],
     *,
     settings: Mapping[str, Any] | None = None,
+    by: str = "",
 ) -> int:
     """Print the rows as a Markdown table, write ``results/<name>.json`` and ``.md``,
-    return the exit status.
+    return the exit status. ``by`` is the command if it is not called like the report.
 
     A row is a mapping from column to text or number; lists and mappings go to the JSON
     only. A row whose
@@ -297,7 +298,7 @@ def report(
         lines.append("| " + " | ".join(cells) + " |")
     machine = environment()
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
-    lines += ["", f"{facts}; `python -m benchmarks.{name}`"]
+    lines += ["", f"{facts}; `python -m benchmarks.{by or name}`"]
     markdown = "\n".join(lines) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(markdown)

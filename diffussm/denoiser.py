@@ -33,14 +33,6 @@ class Denoiser(DiffuSSM):
         model = super().from_pretrained(folder, device, variant)
         return model.to(dtype=torch_dtype).requires_grad_(False).eval()
 
-    @classmethod
-    def of(cls, model: DiffuSSM) -> Self:
-        """The same network; the weights are shared, not copied."""
-        with torch.device("meta"):
-            same = cls(model.config)
-        same.load_state_dict(model.state_dict(), assign=True)
-        return same.requires_grad_(False).eval()
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -50,6 +42,14 @@ class Denoiser(DiffuSSM):
     def dtype(self) -> torch.dtype:
         """What the weights are."""
         return self.embed_x.weight.dtype
+
+    @classmethod
+    def of(cls, model: DiffuSSM) -> Self:
+        """The same network; the weights are shared, not copied."""
+        with torch.device("meta"):
+            same = cls(model.config)
+        same.load_state_dict(model.state_dict(), assign=True)
+        return same.requires_grad_(False).eval()
 
 
 def _only_variant(folder: Path) -> str | None:

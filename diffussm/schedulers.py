@@ -98,29 +98,19 @@ def scheduler_for(scheduler: Any, num_train_timesteps: int) -> tuple[Any, bool]:
     return scheduler, learned and takes
 
 
+_SIGMAS = ("karras", "exponential", "beta", "flow")
 # what an option may be, the best first; None and what is not said are right, too
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon",),
-    "variance_type": (
-        "learned_range",
-        "fixed_small",
-        "fixed_small_log",
-        "fixed_large",
-        "fixed_large_log",
+    "variance_type": tuple(
+        "learned_range fixed_small fixed_small_log fixed_large fixed_large_log".split()
     ),
     # the others leave noise on the finished image
-    "algorithm_type": (
-        "dpmsolver++",
-        "sde-dpmsolver++",
-        "deis",
-        "data_prediction",
-        "noise_prediction",
+    "algorithm_type": tuple(
+        "dpmsolver++ sde-dpmsolver++ deis data_prediction noise_prediction".split()
     ),
     "interpolation_type": ("linear",),
-    "use_karras_sigmas": (False,),
-    "use_exponential_sigmas": (False,),
-    "use_beta_sigmas": (False,),
-    "use_flow_sigmas": (False,),
+    **{f"use_{kind}_sigmas": (False,) for kind in _SIGMAS},
     "use_lu_lambdas": (False,),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.book import ROOT
+from tools.book import ROOT, chapters
+from tools.preface import has_quick_mode
 
 pytestmark = pytest.mark.end_to_end
 
@@ -43,7 +45,9 @@ value = 1 / DIVISOR
 """
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *options: str, quick: str = ""
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -53,7 +57,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "--color=no",
         *options,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QUICK": quick}
     return subprocess.run(
         command,
         cwd=folder,
@@ -107,3 +111,31 @@ def test_outputs_can_be_kept_for_the_pages(book: Path) -> None:
     assert "1 skipped" in run(book.parent, *keep, "--skip-kept").stdout
     (book / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "3"))
     assert "1 passed" in run(book.parent, *keep, "--skip-kept").stdout
+
+
+def test_outputs_of_a_quick_run_are_not_kept(book: Path) -> None:
+    (book / "01_toy.md").write_text(CHAPTER.replace("DIVISOR", "1 + QUICK"))
+    text = (book / "01_toy.md").read_text()
+    asks = "from pathlib import Path\n\nfrom quick import QUICK\n\nassert QUICK"
+    (book / "01_toy.md").write_text(text.replace("from pathlib import Path", asks))
+    shutil.copy(ROOT / "book" / "quick.py", book)
+    assert run(book.parent, "--nbmake", "book", quick="1").returncode == 0
+    keep = ("--nbmake", "--keep-outputs", str(book.parent / "cache"), "book")
+    done = run(book.parent, *keep, quick="1")
+    assert done.returncode == 4 and "unset QUICK" in done.stderr
+    assert not (book.parent / "cache").exists()
+    assert run(book.parent, *keep, quick="0").returncode == 1  # not quick: it asserts
+
+
+def test_pages_with_a_quick_mode_have_it_outside_of_the_package() -> None:
+    quick = [chapter for chapter in chapters() if has_quick_mode(chapter)]
+    assert "36_training" in [chapter.path.stem for chapter in quick]
+    for chapter in quick:
+        assert not [cell for cell in chapter.exported if "QUICK" in cell.source]
+        cells = "\n".join(cell.source for cell in chapter.cells)
+        assert len(re.findall(r"\bQUICK\b", cells)) > 1, f"{chapter.name} never asks"
+
+
+def test_a_page_runs_in_quick_mode() -> None:
+    done = run(ROOT, "--nbmake", "book/53_autoencoder.md", quick="1")
+    assert done.returncode == 0, done.stdout

@@ -54,6 +54,25 @@ def test_preface_is_read_from_words_imports_and_cells(tmp_path: Path) -> None:
     assert preface("book/gamma", tmp_path).startswith("1 min to read; 4 min to run; b")
 
 
+def test_preface_tells_how_long_the_quick_mode_takes(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    names = ("alpha", "beta")
+    toc = "".join(f"      - file: book/{name}\n" for name in names)
+    (tmp_path / "_toc.yml").write_text(
+        f"parts:\n  - numbered: true\n    caption: A\n    chapters:\n{toc}"
+    )
+    page(tmp_path, "alpha", 10, ("hide-input", "from quick import QUICK"))
+    page(tmp_path, "beta", 10, ("hide-input", "quick = True"))
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for record, seconds in (("chapters", 245), ("quick", 38)):
+        rows = [{"chapter": name, "seconds": seconds} for name in names]
+        (results / f"{record}.json").write_text(json.dumps({"rows": rows}))
+    told = "1 min to read; 5 min to run, 40 s with `QUICK=1`."
+    assert preface("book/alpha", tmp_path) == told
+    assert preface("book/beta", tmp_path) == "1 min to read; 5 min to run."
+
+
 def test_no_chapter_builds_on_one_that_is_read_later() -> None:
     pages = [
         chapter.name.removesuffix(".md") for _, part in parts() for chapter in part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "Cell",
     "Chapter",
     "chapters",
+    "is_quick",
     "labels",
     "prose",
     "read_chapter",
@@ -24,6 +26,12 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def is_quick() -> bool:
+    """Whether pages are asked for in their quick mode, as `book/quick.py` has it."""
+    return os.environ.get("QUICK", "") not in ("", "0")
+
 
 _PARSER = MarkdownIt("commonmark").use(front_matter_plugin)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from tools.book import ROOT, Chapter, labels, prose
 from tools.overview import parts
 
-__all__ = ["builds_on", "minutes", "preface", "running", "trains"]
+__all__ = ["builds_on", "has_quick_mode", "minutes", "preface", "running", "trains"]
 
 WORDS_PER_MINUTE = 200
 # A faster way to the same numbers, and a helper that many take.
@@ -77,15 +77,31 @@ def minutes(chapter: Chapter, root: Path = ROOT) -> int:
 
 def running(chapter: Chapter, root: Path = ROOT) -> list[str]:
     """How long the chapter ran when that was last recorded, rounded up."""
-    record = root / "benchmarks" / "results" / "chapters.json"
-    rows = json.loads(record.read_text())["rows"] if record.exists() else []
-    took = {row["chapter"]: row["seconds"] for row in rows}
-    seconds = took.get(chapter.path.stem)
+    seconds = _recorded("chapters", chapter, root)
     if seconds is None:
         return []
+    quick = _recorded("quick", chapter, root) if has_quick_mode(chapter) else None
+    quickly = f", {_rounded(quick)} with `QUICK=1`" if quick else ""
+    return [f"{_rounded(seconds)} to run{quickly}"]
+
+
+def has_quick_mode(chapter: Chapter) -> bool:
+    """Whether a cell asks if the page is run quickly (`book/quick.py`)."""
+    return any(re.search(r"^from quick import", c.source, re.M) for c in chapter.cells)
+
+
+def _recorded(name: str, chapter: Chapter, root: Path) -> int | None:
+    """The seconds of a chapter in a record of `benchmarks.chapters`."""
+    record = root / "benchmarks" / "results" / f"{name}.json"
+    rows = json.loads(record.read_text())["rows"] if record.exists() else []
+    took = {row["chapter"]: int(row["seconds"]) for row in rows}
+    return took.get(chapter.path.stem)
+
+
+def _rounded(seconds: int) -> str:
     if seconds > 90:
-        return [f"{math.ceil(seconds / 60)} min to run"]
-    return [f"{10 * max(math.ceil(seconds / 10), 1)} s to run"]
+        return f"{math.ceil(seconds / 60)} min"
+    return f"{10 * max(math.ceil(seconds / 10), 1)} s"
 
 
 def trains(chapter: Chapter) -> bool:

@@ -24,7 +24,7 @@ from tools.readable import places, readable
 
 __all__ = ["main", "standalone"]
 
-HELPERS = ("plotting", "literate", "explorables")
+HELPERS = ("plotting", "literate", "explorables", "quick")
 OURS = re.compile(rf"^from ({'|'.join(HELPERS)}) import|^import ({'|'.join(HELPERS)})$")
 RECORDED = re.compile(r'\brecorded\("(\w+)"\)')
 CHECKOUT = re.compile(
@@ -53,9 +53,15 @@ def bring(name, text):
 try:
     import myst_nb
 except ImportError:  # only the rendered book needs the numbers in its sentences
-    bring("myst_nb", "def glue(name, value, display=True): pass")
+    bring("myst_nb", """
+from IPython.display import display as show
+
+def glue(name, value, display=True):
+    if display:
+        show(value)
+""")
 {modules}'''
-FENCE = re.compile(r"^(?P<ticks>`{3,})\{(?P<name>\w+)\} ?(?P<title>.*)$")
+FENCE = re.compile(r"^(?P<ticks>`{3,})\{(?P<name>[\w:]+)\} ?(?P<title>.*)$")
 
 
 def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
@@ -183,6 +189,7 @@ SHOWN: dict[str, Callable[[str, str, list[str]], list[str]]] = {
     ],
     "table": lambda title, number, body: [f"*{number}.* {title}", "", *body],
     "figure": lambda _, number, body: [*body[:2], f"*{number}.*", *body[2:]],
+    "glue:figure": lambda _, number, body: [f"*{number}, drawn further down.*", *body],
 }
 
 

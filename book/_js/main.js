@@ -8,7 +8,6 @@ import { eigenvalue } from "./eigenvalue.js";
 import { growth } from "./growth.js";
 import { memory } from "./memory.js";
 import { reach } from "./reach.js";
-import { sandbox } from "./sandbox.js";
 import { spring } from "./spring.js";
 
 const EXPLORABLES = {
@@ -20,7 +19,6 @@ const EXPLORABLES = {
   growth,
   memory,
   reach,
-  sandbox,
   spring,
 };
 
