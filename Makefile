@@ -20,7 +20,7 @@ define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
 endef
 
-.PHONY: help venv export fresh render book page chapters test check rehearsal lint house tidy lab bench clean
+.PHONY: help venv export fresh render book page pdf chapters test check rehearsal lint house tidy lab bench clean
 
 help: ## say what each command does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ book: fresh ## export, execute all chapters (those that changed), render; prints
 
 page: fresh ## execute and render one page: make page P=training
 	@$(RUN) -m tools.page "$(P)"
+
+pdf: venv ## print the rendered book as one PDF (needs Chromium): _build/diffussm.pdf
+	$(call timed,pdf,$(RUN) -m tools.pdf)
 
 chapters: fresh
 	$(call timed,chapters,$(EXECUTE) book)

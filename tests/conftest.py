@@ -14,7 +14,8 @@ from pictures import encoded, noise_image, write
 from stages import computed, opened  # noqa: F401 (fixtures)
 from stores import copy, one_thread, root, vae, whole  # noqa: F401 (fixtures)
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+from tools.pdf import BROWSERS
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -31,6 +31,23 @@
       return over > 2 && !e.closest(".scrolls") ? [`${Math.round(over)} px over the edge: ${where(e)}`] : [];
     });
 
+  const numbers = (colour) => (colour.match(/[\d.]+/g) || []).map(Number);
+  const luminance = (colour) => {
+    const [r, g, b] = numbers(colour).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+
+  // The first colour behind an element that hides what is behind it.
+  const ground = (e) => {
+    for (let at = e; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      const [, , , a = 1] = numbers(colour);
+      if (a > 0.5) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+
   window.measures = {
     equations: () => [
       ...wide("article mjx-container[display], article div.math"),
@@ -64,11 +81,36 @@
         !(e.getAttribute("aria-label") || e.getAttribute("aria-labelledby") || e.labels?.length || e.placeholder || e.title)),
     ].map(where),
 
+    // Code is read against its ground: 4.5 to 1.
+    codeContrast: () => {
+      const seenPairs = new Map();
+      for (const e of all("article pre, article pre span, article code, article .export-badge span").filter(seen)) {
+        if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
+        const pair = `${getComputedStyle(e).color} on ${ground(e)}`;
+        if (!seenPairs.has(pair)) seenPairs.set(pair, e);
+      }
+      return [...seenPairs].flatMap(([pair, e]) => {
+        const [front, back] = pair.split(" on ").map(luminance);
+        const ratio = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+        return ratio < 4.5 ? [`${ratio.toFixed(2)}, ${pair}: ${where(e)}`] : [];
+      });
+    },
+
+    // Text in a drawing is at least seven pixels high.
+    smallText: () =>
+      all("article picture img").filter((e) => seen(e) && e.clientWidth).flatMap((e) => {
+        const source = e.previousElementSibling;
+        const shown = source && matchMedia(source.media).matches ? source : e;
+        const height = e.clientWidth * shown.dataset.smallestText;
+        return height < 7 ? [`${height.toFixed(1)} px: ${where(e.closest("figure") || e)}`] : [];
+      }),
+
     // In the dark no box of the page is light.
     slabs: () =>
       all("article, article *").filter(seen).flatMap((e) => {
-        const [r, g, b, a = 1] = (getComputedStyle(e).backgroundColor.match(/[\d.]+/g) || []).map(Number);
-        return a > 0.5 && 0.2126 * r + 0.7152 * g + 0.0722 * b > 110 ? [`${getComputedStyle(e).backgroundColor}: ${where(e)}`] : [];
+        const colour = getComputedStyle(e).backgroundColor;
+        const [, , , a = 1] = numbers(colour);
+        return a > 0.5 && luminance(colour) > 0.16 && !e.closest(".export-badge, .sd-btn, .copybtn") ? [`${colour}: ${where(e)}`] : [];
       }),
   };
 })();

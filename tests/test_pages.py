@@ -1,5 +1,5 @@
 """Every page of the rendered book, opened in a real browser, over a server on this
-machine.
+machine, in the light theme; `test_pages_dark.py` opens them in the dark one.
 
 `make test` builds the book first. A plain `pytest` skips these tests where the book is
 not built or is older than its text, or where there is no Chromium;
@@ -8,108 +8,33 @@ DIFFUSSM_REQUIRE_BOOK and DIFFUSSM_REQUIRE_BROWSER forbid that.
 
 from __future__ import annotations
 
-import functools
 import re
 import tempfile
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsers import absent
+from visits import PAGES, Visit, book, open_page, server, visit_page  # noqa: F401
 
-from tools.book import ROOT, Chapter, read_chapter, reading_order
+from tools.book import ROOT
 from tools.preface import preface
 
 pytestmark = pytest.mark.end_to_end
 
-HTML = ROOT / "_build" / "html"
-PHONE = 390
-PAGES = reading_order()
-
 
 @pytest.fixture(scope="session")
-def book() -> Path:
-    for page in PAGES:
-        source, rendered = ROOT / f"{page}.md", HTML / f"{page}.html"
-        if not rendered.exists():
-            absent(
-                f"{page}.html is not built: run `make book`", "DIFFUSSM_REQUIRE_BOOK"
-            )
-        if rendered.stat().st_mtime < source.stat().st_mtime:
-            absent(
-                f"{page}.html is older than its text: run `make book`",
-                "DIFFUSSM_REQUIRE_BOOK",
-            )
-    return HTML
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="session")
-def server(book: Path) -> Iterator[str]:
-    handler = functools.partial(Quiet, directory=str(book))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_address[1]}"
-        http.shutdown()
-        thread.join()
-
-
-@dataclass
-class Visit:
-    """An open page and what happened while it loaded."""
-
-    tab: Any
-    chapter: Chapter
-    source: str
-    complaints: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-
-
-def open_page(
-    browser: Any, server: str, address: str
-) -> tuple[Any, list[str], list[str]]:
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
-    complaints: list[str] = []
-    elsewhere: list[str] = []
-    tab.on(
-        "console",
-        lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None,
-    )
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on(
-        "response",
-        lambda r: complaints.append(f"{r.status} {r.url}") if r.status >= 400 else None,
-    )
-    local = (server, "data:", "blob:")
-    tab.on(
-        "request",
-        lambda r: None if r.url.startswith(local) else elsewhere.append(r.url),
-    )
-    tab.goto(f"{server}/{address}", wait_until="load")
-    return tab, complaints, elsewhere
+def context(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(color_scheme="light", reduced_motion="reduce")
+    yield context
+    context.close()
 
 
 @pytest.fixture(scope="session", params=PAGES, ids=lambda page: page.split("/")[-1])
-def visit(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[Visit]:
-    path = ROOT / f"{request.param}.md"
-    tab, complaints, elsewhere = open_page(browser, server, f"{request.param}.html")
-    tab.wait_for_function(
-        "!window.MathJax || (MathJax.startup && MathJax.startup.promise)"
-    )
-    tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
-    yield Visit(
-        tab, read_chapter(path), path.read_text(encoding="utf-8"), complaints, elsewhere
-    )
-    tab.close()
+def visit(request: pytest.FixtureRequest, context: Any, server: str) -> Iterator[Visit]:  # noqa: F811
+    visit = visit_page(context, server, request.param)
+    yield visit
+    visit.tab.close()
 
 
 def prose(visit: Visit) -> str:
@@ -145,40 +70,41 @@ def test_numbered_pages_say_how_long_they_are(visit: Visit) -> None:
 
 def test_figures_are_there_and_described(visit: Visit) -> None:
     named = re.findall(r"^ *:?name: *(fig-[\w-]+) *$", visit.source, re.MULTILINE)
-    for name in named:
-        figure = visit.tab.locator(f"article figure[id='{name}']")
-        assert figure.count() == 1, f"{name} is not on the page"
-        # text_content, not inner_text: a figure may lie in a solution that is folded
-        # away
-        assert (figure.locator("figcaption").first.text_content() or "").strip(), (
-            f"{name} has no caption"
-        )
-        inside = figure.locator("img, svg, .frame-player, table")
-        assert inside.count(), f"{name} is empty"
-    shown = visit.tab.locator("article figure[id^='fig-']")
-    assert shown.count() == len(named)
-    for image in visit.tab.locator(
-        "article img, article object, article .cell_output svg:not(button svg)"
-    ).all():
-        image.scroll_into_view_if_needed() if image.is_visible() else None
-        state = image.evaluate(
-            """async e => {
-                if (e.tagName === "IMG") await e.decode().catch(() => null);
-                const img = e.tagName === "IMG";
-                const hidden = e.offsetParent === null && img && e.complete;
-                const box = e.getBoundingClientRect();
-                return {
-                    alt: e.getAttribute("alt") || e.getAttribute("aria-label") || "",
-                    size: img ? Math.min(e.naturalWidth, e.naturalHeight) : box.width,
-                    drawn: hidden || (box.width > 0 && box.height > 0),
-                    what: e.outerHTML.slice(0, 120),
-                };
-            }"""
-        )
-        assert state["size"] > 0 and state["drawn"], f"not loaded: {state['what']}"
-        alt = state["alt"].strip()
+    figures = visit.tab.evaluate(
+        """() => [...document.querySelectorAll(
+            "article figure[id^='fig-']"
+        )].map((f) => ({
+            name: f.id,
+            caption: f.querySelector("figcaption")?.textContent.trim(),
+            inside: f.querySelectorAll("img, svg, .frame-player, table").length,
+        }))"""
+    )
+    assert sorted(figure["name"] for figure in figures) == sorted(named)
+    assert all(figure["caption"] and figure["inside"] for figure in figures), figures
+    images = visit.tab.evaluate(
+        """() => Promise.all([...document.querySelectorAll(
+            "article img, article object, article .cell_output svg:not(button svg)"
+        )].map(async (e) => {
+            const img = e.tagName === "IMG";
+            const shown = e.checkVisibility();
+            if (img && shown) {
+                e.loading = "eager";
+                await e.decode().catch(() => null);
+            }
+            const box = e.getBoundingClientRect();
+            return {
+                alt: e.getAttribute("alt") || e.getAttribute("aria-label") || "",
+                drawn: !shown || (box.width > 0 && box.height > 0
+                    && (!img || e.naturalWidth > 0)),
+                what: e.outerHTML.slice(0, 120),
+            };
+        }))"""
+    )
+    for image in images:
+        assert image["drawn"], f"not loaded: {image['what']}"
+        alt = image["alt"].strip()
         assert alt and not re.search(r"_images/|\.(svg|png)$", alt), (
-            f"no alternative text: {state['what']}"
+            f"no alternative text: {image['what']}"
         )
 
 
@@ -257,7 +183,7 @@ def test_exported_cells_carry_the_badge(visit: Visit) -> None:
     assert badges == [f"diffussm.{visit.chapter.module}"] * len(visit.chapter.exported)
 
 
-def test_links_within_the_book_lead_somewhere(visit: Visit, book: Path) -> None:
+def test_links_within_the_book_lead_somewhere(visit: Visit, book: Path) -> None:  # noqa: F811
     for link in visit.tab.evaluate(
         "[...document.querySelectorAll('article a[href]')].map(a => a.href)"
     ):
@@ -289,19 +215,20 @@ def test_players_move(visit: Visit) -> None:
         assert before
 
 
-def test_nothing_overflows_on_a_phone(visit: Visit) -> None:
-    visit.tab.set_viewport_size({"width": PHONE, "height": 844})
-    visit.tab.wait_for_timeout(200)
-    wide = visit.tab.evaluate(
-        """width => document.documentElement.scrollWidth <= width ? [] :
-            [...document.querySelectorAll("article *")]
-                .filter(e => e.getBoundingClientRect().right > width + 1)
-                .map(e => e.outerHTML.slice(0, 100)).slice(0, 5)""",
-        PHONE,
-    )
-    overflow = visit.tab.evaluate("document.documentElement.scrollWidth")
-    visit.tab.set_viewport_size({"width": 1280, "height": 900})
-    assert overflow <= PHONE, f"{overflow} px wide: {wide}"
+@pytest.mark.parametrize("width", [1440, 1280])
+def test_nothing_is_cut(visit: Visit, width: int) -> None:
+    """No formula, no line of code or of an output, no table, nor the page itself."""
+    visit.resize(width)
+    assert visit.faults("equations", "code", "tables", "body") == []
+
+
+def test_what_one_uses_has_a_name(visit: Visit) -> None:
+    assert visit.faults("names", "tabStops", "codeContrast") == []
+
+
+def test_axe_finds_nothing_grave(visit: Visit) -> None:
+    visit.resize(1280)
+    assert visit.violations() == []
 
 
 def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
@@ -309,8 +236,8 @@ def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
     assert visit.elsewhere == []
 
 
-def test_search_finds_a_chapter(browser: Any, server: str) -> None:
-    tab, complaints, elsewhere = open_page(browser, server, "search.html?q=state")
+def test_search_finds_a_chapter(context: Any, server: str) -> None:  # noqa: F811
+    tab, complaints, elsewhere = open_page(context, server, "search.html?q=state")
     tab.wait_for_selector("#search-results li a")
     assert any(
         text.strip() for text in tab.locator("#search-results li a").all_text_contents()
@@ -319,8 +246,8 @@ def test_search_finds_a_chapter(browser: Any, server: str) -> None:
     tab.close()
 
 
-def test_front_page_leads_to_the_book(browser: Any, server: str) -> None:
-    tab, _, elsewhere = open_page(browser, server, "index.html")
+def test_front_page_leads_to_the_book(context: Any, server: str) -> None:  # noqa: F811
+    tab, _, elsewhere = open_page(context, server, "index.html")
     tab.wait_for_url(f"**/{PAGES[0]}.html")
     links = tab.evaluate(
         "[...document.querySelectorAll('nav.bd-links a')].map(a => "

@@ -21,33 +21,31 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 NAMES = 3  # so many definitions are named in a line
 
 
-def definitions(code: str) -> list[str] | None:
-    """The names that the statements of a cell define; nothing if it only imports."""
-    body = [
-        statement
-        for statement in ast.parse(code).body
-        if not isinstance(statement, ast.Import | ast.ImportFrom)
-    ]
-    if not body:
-        return None
+def names_of(code: str) -> tuple[list[str], bool]:
+    """What the statements of a cell define, and whether it imports anything."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [statement.name for statement in body if isinstance(statement, kinds)]
+    body = ast.parse(code).body
+    names = [statement.name for statement in body if isinstance(statement, kinds)]
+    return names, any(isinstance(s, ast.Import | ast.ImportFrom) for s in body)
 
 
 def title_of_plumbing(code: str) -> str:
     """What a folded cell of the package is called."""
-    names = definitions(code)
-    if names is None:
-        return "Imports"
-    checks = ("check", "_check", "__post_init__", "_refuse")
-    title = (
-        "Guards"
-        if names and all(name.startswith(checks) for name in names)
-        else "Details"
-    )
+    names, imports = names_of(code)
+    if not names:
+        return "Imports" if imports else "Constants"
+    checks = ("check", "_check", "_refuse", "__post_init__")
+    title = "Guards" if all(name.startswith(checks) for name in names) else "Details"
     told = [name for name in names if not name.startswith("__")]
     more = ", …" if len(told) > NAMES else ""
     return f"{title}: {', '.join(told[:NAMES])}{more}" if told else title
+
+
+def title_of_preparations(code: str) -> str:
+    """What a folded cell is called that shows nothing and is not in the package."""
+    imports = ast.Import | ast.ImportFrom
+    only = all(isinstance(statement, imports) for statement in ast.parse(code).body)
+    return "Imports" if only else "Preparations"
 
 
 def parts(
@@ -96,8 +94,7 @@ class NameFolds(SphinxPostTransform):
             elif self.joins_figure(cell, fold):
                 continue
             else:
-                only_imports = definitions(code) is None
-                name, place = "Imports" if only_imports else "Preparations", "plumbing"
+                name, place = title_of_preparations(code), "plumbing"
             fold["prompt_show"], fold["classes"] = name, [f"fold-{place}"]
 
     def title_of_solution(self, cell: nodes.Element) -> str:

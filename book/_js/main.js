@@ -1,6 +1,5 @@
 // Every explorable of a page comes to life where its still picture stands.
 
-import { bank } from "./bank.js";
 import { bill } from "./bill.js";
 import { block_cost } from "./block_cost.js";
 import { convolution } from "./convolution.js";
@@ -11,7 +10,6 @@ import { reach } from "./reach.js";
 import { spring } from "./spring.js";
 
 const EXPLORABLES = {
-  bank,
   bill,
   block_cost,
   convolution,

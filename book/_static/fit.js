@@ -3,7 +3,7 @@
 // shows that it does, has a name and is reached by keyboard.
 (() => {
   "use strict";
-  const SMALLEST = 0.7; // of the size of a formula
+  const SMALLEST = 0.6; // of the size of a formula
   const KINDS = {
     "article pre": "Code",
     "article div.math > mjx-container": "Formula",
@@ -105,5 +105,26 @@
 
   window.addEventListener("load", () => {
     (window.MathJax?.startup?.promise ?? Promise.resolve()).then(watch);
+  });
+})();
+
+// On paper solutions and answers are open, and all is light.
+(() => {
+  "use strict";
+  const restore = [];
+
+  window.addEventListener("beforeprint", () => {
+    const root = document.documentElement;
+    const theme = root.dataset.theme;
+    root.dataset.theme = "light";
+    restore.push(() => { root.dataset.theme = theme; });
+    for (const box of document.querySelectorAll("article details:not([open], .fold-under, .fold-plumbing)")) {
+      box.open = true;
+      restore.push(() => { box.open = false; });
+    }
+  });
+
+  window.addEventListener("afterprint", () => {
+    while (restore.length) restore.pop()();
   });
 })();
