@@ -169,8 +169,11 @@ def narrow(fig: Figure) -> bool:
 
     abreast = columns
     if rows == 1:
-        bare = square and not any(axes[0].get_yticks().size for axes in panels)
-        two = width / columns < 2.8 or all(axes[0].images for axes in panels)
+        first = [axes[0] for axes in panels]
+        text = any(ax.axison and ax.get_yticks().size for ax in first)
+        bars = any(ax.get_subplotspec() is None for ax in fig.axes)
+        bare = square and not text and not bars
+        two = width / columns < 2.8 or all(ax.images for ax in first)
         most = 4 if bare else 2 if two else 1
         abreast = -(-columns // -(-columns // most))
     elif 1 < columns <= 3 >= rows and len(panels) == rows * columns:
@@ -184,12 +187,18 @@ def narrow(fig: Figure) -> bool:
     for axes in panels if abreast > 1 and not spans else []:
         title = axes[0].title
         letters = PHONE / abreast * 72 / (0.6 * title.get_fontsize())
-        title.set_text(textwrap.fill(title.get_text(), int(letters)))
+        lines = title.get_text().split("\n")
+        title.set_text("\n".join(_broken(line, int(letters)) for line in lines))
     fig.set_layout_engine("constrained")
     for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)]:
         if legend is not None:
             _fit_legend(fig, legend)
     return True
+
+
+def _broken(line: str, letters: int) -> str:
+    """A line of a title, broken between words."""
+    return textwrap.fill(line, letters, break_long_words=False)
 
 
 def _restack(fig: Figure, panels: list[list[Axes]], abreast: int, tall: float) -> None:
@@ -207,7 +216,7 @@ def _restack(fig: Figure, panels: list[list[Axes]], abreast: int, tall: float) -
     grid = fig.add_gridspec(len(heights), abreast, height_ratios=heights)
     for k, axes in enumerate(panels):
         row, column = divmod(k, abreast)
-        alone = column == 0 and k == len(panels) - 1
+        alone = column == 0 and axes is panels[-1] and axes[0].get_aspect() == "auto"
         for ax in axes:
             ax.set_subplotspec(grid[row, :] if alone else grid[row, column])
         _label(axes[0])

@@ -188,3 +188,14 @@ def test_long_titles_of_panels_side_by_side_are_broken() -> None:
     fig.draw_without_rendering()
     left, right = (ax.title.get_window_extent() for ax in axes)
     assert left.x1 < right.x0
+
+
+def test_three_pictures_with_colour_bars_stand_two_and_one() -> None:
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3))
+    shown = [ax.imshow(np.eye(3)) for ax in axes]
+    both = fig.colorbar(shown[0], ax=axes[:2]).ax
+    plotting.narrow(fig)
+    fig.draw_without_rendering()
+    first, second, third = (ax.get_position() for ax in axes)
+    assert first.x1 < second.x0 < both.get_position().x0
+    assert third.x0 < second.x0 and third.y1 < min(first.y0, both.get_position().y0)
