@@ -140,7 +140,7 @@ def _keep_colours(fig: Figure) -> None:
                 artist.set_gid(f"keep-{next(numbers)}")
 
 
-PHONE = 4.0  # inches; at 350 pixels a text of 9 points is then 10 pixels high
+PHONE = 3.8  # inches; at 340 pixels a text of 9 points is then 11 pixels high
 
 
 def narrow(fig: Figure) -> bool:
@@ -149,7 +149,7 @@ def narrow(fig: Figure) -> bool:
     Panels of a row stand one under another, small ones and pictures two or more
     abreast; of two or three rows, each becomes a column. Twins, colour bars and insets
     move along with their axes. A legend that is too wide stands above all panels. A
-    single panel with much text can ask for more room: `fig.phone_width = 5.5`.
+    single panel with much text can ask for more room: `fig.phone_width = 5`.
     """
     width, height = fig.get_size_inches()
     phone = getattr(fig, "phone_width", PHONE)
@@ -244,7 +244,9 @@ def _fit_legend(fig: Figure, legend: Legend) -> None:
     if legend.get_window_extent(renderer).width < 0.85 * fig.bbox.width:
         return
     widest = max(text.get_window_extent(renderer).width for text in legend.texts)
-    room = fig.bbox.width / (widest + 4 * fig.dpi / 72 * legend.texts[0].get_fontsize())
+    room = fig.bbox.width / (
+        widest + 4.5 * fig.dpi / 72 * legend.texts[0].get_fontsize()
+    )
     above = fig.legend(
         legend.legend_handles,
         [text.get_text() for text in legend.texts],

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 from browsers import absent
 from docutils.core import publish_doctree
+from sphinx.config import Config
 
 from tools.book import ROOT, reading_order
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
 import api_reference
+import buttons
 import page_head
 import previews
 
@@ -207,6 +209,27 @@ def test_one_cell_of_the_notation_may_have_several_symbols() -> None:
     assert previews.COMMA.split("f(a, b)") == ["f(a, b)"]
 
 
+@pytest.mark.parametrize("url", ["", "https://github.com/o/r/"])
+def test_repository_has_a_button_when_there_is_an_address(url: str) -> None:
+    config = Config({}, {"html_theme_options": {"repository_url": url}})
+    config.add("html_theme_options", {}, "html", ())
+    buttons.show_repository(None, config)  # type: ignore[arg-type]
+    assert config.html_theme_options["use_repository_button"] is bool(url)
+
+
+def test_binder_and_colab_open_the_page_of_a_repository_on_github() -> None:
+    page, notebook = "book/11_state_space", "notebooks/11_state_space.ipynb"
+    binder, colab = buttons.launchers("https://github.com/o/r/", "", page, notebook)
+    assert binder["url"] == (
+        "https://mybinder.org/v2/gh/o/r/main?urlpath=lab/tree/book/11_state_space.md"
+    )
+    assert colab["url"] == (
+        "https://colab.research.google.com/github/o/r/blob/gh-pages/"
+        "notebooks/11_state_space.ipynb"
+    )
+    assert buttons.launchers("https://example.org/o/r", "", page, notebook) == []
+
+
 @pytest.fixture(scope="session")
 def texts(pages: dict[str, Page]) -> dict[str, dict[str, str]]:
     script = (HTML / "_static" / "previews.js").read_text(encoding="utf-8")
@@ -299,3 +322,16 @@ def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> 
     tab.wait_for_function(
         "document.querySelector('#preview').innerText.includes('lag')"
     )
+
+
+@pytest.mark.end_to_end
+def test_chapters_can_be_downloaded_as_notebooks(pages: dict[str, Page]) -> None:
+    for name in reading_order():
+        links = [
+            a["href"] for a in pages[name].all("a") if "ipynb" in a.get("href", "")
+        ]
+        for link in links:
+            file = (HTML / name).parent / link
+            whole = json.loads(file.read_text(encoding="utf-8"))
+            assert any(cell["cell_type"] == "code" for cell in whole["cells"]), link
+    assert sum("/notebooks/" in page.text for page in pages.values()) > 60

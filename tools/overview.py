@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ __all__ = ["COLORS", "parts", "path"]
 COLORS = ("#0072B2", "#007A59", "#B84F00", "#AA4499", "#7A6000")
 
 
+@lru_cache
 def parts(root: Path = ROOT, numbered: bool = True) -> list[tuple[str, list[Chapter]]]:
     """The numbered parts of the book with their chapters, in the order of reading; or
     those without numbers.

@@ -11,13 +11,18 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
+
+if TYPE_CHECKING:
+    from tools.book import Chapter
 
 # What a docstring names as its source, and the role that refers to it.
 ROLES = {"ch": "ref", "eq": "eq", "fig": "numref", "tab": "numref"}
@@ -179,6 +184,15 @@ class ApiReference(SphinxDirective):
         return section
 
 
+@lru_cache
+def _chapters(root: Path) -> dict[str, Chapter]:
+    """All chapters by their file."""
+    from tools.overview import parts
+
+    every = [*parts(root), *parts(root, numbered=False)]
+    return {chapter.name: chapter for _, part in every for chapter in part}
+
+
 class LinkNames(SphinxTransform):
     """Link the package's names in a chapter's text to their entries."""
 
@@ -186,12 +200,9 @@ class LinkNames(SphinxTransform):
 
     def apply(self, **_: object) -> None:
         """Called by Sphinx, once a page."""
-        from tools.book import read_chapter
-
-        path = Path(self.env.doc2path(self.env.docname))
-        if not re.match(r"\d\d_", path.name):
+        chapter = _chapters(Path(self.env.srcdir)).get(f"{self.env.docname}.md")
+        if chapter is None:
             return
-        chapter = read_chapter(path, Path(self.env.srcdir))
         module_of = {}
         for cell in chapter.cells:
             source = re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.MULTILINE)

@@ -72,6 +72,12 @@ def describe(doctree: nodes.document) -> str:
     return said[:LENGTH].rpartition(" ")[0].rstrip(",;: ") + " …"
 
 
+def address(app: Sphinx) -> str:
+    """Where the pages are published, with a slash at the end; nothing if unknown."""
+    base = app.config.html_baseurl.rstrip("/")
+    return f"{base}/" if base else ""
+
+
 def add_head(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
@@ -82,7 +88,7 @@ def add_head(
     context["description"] = (
         describe(doctree) if doctree else ""
     ) or f"{title}. {book}."
-    base = app.config.html_baseurl
+    base = address(app)
     context["card"] = base + CARD if base else context["pathto"](CARD, 1)
     # docutils adds a second viewport.
     context["metatags"] = re.sub(
@@ -113,7 +119,7 @@ def write_doors(app: Sphinx, failed: Exception | None) -> None:
     title = app.config.html_title
     said = {
         "title": escape(title),
-        "base": escape(app.config.html_baseurl),
+        "base": escape(address(app)),
         "card": CARD,
         "first": first,
         "description": "Diffusion models without attention, built again from the first "

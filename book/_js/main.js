@@ -7,6 +7,7 @@ import { eigenvalue } from "./eigenvalue.js";
 import { growth } from "./growth.js";
 import { memory } from "./memory.js";
 import { reach } from "./reach.js";
+import { sandbox } from "./sandbox.js";
 import { spring } from "./spring.js";
 
 const EXPLORABLES = {
@@ -17,6 +18,7 @@ const EXPLORABLES = {
   growth,
   memory,
   reach,
+  sandbox,
   spring,
 };
 
