@@ -1,5 +1,6 @@
 // Every explorable of a page comes to life where its still picture stands.
 
+import { bank } from "./bank.js";
 import { bill } from "./bill.js";
 import { block_cost } from "./block_cost.js";
 import { convolution } from "./convolution.js";
@@ -11,6 +12,7 @@ import { sandbox } from "./sandbox.js";
 import { spring } from "./spring.js";
 
 const EXPLORABLES = {
+  bank,
   bill,
   block_cost,
   convolution,

@@ -9,7 +9,7 @@ export function spring(stage, { omega, gamma }) {
   let state = [1, 0]; // z, real and imaginary part
   let time = 0;
   let trace = []; // [time, z] of the last seconds
-  let pushes = []; // times
+  let pushes = [0]; // times
   let mass; // where it is drawn
 
   const swing = () => Math.sqrt(Math.max(omega ** 2 - gamma ** 2, 1e-6));
@@ -81,7 +81,7 @@ export function spring(stage, { omega, gamma }) {
   });
   slider(controls, {
     label: "frequency ω", min: 3.2, max: 12.6, step: 0.1, value: omega,
-    format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} turns / s`,
+    format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} Hz`,
     change: (value) => { omega = value; view.redraw(); },
   });
   const over = (event) => event.offsetX < mass.right && event.offsetY < mass.bottom;
@@ -93,7 +93,7 @@ export function spring(stage, { omega, gamma }) {
     pusher.focus({ preventScroll: true }); // the space bar goes on pushing
     push();
   });
-  for (let k = 0; k < 200; k++) pass(SECONDS / 200);
+  for (let k = 0; k < 60; k++) pass(SECONDS / 200); // it has just been pushed
   if (!still()) animate(view.element, (seconds) => { pass(seconds); view.redraw(); });
 }
 
