@@ -19,39 +19,45 @@ export function makeNetwork({ normal }) {
 /** What the network is told: x, y, the level, and the label as one of two (or of none). */
 export function features(x, y, level, group) {
   const [a, b] = [Math.sqrt(level), Math.sqrt(1 - level)];
-  return [x, y, a, b, Math.log(b / a) / 2, group === 0 ? 1 : 0, group === 1 ? 1 : 0];
+  const label = [Number(group === 0), Number(group === 1)];
+  return Float64Array.of(x, y, a, b, Math.log(b / a) / 2, ...label);
 }
 
 /** The input and every layer's output, the last of which is the answer. */
 export function forward(network, input) {
   const values = [input];
-  network.forEach(({ inputs, outputs, weight, bias }, l) => {
+  for (let l = 0; l < network.length; l++) {
+    const { inputs, outputs, weight, bias } = network[l];
     const u = values[l];
     const y = new Float64Array(outputs);
-    for (let o = 0; o < outputs; o++) {
+    for (let o = 0, at = 0; o < outputs; o++) {
       let sum = bias[o];
-      for (let i = 0; i < inputs; i++) sum += weight[o * inputs + i] * u[i];
+      for (let i = 0; i < inputs; i++) sum += weight[at++] * u[i];
       y[o] = l < network.length - 1 ? Math.tanh(sum) : sum;
     }
     values.push(y);
-  });
+  }
   return values;
 }
 
 /** Add to `gradients` those of scale * |answer - wanted|^2, layer by layer from the end. */
 export function backward(network, values, wanted, scale, gradients) {
-  let dy = Array.from(wanted, (v, k) => 2 * scale * (values[network.length][k] - v));
+  const answer = values[network.length];
+  let dy = answer.map((v, k) => 2 * scale * (v - wanted[k]));
   for (let l = network.length - 1; l >= 0; l--) {
     const { inputs, outputs, weight } = network[l];
+    const { weight: dw, bias: db } = gradients[l];
+    const u = values[l];
     const du = new Float64Array(inputs);
-    for (let o = 0; o < outputs; o++) {
-      gradients[l].bias[o] += dy[o];
-      for (let i = 0; i < inputs; i++) {
-        gradients[l].weight[o * inputs + i] += dy[o] * values[l][i];
-        du[i] += dy[o] * weight[o * inputs + i];
+    for (let o = 0, at = 0; o < outputs; o++) {
+      db[o] += dy[o];
+      for (let i = 0; i < inputs; i++, at++) {
+        dw[at] += dy[o] * u[i];
+        du[i] += dy[o] * weight[at];
       }
     }
-    dy = du.map((d, i) => d * (1 - values[l][i] ** 2)); // tanh; unused below the first layer
+    for (let i = 0; i < inputs; i++) du[i] *= 1 - u[i] ** 2; // of tanh; not used for l = 0
+    dy = du;
   }
 }
 

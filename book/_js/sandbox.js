@@ -5,7 +5,7 @@ import { chain, drawPoints, exactNoise, guided, levels, random, timesteps } from
 import { trainer } from "./perceptron.js";
 import { animate, axes, button, canvas, choice, colours, drag, row, say, slider, still } from "./shared.js";
 
-const POINTS = 600;
+const POINTS = 400;
 const REACH = 2.2; // of the axes
 const STEPS = 4000; // of training
 const PAUSE = 500; // steps of training between two pictures
