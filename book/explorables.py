@@ -27,14 +27,15 @@ def explorable(
     *,
     alt: str,
     data: dict[str, Any] | None = None,
+    anchor: str = "",
     **controls: Any,
 ) -> None:
     """Show what ``draw`` draws, with a control for each of its arguments.
 
     name: the module of `book/_js` that the rendered page runs. It is given ``data`` (as
     JSON) and the first value of each control. alt: what the still picture shows.
-    controls: as ``ipywidgets.interact`` takes them, for example a widget, with its
-    range, its step and its first value.
+    anchor: an identifier of the box, for links. controls: as ``ipywidgets.interact``
+    takes them, for example a widget, with its range, its step and its first value.
     """
     import ipywidgets
 
@@ -51,7 +52,7 @@ def explorable(
     output = ipywidgets.interactive_output(show, widgets)
     twin = ipywidgets.VBox([*widgets.values(), output])
     bundle = twin._repr_mimebundle_()
-    bundle["text/html"] = _box(name, _svg(picture), alt, given)
+    bundle["text/html"] = _box(name, _svg(picture), alt, given, anchor)
     display(bundle, raw=True)
 
 
@@ -63,11 +64,12 @@ def _svg(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _box(name: str, picture: str, alt: str, given: dict[str, Any]) -> str:
-    alt = html.escape(alt, quote=True)
+def _box(name: str, picture: str, alt: str, given: dict[str, Any], anchor: str) -> str:
+    alt, identifier = html.escape(alt, quote=True), f' id="{anchor}"' if anchor else ""
     text = json.dumps(given).replace("</", "<\\/")
     return (
-        f'<div class="explorable" data-name="{name}" role="group" aria-label="{alt}">'
+        f'<div class="explorable"{identifier} data-name="{name}" role="group" '
+        f'aria-label="{alt}">'
         f'<img class="explorable-still" src="{picture}" alt="{alt}">'
         f'<script type="application/json">{text}</script></div>'
     )

@@ -6,6 +6,7 @@ import { block_cost } from "./block_cost.js";
 import { convolution } from "./convolution.js";
 import { eigenvalue } from "./eigenvalue.js";
 import { growth } from "./growth.js";
+import { liveModel } from "./live_model.js";
 import { memory } from "./memory.js";
 import { reach } from "./reach.js";
 import { sandbox } from "./sandbox.js";
@@ -18,6 +19,7 @@ const EXPLORABLES = {
   convolution,
   eigenvalue,
   growth,
+  "live-model": liveModel,
   memory,
   reach,
   sandbox,
@@ -31,9 +33,9 @@ export function start() {
     if (!explorable) throw new Error(`no explorable ${box.dataset.name}`);
     const given = JSON.parse(box.querySelector("script").textContent);
     const stage = document.createElement("div");
-    explorable(stage, given);
-    box.querySelector(".explorable-still").classList.add("explorable-paper");
     stage.className = "explorable-stage";
     box.append(stage);
+    explorable(stage, given);
+    box.querySelector(".explorable-still").classList.add("explorable-paper");
   }
 }

@@ -1,0 +1,430 @@
+"""The model in the page computes what PyTorch does, and answers mouse and keyboard.
+
+A small page of its own stands for those of the book: the same scripts, the weights of
+the package. It is opened as a file and over a server on this machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffussm.diffusion import GaussianDiffusion
+from diffussm.model import DiffuSSM
+from diffussm.pretrained import load_pretrained
+from diffussm.reverse_process import ancestral_step
+from diffussm.sampling import denoise, guided, sample
+from tools.book import ROOT
+
+sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import page_model
+from explorables import bundle
+from live_model import MIME, box, script, trained
+from page_model import for_page, numbers, pack, rounded, unpack
+
+PROBE = """\
+import { Chain, denoise } from "./diffusion.js";
+import { Network } from "./network.js";
+import { erf } from "./arrays.js";
+import { readHalf } from "./half.js";
+import { noiseOf, normals } from "./random.js";
+import { shownSteps } from "./pixels.js";
+
+export function start() {
+  globalThis.probe = {
+    Chain, Network, denoise, erf, noiseOf, normals, readHalf, shownSteps,
+  };
+}
+"""
+DIFFUSION = GaussianDiffusion.linear()
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffuSSM:
+    return load_pretrained("digits").model().eval()
+
+
+@pytest.fixture(scope="module")
+def halved(model: DiffuSSM) -> DiffuSSM:
+    return rounded(model)
+
+
+@pytest.fixture(scope="module")
+def site(model: DiffuSSM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts, the weights, and a page with nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    modules = folder / "modules"
+    modules.mkdir()
+    for file in (ROOT / "book" / "_js").glob("*.js"):
+        (modules / file.name).write_text(file.read_text("utf-8"), encoding="utf-8")
+    (modules / "probe.js").write_text(PROBE)
+    (folder / "explorables.js").write_text(bundle(modules), encoding="utf-8")
+    styles = (ROOT / "book" / "_static" / "book.css").read_text("utf-8")
+    shown = for_page(model, DIFFUSION)
+    (folder / "live_model.js").write_text(script(shown["packed"]))
+    for name, auto in (("auto", True), ("quiet", False)):
+        (folder / f"{name}.html").write_text(
+            '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8">'
+            "<title>A digit</title>"
+            f'<link rel="icon" href="data:,"><style>{styles}</style>'
+            '<script src="explorables.js" defer></script>'
+            f"<main><h1>A digit</h1>{box(shown, auto=auto)}</main>"
+        )
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
+        thread.join()
+
+
+def opened(browser: Any, address: str, **options: Any) -> Any:
+    """A tab that collects what it complains of, and requests to elsewhere."""
+    tab = browser.new_page(viewport={"width": 800, "height": 900}, **options)
+    tab.complaints = []
+    tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+    tab.on("console", lambda m: tab.complaints.append(m.text))
+    here = (address.rpartition("/")[0], "data:", "blob:")
+    tab.on(
+        "request",
+        lambda r: None if r.url.startswith(here) else tab.complaints.append(r.url),
+    )
+    tab.goto(address)
+    return tab
+
+
+@pytest.fixture(scope="module")
+def probe(browser: Any, site: Path) -> Iterator[Any]:
+    """A page in which the modules can be called from here."""
+    tab = opened(browser, (site / "quiet.html").as_uri())
+    tab.add_script_tag(path=str(site / "live_model.js"))
+    tab.evaluate("bundle('probe'); globalThis.network = new probe.Network(liveModel);")
+    yield tab
+    assert tab.complaints == []
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def ten(model: DiffuSSM) -> torch.Tensor:
+    """A digit of each class, (10, 1, 8, 8)."""
+    how = {"cfg_scale": 1.5, "clip_denoised": True, "progress": False}
+    noise = torch.Generator().manual_seed(0)
+    y = torch.arange(10)
+    return sample(model, DIFFUSION, y, 10, "ddim", generator=noise, **how)
+
+
+def forward(probe: Any, x: torch.Tensor, t: int, y: list[int]) -> torch.Tensor:
+    """What the page's network says: x (B, 1, 8, 8) -> (B, 2, 8, 8)."""
+    given = [x.flatten().tolist(), t, y]
+    eps, v = probe.evaluate(
+        """([x, t, y]) => {
+            const { eps, v } = network.forward(Float32Array.from(x), t, y);
+            return [[...eps], [...v]];
+        }""",
+        given,
+    )
+    return torch.tensor([eps, v]).view(2, -1, 8, 8).transpose(0, 1)
+
+
+def test_packed_numbers_are_those_of_the_model(model: DiffuSSM) -> None:
+    found = unpack(json.loads(json.dumps(pack(model))))
+    for name, tensor in numbers(model).items():
+        exact = tensor.flatten().numpy()
+        np.testing.assert_allclose(found[name], exact, rtol=2**-11, atol=2**-25)
+
+
+def test_rounded_model_differs_by_rounding_only(
+    model: DiffuSSM, halved: DiffuSSM
+) -> None:
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0, 300, 600, 999]), torch.arange(4)
+    with torch.no_grad():
+        difference = (model(x, t, y) - halved(x, t, y)).abs().max()
+    assert 1e-6 < difference < 2e-3
+
+
+def test_a_model_that_the_page_cannot_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="no patches"):
+        pack(DiffuSSM.from_preset("digits", patch_size=2))
+
+
+def test_weights_come_from_the_chapter_that_trained_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executed = tmp_path / "36_training.ipynb"
+    outputs = [{"name": "stdout", "text": "0"}, {"data": {MIME: {"packed": 1}}}]
+    cells = [{"source": "text"}, {"source": "code", "outputs": outputs}]
+    executed.write_text(json.dumps({"cells": cells}))
+    assert trained(executed) == {"packed": 1}
+    monkeypatch.setattr("page_model.shipped", lambda: "those of the package")
+    assert trained(tmp_path / "never_executed.ipynb") == "those of the package"
+    assert MIME == page_model.MIME
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("t", [0, 20, 500, 999])
+def test_page_computes_what_pytorch_does(
+    probe: Any, model: DiffuSSM, halved: DiffuSSM, ten: torch.Tensor, t: int
+) -> None:
+    noise = torch.randn(ten.shape, generator=torch.Generator().manual_seed(t))
+    y, times = list(range(10)), torch.full((10,), t)
+    x = DIFFUSION.q_sample(ten, times, noise)
+    page = forward(probe, x, t, y)
+    with torch.no_grad():
+        exact, same = model(x, times, y), halved(x, times, y)
+    assert (page - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert (page - same).abs().max() < 2e-5
+
+
+@pytest.mark.end_to_end
+def test_chains_are_those_of_respacing(probe: Any) -> None:
+    chains = probe.evaluate(
+        """() => Array.from({ length: 60 }, (_, k) => {
+            const chain = new probe.Chain(k + 1);
+            const logs = chain.timesteps.map((_, s) => chain.posteriorLogVariance(s));
+            return [chain.timesteps, chain.after, logs];
+        })"""
+    )
+    for steps, (timesteps, after, logs) in enumerate(chains, start=1):
+        wanted = DIFFUSION.respace(steps)
+        assert timesteps == wanted.timestep_map.tolist()
+        np.testing.assert_allclose(after, wanted.alphas_cumprod, rtol=1e-11)
+        clipped = wanted.posterior_log_variance_clipped
+        np.testing.assert_allclose(logs, clipped, rtol=1e-6)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_page_walks_as_ddim_does(probe: Any, halved: DiffuSSM, scale: float) -> None:
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    page = probe.evaluate(
+        """([x, guidance]) => {
+            const how = { label: 7, guidance, method: "ddim" };
+            const chain = new probe.Chain(9);
+            const steps = probe.denoise(network, chain, Float32Array.from(x), how);
+            return [...steps].map(({ t, x, image }) => [t, [...x], [...image]]);
+        }""",
+        [noise.flatten().tolist(), scale],
+    )
+    how = {"steps": 9, "method": "ddim", "cfg_scale": scale, "clip_denoised": True}
+    steps = denoise(halved, DIFFUSION, torch.tensor([7]), noise=noise, **how)
+    for (t, x, image), wanted in zip(page, steps, strict=True):
+        assert t == wanted[0]
+        np.testing.assert_allclose(x, wanted[1].flatten(), atol=5e-4)
+        np.testing.assert_allclose(image, wanted[2].flatten(), atol=5e-4)
+
+
+@pytest.mark.end_to_end
+def test_page_steps_back_as_ancestral_sampling_does(
+    probe: Any, halved: DiffuSSM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the noise that the page has drawn, from each step of a short chain."""
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(8))
+    noise, steps = probe.evaluate(
+        """(x) => {
+            const normal = probe.normals(5);
+            const noise = Array.from({ length: 3 * 64 }, probe.normals(5));
+            const how = { label: 2, guidance: 2, method: "ddpm", normal };
+            const chain = new probe.Chain(4);
+            const steps = probe.denoise(network, chain, Float32Array.from(x), how);
+            return [noise, [...steps].map(({ x }) => [...x])];
+        }""",
+        x.flatten().tolist(),
+    )
+    drawn = iter(torch.tensor(noise).view(3, 1, 1, 8, 8))
+    monkeypatch.setattr(
+        "diffussm.reverse_process.standard_normal", lambda *_: next(drawn)
+    )
+    chain, predict = DIFFUSION.respace(4), guided(halved, 2.0)
+    for step, page in zip(range(3, -1, -1), steps, strict=True):
+        x, _ = ancestral_step(predict, chain, x, step, torch.tensor([2]), None, True)
+        np.testing.assert_allclose(page, x.flatten(), atol=5e-4)
+
+
+@pytest.mark.end_to_end
+def test_noise_is_normal_and_a_seed_repeats_it(probe: Any) -> None:
+    first, again, other = (
+        probe.evaluate("(s) => [...probe.noiseOf(probe.normals(s), 20000)]", seed)
+        for seed in (3, 3, 4)
+    )
+    assert first == again
+    values = np.array([first, other])
+    assert abs(values.mean()) < 0.02 and abs(values.std() - 1) < 0.02
+    assert abs((values**4).mean() - 3) < 0.15  # no heavier tails than a normal has
+    assert abs(np.corrcoef(values)[0, 1]) < 0.03
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.03
+
+
+@pytest.mark.end_to_end
+def test_every_half_is_read_and_erf_is_close(probe: Any) -> None:
+    bits = np.arange(2**16, dtype="<u2")
+    text = base64.b64encode(bits.tobytes()).decode()
+    page = probe.evaluate("(s) => [...probe.readHalf(s)].map(String)", text)
+    wanted = bits.view("<f2").astype(np.float64)
+    np.testing.assert_array_equal(np.array(page, dtype=np.float64), wanted)
+    x = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+    close = probe.evaluate("(x) => x.map(probe.erf)", x.tolist())
+    np.testing.assert_allclose(close, torch.erf(x), rtol=0, atol=1.5e-7)
+
+
+@pytest.mark.end_to_end
+def test_strip_has_the_first_and_the_last_step(probe: Any) -> None:
+    for steps in range(1, 51):
+        shown = probe.evaluate("probe.shownSteps", steps)
+        assert shown[-1] == steps - 1 and len(shown) == min(steps, 8)
+        assert sorted(set(shown)) == shown and shown[0] == 0
+
+
+BIG = ".live-model-digit canvas"
+PIXELS = """(canvas) => {
+    const copy = new OffscreenCanvas(canvas.width, canvas.height);
+    const pen = copy.getContext("2d", { willReadFrequently: true });
+    pen.drawImage(canvas, 0, 0);
+    const place = (k) => Math.round(((k + 0.5) / 8) * canvas.width);
+    return Array.from({ length: 64 }, (_, i) =>
+        pen.getImageData(place(i % 8), place(Math.floor(i / 8)), 1, 1).data[0]);
+}"""
+
+
+def pixels(tab: Any) -> list[int]:
+    """The greys of the big picture, once it has been drawn."""
+    tab.evaluate(
+        "() => new Promise((r) => requestAnimationFrame(() => setTimeout(r, 30)))"
+    )
+    return list(tab.eval_on_selector(BIG, PIXELS))
+
+
+def done(tab: Any) -> list[int]:
+    """What the big picture shows when the model has finished."""
+    tab.wait_for_selector("[data-state=done]")
+    return pixels(tab)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("how", ["file", "http"])
+def test_page_draws_by_itself_and_as_asked(
+    browser: Any, site: Path, served: str, how: str
+) -> None:
+    address = site.as_uri() if how == "file" else served
+    tab = opened(browser, f"{address}/auto.html")
+    by_itself = done(tab)
+    tab.click("[data-class='8']")
+    tab.wait_for_selector("[data-class='8'][aria-pressed=true]")
+    eight = done(tab)
+    assert eight != by_itself and min(eight) < 60 and max(eight) > 200
+    tab.click("[data-class='1']")
+    assert done(tab) not in (eight, by_itself)
+    tab.click("[data-class='8']")
+    assert done(tab) == eight, "the same seed draws the same digit"
+    tab.get_by_role("button", name="Other noise").click()
+    assert done(tab) != eight
+    assert tab.complaints == []
+    tab.close()
+
+
+@pytest.fixture
+def quiet(browser: Any, site: Path) -> Iterator[Any]:
+    """A page that waits, for someone who asked for less motion."""
+    tab = opened(browser, (site / "quiet.html").as_uri(), reduced_motion="reduce")
+    yield tab
+    assert tab.complaints == []
+    tab.close()
+
+
+@pytest.mark.end_to_end
+def test_controls_change_what_is_drawn(quiet: Any) -> None:
+    quiet.click("[data-class='5']")
+    seen = [done(quiet)]
+    quiet.get_by_label("guidance").press("End")
+    seen.append(done(quiet))
+    quiet.get_by_label("steps").press("Home")
+    seen.append(done(quiet))
+    quiet.get_by_label("sampler").select_option("ddpm")
+    seen.append(done(quiet))
+    quiet.get_by_label("seed").fill("12")
+    quiet.get_by_label("seed").press("Enter")
+    seen.append(done(quiet))
+    assert len({tuple(image) for image in seen}) == len(seen)
+
+
+@pytest.mark.end_to_end
+def test_one_can_draw_and_the_model_goes_on(quiet: Any) -> None:
+    quiet.get_by_role("button", name="Clear").click()
+    assert set(pixels(quiet)) == {0}
+    box = quiet.locator(BIG).bounding_box()
+    edge = box["width"] / 8
+    quiet.mouse.move(box["x"] + 3.5 * edge, box["y"] + 0.5 * edge)
+    quiet.mouse.down()
+    quiet.mouse.move(box["x"] + 3.5 * edge, box["y"] + 7.5 * edge, steps=20)
+    quiet.mouse.up()
+    one = np.array(pixels(quiet)).reshape(8, 8)
+    assert (one[:, 3] == 255).all() and one.sum() == 8 * 255
+    quiet.get_by_label("noise up to").fill("20")
+    quiet.get_by_role("button", name="Go on").click()
+    near = np.array(done(quiet)).reshape(8, 8)
+    quiet.get_by_label("noise up to").fill("999")
+    far = np.array(done(quiet)).reshape(8, 8)
+    assert 0 < np.abs(near - one).mean() < 40 < np.abs(far - one).mean()
+
+
+@pytest.mark.end_to_end
+def test_one_can_draw_by_keyboard(quiet: Any) -> None:
+    quiet.get_by_role("button", name="Clear").click()
+    quiet.focus(BIG)
+    for key in ("ArrowRight", "ArrowDown", " ", "ArrowLeft", "ArrowLeft", " "):
+        quiet.keyboard.press(key)
+    assert quiet.inner_text(".live-model-status") == "row 2, column 1: white"
+    quiet.evaluate("document.activeElement.blur()")
+    drawn = pixels(quiet)
+    assert [i for i, value in enumerate(drawn) if value] == [8, 9]
+    quiet.focus(BIG)
+    quiet.keyboard.press(" ")
+    quiet.keyboard.press("Enter")  # lets the model go on
+    done(quiet)
+
+
+@pytest.mark.end_to_end
+def test_less_motion_shows_the_prepared_digit_and_then_results(
+    browser: Any, site: Path
+) -> None:
+    address = (site / "auto.html").as_uri()
+    tab = opened(browser, address, reduced_motion="reduce")
+    tab.wait_for_timeout(300)
+    assert tab.locator("[data-state=waiting]").count() == 1
+    assert len(set(pixels(tab))) > 3, "the prepared digit"
+    assert not tab.evaluate("'liveModel' in globalThis"), "weights not asked for yet"
+    tab.close()
+
+
+@pytest.mark.end_to_end
+def test_controls_have_names_and_are_large_enough(quiet: Any) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(quiet)
+    assert found.violations_count == 0, found.generate_report()
+    for control in quiet.locator("#live-model button, #live-model input").all():
+        box = control.bounding_box()
+        assert box["height"] >= 24 and box["width"] >= 24, control.inner_text()
