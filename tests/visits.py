@@ -22,11 +22,15 @@ HEIGHTS = {1440: 900, 1280: 800, 390: 844}
 MEASURES = (Path(__file__).parent / "measures.js").read_text(encoding="utf-8")
 GRAVE = ("serious", "critical")
 
-# Formulas and code are long, and axe is slow with them: it sees a letter instead.
+# Formulas and code are long, and axe is slow with them: it sees a letter instead, which
+# does not scroll (`measures.silentScrollers` is for what does).
 AXE = """async (impacts) => {
     const boxes = [...document.querySelectorAll("mjx-container, article pre")];
     const kept = boxes.map((box) => [...box.childNodes]);
-    boxes.forEach((box) => box.replaceChildren("x"));
+    boxes.forEach((box) => {
+        box.replaceChildren("x");
+        box.style.overflow = "hidden";
+    });
     const { violations } = await axe.run(document, {
         resultTypes: ["violations"],
         preload: false,
@@ -35,7 +39,10 @@ AXE = """async (impacts) => {
             "label-content-name-mismatch": { enabled: true },
         },
     });
-    boxes.forEach((box, i) => box.replaceChildren(...kept[i]));
+    boxes.forEach((box, i) => {
+        box.replaceChildren(...kept[i]);
+        box.style.overflow = "";
+    });
     return violations.filter((v) => impacts.includes(v.impact)).flatMap((v) =>
         v.nodes.map((n) => `${v.id}: ${n.target.join(" ")}: ` +
             n.any.concat(n.all, n.none).map((x) => x.message).join("; ")));
