@@ -227,7 +227,7 @@ def test_it_is_painted_and_trained(opened: Any) -> None:
     tab.reload()
     tab.wait_for_function("document.querySelector('canvas').height > 100")
     tab.wait_for_timeout(300)
-    way = tab.get_by_label("way from noise to data")
+    way = tab.get_by_label("way to data")
     assert way.input_value() == "1", "it moves although less motion was asked for"
     seen = [picture(tab)]
 

@@ -135,7 +135,7 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     change: (value) => change(() => { w = value; }),
   });
   const progress = slider(controls, {
-    label: "way from noise to data", min: 0, max: 1, step: 0.01, value: done,
+    label: "way to data", min: 0, max: 1, step: 0.01, value: done,
     format: (value) => `${Math.round(100 * value)} %`,
     change: (value) => { done = value; playing = false; view.redraw(); },
   });
@@ -190,6 +190,7 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     const blob = { x: place[0], y: place[1], weight: 1, group: paint };
     renew({ spread: data.spread, blobs: [...data.blobs.map((one) => ({ ...one, weight: 1 })), blob] });
   }, () => { last = null; });
+  view.element.style.touchAction = "pan-y";
 }
 
 function panelSide(width) {
