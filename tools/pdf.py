@@ -34,6 +34,13 @@ FRAME = """<!DOCTYPE html>
 {body}
 </article></div></div></main></body></html>
 """
+# What is far down the page is fetched only when it is seen, and paper sees all of it.
+PICTURES = """() => Promise.all([...document.images]
+    .filter((image) => image.checkVisibility())
+    .map((image) => {
+        image.loading = "eager";
+        return image.decode().catch(() => null);
+    })).then(() => null)"""
 FOOTER = (
     '<div style="font-size: 8px; margin: 0 auto; color: #555">'
     '<span class="pageNumber"></span></div>'
@@ -112,6 +119,7 @@ def print_pdf(source: Path, target: Path, browser: str) -> None:
         tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
         tab.evaluate("() => document.fonts.ready.then(() => null)")
         tab.evaluate("() => { window.dispatchEvent(new Event('beforeprint')); }")
+        tab.evaluate(PICTURES)
         tab.wait_for_timeout(1000)
         tab.pdf(
             path=str(target),
