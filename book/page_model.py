@@ -25,6 +25,7 @@ __all__ = [
     "COLUMNS",
     "MIME",
     "levels",
+    "live_model",
     "numbers",
     "for_page",
     "pack",
@@ -132,3 +133,31 @@ def shipped() -> dict[str, Any]:
     """The same of the weights that come with the package."""
     box = load_pretrained("digits")
     return for_page(box.model().eval(), diffusion_of(box.recipe))
+
+
+def live_model(
+    model: DiffuSSM, diffusion: GaussianDiffusion, page: dict[str, Any]
+) -> None:
+    """Show it: in the rendered page what draws there, at a kernel widgets."""
+    from explorables import explorable  # not where Sphinx imports this module
+    from ipywidgets import FloatSlider, IntSlider
+    from plotting import image_grid
+
+    def grow(label: int, seed: int, steps: int, guidance: float, method: str) -> Any:
+        how: dict[str, Any] = {"steps": steps, "cfg_scale": guidance, "method": method}
+        grown = strip(model, diffusion, label, seed, **how)  # (2, columns, 8, 8)
+        return image_grid(grown.flatten(0, 1).numpy(), ncols=grown.shape[1])
+
+    explorable(
+        "live-model",
+        grow,
+        alt="A digit grows from noise in eight steps: above, what the chain holds; "
+        "below, the digit that the network then believes in.",
+        data={"strip": page["strip"]},
+        anchor="live-model",
+        label=IntSlider(page["label"], min=0, max=9, description="digit"),
+        seed=IntSlider(0, min=0, max=99, description="seed"),
+        steps=IntSlider(25, min=5, max=50, description="steps"),
+        guidance=FloatSlider(1.5, min=0, max=6, step=0.5, description="guidance"),
+        method=["ddim", "ddpm"],
+    )
