@@ -141,6 +141,7 @@ def live_model(
     """Show it: in the rendered page what draws there, at a kernel widgets."""
     from explorables import explorable  # not where Sphinx imports this module
     from ipywidgets import FloatSlider, IntSlider
+
     from plotting import image_grid
 
     def grow(label: int, seed: int, steps: int, guidance: float, method: str) -> Any:
