@@ -170,7 +170,7 @@ def narrow(fig: Figure) -> bool:
     abreast = columns
     if rows == 1:
         first = [axes[0] for axes in panels]
-        text = any(ax.axison and ax.get_yticks().size for ax in first)
+        text = any(ax.axison and len(ax.get_yticks()) for ax in first)
         bars = any(ax.get_subplotspec() is None for ax in fig.axes)
         bare = square and not text and not bars
         two = width / columns < 2.8 or all(ax.images for ax in first)

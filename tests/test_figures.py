@@ -199,3 +199,10 @@ def test_three_pictures_with_colour_bars_stand_two_and_one() -> None:
     first, second, third = (ax.get_position() for ax in axes)
     assert first.x1 < second.x0 < both.get_position().x0
     assert third.x0 < second.x0 and third.y1 < min(first.y0, both.get_position().y0)
+
+
+def test_categories_on_an_axis_are_counted() -> None:
+    fig, ax = plt.subplots(figsize=(7, 3))
+    ax.barh(["one", "two"], [1, 2])
+    assert plotting.narrow(fig)
+    plt.close(fig)
