@@ -45,7 +45,9 @@ def explorable(
     }
 
     def show(**values: Any) -> None:
-        display(draw(**values))
+        figure = draw(**values)
+        plt.close(figure)  # or the notebook shows it once more
+        display(figure)
 
     picture = draw(**{key: widget.value for key, widget in widgets.items()})
     given = (data or {}) | {key: widget.value for key, widget in widgets.items()}

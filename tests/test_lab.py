@@ -27,7 +27,10 @@ CLEAN = "() => !document.querySelector('.lm-TabBar-tab.jp-mod-dirty')"
 CHAPTER = "book/21_hourglass.md"
 MOVING = "book/11_state_space.md"
 PLAIN = ("README.md", "book/notation.md")
-PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]"
+PROMPTS = (  # a folded cell shows none
+    "[...document.querySelectorAll("
+    "'.jp-CodeCell:not(:has(.jp-Placeholder)) .jp-InputArea-prompt')]"
+)
 MODULES = ("diffussm/hourglass.py",)
 
 

@@ -7,12 +7,14 @@ directives say becomes plain Markdown. It needs the package.
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import jupytext
@@ -145,12 +147,14 @@ def _directives(
             continue
         end = lines.index(opening["ticks"])
         body, options = lines[1:end], {}
-        while body and (option := re.match(r":(\w+): *(.*)", body[0])):
+        while body and (option := re.match(r":([\w-]+): *(.*)", body[0])):
             options[option[1]] = option[2]
             body = body[1:]
         label = options.get("name", options.get("label", ""))
         number = places(root)[label].words if label in places(root) else ""
         inside = _directives(body, page, root, attachments)
+        if opening["name"] == "literalinclude":
+            inside = _included(root / "book" / opening["title"], options)
         if opening["name"] == "figure":
             inside = _picture(
                 root / "book" / opening["title"], options, attachments, inside
@@ -158,6 +162,24 @@ def _directives(
         said += SHOWN[opening["name"]](opening["title"], number, inside)
         lines = lines[end + 1 :]
     return said
+
+
+def _included(file: Path, options: dict[str, str]) -> list[str]:
+    """The part of a file that a page shows."""
+    text = file.read_text("utf-8")
+    if "pyobject" in options:
+        node = next(
+            n
+            for n in ast.parse(text).body
+            if getattr(n, "name", "") == options["pyobject"]
+        )
+        return (ast.get_source_segment(text, node) or "").splitlines()
+    lines = text.splitlines()
+    first, last = (options.get(k, "").strip("\"'") for k in ("start-at", "end-at"))
+    start = next(i for i, line in enumerate(lines) if first in line)
+    rest = list(enumerate(lines))[start:]
+    end = next((i for i, line in rest if last and last in line), len(lines) - 1)
+    return dedent("\n".join(lines[start : end + 1])).splitlines()
 
 
 def _picture(
@@ -187,6 +209,7 @@ SHOWN: dict[str, Callable[[str, str, list[str]], list[str]]] = {
         ">",
         *(f"> {line}" for line in body),
     ],
+    "literalinclude": lambda _, __, body: ["```", *body, "```"],
     "table": lambda title, number, body: [f"*{number}.* {title}", "", *body],
     "figure": lambda _, number, body: [*body[:2], f"*{number}.*", *body[2:]],
     "glue:figure": lambda _, number, body: [f"*{number}, drawn further down.*", *body],
