@@ -275,4 +275,5 @@ def _show_picture(axis: Any, picture: Path) -> None:
         with Image.open(picture) as image:
             axis.imshow(np.asarray(image.convert("RGB")))
     except OSError as error:
-        axis.text(0.5, 0.5, f"cannot be read: {error}", ha="center", wrap=True)
+        said = axis.text(0.5, 0.5, f"cannot be read: {error}", ha="center", wrap=True)
+        said.set_in_layout(False)  # a long path would leave no room for the curves

@@ -16,7 +16,7 @@ from tools.book import ROOT
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from explorables import bundle  # type: ignore[import-not-found]
 
-__all__ = ["bundle", "computed", "opened", "picture"]
+__all__ = ["bundle", "computed", "drawn", "opened", "picture"]
 
 PAGE = (
     '<html data-theme="light"><meta charset="utf-8"><script src="x.js" defer></script>'
@@ -78,3 +78,9 @@ def computed(tmp_path: Path, browser: Any) -> Callable[..., Any]:
         return found
 
     return call
+
+
+def drawn(tab: Any) -> None:
+    """Wait until what has changed is drawn: before the next frame but one."""
+    frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+    tab.evaluate(f"() => new Promise(done => {frames})")

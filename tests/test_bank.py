@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stages import picture
+from stages import drawn, picture
 
 KERNELS = np.exp(-np.arange(24)[:, None] / 9) * np.cos(
     np.outer(np.arange(24), range(64))
@@ -38,14 +38,14 @@ def test_a_click_and_the_slider_choose_a_kernel(opened: Any) -> None:
     says = tab.locator(".explorable-says")
     assert says.inner_text().startswith("Kernel 1: 11 percent")  # 7 of 63 lags, all 1
     tab.wait_for_function("document.querySelectorAll('canvas')[1].height > 100")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     first = picture(tab, 1)
     width = tab.locator("canvas").first.bounding_box()["width"]
     tab.locator("canvas").first.click(position={"x": 1.5 * width / 12, "y": 30})
     assert says.inner_text().startswith("Kernel 2:")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab, 1) != first
     tab.get_by_role("slider").press("Home")
     tab.get_by_label("direction").select_option("backward")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab, 1) != first

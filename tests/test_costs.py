@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from stages import picture
+from stages import drawn, picture
 
 from diffussm.bill import _hours
 from diffussm.efficiency import diffussm_macs, dit_macs
@@ -56,13 +56,13 @@ def test_sliders_move_the_drawings(opened: Any) -> None:
     ):
         tab = opened(name, given)
         tab.wait_for_function("document.querySelector('canvas').height > 100")
-        tab.wait_for_timeout(100)
+        drawn(tab)
         seen = {picture(tab)}
         for label in moves:
             tab.get_by_label(label).press("ArrowRight")
-            tab.wait_for_timeout(100)
+            drawn(tab)
             seen.add(picture(tab))
         tab.get_by_role("combobox").last.select_option(index=0 if name != "bill" else 1)
-        tab.wait_for_timeout(100)
+        drawn(tab)
         seen.add(picture(tab))
         assert len(seen) == len(moves) + 2

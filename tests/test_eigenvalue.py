@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stages import picture
+from stages import drawn, picture
 
 from diffussm.convolution import vandermonde
 from diffussm.state_space import discretize_bilinear, discretize_zoh
@@ -44,7 +44,7 @@ def test_an_eigenvalue_is_dragged(opened: Any) -> None:
     tab.mouse.move(box["x"] + box["width"] - 14, box["y"] + 120)
     tab.mouse.up()
     assert "doubles" in says.inner_text() and float(real.input_value()) > 0.4
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab, 3) != fold
     real.fill("-0.2")
     tab.get_by_label("imaginary part").fill("20")
@@ -59,5 +59,5 @@ def test_controls_are_those_of_the_place(opened: Any) -> None:
     assert tab.get_by_label("width W").count() == 0
     before = picture(tab, 1)
     tab.get_by_label("states N").press("Home")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab, 1) != before

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stages import bundle, picture
+from stages import bundle, drawn, picture
 
 
 def modules(folder: Path, **texts: str) -> Path:
@@ -48,17 +48,17 @@ def test_a_push_moves_the_spring(opened: Any) -> None:
     tab.emulate_media(reduced_motion="reduce")
     tab.reload()
     tab.wait_for_function("document.querySelector('canvas').height > 100")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     before = picture(tab)
     tab.wait_for_timeout(200)
     assert picture(tab) == before, "it moves although less motion was asked for"
     tab.get_by_role("button", name="Push").press("Enter")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     pushed = picture(tab)
     assert pushed != before
     tab.get_by_label("damping").press("End")
     tab.get_by_role("button", name="Push").click()
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab) not in (before, pushed)
 
 
@@ -70,10 +70,10 @@ def test_a_tap_on_the_mass_pushes_and_then_the_space_bar_does(opened: Any) -> No
     tab.wait_for_timeout(200)
     before, canvas = picture(tab), tab.locator("canvas")
     canvas.click(position={"x": 500, "y": 100})
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab) == before, "a click on the output is no push"
     canvas.click(position={"x": 48, "y": 120})
-    tab.wait_for_timeout(100)
+    drawn(tab)
     tapped = picture(tab)
     tab.get_by_label("damping").focus()
     canvas.click(position={"x": 48, "y": 120})

@@ -6,6 +6,7 @@ import base64
 from typing import Any
 
 import pytest
+from stages import drawn
 
 
 @pytest.mark.end_to_end
@@ -21,7 +22,7 @@ def test_the_digits_of_a_moment_are_drawn(opened: Any) -> None:
     tab = opened("growth", given)
 
     def grey() -> int:
-        tab.wait_for_timeout(100)
+        drawn(tab)
         inside = "getContext('2d').getImageData(10, 30, 1, 1).data[0]"
         return int(tab.evaluate(f"document.querySelectorAll('canvas')[1].{inside}"))
 
@@ -56,7 +57,7 @@ def test_a_clicked_pixel_shows_its_row_of_the_jacobian(opened: Any) -> None:
     drawing = tab.locator("canvas")  # 300 wide: two images of 136, 14 apart
 
     def shown(panel: int) -> Any:
-        tab.wait_for_timeout(100)
+        drawn(tab)
         places = [
             [10 + panel * 150 + 17 * (k % 8), 32 + 17 * (k // 8)] for k in range(64)
         ]

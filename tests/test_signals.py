@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from stages import picture
+from stages import drawn, picture
 
 from diffussm.convolution import fft_conv
 from diffussm.state_space import hippo_legs
@@ -74,7 +74,7 @@ def test_the_sum_is_the_packages_and_its_tail_wraps(computed: Any) -> None:
 def test_a_hand_draws(opened: Any, name: str, given: Any) -> None:
     tab = opened(name, given)
     tab.wait_for_function("document.querySelectorAll('canvas')[1].height > 100")
-    tab.wait_for_timeout(100)
+    drawn(tab)
     kind, before = tab.get_by_role("combobox"), picture(tab, -1)
     box = tab.locator("canvas").first.bounding_box()
     tab.mouse.move(box["x"] + 80, box["y"] + 60)
@@ -82,7 +82,7 @@ def test_a_hand_draws(opened: Any, name: str, given: Any) -> None:
     tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 120)
     tab.mouse.up()
     assert kind.input_value() == "drawn"
-    tab.wait_for_timeout(100)
+    drawn(tab)
     assert picture(tab, -1) != before
 
 
@@ -92,7 +92,7 @@ def test_sliders_choose_the_signal_and_how_much_is_remembered(opened: Any) -> No
     keys = {"turns of the wave": "End", "pulse at sample": "ArrowRight"}
     for slider, key in (keys | {"numbers N": "End", "seen": "Home"}).items():
         tab.get_by_label(slider).press(key)
-        tab.wait_for_timeout(100)
+        drawn(tab)
         seen.append(picture(tab))
     assert len(set(seen)) == 4
     assert tab.get_by_role("combobox").input_value() == "pulse"
