@@ -50,6 +50,7 @@ def explorable(
         display(figure)
 
     picture = draw(**{key: widget.value for key, widget in widgets.items()})
+    plt.close(picture)  # ipywidgets shows what is open
     given = (data or {}) | {key: widget.value for key, widget in widgets.items()}
     output = ipywidgets.interactive_output(show, widgets)
     twin = ipywidgets.VBox([*widgets.values(), output])
@@ -62,7 +63,6 @@ def _svg(figure: Figure) -> str:
     """A figure as the address of a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
