@@ -7,18 +7,16 @@ the package. It is opened as a file and over a server on this machine.
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browsers import serving
 
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM
@@ -85,20 +83,10 @@ def site(model: DiffuSSM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def served(site: Path) -> Iterator[str]:
-    handler = functools.partial(Quiet, directory=str(site))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_address[1]}"
-        http.shutdown()
-        thread.join()
+    with serving(site) as address:
+        yield address
 
 
 def opened(browser: Any, address: str, **options: Any) -> Any:
