@@ -128,6 +128,8 @@ def _keep_colours(fig: Figure) -> None:
         ]
         for artist in (*ax.texts, *ax.lines, *ax.patches, *ax.collections, ax.patch):
             box = artist.get_window_extent()
+            if not np.isfinite(box.get_points()).all():  # an artist without data
+                continue
             middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
             if any(picture.contains(*middle) for picture in pictures) or (
                 artist in ax.texts

@@ -132,6 +132,17 @@ def test_the_dark_drawing_keeps_rasters_and_what_lies_on_them() -> None:
     assert figures.dark("#000000") == figures.INK
 
 
+def test_a_line_without_data_is_drawn_in_silence(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    fig, ax = plt.subplots()
+    ax.plot([np.nan, np.nan], [0, 1])
+    ax.plot([], [])
+    ax.text(0, 0, "text")
+    drawn(fig)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_the_ground_of_both_drawings_is_the_page() -> None:
     fig, _ = plt.subplots(figsize=(3, 2))
     assert "fill: #ffffff" in plotting._drawn(fig)  # as Lab shows it
