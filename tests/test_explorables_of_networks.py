@@ -54,13 +54,18 @@ def test_a_clicked_pixel_shows_its_row_of_the_jacobian(opened: Any) -> None:
         for name, ways in fields.items()
     }
     tab = opened("reach", given | {"row": 4, "column": 4, "direction": "both", "M": 2})
-    drawing = tab.locator("canvas")  # 300 wide: two images of 136, 14 apart
+    drawing = tab.locator("canvas")
+    drawn(tab)
+    cell = int(min((drawing.evaluate("e => e.clientWidth") - 20) / 2, 280)) // 8
+
+    def place(panel: int, row: int, column: int) -> list[int]:
+        """Within a pixel of an image; the second begins 14 after the first."""
+        left = 2 + panel * (8 * cell + 14)
+        return [left + cell * column + cell // 3, 24 + cell * row + cell // 3]
 
     def shown(panel: int) -> Any:
         drawn(tab)
-        places = [
-            [10 + panel * 150 + 17 * (k % 8), 32 + 17 * (k // 8)] for k in range(64)
-        ]
+        places = [place(panel, k // 8, k % 8) for k in range(64)]
         look = """(places) => {
           const pen = document.querySelector("canvas").getContext("2d");
           return places.map(([x, y]) => [...pen.getImageData(x, y, 1, 1).data]);
@@ -79,7 +84,8 @@ def test_a_clicked_pixel_shows_its_row_of_the_jacobian(opened: Any) -> None:
 
     expect(0, "random, M = 2", "both", 36)
     expect(1, "trained", "both", 36)
-    drawing.click(position={"x": 10 + 150 + 17 * 6, "y": 32 + 17 * 1})
+    x, y = place(1, row=1, column=6)
+    drawing.click(position={"x": x, "y": y})
     expect(1, "trained", "both", 14)
     assert tab.get_by_label("row").input_value() == "1"
     tab.get_by_label("column").press("ArrowRight")
