@@ -311,8 +311,9 @@ def standard_normal(
     """
     if isinstance(generator, list):
         expect_int("the number of generators", len(generator), shape[0], shape[0])
-        each = [standard_normal(shape[1:], g, device, dtype) for g in generator]
-        return torch.stack(each)
+        where = generator[0].device  # moved once, not image by image
+        each = [standard_normal(shape[1:], g, where, dtype) for g in generator]
+        return torch.stack(each).to(device)
     where = device if generator is None else generator.device
     return torch.randn(*shape, generator=generator, device=where, dtype=dtype).to(
         device

@@ -52,7 +52,7 @@ class SampleSet:
         classes: Numbers of those that are drawn; None is all.
         precision: With tf32 a GPU rounds the factors of matrix products; bf16 is
             autocast.
-        batch_size: Images at once; each batch has a random stream of its own.
+        batch_size: Images at once; the images are the same for any.
         seed: Decides all that is random.
         sampler: How each is drawn.
     """

@@ -4,7 +4,6 @@ Generated from book/55_samples.md by `make export`: edit there.
 """
 
 import json
-import math
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffussm.data import RANDOM, generator, random_bits
-from diffussm.diffusion import GaussianDiffusion
+from diffussm.diffusion import GaussianDiffusion, standard_normal
 from diffussm.distributed import (
     Preempted,
     all_reduce,
@@ -57,35 +56,36 @@ def draw_batch(
     model: DiffuSSM,
     diffusion: GaussianDiffusion,
     wanted: SampleSet,
-    number: int,
+    indices: range,
     *,
     device: torch.device,
     decode: Decode | None = None,
 ) -> np.ndarray | None:
-    """Batch `number`, uint8 (n, H, W, 3): a pure function; None if asked to stop."""
-    y, noise, draws = _begin(model, wanted, number, device)
+    """These images, at most a batch, uint8 (n, H, W, 3); None if asked to stop."""
+    y, noise, draws = _begin(model, wanted, indices.start, device)
     chain = walk(wanted.sampler, model, diffusion, y, generator=draws, noise=noise)
     with computing_in(wanted.precision, device):
         for _, latest, _ in chain:
             x = latest  # (B, C, H, W)
             if stopping():
                 return None
-    x = x.float()[: wanted.count - number * wanted.batch_size]
+    x = x.float()[: len(indices)]
     return to_uint8(x if decode is None else decode(x))
 
 
 def _begin(
-    model: DiffuSSM, wanted: SampleSet, number: int, device: torch.device
-) -> tuple[Tensor | None, Tensor, torch.Generator]:
-    """Labels and noise of a batch, and the stream from which the rest is drawn."""
-    first, size = number * wanted.batch_size, wanted.batch_size
-    y = labels_of(wanted, range(first, first + size), model.config.num_classes)
-    draws = generator(wanted.seed, "samples", number)
-    noise = torch.randn(size, *image_shape(model), generator=draws)
-    return None if y is None else y.to(device), noise.to(device), draws
+    model: DiffuSSM, wanted: SampleSet, first: int, device: torch.device
+) -> tuple[Tensor | None, Tensor, list[torch.Generator]]:
+    """Labels and noise of a batch, and the streams from which the rest is drawn."""
+    numbers = range(first, first + wanted.batch_size)
+    y = labels_of(wanted, numbers, model.config.num_classes)
+    draws = [generator(wanted.seed, "samples", number) for number in numbers]
+    shape = len(numbers), *image_shape(model)
+    noise = standard_normal(shape, draws, device, torch.float32)
+    return None if y is None else y.to(device), noise, draws
 
 
-_SAMPLES_FORMAT = "diffussm-samples-2"  # 1 drew from the streams of training
+_SAMPLES_FORMAT = "diffussm-samples-3"  # 2 had a stream for each batch
 
 
 def draw_samples(
@@ -120,37 +120,37 @@ def draw_samples(
     if on_rank_zero(files.claim):
         return files.out
     draw = partial(draw_batch, model, diffusion, wanted, device=device, decode=decode)
-    batches = _draw_missing(draw, files, wanted, progress)
+    _draw_missing(draw, files, wanted, progress)
     labels = labels_of(wanted, range(wanted.count), classes)
-    on_rank_zero(lambda: files.complete(batches, wanted.count, labels))
+    on_rank_zero(lambda: files.complete(wanted.count, labels))
     return files.out
 
 
 def _draw_missing(
-    draw: Callable[[int], np.ndarray | None],
+    draw: Callable[[range], np.ndarray | None],
     files: "_SampleFiles",
     wanted: SampleSet,
     progress: bool,
-) -> int:
-    """Share the batches that are missing; how many a set has. Preempted if stopped."""
-    batches, drawn = math.ceil(wanted.count / wanted.batch_size), 0
-    missing, quiet = on_rank_zero(lambda: files.missing(batches)), rank() > 0
+) -> None:
+    """Share the batches that are missing. Preempted if stopped."""
+    kept, missing = on_rank_zero(lambda: files.missing(wanted))
+    batches, drawn = kept + len(missing), 0
     how: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True}
-    with tqdm(total=batches, disable=quiet or not progress, **how) as bar:
-        for number in deal(missing):
-            bar.update(number - bar.n)
-            images = draw(number)
+    how["disable"] = rank() > 0 or not progress
+    with tqdm(total=batches, **how) as bar:
+        for number in deal(range(len(missing))):
+            bar.update(kept + number - bar.n)
+            images = draw(missing[number])
             if images is not None:
-                files.keep(number, number * wanted.batch_size, images)
+                files.keep(missing[number], images)
                 drawn += 1
         barrier()
-        done = batches - len(missing) + int(all_reduce(torch.tensor([drawn])))
+        done = kept + int(all_reduce(torch.tensor([drawn])))
         bar.update(done - bar.n)
     if done < batches:
         raise together(
             Preempted(f"asked to stop: {done} of {batches} batches are kept")
         )
-    return batches
 
 
 @dataclass(frozen=True)
@@ -199,28 +199,38 @@ class _SampleFiles:
         expect_same(what, a, b, "Choose another name.")
         return complete
 
-    def part(self, number: int) -> Path:
+    def part(self, indices: range) -> Path:
         """The file of a batch that is done: its images, or nothing beside PNG files."""
-        return self.parts / f"{number:06d}.npy"
+        return self.parts / f"{indices.start:06d}-{indices.stop:06d}.npy"
 
-    def missing(self, batches: int) -> list[int]:
-        """The batches that are not done."""
-        done = {path.name for path in self.parts.iterdir()}
-        return [i for i in range(batches) if self.part(i).name not in done]
+    def done(self) -> list[range]:
+        """The batches that are done, in order."""
+        names = (path.stem.split("-") for path in self.parts.glob("*-*.npy"))
+        return sorted(
+            (range(int(a), int(b)) for a, b in names), key=lambda one: one.start
+        )
 
-    def keep(self, number: int, first: int, images: np.ndarray) -> None:
-        """Write a batch, uint8 (n, H, W, 3), whose first image is number `first`."""
+    def missing(self, wanted: SampleSet) -> tuple[int, list[range]]:
+        """How many batches are done, and those that are not."""
+        done, size = self.done(), wanted.batch_size
+        begins = [0, *(one.stop for one in done)]
+        gaps = zip(begins, [*(one.start for one in done), wanted.count], strict=True)
+        firsts = [(i, stop) for begin, stop in gaps for i in range(begin, stop, size)]
+        return len(done), [range(i, min(i + size, stop)) for i, stop in firsts]
+
+    def keep(self, indices: range, images: np.ndarray) -> None:
+        """Write a batch, uint8 (n, H, W, 3)."""
         if not self.packed:
-            for index, image in enumerate(images, first):
+            for index, image in zip(indices, images, strict=True):
                 with whole_file(self.out / f"{index:06d}.png") as draft:
                     Image.fromarray(image).save(draft, format="PNG")
-        with whole_file(self.part(number)) as draft, draft.open("wb") as file:
+        with whole_file(self.part(indices)) as draft, draft.open("wb") as file:
             np.save(file, images if self.packed else np.zeros(0, np.uint8))
 
-    def complete(self, batches: int, count: int, labels: Tensor | None) -> None:
+    def complete(self, count: int, labels: Tensor | None) -> None:
         """All batches are done: put them together, with the labels, and tidy up."""
         if self.packed:
-            parts = [self.part(number) for number in range(batches)]
+            parts = [self.part(indices) for indices in self.done()]
             _write_npz(self.out, parts, count, labels)
         else:
             names = [f"{index:06d}.png" for index in range(count)]
@@ -244,7 +254,7 @@ class _SampleFiles:
 
 def _deciding(how: dict[str, Any], complete: bool) -> dict[str, Any]:
     """What must be the same to go on with a set: an autoencoder may have moved."""
-    free = {"complete", "random"} if complete else {"complete"}
+    free = {"complete", "batch_size"} | ({"random"} if complete else set())
     kept = {key: value for key, value in how.items() if key not in free}
     if isinstance(vae := kept.get("vae"), dict):
         kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
