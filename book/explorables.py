@@ -43,6 +43,8 @@ def explorable(
         key: ipywidgets.interactive.widget_from_abbrev(control)
         for key, control in controls.items()
     }
+    for widget in widgets.values():  # or a long name is cut
+        widget.style.description_width = "initial"
 
     def show(**values: Any) -> None:
         figure = draw(**values)

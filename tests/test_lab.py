@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("README.md", "jupytext.toml"):
         shutil.copy(ROOT / name, folder / name)
-    for chapter, cells in ((CHAPTER, 6), (MOVING, 3)):  # beginnings suffice
+    for chapter, cells in ((CHAPTER, 12), (MOVING, 3)):  # beginnings suffice
         text = (folder / chapter).read_text()
         parts = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
         (folder / chapter).write_text("".join(parts[:cells]))
@@ -65,6 +65,9 @@ def lab(checkout: Path) -> Iterator[str]:
         "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
     }
+    notebooks = home / "settings" / "@jupyterlab" / "notebook-extension"
+    notebooks.mkdir(parents=True)  # all cells are there, also those out of sight
+    (notebooks / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     command = [
         sys.executable,
         "-m",
@@ -109,11 +112,19 @@ def opened(browser: Any, lab: str, path: str) -> Any:
     does.
     """
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(240_000)
+    page.set_default_timeout(120_000)
     page.goto(f"{lab}/lab/workspaces/{Path(path).stem}/tree/{path}?reset")
     page.locator(
         f".lm-TabBar-tab.lm-mod-current:has-text('{Path(path).name}')"
     ).first.wait_for()
+    return page
+
+
+def ready(browser: Any, lab: str, path: str) -> Any:
+    """The same of a chapter, whose cells are there and whose kernel waits."""
+    page = opened(browser, lab, path)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(state="attached")
+    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
     return page
 
 
@@ -131,9 +142,7 @@ def test_a_chapter_that_was_only_looked_at_asks_nothing(
     checkout: Path, lab: str, browser: Any
 ) -> None:
     before = (checkout / CHAPTER).read_bytes()
-    page = opened(browser, lab, CHAPTER)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    page = ready(browser, lab, CHAPTER)
     page.wait_for_function(CLEAN)  # while it opens, it may be marked for a moment
     page.wait_for_timeout(1000)
     assert not dirty(page)
@@ -150,8 +159,7 @@ def test_a_chapter_that_was_run_is_saved_as_it_was(
     checkout: Path, lab: str, browser: Any
 ) -> None:
     before = (checkout / CHAPTER).read_text()
-    page = opened(browser, lab, CHAPTER)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    page = ready(browser, lab, CHAPTER)
     cells = len(re.findall(r"^```\{code-cell\}", before, re.MULTILINE))
     choose(page, "Run", "runmenu:run-all")
     page.wait_for_function(
@@ -168,21 +176,18 @@ def test_a_chapter_that_was_run_is_saved_as_it_was(
 def test_cells_are_folded_and_references_read_as_words(
     lab: str, checkout: Path, browser: Any
 ) -> None:
-    page = opened(browser, lab, CHAPTER)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page = ready(browser, lab, CHAPTER)
     text = (checkout / CHAPTER).read_text()
     folded = len(re.findall(r"^:?tags: .*hide-input|^:tags: .*remove", text, re.M))
     assert page.locator(".jp-CodeCell .jp-Placeholder").count() == folded >= 2
-    first = page.locator(".jp-MarkdownOutput, .jp-MarkdownCell").first
-    first.locator("a:has-text('Embeddings')").first.wait_for()
+    page.locator(".jp-MarkdownCell a:has-text('Both directions')").first.wait_for()
     shown = " ".join(page.locator(".jp-MarkdownCell").all_inner_texts())
     assert not re.search(r"\b(ch|fig|sec)-[a-z]", shown), shown
     page.close()
 
 
 def test_a_slider_moves_the_figure(lab: str, browser: Any) -> None:
-    page = opened(browser, lab, MOVING)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for()
+    page = ready(browser, lab, MOVING)
     choose(page, "Run", "runmenu:run-all")
     figure = page.locator(".jp-OutputArea-output .jupyter-widgets .jp-RenderedSVG img")
     figure.first.wait_for()
