@@ -41,7 +41,7 @@ from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
-from diffussm.fft_convolution import convolve
+from diffussm.fft_convolution import FFT
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.profiling import time_by_kind
@@ -249,7 +249,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield attempt(
                 what, ratio, what, sides, sizes.runs, length=length, attention=name
             )
-    ours.ssm.convolution = convolve
+    ours.ssm.convolution = FFT
     seconds = alternate(
         {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve},
         runs=sizes.runs,
@@ -327,7 +327,7 @@ def checked_model(
     """
     free_memory(device)
     model = make_model(kind, config, str(device))
-    convolution = convolve
+    convolution = FFT
     if kind == "DiffuSSM":
         convolution = chosen(sizes, config.seq_len, batch, device)
         for block in model.blocks:
@@ -341,7 +341,7 @@ def checked_model(
             raise RuntimeError(
                 f"loss and gradient norm are {after} compiled and {before} uncompiled"
             )
-    return model, "FFT" if convolution is convolve else "Triton"
+    return model, "FFT" if convolution is FFT else "Triton"
 
 
 def loss_and_norm(

@@ -90,7 +90,7 @@ def rounded(model: DiffuSSM) -> DiffuSSM:
     made.load_state_dict(weights, strict=False)
     for i, block in enumerate(made.blocks):
         spectra = kernel_spectra(*halves[f"blocks.{i}.kernels"])
-        block.ssm.spectra = lambda length, spectra=spectra: spectra
+        block.ssm.prepare = lambda length, spectra=spectra: spectra
     return made
 
 

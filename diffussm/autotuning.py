@@ -11,35 +11,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffussm.bidirectional import Convolution
-from diffussm.fft_convolution import convolve
+from diffussm.bidirectional import BidirectionalSSM, Convolution
+from diffussm.fft_convolution import FFT
 
 __all__ = ["relative_errors", "Measured", "autotune_convolution"]
 
 
+_Problem = tuple[BidirectionalSSM, Tensor, Tensor]  # layer, u and the output's gradient
+
+
 def _problem(
     length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(batch, length, d_model, generator=generator)
-    kernels = torch.randn(2, d_model, length, generator=generator)
-    kernels = kernels * torch.exp(-torch.arange(length) / 64)
-    spectra = torch.fft.rfft(kernels, n=2 * length)
-    spectra[1].conj_physical_()
-    grad = torch.randn(batch, length, 2 * d_model, generator=generator)
-    return u.to(device, dtype), spectra.to(device), grad.to(device, dtype)
+) -> _Problem:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = BidirectionalSSM(d_model)
+        u = torch.randn(batch, length, d_model)
+        grad = torch.randn(batch, length, 2 * d_model)
+    return layer.to(device), u.to(device, dtype), grad.to(device, dtype)
 
 
-_TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_spectra": 1e-4}  # in float32
+_TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_parameters": 1e-4}  # in float32
 
 
-def _run(
-    convolution: Convolution, u: Tensor, spectra: Tensor, grad: Tensor
-) -> dict[str, Tensor]:
-    u, spectra = u.detach().requires_grad_(), spectra.detach().requires_grad_()
-    y = convolution(u, spectra)
-    gradients = torch.autograd.grad(y, (u, spectra), grad)
-    return dict(zip(_TOLERANCE, (y.detach(), *gradients), strict=True))
+def _run(convolution: Convolution, problem: _Problem) -> dict[str, Tensor]:
+    layer, u, grad = problem
+    layer.convolution, u = convolution, u.detach().requires_grad_()
+    y = layer(u)
+    inputs = dict(layer.named_parameters(prefix="grad")) | {"grad_u": u}
+    gradients = torch.autograd.grad(y, list(inputs.values()), grad)
+    return {"output": y.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
 def relative_errors(
@@ -50,29 +51,20 @@ def relative_errors(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """How far a convolution is from float64: "output", "grad_u" and "grad_spectra".
+    """How far a convolution is from float64: "output", "grad_u", "grad_parameters".
 
     Each is the largest difference relative to the largest entry, NaN if anything is
-    not a number.
+    not a number; the last that of the parameter in which it is largest.
     """
-    u, spectra, grad = _problem(length, d_model, batch, device, dtype)
-    ours = _run(convolution, u, spectra, grad)
-    true = _run(convolve, u.double(), spectra.to(torch.complex128), grad.double())
-    return {
+    layer, u, grad = _problem(length, d_model, batch, device, dtype)
+    ours = _run(convolution, (layer, u, grad))
+    true = _run(FFT, (layer.double(), u.double(), grad.double()))
+    errors = {
         name: float((ours[name] - value).abs().max() / value.abs().max())
         for name, value in true.items()
     }
-
-
-def _candidates() -> dict[str, Convolution]:
-    from diffussm.gpu_kernels import triton_convolve  # here, for it needs Triton
-
-    return {
-        f"on the chip, {precision}": functools.partial(
-            triton_convolve, precision=precision
-        )
-        for precision in ("tf32", "tf32x3")
-    }
+    own = {name: errors.pop(name) for name in ("output", "grad_u")}
+    return own | {"grad_parameters": float(torch.tensor([*errors.values()]).max())}
 
 
 def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
@@ -81,14 +73,26 @@ def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
     return dict.fromkeys(_TOLERANCE, 2 * fft["output"])
 
 
+def _candidates() -> dict[str, Convolution]:
+    from diffussm.gpu_kernels import triton_convolve  # here, for it needs Triton
+
+    return {
+        f"on the chip, {precision}": Convolution(
+            functools.partial(triton_convolve, precision=precision),
+            BidirectionalSSM.spectra,
+        )
+        for precision in ("tf32", "tf32x3")
+    }
+
+
 def _right_ones(
     length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, Convolution], dict[str, dict[str, float]], list[str]]:
     """Those that may be timed, the errors of all, and why the others may not."""
     case = length, min(d_model, 64), min(batch, 3), device, dtype
-    errors = {"FFT": relative_errors(convolve, *case)}
+    errors = {"FFT": relative_errors(FFT, *case)}
     allowed = _allowed(dtype, errors["FFT"])
-    right: dict[str, Convolution] = {"FFT": convolve}
+    right = {"FFT": FFT}
     faults = []
     for name, candidate in _candidates().items():
         try:
@@ -104,18 +108,18 @@ def _right_ones(
     return right, errors, faults
 
 
-def _seconds(side: Convolution, problem: tuple[Tensor, Tensor, Tensor]) -> float:
+def _seconds(side: Convolution, problem: _Problem) -> float:
     """One forward and backward pass."""
-    wait = torch.cuda.synchronize if problem[0].is_cuda else int
+    wait = torch.cuda.synchronize if problem[1].is_cuda else int
     wait()
     start = time.perf_counter()
-    _run(side, *problem)
+    _run(side, problem)
     wait()
     return time.perf_counter() - start
 
 
 def _median_seconds(
-    sides: dict[str, Convolution], problem: tuple[Tensor, Tensor, Tensor], runs: int = 5
+    sides: dict[str, Convolution], problem: _Problem, runs: int = 5
 ) -> dict[str, float]:
     rounds = [
         {name: _seconds(side, problem) for name, side in sides.items()}
@@ -149,13 +153,13 @@ def _try_all(
 
         if length not in LENGTHS:
             known = ", ".join(map(str, LENGTHS))
-            return Measured(convolve, f"FFT: L = {length} is none of {known}")
+            return Measured(FFT, f"FFT: L = {length} is none of {known}")
         right, errors, faults = _right_ones(length, d_model, batch, device, dtype)
         problem = _problem(length, d_model, batch, device, dtype)
         seconds = _median_seconds(right, problem)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        return Measured(convolve, f"FFT: trying the others failed ({why})")
+        return Measured(FFT, f"FFT: trying the others failed ({why})")
     name = min(seconds, key=lambda key: seconds[key])
     times = ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in seconds.items())
     reason = f"{name}: {'; '.join([times, *faults])}"
@@ -183,5 +187,5 @@ def autotune_convolution(
     device = torch.device(device)
     if device.type != "cuda":
         why = f"the kernels on the chip are for a GPU, and this is a {device.type}"
-        return Measured(convolve, f"FFT: {why}")
+        return Measured(FFT, f"FFT: {why}")
     return _try_all(length, d_model, batch, device, dtype)

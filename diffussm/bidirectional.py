@@ -4,6 +4,8 @@ Generated from book/13_bidirectional.md by `make export`: edit there.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ __all__ = [
     "WAYS",
     "way",
     "BidirectionalSSM",
+    "REFERENCE",
 ]
 
 
@@ -58,19 +61,34 @@ def convolve_reference(u: Tensor, spectra: Tensor) -> Tensor:
     return y.transpose(1, 2).to(u.dtype)  # (B, L, 2D)
 
 
-Convolution = Callable[[Tensor, Tensor], Tensor]  # (u, spectra) -> y
+@dataclass(frozen=True)
+class Convolution:
+    """A way to run the layer; called, it is applied.
+
+    Attributes:
+        apply: (u, prepared) -> y, real (B, L, D) -> (B, L, 2D).
+        prepare: (layer, L) -> one tensor, made of the layer's weights only.
+    """
+
+    apply: Callable[[Tensor, Tensor], Tensor]
+    prepare: Callable[["BidirectionalSSM", int], Tensor]
+
+    def __call__(self, u: Tensor, prepared: Tensor) -> Tensor:
+        """What `apply` returns."""
+        return self.apply(u, prepared)
+
 
 WAYS = {
-    "fft": "fft_convolution:convolve",
-    "reference": "bidirectional:convolve_reference",
-    "triton": "gpu_kernels:triton_convolve",
+    "fft": "fft_convolution:FFT",
+    "reference": "bidirectional:REFERENCE",
+    "triton": "gpu_kernels:TRITON",
 }
 
 
 def way(name: str) -> Convolution:
     """A way to run the layer, by its name in WAYS; another name is refused."""
-    found: Convolution = later(WAYS[expect_one_of("convolution", name, WAYS)])
-    return found
+    found: Any = later(WAYS[expect_one_of("convolution", name, WAYS)])
+    return cast(Convolution, found)
 
 
 class BidirectionalSSM(nn.Module):
@@ -86,7 +104,8 @@ class BidirectionalSSM(nn.Module):
     Attributes:
         forward_kernel, backward_kernel: `S4DKernel`, one for each direction.
         skip: (2D,), standard normal at the start, the forward direction first.
-        convolution: The way it is run, `way("fft")` unless replaced.
+        convolution: The way it is run: `way("fft")` unless replaced, by another way or
+            by a plain function (u, spectra) -> y.
 
     Source: section 3.1 of the paper ("concatenating the outputs of two SSM layers").
     """
@@ -96,27 +115,34 @@ class BidirectionalSSM(nn.Module):
         self.forward_kernel = S4DKernel(d_model, d_state)
         self.backward_kernel = S4DKernel(d_model, d_state)
         self.skip = nn.Parameter(torch.randn(2 * d_model))
-        self.convolution = way("fft")
+        self.convolution: Callable[[Tensor, Tensor], Tensor] = way("fft")
 
     def spectra(self, length: int) -> Tensor:
         """The spectra of both kernels with their skips, for sequences of a length L.
 
-        Complex (2, D, L + 1). They depend on the parameters only: between two changes
-        of the weights they may be computed once and passed to `forward`.
-
-        Source: eq-bidirectional-skip.
+        Complex (2, D, L + 1). Source: eq-bidirectional-skip.
         """
         kernels = self.forward_kernel(length), self.backward_kernel(length)
         return kernel_spectra(*kernels) + self.skip.view(
             2, -1, 1
         )  # d at every frequency
 
-    def forward(self, u: Tensor, spectra: Tensor | None = None) -> Tensor:
+    def prepare(self, length: int) -> Tensor:
+        """What the layer's way makes of its weights, for sequences of a length L.
+
+        Between two changes of the weights it may be computed once and passed to
+        `forward`. For a plain function in place of a way it is `spectra`.
+        """
+        prepare = getattr(self.convolution, "prepare", BidirectionalSSM.spectra)
+        prepared: Tensor = prepare(self, length)
+        return prepared
+
+    def forward(self, u: Tensor, prepared: Tensor | None = None) -> Tensor:
         """Mix along the sequence.
 
         Args:
             u: (B, L, D), any L.
-            spectra: What `spectra` returns for L, if it is known; None computes it.
+            prepared: What `prepare` returns for L, if it is known; None computes it.
 
         Returns:
             (B, L, 2D) in the dtype of `u`.
@@ -126,4 +152,7 @@ class BidirectionalSSM(nn.Module):
             TypeError: `u` is not a real floating-point tensor.
         """
         _, L, _ = expect("u", u, "B L D", D=self.skip.shape[0] // 2)
-        return self.convolution(u, self.spectra(L) if spectra is None else spectra)
+        return self.convolution(u, self.prepare(L) if prepared is None else prepared)
+
+
+REFERENCE = Convolution(convolve_reference, BidirectionalSSM.spectra)

@@ -51,8 +51,8 @@ class DepthwiseSSM(nn.Module):
         self.register_buffer("past", past.flip(1).unsqueeze(1))  # (D, 1, L)
         self.register_buffer("future", future.unsqueeze(1).clone())
 
-    def forward(self, u: Tensor, spectra: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, 2D); `spectra` is not needed."""
+    def forward(self, u: Tensor, prepared: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, 2D); `prepared` is not needed."""
         D, _, L = self.past.shape
         expect("u", u, "B L D", L=L, D=D)
         u = u.transpose(1, 2)  # (B, D, L)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffussm.bidirectional import BidirectionalSSM, Convolution
 from diffussm.fft_convolution import operator
 from diffussm.guards import expect, expect_one_of
 
@@ -23,6 +24,7 @@ __all__ = [
     "warps",
     "dft_tables",
     "triton_convolve",
+    "TRITON",
 ]
 
 
@@ -311,3 +313,6 @@ def _check_kinds(u: Tensor, spectra: Tensor, precision: str) -> None:
             raise TypeError(f"{name} is {x.dtype}: expected {known}, or use convolve")
     if u.shape[1] not in LENGTHS:
         raise ValueError(f"L={u.shape[1]}: expected one of {LENGTHS}, or use convolve")
+
+
+TRITON = Convolution(triton_convolve, BidirectionalSSM.spectra)

@@ -92,9 +92,9 @@ class DiffuSSM(nn.Module):
         P, M, (H, W) = self.config.patch_size, self.config.downsample, x.shape[2:]
         c = self._condition(t, self._labels(y, x))  # (B, D)
         x = self._embed(x)  # (B, J, D)
-        kept = self._spectra(H * W // P**2)
-        for block, spectra in zip(self.blocks, kept, strict=True):
-            x = block(x, c, spectra, self.activation_checkpointing)  # (B, J, D)
+        kept = self._prepared(H * W // P**2)
+        for block, prepared in zip(self.blocks, kept, strict=True):
+            x = block(x, c, prepared, self.activation_checkpointing)  # (B, J, D)
         x = self._decode(x, c)  # (B, J, M P P 2C)
         return to_image(x, P, M, W).contiguous()  # (B, 2C, H, W)
 
@@ -164,26 +164,28 @@ class DiffuSSM(nn.Module):
         dropped = chance < self.config.label_dropout
         return torch.where(dropped.to(y.device), self.null_label, y)
 
-    def _spectra(self, length: int) -> Sequence[Tensor | None]:
-        """For each block the spectra of its kernels, or None where it computes them."""
+    def _prepared(self, length: int) -> Sequence[Tensor | None]:
+        """What the convolution of each block prepares; None: it does so by itself."""
         layers: list[Any] = [block.ssm for block in self.blocks]
         parameters: list[Tensor] = [p for layer in layers for p in layer.parameters()]
         if not self._may_keep(parameters):
             return [None] * len(layers)
-        if self._cache is None or not self._cache.holds(parameters, length):
+        how = (length, *(layer.convolution for layer in layers))
+        if self._cache is None or not self._cache.holds(parameters, how):
             self._cache = None  # before the new one is made: both need not have room
             with multiplying_in("ieee"):  # whatever the samples are drawn in
-                spectra = [layer.spectra(length) for layer in layers]
+                prepared = [layer.prepare(length) for layer in layers]
             made_from = [p.detach().clone() for p in parameters]
-            self._cache = _Cache(length, made_from, spectra)
-        return self._cache.spectra
+            self._cache = _Cache(how, made_from, prepared)
+        return self._cache.prepared
 
     @contextmanager
     def cached_kernels(self) -> Iterator[None]:
         """Within this context, forward passes without gradients share their kernels.
 
         For samplers. A change of the parameters, of any kind, is noticed. Costs the
-        memory of the spectra: 16 D (L + 1) bytes a block in float32, until it is left.
+        memory of what is prepared, until it is left: the FFT's spectra are 16 D (L + 1)
+        bytes a block in float32.
         """
         self._samplers += 1
         try:
@@ -265,15 +267,15 @@ class DiffuSSM(nn.Module):
 
 @dataclass(frozen=True)
 class _Cache:
-    """The spectra of all blocks, and what they were made from."""
+    """What was prepared for all blocks, and what it was made from."""
 
-    length: int
+    how: tuple[Any, ...]  # the length, and the way of each block
     parameters: list[Tensor]
-    spectra: list[Tensor]
+    prepared: list[Tensor]
 
-    def holds(self, parameters: list[Tensor], length: int) -> bool:
-        """Whether they are still right: number by number, with one look."""
-        if length != self.length or any(
+    def holds(self, parameters: list[Tensor], how: tuple[Any, ...]) -> bool:
+        """Whether it is still right: number by number, with one look."""
+        if how != self.how or any(
             p.dtype != old.dtype or p.device != old.device or p.shape != old.shape
             for p, old in zip(parameters, self.parameters, strict=True)
         ):

@@ -59,7 +59,7 @@ class _Source:
 
 
 _LATER = [
-    "fft_convolution:convolve",
+    "fft_convolution:FFT",
     "two_level:vandermonde_two_level",
     "sharing:save_pipeline",
     "sharing:load_pipeline",

@@ -45,14 +45,14 @@ class RecomputingBlock(HourglassBlock):
         self,
         x: Tensor,
         c: Tensor,
-        spectra: Tensor | None = None,
+        prepared: Tensor | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
         """As `HourglassBlock.forward`; the same values and gradients for any way."""
         if recompute == "none" or not torch.is_grad_enabled():
-            return super().forward(x, c, spectra)
+            return super().forward(x, c, prepared)
         how = {"use_reentrant": False, "preserve_rng_state": False, **_HOW[recompute]}
-        y: Tensor = checkpoint(super().forward, x, c, spectra, **how)
+        y: Tensor = checkpoint(super().forward, x, c, prepared, **how)
         return y
 
 

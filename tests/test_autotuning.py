@@ -15,7 +15,7 @@ if not GPU:
 
 from diffussm import autotuning, gpu_kernels  # noqa: E402
 from diffussm.autotuning import Measured, autotune_convolution  # noqa: E402
-from diffussm.fft_convolution import convolve  # noqa: E402
+from diffussm.fft_convolution import FFT  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
@@ -68,14 +68,14 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
         lambda sides, problem: {n: -len(n) for n in sides},
     )
     single = autotuning._try_all(1024, 4, 2, DEVICE, torch.float32)
-    assert "tf32: errors" in single.reason and single.convolution.keywords == {
+    assert "tf32: errors" in single.reason and single.convolution.apply.keywords == {
         "precision": "tf32x3"
     }
     assert 1e-5 < single.errors["on the chip, tf32"]["output"] < 2e-3
     mixed = autotuning._try_all(1024, 4, 2, DEVICE, torch.bfloat16)
     assert (
         1e-5
-        < mixed.errors["on the chip, tf32"]["grad_spectra"]
+        < mixed.errors["on the chip, tf32"]["grad_parameters"]
         < mixed.errors["FFT"]["output"]
     )
     single_wins = {"FFT": 3, "on the chip, tf32": 1, "on the chip, tf32x3": 2}
@@ -86,7 +86,7 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
     )
     assert autotuning._try_all(
         1024, 4, 2, DEVICE, torch.bfloat16
-    ).convolution.keywords == {"precision": "tf32"}
+    ).convolution.apply.keywords == {"precision": "tf32"}
 
 
 def choose(**options):
@@ -105,7 +105,7 @@ def choose(**options):
 def test_a_cpu_stays_with_the_fft():
     choice = autotune_convolution(1024, 8, 2, "cpu")
     assert choice == Measured(
-        convolve, "FFT: the kernels on the chip are for a GPU, and this is a cpu"
+        FFT, "FFT: the kernels on the chip are for a GPU, and this is a cpu"
     )
 
 
@@ -119,17 +119,14 @@ def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
     )
     choice = choose()
     assert (
-        choice.convolution.keywords == {"precision": "tf32x3"}
+        choice.convolution.apply.keywords == {"precision": "tf32x3"}
         and choice.seconds["FFT"] == 0.3
     )
     assert choice.reason.startswith("on the chip, tf32x3: FFT 300.00 ms")
-    close(
-        choice.convolution(*autotuning._problem(256, 2, 1, DEVICE, torch.float32)[:2]),
-        convolve(*autotuning._problem(256, 2, 1, DEVICE, torch.float32)[:2]).double(),
-        1e-5,
-    )
+    layer, u, _ = autotuning._problem(256, 2, 1, DEVICE, torch.float32)
+    close(choice.convolution(u, layer.prepare(256)), layer(u).double(), 1e-5)
     times["FFT"] = 0.05
-    assert choose().convolution is convolve
+    assert choose().convolution is FFT
 
 
 @pytest.mark.slow
@@ -141,7 +138,7 @@ def test_a_kernel_that_is_wrong_is_never_chosen(monkeypatch, dtype):
         lambda sides, problem: {n: -len(n) for n in sides},
     )
     right = gpu_kernels.triton_convolve
-    assert choose(dtype=dtype).convolution is not convolve
+    assert choose(dtype=dtype).convolution is not FFT
     for wrong in (
         lambda u, s, precision: 1.1 * right(u, s, precision),  # by a factor
         lambda u, s, precision: right(
@@ -151,7 +148,7 @@ def test_a_kernel_that_is_wrong_is_never_chosen(monkeypatch, dtype):
     ):
         monkeypatch.setattr(gpu_kernels, "triton_convolve", wrong)
         choice = choose(dtype=dtype)
-        assert choice.convolution is convolve and choice.reason.startswith("FFT")
+        assert choice.convolution is FFT and choice.reason.startswith("FFT")
 
 
 @pytest.mark.parametrize(
@@ -165,8 +162,7 @@ def test_a_kernel_that_fails_stops_nothing(monkeypatch, fault):
     monkeypatch.setattr(gpu_kernels, "triton_convolve", fails)
     choice = choose()
     assert (
-        choice.convolution is convolve
-        and f"tf32x3: {type(fault).__name__}" in choice.reason
+        choice.convolution is FFT and f"tf32x3: {type(fault).__name__}" in choice.reason
     )
     monkeypatch.setattr(
         autotuning, "_median_seconds", fails
@@ -184,6 +180,6 @@ def test_other_lengths_stay_with_the_fft():
 def test_without_triton_the_fft_stays(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffussm.gpu_kernels", None)
     choice = choose()
-    assert (choice.convolution is convolve and "ImportError" in choice.reason) or (
+    assert (choice.convolution is FFT and "ImportError" in choice.reason) or (
         "ModuleNotFoundError" in choice.reason
     )

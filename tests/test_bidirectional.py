@@ -1,18 +1,23 @@
 """Ch. "Both directions": the layer, its meaning, and the ways to run it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from clear_sums import random_inputs, two_sums
 
-from diffussm import fft_convolution
 from diffussm.bidirectional import (
+    REFERENCE,
     WAYS,
     BidirectionalSSM,
+    Convolution,
     convolve_reference,
     kernel_spectra,
     way,
 )
 from diffussm.convolution import fft_conv
+from diffussm.fft_convolution import FFT
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +49,8 @@ def test_reference_is_two_causal_convolutions_with_a_flip():
 
 def test_everybody_gets_the_fast_way_and_unknown_ones_are_refused():
     assert next(iter(WAYS)) == "fft"
-    assert BidirectionalSSM(3, 4).convolution is way("fft") is fft_convolution.convolve
+    assert BidirectionalSSM(3, 4).convolution is way("fft") is FFT
+    assert way("reference") is REFERENCE
     with pytest.raises(ValueError, match="convolution='ftt': did you mean 'fft'"):
         way("ftt")
 
@@ -90,14 +96,33 @@ def test_skip_adds_the_input_times_a_number_per_channel():
     )
 
 
-def test_known_spectra_give_the_same_output_and_the_convolution_can_be_replaced():
+def test_what_is_prepared_gives_the_same_output():
     layer = BidirectionalSSM(3, 4)
     u = torch.randn(2, 20, 3)
-    spectra = layer.spectra(20)
+    spectra = layer.prepare(20)
+    assert torch.equal(spectra, layer.spectra(20))
     assert spectra.shape == (2, 3, 21) and spectra.dtype == torch.complex64
     assert torch.equal(layer(u, spectra), layer(u))
+
+
+def test_the_convolution_can_be_replaced_by_a_way_or_a_plain_function():
+    layer = BidirectionalSSM(3, 4)
+    u = torch.randn(2, 20, 3)
+    expected = 2 * convolve_reference(u, layer.spectra(20))
     layer.convolution = lambda u, spectra: 2 * convolve_reference(u, spectra)
-    assert torch.equal(layer(u, spectra), 2 * convolve_reference(u, spectra))
+    assert torch.equal(layer(u), expected)
+    layer.convolution = Convolution(
+        convolve_reference, lambda layer, length: 2 * layer.spectra(length)
+    )
+    torch.testing.assert_close(layer(u), expected)
+    assert torch.equal(layer.prepare(20), 2 * layer.spectra(20))
+
+
+def test_a_copy_and_a_pickle_are_run_in_the_same_way():
+    layer = BidirectionalSSM(3, 4)
+    layer.convolution = REFERENCE
+    for same in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert same.convolution == REFERENCE != FFT
 
 
 def test_directions_have_parameters_of_their_own():

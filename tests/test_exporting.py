@@ -181,7 +181,7 @@ def test_the_page_and_the_record_say_what_is_inside(exported):
 
 
 def test_what_differs_is_not_left_behind(tmp_path, monkeypatch):
-    def forgetful(self, u, spectra=None):
+    def forgetful(self, u, prepared=None):
         past = torch.nn.functional.pad(u, (0, 0, 1, 0))[:, :-1]
         return torch.cat([past, u], dim=2)
 

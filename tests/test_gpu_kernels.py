@@ -81,7 +81,7 @@ def test_every_image_of_a_batch_is_in_the_sum(batch):
     assert (
         errors["output"] < 1e-5
         and errors["grad_u"] < 1e-4
-        and errors["grad_spectra"] < 1e-4
+        and errors["grad_parameters"] < 1e-4
     )
 
 

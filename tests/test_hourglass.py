@@ -86,7 +86,7 @@ def block_by_subscripts(block, x, c):
 
 
 class NoMixing(torch.nn.Module):
-    def forward(self, u, spectra=None):
+    def forward(self, u, prepared=None):
         return torch.cat([u, u], dim=2)
 
 

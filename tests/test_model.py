@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffussm
-from diffussm.bidirectional import BidirectionalSSM
+from diffussm.bidirectional import BidirectionalSSM, Convolution
 from diffussm.data import digits
 from diffussm.diffusion import GaussianDiffusion
+from diffussm.fft_convolution import FFT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.recomputation import Recompute
 
@@ -467,12 +468,12 @@ def test_foreign_configuration_is_refused(tmp_path, text, message):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How often the spectra of a layer were computed."""
+    """How often what a layer needs of its weights was computed."""
     lengths = []
-    clear = BidirectionalSSM.spectra
+    clear = BidirectionalSSM.prepare
     monkeypatch.setattr(
         BidirectionalSSM,
-        "spectra",
+        "prepare",
         lambda layer, length: lengths.append(length) or clear(layer, length),
     )
     return lengths
@@ -559,6 +560,18 @@ def test_cached_kernels_follow_the_length_and_the_autocast(computed):
         with torch.autocast("cpu", torch.bfloat16):
             under = model(x, t, y)
             assert torch.equal(under, fresh_copy(model)(x, t, y))
+
+
+def test_cached_kernels_follow_the_way_in_which_a_layer_is_run(computed):
+    model, (x, t, y) = awake(), inputs()
+    twice = Convolution(FFT.apply, lambda layer, length: 2 * layer.spectra(length))
+    with torch.no_grad(), model.cached_kernels():
+        before = model(x, t, y)
+        model.blocks[0].ssm.convolution = twice
+        after = model(x, t, y)
+    assert len(computed) == 4 and not torch.equal(after, before)
+    with torch.no_grad():
+        assert torch.equal(after, model(x, t, y))
 
 
 def test_parameters_that_are_not_numbers_are_recomputed_and_spread():
