@@ -32,23 +32,31 @@ def tf32(x):
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
-def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypatch):
-    """The interpreter multiplies in float32; here products round as hardware does."""
+@pytest.fixture
+def to_nearest(monkeypatch):
+    """The interpreter cuts bfloat16 off; here it rounds, as hardware does."""
     import triton.language as tl
     from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    exact, convert = InterpreterBuilder.create_dot, interpreter._convert_float
+    convert = interpreter._convert_float
 
-    def to_nearest(x, source, target, rounding_mode):
+    def rounded(x, source, target, rounding_mode):
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(x, source, target, rounding_mode)
-        nearest = torch.from_numpy(
-            x.astype("float32")
-        ).bfloat16()  # the interpreter cuts it off
+        nearest = torch.from_numpy(x.astype("float32")).bfloat16()
         return nearest.view(torch.int16).numpy().astype("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPU, reason="a GPU rounds by itself")
+@pytest.mark.usefixtures("to_nearest")
+def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypatch):
+    """The interpreter multiplies in float32; here products round as hardware does."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    exact = InterpreterBuilder.create_dot
 
     def rounding(builder, a, b, d, input_precision, max_num_imprecise_acc):
         if "X3" not in str(input_precision).upper():
@@ -61,7 +69,6 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
         return exact(builder, a, b, d, input_precision, max_num_imprecise_acc)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", rounding)
-    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
     monkeypatch.setattr(
         autotuning,
         "_median_seconds",
@@ -130,6 +137,7 @@ def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("to_nearest")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_is_wrong_is_never_chosen(monkeypatch, dtype):
     monkeypatch.setattr(
