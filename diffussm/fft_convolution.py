@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.bidirectional import BidirectionalSSM, Convolution, kernel_spectra
+from diffussm.bidirectional import kernel_spectra
 from diffussm.guards import expect, expect_real
 
-__all__ = ["operator", "convolve", "bidirectional_conv", "FFT"]
+__all__ = ["operator", "BODIES", "convolve", "bidirectional_conv"]
 
 
 _PIECE = 2**20  # real numbers transformed at a time on a CPU
@@ -79,9 +79,13 @@ def operator(
         free = next(candidate for candidate in names if not hasattr(taken, candidate))
         made = torch.library.custom_op(f"diffussm::{free}", function, mutates_args=())
         made.register_fake(shape)
+        BODIES[getattr(taken, free).default] = function
         return made
 
     return register
+
+
+BODIES: dict[Any, Callable[..., Any]] = {}  # what an operator of ours does inside
 
 
 def _convolve_shape(u: Tensor, spectra: Tensor) -> Tensor:
@@ -157,6 +161,3 @@ def bidirectional_conv(u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tens
     if u.dtype == torch.float64 and k_forward.is_floating_point():
         k_forward = k_forward.double()  # the spectra decide the precision
     return convolve(u, kernel_spectra(k_forward, k_backward))
-
-
-FFT = Convolution(convolve, BidirectionalSSM.spectra)
