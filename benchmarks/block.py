@@ -4,28 +4,34 @@ Command: ``python -m benchmarks.block``.
 
 Same width, same length of sequence, same batch, same precision, each as fast as it
 goes: attention is PyTorch's fused `scaled_dot_product_attention`. The DiT block has 18
-D^2 parameters, ours with M = 2 has 15 D^2 and the kernels.
+D^2 parameters, ours with M = 2 has 15 D^2 and the kernels. A plain matrix product takes
+its turn with the two, so that a slow baseline would be seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common import command, keep_freed_memory, report, speed_row
+from benchmarks.common import command, keep_freed_memory, quiet_runs, report
 from benchmarks.references import awake, require_right
-from diffussm.efficiency import DiTBlock
+from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs
 from diffussm.hourglass import HourglassBlock
+from diffussm.model_config import DiffuSSMConfig
 
 CASES = (
     (1024, 8, 1.3),
     (4096, 8, 2.2),
     (16384, 1, 4.0),
+    (1024, 4, 1.3),
+    (4096, 2, 2.2),
 )  # L, B, how many times faster we must be
+SIDE = 2048  # of the matrices of the plain product
 
 
 def make_job(block: nn.Module, batch: int, length: int) -> Callable[[], object]:
@@ -45,6 +51,49 @@ def make_job(block: nn.Module, batch: int, length: int) -> Callable[[], object]:
     return lambda: torch.autograd.grad(block(x, c), inputs, probe)
 
 
+def operations(block: nn.Module, d_model: int, batch: int, length: int) -> float:
+    """Of a forward and backward pass: six for each multiply-add."""
+    config = DiffuSSMConfig(8, d_model=d_model, n_blocks=1)
+    count = diffussm_macs if isinstance(block, HourglassBlock) else dit_macs
+    macs = count(config, length)
+    inside = ("linear maps", "convolution", "attention", "kernels")
+    return 6 * sum(
+        macs.get(name, 0.0) * (1 if name == "kernels" else batch) for name in inside
+    )
+
+
+def compare(
+    blocks: dict[str, nn.Module], d_model: int, case: tuple[int, int, float], runs: int
+) -> dict[str, Any]:
+    """One row: the two blocks and a matrix product in turns."""
+    length, batch, limit = case
+    what = f"L = {length}, B = {batch}"
+    jobs, work = {}, {"matrix product": 2.0 * SIDE**3}
+    for name, block in blocks.items():
+        # the stream of M = 2 has L / 2 places
+        places = length // (2 if isinstance(block, HourglassBlock) else 1)
+        jobs[name] = make_job(block, batch, places)
+        work[name] = operations(block, d_model, batch, length)
+    square = torch.randn(SIDE, SIDE)
+    jobs["matrix product"] = lambda: square @ square
+    seconds, spread = quiet_runs(what, jobs, runs=runs)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    slow, fast = (median[name] for name in blocks)
+    return {
+        "what": what,
+        **{name: f"{1e3 * median[name]:,.1f} ms" for name in blocks},
+        "ratio": round(slow / fast, 2),
+        "limit": f"at least {limit:g}",
+        "reached": slow / fast >= limit,
+        "spread": f"{spread:.0%}",
+        **{f"{name}, GFLOP/s": round(work[name] / median[name] / 1e9) for name in work},
+        "seconds": seconds,
+        "length": length,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.block", description=__doc__.splitlines()[0]
@@ -59,16 +108,24 @@ def main(argv: list[str] | None = None) -> int:
         "--lengths",
         type=int,
         nargs="+",
-        default=[L for L, _, _ in CASES],
+        default=sorted({L for L, _, _ in CASES}),
         help="default: 1024 4096 16384",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="measure with each of these numbers of threads (default: PyTorch's own)",
     )
     arguments = parser.parse_args(argv)
     D = arguments.width
     cases = [case for case in CASES if case[0] in arguments.lengths]
-    if min(D, arguments.runs) < 1 or D % 16 or len(cases) < len(arguments.lengths):
+    known = {L for L, _, _ in CASES}
+    least = min(D, arguments.runs, *(arguments.threads or [1]))
+    if least < 1 or D % 16 or not known.issuperset(arguments.lengths):
         parser.error(
-            "--width must be a multiple of 16, --runs positive, --lengths among "
-            "1024, 4096, 16384"
+            "--width must be a multiple of 16, --runs and --threads positive, "
+            "--lengths among 1024, 4096, 16384"
         )
 
     keep_freed_memory()
@@ -79,18 +136,12 @@ def main(argv: list[str] | None = None) -> int:
         for name, block in (("DiffuSSM", ours), ("DiT", theirs))
     ]
     rows: list[dict[str, Any]] = []
-    for L, B, limit in cases:
-        row = speed_row(
-            f"L = {L}, B = {B}",
-            ("DiT block", make_job(theirs, B, L)),
-            (
-                "DiffuSSM block",
-                make_job(ours, B, L // 2),
-            ),  # the stream of M = 2 has L / 2 places
-            at_least=limit,
-            runs=arguments.runs,
-        )
-        rows.append({**row, "difference": f"{max(errors):.0e}", "length": L})
+    blocks = {"DiT block": theirs, "DiffuSSM block": ours}
+    for threads in arguments.threads or [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        for case in cases:
+            row = compare(blocks, D, case, arguments.runs)
+            rows.append({**row, "difference": f"{max(errors):.0e}"})
     title = (
         f"A block, forward + backward, against a DiT block: D = {D}, N = 64, M "
         "= 2, 16 heads, float32"

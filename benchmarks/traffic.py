@@ -4,11 +4,11 @@ Command: ``python -m benchmarks.traffic``. It needs no GPU.
 
 Blocks of XL width in bfloat16 run forward and backward on tensors without content.
 `as written` counts every operation of PyTorch, `compiled` every kernel that the
-compiler plans: its plan is made, no code is made of it, and nothing runs. It is the plan
-for a CPU, since without a GPU there is no other; on a GPU more is fused (biases, layer
-norms). An operator of ours counts by what it does inside. Of small kernels (less than a
-megabyte) only the number is kept. The chapter on traffic draws from what this command
-wrote.
+compiler plans: its plan is made, no code is made of it, and nothing runs. It is the
+plan for a CPU, since without a GPU there is no other; on a GPU more is fused (biases,
+layer norms). An operator of ours counts by what it does inside. Of small kernels (less
+than a megabyte) only the number is kept. The chapter on traffic draws from what this
+command wrote.
 """
 
 from __future__ import annotations
@@ -174,18 +174,23 @@ def main(argv: list[str] | None = None) -> int:
     width: int = parser.parse_args(argv).width
     if width < 16 or width % 16:
         parser.error("--width must be a positive multiple of 16")
-    rows = []
+    rows, lines = [], ["| block | kernels | GB |", "|---|---|---|"]
     for row in cases(width):
         moved = sum(float(line.split("; ")[3]) for line in row["kernels"]) / 1e9
         launches = row["small"] + len(row["kernels"])
         what = f"{row['block']} {row['how']}, L = {row['length']}, B = {row['batch']}"
         print(f"{what}: {launches} kernels, {moved:.2f} GB", flush=True)
         rows.append({"what": what, **row})
+        lines.append(f"| {what} | {launches} | {moved:.2f} |")
     if width == 1152:
         title = f"Kernels of a block, forward + backward, D = {width}, bfloat16"
         record = {"title": title, "environment": environment(), "rows": rows}
         text = json.dumps(record, indent=1)
         (RESULTS / "traffic.json").write_text(text + "\n")
+        machine = ", ".join(f"{key} {value}" for key, value in environment().items())
+        foot = ["", f"{machine}; `python -m benchmarks.traffic`", ""]
+        table = "\n".join([f"## {title}", "", *lines, *foot])
+        (RESULTS / "traffic.md").write_text(table)
     return 0
 
 
