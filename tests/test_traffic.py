@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from benchmarks import common, traffic
 from diffussm.fft_convolution import convolve, operator
-from diffussm.traffic import CARDS, Card, Work, seconds, work_of
+from diffussm.traffic import CARDS, Card, Traffic, Work, seconds, work_of
 
 
 def test_a_product_counts_operands_and_operations_once():
@@ -18,6 +18,13 @@ def test_a_product_counts_operands_and_operations_once():
 
     (work,) = work_of(prepare)
     assert work == Work("linear maps", "mm", 2.0 * 7 * 5 * 3, 4.0 * (35 + 15 + 21))
+
+
+def test_counting_changes_no_result():
+    u, spectra = torch.randn(2, 8, 4), torch.randn(2, 4, 9, dtype=torch.complex64)
+    with Traffic() as seen:
+        y = convolve(u, spectra)
+    assert torch.equal(y, convolve(u, spectra)) and len(seen.work) > 2
 
 
 def test_views_move_nothing_and_copies_do():
