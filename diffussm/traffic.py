@@ -12,13 +12,9 @@ from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from diffussm.fft_convolution import BODIES
 
@@ -56,7 +52,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work: list[Work] = []
         self._inside = ""  # the operator of ours that runs
 
@@ -107,11 +103,12 @@ _IDLE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
     """Operations of a product or of attention; 0 for everything else."""
     name, shapes = func.overloadpacket.__name__, [x.shape for x in _tensors(args)]
+    known: Any = flop_counter
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return float(sdpa_flop_count(*shapes[:3]))
+        return float(known.sdpa_flop_count(*shapes[:3]))
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return float(sdpa_backward_flop_count(*shapes[:4]))
-    count = flop_registry.get(func.overloadpacket)
+        return float(known.sdpa_backward_flop_count(*shapes[:4]))
+    count = known.flop_registry.get(func.overloadpacket)
     return float(count(*args, **kwargs, out_val=out)) if count else 0.0
 
 
@@ -148,7 +145,8 @@ def work_of(prepare: Callable[[], Callable[[], object]]) -> list[Work]:
     """
     with FakeTensorMode():
         job = prepare()
-        with Traffic() as seen:
+        seen = Traffic()
+        with seen:
             job()
     return seen.work
 
