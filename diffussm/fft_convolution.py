@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffussm.bidirectional import kernel_spectra
+from diffussm.bidirectional import BidirectionalSSM, Convolution, kernel_spectra
 from diffussm.guards import expect, expect_real
 
-__all__ = ["operator", "BODIES", "convolve", "bidirectional_conv"]
+__all__ = ["operator", "BODIES", "convolve", "bidirectional_conv", "FFT"]
 
 
 _PIECE = 2**20  # real numbers transformed at a time on a CPU
@@ -161,3 +161,6 @@ def bidirectional_conv(u: Tensor, k_forward: Tensor, k_backward: Tensor) -> Tens
     if u.dtype == torch.float64 and k_forward.is_floating_point():
         k_forward = k_forward.double()  # the spectra decide the precision
     return convolve(u, kernel_spectra(k_forward, k_backward))
+
+
+FFT = Convolution(convolve, BidirectionalSSM.spectra)
