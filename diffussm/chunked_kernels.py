@@ -1,0 +1,378 @@
+"""A recurrence for tensor cores.
+
+Generated from book/75_chunked_kernels.md by `make export`: edit there.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffussm.fft_convolution import operator
+from diffussm.guards import expect, expect_one_of
+
+__all__ = ["chunked_triton"]
+
+
+_IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
+
+
+@triton.jit
+def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
+    """Offsets of one tile (channels, images, T) of a tensor (B, L, width), and which
+    of them exist."""
+    b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
+    p = (step * T + tl.arange(0, T))[None, None, :]
+    position = tl.where(mirrored, L - 1 - p, p)
+    inside = (d < D)[:, None, None] & (b < B) & (p < L)
+    return (b * L + position) * width + d[:, None, None], inside
+
+
+@triton.jit
+def _operand(x, PRECISION: tl.constexpr):
+    """x as a factor of a product."""
+    if PRECISION == "bf16":
+        return x.to(tl.bfloat16)
+    if PRECISION == "tf32":
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _dot(a, b, c, PRECISION: tl.constexpr):
+    """a b + c, a product for each channel."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b, c)
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def _times(ar, ai, br, bi):
+    return ar * br - ai * bi, ar * bi + ai * br
+
+
+@triton.constexpr_function
+def _padded(n):
+    """The least number of modes that a tile has: a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
+    """Of one row of modes (2D, 4N + 1): (2D, T + 1, 2N) and (2D, T), N the modes."""
+    row, lag = tl.program_id(0), tl.arange(0, 2 * T)[:, None]
+    n = tl.arange(0, _padded(N))[None, :]
+    at, exists = modes + row * (4 * N + 1) + n, n < N
+    size = tl.exp(tl.load(at, exists, 0.0) * lag)
+    angle = tl.load(at + N, exists, 0.0) * lag
+    zr, zi = size * tl.cos(angle), size * tl.sin(angle)
+    wr, wi = tl.load(at + 2 * N, exists, 0.0), tl.load(at + 3 * N, exists, 0.0)
+    k = 2 * tl.sum(wr * zr - wi * zi, 1)
+    to = powers + (row * (T + 1) + lag) * 2 * N + n
+    tl.store(to, zr, exists & (lag <= T))
+    tl.store(to + N, zi, exists & (lag <= T))
+    lag = tl.arange(0, 2 * T)
+    skip = tl.load(modes + row * (4 * N + 1) + 4 * N)
+    tl.store(kernel + row * T + lag, tl.where(lag == 0, k + skip, k), lag < T)
+
+
+@triton.jit
+def _power(powers, row, lag, LAGS: tl.constexpr, N: tl.constexpr):
+    """z^lag of the channels in `row`: two tiles (channels, lags, modes)."""
+    n = tl.arange(0, _padded(N))[None, None, :]
+    at = powers + (row[:, None, None] * (LAGS + 1) + lag[None, :, None]) * 2 * N + n
+    return tl.load(at, n < N, 0.0), tl.load(at + N, n < N, 0.0)
+
+
+@triton.jit
+def _weights(modes, row, N: tl.constexpr):
+    """w of the channels in `row`: two tiles (channels, 1, modes)."""
+    n = tl.arange(0, _padded(N))[None, None, :]
+    at = modes + row[:, None, None] * (4 * N + 1) + 2 * N + n
+    return tl.load(at, n < N, 0.0), tl.load(at + N, n < N, 0.0)
+
+
+@triton.jit
+def _near(kernel, row, T: tl.constexpr, PRECISION: tl.constexpr):
+    """k of lag t - s: (channels, s, t)."""
+    lag = tl.arange(0, T)[None, None, :] - tl.arange(0, T)[None, :, None]
+    k = tl.load(kernel + row[:, None, None] * T + lag, lag >= 0, 0.0)
+    return _operand(k, PRECISION)
+
+
+@triton.jit
+def _readout(
+    modes, powers, row, T: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What the state's two parts are multiplied by: (channels, modes, t) each."""
+    wr, wi = _weights(modes, row, N)
+    zr, zi = _power(powers, row, tl.arange(0, T) + 1, T, N)
+    rr, ri = _times(2 * wr, 2 * wi, zr, zi)
+    rr, ri = tl.permute(rr, (0, 2, 1)), tl.permute(-ri, (0, 2, 1))
+    return _operand(rr, PRECISION), _operand(ri, PRECISION)
+
+
+@triton.jit
+def _walk_kernel(
+    x, before, y, modes, powers, kernel, B, L, D, X, Y,
+    FIRST: tl.constexpr, ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some channels of 16 images, from one end to the other: x (B, L, X) -> y (B, L, Y)."""
+    d, way = (
+        tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS),
+        FIRST + tl.program_id(2),
+    )
+    row, mirrored = way * D + tl.minimum(d, D - 1), (way == 1) != ADJOINT
+    near = _near(kernel, row, T, PRECISION)
+    rr, ri = _readout(modes, powers, row, T, N, PRECISION)
+    vr, vi = _power(powers, row, T - 1 - tl.arange(0, T), T, N)
+    vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
+    zr, zi = _power(powers, row, T + tl.arange(0, 1), T, N)
+    sr = tl.full((CHANNELS, _IMAGES, _padded(N)), 0.0, tl.float32)
+    si, none = sr, tl.full((CHANNELS, _IMAGES, T), 0.0, tl.float32)
+    x, y = x + way * (X - D), y + way * (Y - D)
+    for step in range(tl.cdiv(L, T)):
+        at, inside = _places(step, d, X, mirrored, B, L, D, T)
+        u = _operand(tl.load(x + at, inside, 0.0), PRECISION)
+        at, inside = _places(step, d, Y, mirrored, B, L, D, T)
+        if FIRST == 1:
+            out = tl.load(before + at, inside, 0.0)
+        else:
+            out = none
+        out = _dot(u, near, out, PRECISION)
+        out = _dot(_operand(sr, PRECISION), rr, out, PRECISION)
+        out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
+        tl.store(y + at, out, inside)
+        sr, si = _times(sr, si, zr, zi)
+        sr, si = _dot(u, vr, sr, PRECISION), _dot(u, vi, si, PRECISION)
+
+
+@triton.jit
+def _through_states(
+    sr, si, ar, ai, powers, row, T: tl.constexpr, LAGS: tl.constexpr, N: tl.constexpr
+):
+    """P and Q from the sums of g S and of g A: (channels, t, modes) each."""
+    lag = tl.arange(0, T) + 1
+    zr, zi = _power(powers, row, lag, LAGS, N)
+    sr, si = _times(sr, si, zr, zi)
+    ar, ai = _times(ar, ai, zr, zi)
+    lag = lag[None, :, None]
+    qr, qi = tl.sum(lag * sr + T * ar, 1, True), tl.sum(lag * si + T * ai, 1, True)
+    return tl.sum(sr, 1, True), tl.sum(si, 1, True), qr, qi
+
+
+@triton.jit
+def _diagonals(
+    near, pr, pi, qr, qi, powers, row,
+    T: tl.constexpr, LAGS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Add what is near, from the sum of g u^T (channels, t, s); r_0 is the skip's."""
+    lag = tl.arange(0, T)[None, :, None] - tl.arange(0, T)[None, None, :]
+    skip = tl.sum(tl.sum(tl.where(lag == 0, near, 0.0), 2, True), 1, True)
+    for l in range(T):
+        r = tl.sum(tl.sum(tl.where(lag == l, near, 0.0), 2, True), 1, True)
+        zr, zi = _power(powers, row, l + tl.arange(0, 1), LAGS, N)
+        pr, pi, qr, qi = pr + r * zr, pi + r * zi, qr + l * r * zr, qi + l * r * zi
+    return pr, pi, qr, qi, skip
+
+
+@triton.jit
+def _store_modes(out, modes, row, exists, pr, pi, qr, qi, skip, N: tl.constexpr):
+    """The gradient of one row of modes, (4N + 1) numbers for each channel."""
+    wr, wi = _weights(modes, row, N)
+    qr, qi = _times(wr, wi, qr, qi)
+    to = out + row[:, None, None] * (4 * N + 1)
+    n, exists = tl.arange(0, _padded(N))[None, None, :], exists[:, None, None]
+    tl.store(to + n, 2 * qr, exists & (n < N))
+    tl.store(to + N + n, -2 * qi, exists & (n < N))
+    tl.store(to + 2 * N + n, 2 * pr, exists & (n < N))
+    tl.store(to + 3 * N + n, -2 * pi, exists & (n < N))
+    tl.store(to + 4 * N, skip, exists)
+
+
+@triton.jit
+def _modes_kernel(
+    u, g, out, modes, powers, B, L, D, T: tl.constexpr, LAGS: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """u (B, L, D), g (B, L, 2D) -> the gradient of the modes for each 16 images."""
+    d, way = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2)
+    row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
+    vr, vi = _power(powers, row, age, LAGS, N)
+    share = (age / T)[None, :, None]
+    fr, fi = _operand(share * vr, PRECISION), _operand(share * vi, PRECISION)
+    vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
+    zr, zi = _power(powers, row, T + tl.arange(0, 1), LAGS, N)
+    sr = tl.full((CHANNELS, _IMAGES, _padded(N)), 0.0, tl.float32)
+    pr = tl.full((CHANNELS, T, _padded(N)), 0.0, tl.float32)
+    near = tl.full((CHANNELS, T, T), 0.0, tl.float32)
+    si, ar, ai, pi, qr, qi = sr, sr, sr, pr, pr, pr
+    for step in range(tl.cdiv(L, T)):
+        at, inside = _places(step, d, D, way == 1, B, L, D, T)
+        x = _operand(tl.load(u + at, inside, 0.0), PRECISION)
+        at, inside = _places(step, d, 2 * D, way == 1, B, L, D, T)
+        y = tl.permute(tl.load(g + way * D + at, inside, 0.0), (0, 2, 1))
+        y = _operand(y, PRECISION)
+        near = _dot(y, x, near, PRECISION)
+        pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
+        pi = _dot(y, _operand(si, PRECISION), pi, PRECISION)
+        qr = _dot(y, _operand(ar, PRECISION), qr, PRECISION)
+        qi = _dot(y, _operand(ai, PRECISION), qi, PRECISION)
+        ar, ai = _times(ar + sr, ai + si, zr, zi)
+        ar, ai = _dot(x, fr, ar, PRECISION), _dot(x, fi, ai, PRECISION)
+        sr, si = _times(sr, si, zr, zi)
+        sr, si = _dot(x, vr, sr, PRECISION), _dot(x, vi, si, PRECISION)
+    pr, pi, qr, qi = _through_states(pr, pi, qr, qi, powers, row, T, LAGS, N)
+    pr, pi, qr, qi, skip = _diagonals(near, pr, pi, qr, qi, powers, row, T, LAGS, N)
+    out += tl.program_id(1) * 2 * D * (4 * N + 1)
+    _store_modes(out, modes, row, d < D, pr, pi, qr, qi, skip, N)
+
+
+_CHUNKS = (16, 32, 64)
+_WARPS = (4, 8, 16)
+_MODES_CHUNK = 16
+_MODES_WARPS = 8
+
+
+def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), N real."""
+    (_, D, width), n = modes.shape, modes.shape[2] // 4
+    powers = modes.new_empty(2, D, chunk + 1, 2 * n)
+    kernel = modes.new_empty(2, D, chunk)
+    _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk)
+    return powers, kernel
+
+
+def _grid(u: Tensor, channels: int, ways: int) -> tuple[int, int, int]:
+    return triton.cdiv(u.shape[2], channels), triton.cdiv(u.shape[0], 16), ways
+
+
+def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
+    shared = {"N": modes.shape[2] // 4, "CHANNELS": warps, "PRECISION": precision}
+    return shared | {"num_warps": warps, "num_stages": 2}
+
+
+def _shape(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> Tensor:
+    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
+
+
+def _backward_shape(
+    grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(modes)
+
+
+@operator("chunked_triton", _shape)
+def _chunked_triton(
+    u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
+) -> Tensor:
+    (B, L, D), u, modes = u.shape, u.contiguous(), modes.contiguous()
+    y = u.new_empty(B, L, 2 * D)
+    given = modes, *_tables(modes, chunk), B, L, D, D, 2 * D
+    constants = _constants(modes, precision, warps) | {"T": chunk}
+    if y.numel():
+        grid = _grid(u, warps, 2)
+        _walk_kernel[grid](u, u, y, *given, FIRST=0, ADJOINT=False, **constants)
+    return y
+
+
+@operator("chunked_triton_backward", _backward_shape)
+def _chunked_triton_backward(
+    grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
+) -> tuple[Tensor, Tensor]:
+    (B, L, D), u, g = u.shape, u.contiguous(), grad.contiguous()
+    modes = modes.contiguous()
+    tables = _tables(modes, chunk)
+    if not u.numel():
+        return torch.empty_like(u), torch.zeros_like(modes)
+    past, grad_u = torch.empty_like(u, dtype=torch.float32), torch.empty_like(u)
+    given, grid = (modes, *tables, B, L, D, 2 * D, D), _grid(u, warps, 1)
+    constants = _constants(modes, precision, warps) | {"T": chunk, "ADJOINT": True}
+    _walk_kernel[grid](g, past, past, *given, FIRST=0, **constants)
+    _walk_kernel[grid](g, past, grad_u, *given, FIRST=1, **constants)
+    grid = _grid(u, _MODES_WARPS, 2)
+    parts = modes.new_empty(grid[1], *modes.shape)
+    constants = _constants(modes, precision, _MODES_WARPS)
+    constants |= {"T": _MODES_CHUNK, "LAGS": chunk}
+    _modes_kernel[grid](u, g, parts, modes, tables[0], B, L, D, **constants)
+    return grad_u, parts.sum(0)
+
+
+class _ChunkedTriton(torch.autograd.Function):
+    """The two operators, tied together for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
+    ) -> Tensor:
+        ctx.save_for_backward(u, modes)
+        ctx.settings = precision, chunk, warps
+        y: Tensor = _chunked_triton(u, modes, precision, chunk, warps)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _chunked_triton_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None
+
+
+def chunked_triton(
+    u: Tensor,
+    modes: Tensor,
+    precision: str | None = None,
+    chunk: int = 16,
+    warps: int = 8,
+) -> Tensor:
+    """The layer chunk by chunk, on a GPU: both directions, side by side.
+
+    First derivatives only; a second one is refused.
+
+    Args:
+        u: Input, (B, L, D), float32 or bfloat16, any L.
+        modes: float32 (2, D, 2N + 1), of each direction and channel Re log dA, Im log
+            dA, Re w, Im w (N/2 each) and the skip.
+        precision: Of the products: "bf16", "tf32", "tf32x3" (three products of it,
+            nearly float32) or "ieee" (float32, on no tensor core). None takes "bf16"
+            for bfloat16 and "tf32x3" for float32.
+        chunk: Positions at a time: 16, 32 or 64.
+        warps: Of one program, and its channels: 4, 8 or 16.
+
+    Returns:
+        (B, L, 2D) in the dtype of `u`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown precision, chunk or warps.
+        TypeError: dtypes that the kernels do not know.
+
+    Source: eq-chunked-kernels-walk, eq-chunked-kernels-modes.
+    """
+    _check(u, modes, chunk, warps)
+    usual = "bf16" if u.dtype == torch.bfloat16 else "tf32x3"
+    precision = expect_one_of("precision", precision or usual, _PRECISIONS)
+    y: Tensor = _ChunkedTriton.apply(u, modes, precision, chunk, warps)
+    return y
+
+
+_PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
+
+
+def _check(u: Tensor, modes: Tensor, chunk: int, warps: int) -> None:
+    _, _, D = expect("u", u, "B L D")
+    _, _, M = expect("modes", modes, "2 D M", D=D)
+    if M % 4 != 1 or M < 5:
+        raise ValueError(
+            f"modes has {M} numbers for each channel: expected 2N + 1, N even"
+        )
+    if u.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"u is {u.dtype}: expected float32 or bfloat16, or use chunked")
+    if modes.dtype != torch.float32:
+        raise TypeError(f"modes is {modes.dtype}: expected float32")
+    for name, given, known in (("chunk", chunk, _CHUNKS), ("warps", warps, _WARPS)):
+        if given not in known:
+            raise ValueError(f"{name}={given}: expected one of {known}")
