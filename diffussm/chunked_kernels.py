@@ -21,9 +21,13 @@ _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's produc
 
 
 @triton.jit
+def _channels(CHANNELS: tl.constexpr):
+    return tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+
+
+@triton.jit
 def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
-    """Offsets of one tile (channels, images, T) of a tensor (B, L, width), and which
-    of them exist."""
+    """Offsets of a tile (channels, images, T) in (B, L, width); which of them exist."""
     b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
     p = (step * T + tl.arange(0, T))[None, None, :]
     position = tl.where(mirrored, L - 1 - p, p)
@@ -35,19 +39,20 @@ def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
 def _operand(x, PRECISION: tl.constexpr):
     """x as a factor of a product."""
     if PRECISION == "bf16":
-        return x.to(tl.bfloat16)
-    if PRECISION == "tf32":
+        factor = x.to(tl.bfloat16)
+    elif PRECISION == "tf32":
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        factor = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        factor = x.to(tl.float32)
+    return factor
 
 
 @triton.jit
 def _dot(a, b, c, PRECISION: tl.constexpr):
     """a b + c, a product for each channel."""
-    if PRECISION == "bf16":
-        return tl.dot(a, b, c)
-    return tl.dot(a, b, c, input_precision=PRECISION)
+    KIND: tl.constexpr = "tf32" if PRECISION == "bf16" else PRECISION  # of float32 only
+    return tl.dot(a, b, c, input_precision=KIND)
 
 
 @triton.jit
@@ -122,11 +127,8 @@ def _walk_kernel(
     FIRST: tl.constexpr, ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
     CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of 16 images, from one end to the other: x (B, L, X) -> y (B, L, Y)."""
-    d, way = (
-        tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS),
-        FIRST + tl.program_id(2),
-    )
+    """Some channels of 16 images, from end to end: x (B, L, X) -> y (B, L, Y)."""
+    way, d = FIRST + tl.program_id(2), _channels(CHANNELS)
     row, mirrored = way * D + tl.minimum(d, D - 1), (way == 1) != ADJOINT
     near = _near(kernel, row, T, PRECISION)
     rr, ri = _readout(modes, powers, row, T, N, PRECISION)
@@ -140,10 +142,7 @@ def _walk_kernel(
         at, inside = _places(step, d, X, mirrored, B, L, D, T)
         u = _operand(tl.load(x + at, inside, 0.0), PRECISION)
         at, inside = _places(step, d, Y, mirrored, B, L, D, T)
-        if FIRST == 1:
-            out = tl.load(before + at, inside, 0.0)
-        else:
-            out = none
+        out = tl.load(before + at, inside, 0.0) if FIRST == 1 else none
         out = _dot(u, near, out, PRECISION)
         out = _dot(_operand(sr, PRECISION), rr, out, PRECISION)
         out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
@@ -174,10 +173,11 @@ def _diagonals(
     """Add what is near, from the sum of g u^T (channels, t, s); r_0 is the skip's."""
     lag = tl.arange(0, T)[None, :, None] - tl.arange(0, T)[None, None, :]
     skip = tl.sum(tl.sum(tl.where(lag == 0, near, 0.0), 2, True), 1, True)
-    for l in range(T):
-        r = tl.sum(tl.sum(tl.where(lag == l, near, 0.0), 2, True), 1, True)
-        zr, zi = _power(powers, row, l + tl.arange(0, 1), LAGS, N)
-        pr, pi, qr, qi = pr + r * zr, pi + r * zi, qr + l * r * zr, qi + l * r * zi
+    for one in range(T):
+        r = tl.sum(tl.sum(tl.where(lag == one, near, 0.0), 2, True), 1, True)
+        zr, zi = _power(powers, row, one + tl.arange(0, 1), LAGS, N)
+        zr, zi = r * zr, r * zi
+        pr, pi, qr, qi = pr + zr, pi + zi, qr + one * zr, qi + one * zi
     return pr, pi, qr, qi, skip
 
 
@@ -201,7 +201,7 @@ def _modes_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u (B, L, D), g (B, L, 2D) -> the gradient of the modes for each 16 images."""
-    d, way = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2)
+    way, d = tl.program_id(2), _channels(CHANNELS)
     row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
     vr, vi = _power(powers, row, age, LAGS, N)
     share = (age / T)[None, :, None]
@@ -241,7 +241,7 @@ _MODES_WARPS = 8
 
 def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), N real."""
-    (_, D, width), n = modes.shape, modes.shape[2] // 4
+    D, n = modes.shape[1], modes.shape[2] // 4
     powers = modes.new_empty(2, D, chunk + 1, 2 * n)
     kernel = modes.new_empty(2, D, chunk)
     _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk)
