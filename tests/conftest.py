@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # read when Triton is imported, by whatever does
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from browsers import absent
 from commands import plain, work  # noqa: F401 (fixtures)
 from pictures import encoded, noise_image, write
