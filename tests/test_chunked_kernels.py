@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
 
@@ -214,18 +215,21 @@ def test_seven_launches_forward_and_backward(monkeypatch):
         monkeypatch.setattr(chunked_kernels, name, spy())
     made = []
 
-    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+    class Counted(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             made.append(str(function))
             return function(*args, **(kwargs or {}))
 
     u, modes, grad = torch.randn(17, 20, 3), some_modes(3, 2), torch.randn(17, 20, 6)
-    with Counted():
-        chunked_kernels._chunked_triton(u, modes, "ieee", 16, 8)
-        chunked_kernels._chunked_triton_backward(grad, u, modes, "ieee", 16, 8)
+    ops = chunked_kernels._chunked_triton, chunked_kernels._chunked_triton_backward
+    with Counted():  # which does not look into an operator: the functions themselves
+        ops[0]._init_fn(u, modes, "ieee", 16, 8)
+        ops[1]._init_fn(grad, u, modes, "ieee", 16, 8)
     forward = ["_powers_kernel", "_walk_kernel"]
     assert launched == [*forward, *forward, "_walk_kernel", "_modes_kernel"]
-    computing = [name for name in made if "empty" not in name and "diffussm" not in name]
+    computing = [
+        name for name in made if "empty" not in name and "diffussm" not in name
+    ]
     assert computing == ["aten.sum.dim_IntList"]
 
 
@@ -274,7 +278,7 @@ def test_what_does_not_fit_is_refused():
 
 
 COMPILE = """
-import pathlib, re, subprocess, sys
+import pathlib, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -286,7 +290,8 @@ BACK, MODES = {"FIRST": 1, "ADJOINT": True, "T": 16}, {"T": 16, "LAGS": 16}
 CASES = [
     (80, "_walk_kernel", 16, "bf16", WALK), (90, "_walk_kernel", 8, "bf16", BACK),
     (80, "_modes_kernel", 8, "bf16", MODES), (90, "_modes_kernel", 8, "tf32", MODES),
-    (80, "_walk_kernel", 8, "tf32", BACK), (80, "_walk_kernel", 8, "bf16", {**WALK, "T": 32}),
+    (80, "_walk_kernel", 8, "tf32", BACK),
+    (80, "_walk_kernel", 8, "bf16", WALK | {"T": 32}),
 ]
 for capability, name, warps, precision, constants in CASES:
     kernel = getattr(chunked_kernels, name)
@@ -310,9 +315,9 @@ for capability, name, warps, precision, constants in CASES:
     command = [PTXAS, "-v", "--gpu-name", chip, ptx, "-o", "/dev/null"]
     used = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     case = capability, name, precision, constants["T"], compiled.metadata.shared, used
-    assert re.search("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", used), case
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill" in used, case
     assert compiled.metadata.shared <= 100 * 1024, case
-    assert len(re.findall(r"mma\\.sync", compiled.asm["ptx"])) >= 18, case
+    assert compiled.asm["ptx"].count("mma.sync") >= 18, case
 print("compiled")
 """
 
