@@ -253,8 +253,13 @@ def _grid(u: Tensor, channels: int, ways: int) -> tuple[int, int, int]:
 
 
 def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
-    shared = {"N": modes.shape[2] // 4, "CHANNELS": warps, "PRECISION": precision}
-    return shared | {"num_warps": warps, "num_stages": 2}
+    return {
+        "N": modes.shape[2] // 4,
+        "CHANNELS": warps,
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": 2,
+    }
 
 
 def _shape(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> Tensor:
