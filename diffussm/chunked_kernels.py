@@ -236,7 +236,7 @@ def _modes_kernel(
 _CHUNKS = (16, 32, 64)
 _WARPS = (4, 8, 16)
 _MODES_CHUNK = 16
-_MODES_WARPS = 8
+_MODES_WARPS = 8  # at most
 
 
 def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -300,9 +300,9 @@ def _chunked_triton_backward(
     constants = _constants(modes, precision, warps) | {"T": chunk, "ADJOINT": True}
     _walk_kernel[grid](g, past, past, *given, FIRST=0, **constants)
     _walk_kernel[grid](g, past, grad_u, *given, FIRST=1, **constants)
-    grid = _grid(u, _MODES_WARPS, 2)
+    warps = min(warps, _MODES_WARPS)
+    grid, constants = _grid(u, warps, 2), _constants(modes, precision, warps)
     parts = modes.new_empty(grid[1], *modes.shape)
-    constants = _constants(modes, precision, _MODES_WARPS)
     constants |= {"T": _MODES_CHUNK, "LAGS": chunk}
     _modes_kernel[grid](u, g, parts, modes, tables[0], B, L, D, **constants)
     return grad_u, parts.sum(0)
@@ -332,7 +332,7 @@ def chunked_triton(
     modes: Tensor,
     precision: str | None = None,
     chunk: int = 16,
-    warps: int = 8,
+    warps: int | None = None,
 ) -> Tensor:
     """The layer chunk by chunk, on a GPU: both directions, side by side.
 
@@ -346,7 +346,8 @@ def chunked_triton(
             nearly float32) or "ieee" (float32, on no tensor core). None takes "bf16"
             for bfloat16 and "tf32x3" for float32.
         chunk: Positions at a time: 16, 32 or 64.
-        warps: Of one program, and its channels: 4, 8 or 16.
+        warps: Of one program, and its channels: 4, 8 or 16. None takes 8, and 4 where
+            the tables are wider, for "tf32x3" and "ieee".
 
     Returns:
         (B, L, 2D) in the dtype of `u`.
@@ -357,9 +358,10 @@ def chunked_triton(
 
     Source: eq-chunked-kernels-walk, eq-chunked-kernels-modes.
     """
-    _check(u, modes, chunk, warps)
     usual = "bf16" if u.dtype == torch.bfloat16 else "tf32x3"
     precision = expect_one_of("precision", precision or usual, _PRECISIONS)
+    warps = (8 if precision in ("bf16", "tf32") else 4) if warps is None else warps
+    _check(u, modes, chunk, warps)
     y: Tensor = _ChunkedTriton.apply(u, modes, precision, chunk, warps)
     return y
 
