@@ -21,11 +21,6 @@ _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's produc
 
 
 @triton.jit
-def _channels(CHANNELS: tl.constexpr):
-    return tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-
-
-@triton.jit
 def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
     """Offsets of a tile (channels, images, T) in (B, L, width); which of them exist."""
     b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
@@ -38,13 +33,12 @@ def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
 @triton.jit
 def _operand(x, PRECISION: tl.constexpr):
     """x as a factor of a product."""
+    factor = x.to(tl.float32)
     if PRECISION == "bf16":
         factor = x.to(tl.bfloat16)
     elif PRECISION == "tf32":
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = factor.to(tl.int32, bitcast=True)
         factor = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    else:
-        factor = x.to(tl.float32)
     return factor
 
 
@@ -128,7 +122,8 @@ def _walk_kernel(
     CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some channels of 16 images, from end to end: x (B, L, X) -> y (B, L, Y)."""
-    way, d = FIRST + tl.program_id(2), _channels(CHANNELS)
+    way = FIRST + tl.program_id(2)
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, mirrored = way * D + tl.minimum(d, D - 1), (way == 1) != ADJOINT
     near = _near(kernel, row, T, PRECISION)
     rr, ri = _readout(modes, powers, row, T, N, PRECISION)
@@ -201,7 +196,8 @@ def _modes_kernel(
     N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u (B, L, D), g (B, L, 2D) -> the gradient of the modes for each 16 images."""
-    way, d = tl.program_id(2), _channels(CHANNELS)
+    way = tl.program_id(2)
+    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
     vr, vi = _power(powers, row, age, LAGS, N)
     share = (age / T)[None, :, None]
@@ -233,12 +229,6 @@ def _modes_kernel(
     _store_modes(out, modes, row, d < D, pr, pi, qr, qi, skip, N)
 
 
-_CHUNKS = (16, 32, 64)
-_WARPS = (4, 8, 16)
-_MODES_CHUNK = 16
-_MODES_WARPS = 8  # at most
-
-
 def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), N real."""
     D, n = modes.shape[1], modes.shape[2] // 4
@@ -248,27 +238,16 @@ def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     return powers, kernel
 
 
-def _grid(u: Tensor, channels: int, ways: int) -> tuple[int, int, int]:
-    return triton.cdiv(u.shape[2], channels), triton.cdiv(u.shape[0], 16), ways
-
-
 def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
-    return {
-        "N": modes.shape[2] // 4,
-        "CHANNELS": warps,
-        "PRECISION": precision,
-        "num_warps": warps,
-        "num_stages": 2,
-    }
+    sizes = {"N": modes.shape[2] // 4, "CHANNELS": warps, "num_warps": warps}
+    return {**sizes, "num_stages": 2, "PRECISION": precision}
 
 
-def _shape(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> Tensor:
+def _shape(u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
 
 
-def _backward_shape(
-    grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
-) -> tuple[Tensor, Tensor]:
+def _backward_shape(grad: Tensor, u: Tensor, modes: Tensor, *settings: Any) -> Any:
     return u.new_empty(u.shape), torch.empty_like(modes)
 
 
@@ -281,7 +260,7 @@ def _chunked_triton(
     given = modes, *_tables(modes, chunk), B, L, D, D, 2 * D
     constants = _constants(modes, precision, warps) | {"T": chunk}
     if y.numel():
-        grid = _grid(u, warps, 2)
+        grid = triton.cdiv(D, warps), triton.cdiv(B, 16), 2
         _walk_kernel[grid](u, u, y, *given, FIRST=0, ADJOINT=False, **constants)
     return y
 
@@ -290,21 +269,20 @@ def _chunked_triton(
 def _chunked_triton_backward(
     grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
 ) -> tuple[Tensor, Tensor]:
-    (B, L, D), u, g = u.shape, u.contiguous(), grad.contiguous()
-    modes = modes.contiguous()
-    tables = _tables(modes, chunk)
+    u, g, modes = (x.contiguous() for x in (u, grad, modes))
+    (B, L, D), tables = u.shape, _tables(modes, chunk)
     if not u.numel():
         return torch.empty_like(u), torch.zeros_like(modes)
     past, grad_u = torch.empty_like(u, dtype=torch.float32), torch.empty_like(u)
-    given, grid = (modes, *tables, B, L, D, 2 * D, D), _grid(u, warps, 1)
+    given = modes, *tables, B, L, D, 2 * D, D
     constants = _constants(modes, precision, warps) | {"T": chunk, "ADJOINT": True}
-    _walk_kernel[grid](g, past, past, *given, FIRST=0, **constants)
-    _walk_kernel[grid](g, past, grad_u, *given, FIRST=1, **constants)
-    warps = min(warps, _MODES_WARPS)
-    grid, constants = _grid(u, warps, 2), _constants(modes, precision, warps)
+    grid = triton.cdiv(D, warps), triton.cdiv(B, 16)
+    _walk_kernel[(*grid, 1)](g, past, past, *given, FIRST=0, **constants)
+    _walk_kernel[(*grid, 1)](g, past, grad_u, *given, FIRST=1, **constants)
+    grid = triton.cdiv(D, min(warps, 8)), triton.cdiv(B, 16)
     parts = modes.new_empty(grid[1], *modes.shape)
-    constants |= {"T": _MODES_CHUNK, "LAGS": chunk}
-    _modes_kernel[grid](u, g, parts, modes, tables[0], B, L, D, **constants)
+    constants = _constants(modes, precision, min(warps, 8)) | {"T": 16, "LAGS": chunk}
+    _modes_kernel[(*grid, 2)](u, g, parts, modes, tables[0], B, L, D, **constants)
     return grad_u, parts.sum(0)
 
 
@@ -312,19 +290,16 @@ class _ChunkedTriton(torch.autograd.Function):
     """The two operators, tied together for autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
-    ) -> Tensor:
+    def forward(ctx: Any, u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
         ctx.save_for_backward(u, modes)
-        ctx.settings = precision, chunk, warps
-        y: Tensor = _chunked_triton(u, modes, precision, chunk, warps)
-        return y
+        ctx.settings = settings
+        return _chunked_triton(u, modes, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _chunked_triton_backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, None, None, None
+        given = *ctx.saved_tensors, *ctx.settings
+        return *_chunked_triton_backward(grad, *given), None, None, None
 
 
 def chunked_triton(
@@ -334,52 +309,42 @@ def chunked_triton(
     chunk: int = 16,
     warps: int | None = None,
 ) -> Tensor:
-    """The layer chunk by chunk, on a GPU: both directions, side by side.
-
-    First derivatives only; a second one is refused.
+    """The layer chunk by chunk on a GPU, both directions; first derivatives only.
 
     Args:
         u: Input, (B, L, D), float32 or bfloat16, any L.
         modes: float32 (2, D, 2N + 1), of each direction and channel Re log dA, Im log
             dA, Re w, Im w (N/2 each) and the skip.
-        precision: Of the products: "bf16", "tf32", "tf32x3" (three products of it,
-            nearly float32) or "ieee" (float32, on no tensor core). None takes "bf16"
-            for bfloat16 and "tf32x3" for float32.
+        precision: Of the products: "bf16", "tf32", "tf32x3" (nearly float32) or "ieee"
+            (float32, on no tensor core). None: "bf16" or "tf32x3", by the dtype of u.
         chunk: Positions at a time: 16, 32 or 64.
-        warps: Of one program, and its channels: 4, 8 or 16. None takes 8, and 4 where
-            the tables are wider, for "tf32x3" and "ieee".
+        warps: Of one program, and its channels: 4, 8 or 16. None: 8, or 4 where tables
+            are wider than "bf16" and "tf32".
 
     Returns:
         (B, L, 2D) in the dtype of `u`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown precision, chunk or warps.
-        TypeError: dtypes that the kernels do not know.
+        ValueError, TypeError: shapes, dtypes or options that the kernels do not know.
 
     Source: eq-chunked-kernels-walk, eq-chunked-kernels-modes.
     """
-    usual = "bf16" if u.dtype == torch.bfloat16 else "tf32x3"
-    precision = expect_one_of("precision", precision or usual, _PRECISIONS)
-    warps = (8 if precision in ("bf16", "tf32") else 4) if warps is None else warps
-    _check(u, modes, chunk, warps)
-    y: Tensor = _ChunkedTriton.apply(u, modes, precision, chunk, warps)
+    kind = precision or ("bf16" if u.dtype == torch.bfloat16 else "tf32x3")
+    warps = (8 if kind in ("bf16", "tf32") else 4) if warps is None else warps
+    _check(u, modes, kind, chunk, warps)
+    y: Tensor = _ChunkedTriton.apply(u, modes, kind, chunk, warps)
     return y
 
 
-_PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
-
-
-def _check(u: Tensor, modes: Tensor, chunk: int, warps: int) -> None:
+def _check(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> None:
     _, _, D = expect("u", u, "B L D")
-    _, _, M = expect("modes", modes, "2 D M", D=D)
+    M = expect("modes", modes, "2 D M", D=D)[2]
     if M % 4 != 1 or M < 5:
-        raise ValueError(
-            f"modes has {M} numbers for each channel: expected 2N + 1, N even"
-        )
-    if u.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"u is {u.dtype}: expected float32 or bfloat16, or use chunked")
-    if modes.dtype != torch.float32:
-        raise TypeError(f"modes is {modes.dtype}: expected float32")
-    for name, given, known in (("chunk", chunk, _CHUNKS), ("warps", warps, _WARPS)):
-        if given not in known:
-            raise ValueError(f"{name}={given}: expected one of {known}")
+        raise ValueError(f"modes has {M} numbers a channel: expected 2N + 1, N even")
+    one = [torch.float32]
+    for name, x, known in (("u", u, [*one, torch.bfloat16]), ("modes", modes, one)):
+        if x.dtype not in known:
+            raise TypeError(f"{name} is {x.dtype}: expected one of {known}")
+    expect_one_of("precision", precision, ("bf16", "tf32", "tf32x3", "ieee"))
+    expect_one_of("chunk", chunk, (16, 32, 64))
+    expect_one_of("warps", warps, (4, 8, 16))
