@@ -4,7 +4,8 @@ Loss with both its terms, gradients, AdamW and the moving average, of a network 
 blocks of XL width. Only few blocks, so that it fits into main memory; every block costs
 the same. Rows: the share of the step that is no matrix product; the step of a DiT of
 the same width, depth and length; what the fused optimiser and the average in one call
-bring; and what it costs in time, and brings in memory, to compute activations again.
+bring; what is gained if the kernels are built once for four micro-batches, and not for
+each; and what it costs in time, and brings in memory, to compute activations again.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from benchmarks.common import (
     speed_row,
 )
 from benchmarks.references import awake, require_right
-from diffussm.batches import noise_at
+from diffussm.batches import Batch, noise_at
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.efficiency import DiT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.optimiser import parameter_groups, update_ema
+from diffussm.options import Execution, Recipe, diffusion_of
+from diffussm.parallel import accumulate_gradients
 from diffussm.profiling import time_by_kind
+from diffussm.training import backward
 
 SHARE_LIMIT = 0.35
 SPEED_LIMIT = 1.3
@@ -192,6 +196,40 @@ def average_pair(model: nn.Module) -> tuple[Callable, Callable, float]:
     )
 
 
+def micro_batch_pair(
+    model: DiffuSSM, batch: int, recompute: str = "none"
+) -> tuple[Job, Job, float]:
+    """The gradients of four micro-batches, with kernels for each and once for all, and
+    how much they differ.
+    """
+    model.activation_checkpointing = recompute
+    config, micro = model.config, batch // 4
+    recipe = Recipe(model=config, batch_size=4 * micro)
+    data = torch.Generator().manual_seed(0)
+    shape = (4 * micro, config.in_channels, config.height, config.width)
+    x0, noise = (torch.randn(shape, generator=data) for _ in range(2))
+    t = torch.randint(1000, (4 * micro,), generator=data)
+    whole, diffusion = Batch(x0, t, t % config.num_classes, noise), diffusion_of(recipe)
+    execution, cpu = Execution(micro_batch=micro), torch.device("cpu")
+
+    def gradient() -> torch.Tensor:
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def for_each() -> torch.Tensor:
+        for first in range(0, 4 * micro, micro):
+            part = whole.part(slice(first, first + micro), cpu)
+            backward(model, diffusion, part, recipe)
+        return gradient()
+
+    def once() -> torch.Tensor:
+        accumulate_gradients(model, diffusion, whole, recipe, execution, cpu)
+        return gradient()
+
+    return for_each, once, require_agreement("once", for_each(), once(), 1e-5)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0]
@@ -267,6 +305,12 @@ def main(argv: list[str] | None = None) -> int:
     del models["DiT"], steps
 
     ours = models["DiffuSSM"]
+    for recompute, told in (("none", ""), ("all", ", activations computed again")):
+        each, once, error = micro_batch_pair(copy.deepcopy(ours), max(B, 4), recompute)
+        errors.append(error)
+        what = "kernels for each of four micro-batches against once for all"
+        compare(what + told, each, once, 1.0)
+        del each, once
     for what, make_pair in (
         ("AdamW, operation by operation, against fused", optimizer_pair),
         ("average, parameter by parameter, against foreach", average_pair),

@@ -72,13 +72,20 @@ class DiffuSSM(nn.Module):
         self._samplers = 0  # how many cached_kernels() are open
         self._cache: _Cache | None = None
 
-    def forward(self, x: Tensor, t: Tensor, y: Labels | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Labels | None = None,
+        prepared: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Predict noise and variance. Draws no random numbers, in training too.
 
         Args:
             x: Noisy input, (B, C, H, W), of any H and W that P and M divide.
             t: Timesteps, (B,), integer or real.
             y: Labels, (B,), the last one for "no class"; None if unconditional.
+            prepared: What `prepare` returns for L = H W / P^2, if it is known.
 
         Returns:
             (B, 2C, H, W): the noise in the first C channels, in the others the place of
@@ -88,13 +95,13 @@ class DiffuSSM(nn.Module):
             ValueError: shapes that do not fit, labels missing or outside the table.
             TypeError: `x` is not floating-point or `y` not integer.
         """
-        self._check(x, t)
+        self._check(x, t, prepared)
         P, M, (H, W) = self.config.patch_size, self.config.downsample, x.shape[2:]
         c = self._condition(t, self._labels(y, x))  # (B, D)
         x = self._embed(x)  # (B, J, D)
-        kept = self._prepared(H * W // P**2)
-        for block, prepared in zip(self.blocks, kept, strict=True):
-            x = block(x, c, prepared, self.activation_checkpointing)  # (B, J, D)
+        known = self._prepared(H * W // P**2) if prepared is None else prepared
+        for block, ready in zip(self.blocks, known, strict=True):
+            x = block(x, c, ready, self.activation_checkpointing)  # (B, J, D)
         x = self._decode(x, c)  # (B, J, M P P 2C)
         return to_image(x, P, M, W).contiguous()  # (B, 2C, H, W)
 
@@ -164,6 +171,11 @@ class DiffuSSM(nn.Module):
         dropped = chance < self.config.label_dropout
         return torch.where(dropped.to(y.device), self.null_label, y)
 
+    def prepare(self, length: int) -> list[Tensor]:
+        """For each block what its convolution needs of the weights, for a length L."""
+        layers: list[Any] = [block.ssm for block in self.blocks]
+        return [layer.prepare(length) for layer in layers]
+
     def _prepared(self, length: int) -> Sequence[Tensor | None]:
         """What the convolution of each block prepares; None: it does so by itself."""
         layers: list[Any] = [block.ssm for block in self.blocks]
@@ -174,9 +186,9 @@ class DiffuSSM(nn.Module):
         if self._cache is None or not self._cache.holds(parameters, how):
             self._cache = None  # before the new one is made: both need not have room
             with multiplying_in("ieee"):  # whatever the samples are drawn in
-                prepared = [layer.prepare(length) for layer in layers]
+                ready = self.prepare(length)
             made_from = [p.detach().clone() for p in parameters]
-            self._cache = _Cache(how, made_from, prepared)
+            self._cache = _Cache(how, made_from, ready)
         return self._cache.prepared
 
     @contextmanager
@@ -219,8 +231,13 @@ class DiffuSSM(nn.Module):
         expect_indices("y", y, last + 1)
         return y
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        P, M = self.config.patch_size, self.config.downsample
+    def _check(self, x: Tensor, t: Tensor, prepared: Sequence[Tensor] | None) -> None:
+        P, M, n = self.config.patch_size, self.config.downsample, len(self.blocks)
+        if prepared is not None and len(prepared) != n:
+            raise ValueError(
+                f"prepared has {len(prepared)} entries, expected {n}, one for each "
+                "block: pass what prepare(L) returns"
+            )
         B, _, H, W = expect("x", x, "B C H W", C=self.config.in_channels)
         expect_real(x=x)
         expect("t", t, "B", B=B)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from shutil import which
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.batches import Batch
@@ -99,13 +101,46 @@ def accumulate_gradients(
     """The gradients of a process's share, one micro-batch after another; its tally."""
     micro = micro_batch_of(recipe, execution, world_size())
     tally = torch.zeros(2, len(Meter.names), dtype=torch.float64, device=device)
-    for first in range(0, len(batch.t), micro):
-        mine = slice(first, first + micro)
-        part = batch.part(mine, device)
-        last = first + micro >= len(batch.t)
-        with _gradient_sync(network, now=last), multiplying_in("ieee"):
-            tally += backward(network, diffusion, part, recipe, world_size())
+    with multiplying_in("ieee"):
+        prepared = _prepare(network)
+        leaves = [s.detach().requires_grad_() for s in prepared]
+        handed = partial(network, prepared=leaves)
+        for first in range(0, len(batch.t), micro):
+            part = batch.part(slice(first, first + micro), device)
+            with _gradient_sync(network, now=first + micro >= len(batch.t)):
+                tally += backward(handed, diffusion, part, recipe, world_size())
+        torch.autograd.backward(prepared, [leaf.grad for leaf in leaves])
     return tally
+
+
+def _prepare(network: nn.Module) -> list[Tensor]:
+    """What the convolutions of all blocks need of the weights, as part of a graph."""
+    model = cast(DiffuSSM, getattr(network, "module", network))
+    parts = (item for item in model.named_parameters() if ".ssm." in item[0])
+    whole = {f"model.{name}": _gathered(parameter) for name, parameter in parts}
+    return cast(list[Tensor], functional_call(_Prepare(model), whole, ()))
+
+
+class _Prepare(nn.Module):
+    """`DiffuSSM.prepare` as a module, which can be called with other tensors."""
+
+    def __init__(self, model: DiffuSSM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> list[Tensor]:
+        """For the length of the configuration."""
+        return self.model.prepare(self.model.config.seq_len)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """The whole of a parameter; its gradients are averaged over all processes."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial  # here, for it costs seconds
+
+    mean: Any = [Partial("avg")]
+    return cast(Tensor, parameter.full_tensor(grad_placements=mean))
 
 
 def create_state(

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 
 from diffussm.hourglass import HourglassBlock
 
-__all__ = ["Recompute", "RecomputingBlock", "kept_by"]
+__all__ = ["Recompute", "RecomputingBlock", "kept_by", "kept_by_kernels"]
 
 
 Recompute = Literal["none", "elementwise", "all"]
@@ -90,18 +90,35 @@ def kept_by(
 ) -> Counter[str]:
     """What a block keeps for its backward pass: bytes, by the operation that made it.
 
-    The entry "input" is the stream that it was given. Nothing is allocated.
+    The entry "input" is the stream that it was given; what is prepared of the
+    weights is not counted. Nothing is allocated.
     """
     with FakeTensorMode(), _Made() as noted:
         block = RecomputingBlock(config.d_model, config.d_state, config.downsample)
         J, D = config.seq_len // config.downsample, config.d_model
         x, c = torch.zeros(images, J, D, requires_grad=True), torch.zeros(images, D)
-        known = {t.untyped_storage()._cdata for t in (x, c, *block.parameters())}
+        ready = block.ssm.prepare(config.seq_len).detach().requires_grad_()
+        given = x, c, ready, *block.parameters()
+        known = {t.untyped_storage()._cdata for t in given}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            y = block(x, c, recompute=recompute)
+            y = block(x, c, ready, recompute)
         known.add(y.untyped_storage()._cdata)  # the next block's input
         kept = Counter({"input": x.untyped_storage().nbytes()})
         for key, (memory, size, maker) in noted.made.items():
             if key not in known and not memory.expired():
                 kept[maker] += size
     return kept
+
+
+def kept_by_kernels(config: Any) -> float:
+    """Bytes that preparing a block's convolution once adds to what a step keeps."""
+    with FakeTensorMode(), _Made() as noted:
+        layer = RecomputingBlock(config.d_model, config.d_state, config.downsample).ssm
+        own = {p.untyped_storage()._cdata for p in layer.parameters()}
+        ready = layer.prepare(config.seq_len)
+        kept = sum(
+            size
+            for key, (memory, size, _) in noted.made.items()
+            if key not in own and not memory.expired()
+        )
+    return float(kept + ready.nbytes)  # and the gradient of what is ready

@@ -13,7 +13,7 @@ from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe, warn
 from diffussm.parallel import micro_batch_of
-from diffussm.recomputation import Recompute, kept_by
+from diffussm.recomputation import Recompute, kept_by, kept_by_kernels
 
 __all__ = [
     "parameter_count",
@@ -63,6 +63,7 @@ def memory_needed(
     parts = {
         "weights, gradients, average, moments": 20.0 * parameter_count(model) / shared,
         "kept for the backward pass": model.n_blocks * left,
+        "kernels, prepared once": model.n_blocks * kept_by_kernels(model),
         "one block at work": block + (block if how != "none" else 0.0),
         "reserve (assumed)": RESERVE,
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffussm.batches import Batch
 from diffussm.data import generator
-from diffussm.diffusion import GaussianDiffusion
+from diffussm.diffusion import DenoisingModel, GaussianDiffusion
 from diffussm.meter import Meter
 from diffussm.model import DiffuSSM
 from diffussm.optimiser import (
@@ -70,7 +70,7 @@ class TrainState:
 
 
 def backward(
-    network: nn.Module,
+    network: DenoisingModel,
     diffusion: GaussianDiffusion,
     batch: Batch,
     recipe: Recipe,

@@ -269,19 +269,21 @@ def test_every_parameter_gets_a_gradient_and_is_real():
 
 def test_initialisation():
     model = DiffuSSM(DiffuSSMConfig(**{**SMALL, "d_model": 64, "num_classes": 1000}))
-    for weight in (model.embed_y.weight, model.embed_t[0].weight):
+    for weight in (
+        model.embed_y.weight,
+        model.embed_t[0].weight,
+        model.embed_t[2].weight,
+    ):
         assert abs(weight.std() - 0.02) < 0.002
     for block in model.blocks:
         assert block.w3.weight.abs().max() == 0
     assert model.head.weight.abs().max() == 0
-    for linear in (
-        model.embed_x,
-        model.final_modulation,
-        model.blocks[0].w2,
-        model.blocks[0].modulation,
-    ):
-        limit = math.sqrt(6 / (linear.in_features + linear.out_features))
-        assert 0.9 * limit < linear.weight.abs().max() <= limit
+    block = model.blocks[0]
+    maps = [model.embed_x, model.final_modulation, block.modulation]
+    maps += [block.w0, block.w1, block.w2, block.w_up]
+    for weight in (*(linear.weight for linear in maps), *block.w_down.weight):
+        limit = math.sqrt(6 / sum(weight.shape))  # Xavier's, of inputs and outputs
+        assert 0.9 * limit < weight.abs().max() <= limit
 
 
 # Bad input
@@ -592,6 +594,20 @@ def test_gradients_flow_to_the_kernels_inside_the_context():
         p.grad is not None and p.grad.abs().max() > 0
         for p in model.blocks[0].ssm.parameters()
     )
+
+
+def test_what_was_prepared_is_used_and_gives_the_same(computed):
+    model, (x, t, y) = awake(), inputs()
+    expected = model(x, t, y)
+    ready = model.prepare(64)
+    computed.clear()
+    assert torch.equal(model(x, t, y, ready), expected) and not computed
+    doubled = [2 * part for part in ready]
+    assert not torch.allclose(model(x, t, y, doubled), expected)
+    with pytest.raises(ValueError, match="prepared has 1 entries, expected 2"):
+        model(x, t, y, ready[:1])
+    with pytest.raises(ValueError, match="spectra"):
+        model(x, t, y, model.prepare(32))
 
 
 def test_contexts_may_overlap(computed):

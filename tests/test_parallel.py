@@ -19,16 +19,20 @@ from processes import (
     together,
 )
 from tiny import SELDOM
+from torch.distributed.tensor import distribute_tensor
 
 from diffussm import parallel
 from diffussm.batches import training_batch
+from diffussm.checkpoints import full_tensor
+from diffussm.convolution import S4DKernel
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import rank, world_size
 from diffussm.fft_convolution import convolve
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
-from diffussm.options import Execution, Recipe
+from diffussm.options import Execution, Recipe, diffusion_of
 from diffussm.parallel import accumulate_gradients, compiler_lacking, create_state, wrap
 from diffussm.runs import train
+from diffussm.training import backward
 from diffussm.two_level import multiplying_in
 
 pytestmark = pytest.mark.slow  # many processes
@@ -106,6 +110,99 @@ def test_four_processes_equal_four_parts(tmp_path):
     together(4, run_shared, tmp_path / "processes", {})
     together(1, run_shared, tmp_path / "parts", {"micro_batch": 2})
     assert_close(tmp_path / "processes", tmp_path / "parts")
+
+
+@torch.no_grad()
+def disturb(model, seed):
+    """Add the same random numbers to the parameters in all processes."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        numbers = 0.1 * torch.randn(tuple(parameter.shape))
+        if hasattr(parameter, "placements"):
+            how = parameter.device_mesh, parameter.placements
+            numbers = distribute_tensor(numbers, *how, src_data_rank=None)
+        parameter.add_(numbers)
+
+
+def gradients_in_float64(changes, plain=False):
+    """Those of the second step, by name; `plain` without sharing any spectra."""
+    torch.set_default_dtype(torch.float64)  # of this process, which ends here
+    execution, diffusion = replace(SELDOM, **changes), diffusion_of(SHARED)
+    with cluster() as device:
+        state = create_state(SHARED, execution, device)
+        network = wrap(state.model, execution)
+        for step in range(2):
+            disturb(state.model, step)  # a new model lets nothing through
+            state.optimizer.zero_grad()
+            share = rank(), world_size()
+            batch = training_batch(fifty(), state.model, SHARED, step, *share)
+            options = diffusion, batch, SHARED
+            if plain:
+                backward(network, *options)
+            else:
+                accumulate_gradients(network, *options, execution, device)
+        parameters = state.model.named_parameters()
+        return {name: full_tensor(p.grad).numpy() for name, p in parameters}
+
+
+@pytest.fixture(scope="module")
+def plain_gradients():
+    (found,) = together(1, gradients_in_float64, {}, True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {}),
+        (1, {"micro_batch": 4}),
+        (1, {"micro_batch": 2, "activation_checkpointing": "all"}),
+        (2, {"micro_batch": 2}),
+        (2, {"strategy": "fsdp"}),
+        (2, {"strategy": "fsdp", "micro_batch": 1, "activation_checkpointing": "all"}),
+    ],
+)
+def test_kernels_prepared_once_get_the_gradients_of_each_micro_batch(
+    plain_gradients, size, changes
+):
+    for found in together(size, gradients_in_float64, changes):
+        assert found.keys() == plain_gradients.keys()
+        for name, gradient in plain_gradients.items():
+            error = np.abs(found[name] - gradient).max()
+            assert gradient.any() and error < 1e-11 * np.abs(gradient).max()
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "all"])
+def test_a_kernel_is_built_once_in_a_step(monkeypatch, recompute):
+    """Four micro-batches of two blocks with two kernels each."""
+    built, clear = [], S4DKernel.forward
+    monkeypatch.setattr(
+        S4DKernel, "forward", lambda *inputs: built.append(1) or clear(*inputs)
+    )
+    execution = Execution(micro_batch=2, activation_checkpointing=recompute)
+    model = create_state(SHARED, execution, CPU).model
+    batch = training_batch(fifty(), model, SHARED, 0)
+    options = diffusion_of(SHARED), batch, SHARED
+    accumulate_gradients(model, *options, execution, CPU)
+    assert len(built) == 2 * 2
+
+
+def test_one_micro_batch_is_the_plain_step_bit_for_bit():
+    gradients = []
+    for plain in (True, False):
+        state = create_state(SHARED, SELDOM, CPU)
+        torch.nn.init.normal_(
+            state.model.head.weight, generator=torch.Generator().manual_seed(0)
+        )
+        batch = training_batch(fifty(), state.model, SHARED, 0)
+        options = diffusion_of(SHARED), batch, SHARED
+        if plain:
+            backward(state.model, *options)
+        else:
+            accumulate_gradients(state.model, *options, SELDOM, CPU)
+        gradients.append(state.gradients())
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def batches_seen(steps):
