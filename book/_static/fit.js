@@ -65,7 +65,9 @@
       formula.classList.add(name);
     }
     const share = formula.clientWidth / formula.scrollWidth;
-    if (share < 1) place.style.fontSize = `${100 * Math.max(0.98 * share, SMALLEST)}%`;
+    if (share === 1) return;
+    const size = parseFloat(getComputedStyle(place).fontSize);
+    place.style.fontSize = `${size * Math.max(0.98 * share, SMALLEST)}px`;
   }
 
   function mark(box, kind) {
