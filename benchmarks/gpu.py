@@ -203,11 +203,12 @@ def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         }
 
 
-def chosen(sizes: Sizes, length: int, batch: int, device: torch.device) -> Any:
-    """The convolution that the trainer would choose here."""
-    return autotune_convolution(
-        length, sizes.width, batch, device, torch.bfloat16
-    ).convolution
+def chosen(
+    sizes: Sizes, length: int, batch: int, device: torch.device
+) -> tuple[Any, str]:
+    """The convolution that the trainer would choose here, and its name."""
+    choice = autotune_convolution(length, sizes.width, batch, device, torch.bfloat16)
+    return choice.convolution, choice.reason.partition(":")[0]
 
 
 def block_job(
@@ -238,7 +239,8 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         for block in (ours, theirs, unfused):
             block.compile(dynamic=False)  # each length and batch has a graph of its own
     for length, batch in sizes.block_cases:
-        ours.ssm.convolution = chosen(sizes, length, batch, device)
+        ours.ssm.convolution, convolution = chosen(sizes, length, batch, device)
+        facts = {"length": length, "batch": batch, "convolution": convolution}
         job = block_job(ours, batch, length // 2, device)
         for name, block in (
             ("fused attention", theirs),
@@ -246,9 +248,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         ):
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
             sides = {"DiT": block_job(block, batch, length, device), "DiffuSSM": job}
-            yield attempt(
-                what, ratio, what, sides, sizes.runs, length=length, attention=name
-            )
+            yield attempt(what, ratio, what, sides, sizes.runs, attention=name, **facts)
     ours.ssm.convolution = FFT
     seconds = alternate(
         {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve},
@@ -327,9 +327,9 @@ def checked_model(
     """
     free_memory(device)
     model = make_model(kind, config, str(device))
-    convolution = FFT
+    name = "FFT"
     if kind == "DiffuSSM":
-        convolution = chosen(sizes, config.seq_len, batch, device)
+        convolution, name = chosen(sizes, config.seq_len, batch, device)
         for block in model.blocks:
             block.ssm.convolution = convolution
     if sizes.compile:
@@ -341,7 +341,7 @@ def checked_model(
             raise RuntimeError(
                 f"loss and gradient norm are {after} compiled and {before} uncompiled"
             )
-    return model, "FFT" if convolution is FFT else "Triton"
+    return model, name
 
 
 def loss_and_norm(
