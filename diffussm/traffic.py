@@ -123,7 +123,8 @@ def _triton_launches(note: Callable[[str, float], None]) -> Iterator[None]:
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = getattr(getattr(kernel, "fn", kernel), "__name__", "kernel")
-            note(name, sum(map(_size, _tensors((args, kwargs)))))
+            once = {id(x): _size(x) for x in _tensors((args, kwargs))}
+            note(name, sum(once.values()))
 
         return launch
 
