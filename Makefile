@@ -20,7 +20,7 @@ define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
 endef
 
-.PHONY: help venv export fresh render book page pdf chapters test check rehearsal lint house tidy lab bench clean
+.PHONY: help venv export fresh render book page pdf chapters test check rehearsal lint house tidy lab bench evidence clean
 
 help: ## say what each command does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -101,6 +101,13 @@ bench: venv ## ratios against peers and limits, measured side by side (a GPU: be
 	    echo "== benchmarks.$$name"; $(RUN) -m benchmarks.$$name || failed="$$failed $$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "a limit was not reached, or nothing was reported, in:$$failed"; exit 1; fi
+
+# Hours on two cores; what is there is not run again. For minutes: make evidence STUDIES=quick
+STUDIES ?= cpu openmoji16
+evidence: export ## the runs behind the page What matters, as many at once as there are cores (STUDIES=quick: minutes)
+	@for name in $(STUDIES); do \
+	    $(ONE_THREAD) $(RUN) -m diffussm study studies/$$name.yaml --out runs/$$name --record studies/results/$$name.jsonl; \
+	done
 
 clean: ## remove what was built (not .venv, not runs/)
 	rm -rf _build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -27,6 +27,7 @@ from diffussm.parsing import told_of
 from diffussm.run_commands import doctor, train
 from diffussm.sample_command import sample
 from diffussm.score_commands import bound, evaluate, neighbours, statistics
+from diffussm.study_command import study
 
 __all__ = ["COMMANDS", "main"]
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "statistics": statistics,
     "neighbours": neighbours,
     "bound": bound,
+    "study": study,
 }
 
 

@@ -20,12 +20,12 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.batches import Batch
-from diffussm.bidirectional import Convolution, way
+from diffussm.bidirectional import BidirectionalSSM, Convolution, way
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
 from diffussm.meter import Meter
-from diffussm.model import DiffuSSM
+from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe, warn
 from diffussm.training import TrainState, backward
 from diffussm.two_level import multiplying_in
@@ -144,21 +144,25 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 def create_state(
-    recipe: Recipe, execution: Execution, device: torch.device
+    recipe: Recipe,
+    execution: Execution,
+    device: torch.device,
+    network: Callable[[DiffuSSMConfig], DiffuSSM] = DiffuSSM,
 ) -> TrainState:
     """A fresh state, on a device, carried out as `execution` says."""
     convolution = _convolution_for(recipe, execution, device)
 
     def prepare(model: DiffuSSM) -> None:
         model.activation_checkpointing = execution.activation_checkpointing
-        for block in cast(Any, model.blocks):
-            block.ssm.convolution = convolution
+        for layer in model.modules():
+            if isinstance(layer, BidirectionalSSM):
+                layer.convolution = convolution
         if execution.compile:
             _compile_blocks(model, device)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
-    return TrainState.create(recipe, device, prepare)
+    return TrainState.create(recipe, device, prepare, network)
 
 
 def _compile_blocks(model: DiffuSSM, device: torch.device) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "recipe_files",
     "read_recipe",
+    "read_yaml",
     "open_data",
     "images_at",
     "takes_latents",
@@ -74,10 +75,11 @@ def _options_in(file: Path) -> dict[str, Any]:
 
         recipe, execution, *_ = read_run(file.parent)
         return flat(recipe, execution)
-    return _read_yaml(file)
+    return read_yaml(file)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The options in a file of YAML; ValueError if it holds none."""
     text = file.read_text(encoding="utf-8")
     aliased = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
     refuse(aliased, "it has aliases (*name); write out what they stand for")

@@ -38,7 +38,7 @@ from diffussm.distributed import (
 )
 from diffussm.files import read_json, read_tensors, write_json, write_tensors
 from diffussm.meter import Look
-from diffussm.model import DiffuSSM
+from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import (
     Execution,
     Recipe,
@@ -182,6 +182,7 @@ def train(
     on_scores: Callable[[DiffuSSM], dict[str, float | None]] | None = None,
     dataset: Dataset | None = None,
     other_data: bool = False,
+    network: Callable[[DiffuSSMConfig], DiffuSSM] = DiffuSSM,
 ) -> TrainState:
     """Train, or resume, the run in a folder until `recipe.steps` steps are done.
 
@@ -196,6 +197,8 @@ def train(
             returns columns for the log.
         dataset: replaces what `load_dataset` finds.
         other_data: lets a run go on with data that it was not trained on.
+        network: builds what is trained, for comparisons; it must be the same in a
+            run that goes on.
 
     Raises:
         ValueError: a folder or data that do not fit.
@@ -209,7 +212,7 @@ def train(
     check_data(data, recipe)
     on_rank_zero(lambda: open_run(run, recipe, execution, data, other_data))
     with locked(run), BackgroundWriter(run, recipe, execution) as writer:
-        state = _resume(run, recipe, execution, own)
+        state = _resume(run, recipe, execution, own, network)
         with Log(run, recipe, execution, state, progress, on_log) as log:
             parts = recipe, execution, data, own, state, writer, log, Heartbeat(run)
             running = _Run(run, *parts, on_samples, on_scores)
@@ -219,11 +222,15 @@ def train(
 
 
 def _resume(
-    run: Path, recipe: Recipe, execution: Execution, device: torch.device
+    run: Path,
+    recipe: Recipe,
+    execution: Execution,
+    device: torch.device,
+    network: Callable[[DiffuSSMConfig], DiffuSSM],
 ) -> TrainState:
     """The state of the newest checkpoint, or a fresh one."""
     checkpoint = on_rank_zero(lambda: find_checkpoint(run))
-    state = create_state(recipe, execution, device)
+    state = create_state(recipe, execution, device, network)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state)
     keep = execution.keep_steps(recipe.batch_size)

@@ -15,7 +15,7 @@ from diffussm.batches import Batch
 from diffussm.data import generator
 from diffussm.diffusion import DenoisingModel, GaussianDiffusion
 from diffussm.meter import Meter
-from diffussm.model import DiffuSSM
+from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.optimiser import (
     ema_decay_at,
     learning_rate_factor,
@@ -44,11 +44,15 @@ class TrainState:
         recipe: Recipe,
         device: str | torch.device = "cpu",
         prepare: Callable[[DiffuSSM], object] = lambda model: None,
+        network: Callable[[DiffuSSMConfig], DiffuSSM] = DiffuSSM,
     ) -> Self:
-        """A fresh state; `prepare` may change the networks in place."""
+        """A fresh state; `prepare` may change the networks in place.
+
+        `network` builds one, which may differ from a `DiffuSSM` as ch. "Variants" says.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator(recipe.seed, "weights", 0).get_state())
-            model = DiffuSSM(recipe.model).to(device)
+            model = network(recipe.model).to(device)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         for network in (model, ema):
             prepare(network)

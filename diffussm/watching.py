@@ -73,9 +73,10 @@ def _batch(
 def watched_loss(
     model: DiffuSSM, recipe: Recipe, dataset: Dataset, count: int
 ) -> dict[str, float | None]:
-    """The means "loss" and "mse" of `count` images or 512, no label dropped.
+    """The means of the loss terms of `count` images or 512, no label dropped.
 
-    All processes call it together. None: not finite.
+    "loss", "mse", "vb", and "mse_q1" to "mse_q4" by quartile of t. All processes call
+    it together. None: not finite, or no image.
     """
     device, diffusion = next(model.parameters()).device, diffusion_of(recipe)
     chosen = _chosen(dataset, min(count, _IMAGES), recipe)
@@ -87,9 +88,8 @@ def watched_loss(
             losses = diffusion.losses(model, *batch)
         tallies[number] = Meter.tally(losses, batch.t, recipe.timesteps).cpu()
     sums, counts = all_reduce(tallies).sum(0)
-    means = (sums / counts).tolist()[:2]
-    names = ("loss", "mse")
-    return {k: _number(mean) for k, mean in zip(names, means, strict=True)}
+    means = zip(Meter.names, (sums / counts).tolist(), strict=True)
+    return {name: _number(mean) for name, mean in means if name != "grad_norm"}
 
 
 def _number(value: float) -> float | None:
@@ -161,7 +161,7 @@ class Watch:
         both = self.held_out, self.data
         loss_of = partial(watched_loss, model, self.recipe, count=min(map(len, both)))
         unseen, seen = map(loss_of, both)
-        columns = {f"held_out_{name}": value for name, value in unseen.items()}
+        columns = {f"held_out_{name}": unseen[name] for name in ("loss", "mse")}
         columns["held_out_train_loss"] = seen["loss"]
         return columns | (self._scores(model) if self.count > 1 else {})
 

@@ -1,0 +1,239 @@
+"""A study.
+
+Generated from book/92_study.md by `make export`: edit there.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from yaml import YAMLError
+
+from diffussm.data import Dataset
+from diffussm.guards import (
+    bounded,
+    check_fields,
+    expect_int,
+    expect_one_of,
+    expect_there,
+    explain,
+    from_dict,
+    refuse,
+)
+from diffussm.options import Execution, Recipe, check_data, flat, from_flat
+from diffussm.parallel import micro_batch_of
+from diffussm.recipes import open_data, open_held_out, read_recipe, read_yaml
+from diffussm.variants import count_parameters, image_macs, matched
+
+__all__ = ["Question", "Measure", "Study", "read_study", "Run", "runs_of", "images_of"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the runs that answer it, each with its options.
+
+    Args:
+        asks: The question, in words.
+        runs: By name, the options in which a run differs, as `model.downsample: 1`.
+        equal: What all its runs have as the first has it: "parameters", by the width,
+            or "operations", by the number of steps; "" leaves both as they are.
+        claim: What is claimed, in words, and by whom.
+        first, second: The claim is that the first of these is not worse ... A name such
+            as `DiT *` is the best of all that begin so.
+        margin: ... than the second by more than this, in bits per dimension.
+    """
+
+    asks: str
+    runs: dict[str, Any]
+    equal: Literal["", "parameters", "operations"] = ""
+    claim: str = ""
+    first: str = ""
+    second: str = ""
+    margin: float = bounded(0.0, least=0)
+
+    def named(self, pattern: str) -> list[str]:
+        """The runs that a name with or without `*` stands for."""
+        return [name for name in self.runs if fnmatchcase(name, pattern)]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse(not self.runs, f"{self.asks!r} has no runs to compare")
+        for name in filter(None, (self.first, self.second)):
+            if not self.named(name):
+                expect_one_of(
+                    "a claim is about runs of its question; run", name, self.runs
+                )
+        told = f"{self.asks!r}: a claim has words, and two runs, a first and a second"
+        refuse(bool(self.claim) != (self.first != self.second), told)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a finished run, on images that it has not seen.
+
+    Args:
+        bits_steps: Lengths of the chains for which the bound is computed.
+        bits_images: Images whose bound is computed.
+        score_images: Images drawn for the kernel distances; 0 draws none.
+    """
+
+    bits_steps: tuple[int, ...] = (25,)
+    bits_images: int = bounded(64, least=2)
+    score_images: int = bounded(128, least=0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Questions about one recipe.
+
+    Args:
+        recipe: What all runs start from: a recipe's name, or a YAML file.
+        questions: By name.
+        options: Changes to the recipe, for all runs.
+        seeds: Every run is trained so many times, with the seeds 0, 1, ...
+        looks: So often a run's held-out loss is computed on the way.
+        measure: How finished runs are measured.
+    """
+
+    recipe: str
+    questions: dict[str, Question]
+    options: dict[str, Any] = field(default_factory=dict)
+    seeds: int = bounded(3, least=1)
+    looks: int = bounded(10, least=1)
+    measure: Measure = Measure()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_fields(self.measure)
+        refuse(not self.questions, "a study needs questions")
+        refuse("seed" in self.options, "options: seeds says how many seeds there are")
+
+
+def read_study(file: Path) -> Study:
+    """The study that a YAML file describes.
+
+    Raises:
+        ValueError: it is none; the message names the question.
+        FileNotFoundError: there is no such file.
+    """
+    expect_there(file, "the YAML file of a study")
+    with explain(f"{file} is no study", ValueError, YAMLError):
+        values = read_yaml(file)
+        asked: Any = values.get("questions")
+        refuse(not isinstance(asked, dict), "expected a section 'questions:'")
+        questions = {
+            str(name): from_dict(Question, one, f"the question {name!r}")
+            for name, one in asked.items()
+        }
+        return from_dict(Study, {**values, "questions": questions}, "a study")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what it learns, how it is carried out, and with which network.
+
+    The empty variant is a `DiffuSSM`; see ch. "Variants" for others.
+    """
+
+    recipe: Recipe
+    execution: Execution
+    variant: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The name of what is learned: the same for the same recipe."""
+        learned = asdict(self.recipe) | {"variant": self.variant}
+        text = json.dumps(learned, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _run_of(base: dict[str, Any], options: dict[str, Any]) -> Run:
+    """The run with the options of a recipe and changes to them."""
+    changes = dict(options)
+    variant = str(changes.pop("variant", ""))
+    values = {**base, "model": dict(base["model"])}
+    for name, value in changes.items():
+        section, key = values, name
+        if name.startswith("model."):
+            section, key = values["model"], name.removeprefix("model.")
+        section[key] = value
+    return Run(*from_flat(values), variant)
+
+
+def _equal(run: Run, first: Run, what: str) -> Run:
+    """The run with as many parameters, or operations, as the first of its question."""
+    recipe, ours, theirs = run.recipe, run.recipe.model, first.recipe.model
+    if what == "parameters":
+        wanted = count_parameters(first.variant, theirs)
+        variant, model = matched(run.variant, ours, wanted)
+        return replace(run, variant=variant, recipe=replace(recipe, model=model))
+    if what == "operations":
+        share = image_macs(first.variant, theirs) / image_macs(run.variant, ours)
+        phases = ("steps", "warmup", "cooldown")
+        longer: Any = {k: round(share * getattr(first.recipe, k)) for k in phases}
+        return replace(run, recipe=replace(recipe, **longer))
+    return run
+
+
+def _seeded(run: Run, study: Study) -> list[Run]:
+    """The run with each seed, and how it is logged and saved."""
+    steps = run.recipe.steps
+    look = max(steps // study.looks, 1)
+    line = max(look // 3, 1)
+    often: dict[str, Any] = {"log_every": line, "score_every": look // line * line}
+    saved: dict[str, Any] = {"save_every": -(-steps // 5), "keep_last": 1}
+    how = replace(run.execution, **often, **saved, sample_every=0)
+    recipes = (replace(run.recipe, seed=seed) for seed in range(study.seeds))
+    return [replace(run, recipe=recipe, execution=how) for recipe in recipes]
+
+
+def runs_of(
+    study: Study, beside: Path | None = None
+) -> dict[tuple[str, str], list[Run]]:
+    """The runs of each question and name, one for each seed; all of them can work.
+
+    Args:
+        beside: Where images are drawn, if they are not there; None looks at none.
+
+    Raises:
+        ValueError: some cannot; the message names each of them.
+    """
+    base, found, wrong = flat(*read_recipe(study.recipe)), {}, []
+    for question, asked in study.questions.items():
+        first: Run | None = None
+        for name, own in asked.runs.items():
+            try:
+                run = _run_of(base, {**study.options, **(own or {})})
+                first = first or run
+                run = _equal(run, first, asked.equal)
+                _check_run(run, study.measure, beside)
+            except (ValueError, OSError) as error:
+                wrong.append(f"{question}, {name}: {error}")
+            else:
+                found[question, name] = _seeded(run, study)
+    refuse(wrong, "no run was started: " + "; ".join(wrong))
+    return found
+
+
+def _check_run(run: Run, measure: Measure, beside: Path | None) -> None:
+    """Refuse what train, or a measurement, would refuse."""
+    micro_batch_of(run.recipe, run.execution)
+    count_parameters(run.variant, run.recipe.model)
+    for steps in measure.bits_steps:
+        expect_int("bits_steps", steps, least=1, most=run.recipe.timesteps)
+    if beside is not None:
+        data, held_out = images_of(run, beside)
+        check_data(data, run.recipe)
+        check_data(held_out, replace(run.recipe, batch_size=1))
+
+
+@lru_cache(maxsize=8)
+def images_of(run: Run, beside: Path) -> tuple[Dataset, Dataset]:
+    """The images that a run is trained on, and those that it does not see."""
+    recipe, named = run.recipe, run.execution.held_out
+    data = open_data(recipe, (), beside)
+    return data, open_held_out(named, recipe, data.classes, beside)

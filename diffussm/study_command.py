@@ -1,0 +1,134 @@
+"""A study by one command.
+
+Generated from book/97_study_command.md by `make export`: edit there.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import NonNegativeInt
+
+from diffussm.command_line import check_device, interruptible
+from diffussm.guards import refuse
+
+if TYPE_CHECKING:
+    from diffussm.study import Study
+    from diffussm.study_runs import Row
+
+__all__ = ["study"]
+
+
+def study(
+    file: Path,
+    *,
+    out: Path,
+    workers: NonNegativeInt = 0,
+    record: Path | None = None,
+    list_: bool = False,
+    report: bool = False,
+    device: str | None = None,
+) -> int:
+    """train a grid of recipes with several seeds, and say what they show
+
+    Carry out what is missing of a study; the same command again goes on.
+
+    Args:
+        file: YAML file of the study
+        out: folder of its runs, its rows and its report
+        workers: processes; 0: one for each core, or a single one on a GPU
+        record: a file of rows that gets those of this study as well
+        list_: print the runs with an estimate of their seconds, and train nothing
+        report: write OUT/report.md about the rows that are there, and train nothing
+        device: DEVICE
+    """
+    from diffussm.study import read_study
+
+    refuse(list_ and report, "give --list or --report, not both")
+    check_device(device)
+    asked = read_study(file)
+    if report:
+        return _report(asked, out)
+    workers = workers or _cores(device)
+    if list_:
+        return _list(asked, out, workers)
+    return _carry_out(asked, out, workers, device, record)
+
+
+def _cores(device: str | None) -> int:
+    """How many runs at once: what shares a GPU does not get faster."""
+    from diffussm.distributed import own_device
+
+    gpu = (device or own_device(None).type) != "cpu"
+    return 1 if gpu else len(os.sched_getaffinity(0))
+
+
+def _carry_out(
+    asked: "Study", out: Path, workers: int, device: str | None, record: Path | None
+) -> int:
+    from diffussm.study import runs_of
+    from diffussm.study_runs import run_study
+
+    runs = {run.digest: run for each in runs_of(asked, out).values() for run in each}
+    done: list[Row] = []
+
+    def tell(row: "Row") -> None:
+        done.append(row)
+        print(f"{len(done)}: {_in_short(row)}", flush=True)
+        if record is not None:
+            _add_rows(record, done)
+
+    goes_on = "finished runs are kept, the same command goes on"
+    with interruptible(lambda: goes_on):
+        rows = run_study(asked, out, workers, device, tell)
+    if record is not None:
+        _add_rows(record, rows)
+    print(f"{len(rows)} of {len(runs)} runs are in {out / 'results.jsonl'}")
+    return 0
+
+
+def _in_short(row: "Row") -> str:
+    name = f"{row['digest']}, seed {row['recipe']['seed']}"
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
+    loss, bits = row["held_out"]["loss"], list(row["bits_per_dim"].values())
+    told = f", {bits[-1]['bits_per_dim']:.3f} bits/dim" if bits else ""
+    return f"{name}: held-out loss {loss:.4f}{told}"
+
+
+def _add_rows(record: Path, rows: list["Row"]) -> None:
+    from diffussm.study_runs import read_rows, write_rows
+
+    record.parent.mkdir(parents=True, exist_ok=True)
+    there: dict[str, Any] = {row["digest"]: row for row in read_rows(record)}
+    write_rows(record, (there | {row["digest"]: row for row in rows}).values())
+
+
+def _list(asked: "Study", out: Path, workers: int) -> int:
+    import torch
+
+    from diffussm.study import runs_of
+    from diffussm.study_runs import row_there, seconds_needed
+
+    torch.set_num_threads(1)  # as each process has
+    left: dict[str, float] = {}
+    for (question, name), runs in runs_of(asked, out).items():
+        missing = [r for r in runs if row_there(r, out, asked.measure) is None]
+        each = seconds_needed(runs[0], out, asked.measure)
+        left |= {run.digest: each for run in missing}
+        there = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
+        steps = f"{runs[0].recipe.steps:,} steps"
+        print(f"{question}, {name}: {steps}, {each:.0f} s each, {there}", flush=True)
+    hours = sum(left.values()) / workers / 3600
+    print(f"{len(left)} runs are missing: {hours:.2f} h for {workers} processes")
+    return 0
+
+
+def _report(asked: "Study", out: Path) -> int:
+    from diffussm.study_report import write_report
+    from diffussm.study_runs import read_rows
+
+    rows = read_rows(out / "results.jsonl")
+    refuse(not rows, f"{out} has no rows yet: give the command without --report first")
+    print(f"wrote {write_report(asked, rows, out)}")
+    return 0

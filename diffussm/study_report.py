@@ -1,0 +1,207 @@
+"""What a study says.
+
+Generated from book/93_study_report.md by `make export`: edit there.
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffussm.files import whole_file
+from diffussm.guards import explain
+from diffussm.study import Question, Study, runs_of
+from diffussm.study_runs import Row
+
+__all__ = [
+    "bootstrap",
+    "verdict",
+    "Answer",
+    "answers",
+    "summary",
+    "draw_answer",
+    "write_report",
+    "effect_of",
+]
+
+
+def bootstrap(differences: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95% interval of the mean, over all resamples, or 10,000 of them."""
+    values = np.asarray(differences, dtype=float)
+    n = len(values)
+    if n <= 6:
+        places = np.array(list(itertools.product(range(n), repeat=n)))
+    else:
+        places = np.random.default_rng(0).integers(n, size=(10_000, n))
+    means = values[places].mean(1)
+    low = np.quantile(means, 0.025, method="lower")
+    return float(low), float(np.quantile(means, 0.975, method="higher"))
+
+
+def verdict(differences: Sequence[float], margin: float = 0.0) -> str:
+    """What the rule says of a claim, whatever anyone hoped for."""
+    if len(differences) < 3:
+        return "not yet run"
+    low, high = bootstrap(differences)
+    if high < margin:
+        return "supported at this scale"
+    return "not supported" if low > margin else "undecided"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the rows say to a question: the rows of each run, by seed."""
+
+    question: Question
+    rows: dict[str, dict[int, Row]]
+
+    def bits(self, name: str) -> dict[int, float]:
+        """The bound of a run with the longest chain, by seed; for latents the loss."""
+        return {seed: _bits(row) for seed, row in self.rows.get(name, {}).items()}
+
+    def best(self, pattern: str) -> str:
+        """Of the runs that a name stands for, if all are there, that of fewest bits."""
+        names = self.question.named(pattern)
+        there = [name for name in names if self.rows[name]]
+        if there != names:
+            return ""
+        return min(names, key=lambda name: statistics.mean(self.bits(name).values()))
+
+    @property
+    def differences(self) -> list[float]:
+        """Of the claim, one for each seed that both sides have."""
+        claimed = self.question.first, self.question.second
+        first, second = (self.bits(self.best(name)) for name in claimed)
+        return [first[seed] - second[seed] for seed in sorted(first.keys() & second)]
+
+    @property
+    def verdict(self) -> str:
+        """What the rule says."""
+        return verdict(self.differences, self.question.margin)
+
+
+def _bits(row: Row) -> float:
+    found = row["bits_per_dim"]
+    if not found:
+        return float(row["held_out"]["loss"])
+    return float(found[max(found, key=int)]["bits_per_dim"])
+
+
+def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
+    """What the rows say to each question of a study."""
+    there = {row["digest"]: row for row in rows if "failed" not in row}
+    found: dict[str, dict[str, dict[int, Row]]] = {}
+    for (question, name), runs in runs_of(study).items():
+        known = {run.recipe.seed: there.get(run.digest) for run in runs}
+        kept = {seed: row for seed, row in known.items() if row is not None}
+        found.setdefault(question, {})[name] = kept
+    return {name: Answer(study.questions[name], rows) for name, rows in found.items()}
+
+
+def _figures(row: Row) -> dict[str, float | None]:
+    """The columns of a table, for one row."""
+    quartiles = {f"loss {n}/4": row["held_out"][f"mse_q{n}"] for n in range(1, 5)}
+    return {
+        "parameters": row["parameters"],
+        "operations / 10^12": row["operations"] / 1e12,
+        "seconds": row["seconds"],
+        "bits/dim": _bits(row),
+        **quartiles,
+        "kernel distance": row.get("scores", {}).get("score_kid_pixels"),
+    }
+
+
+def summary(answer: Answer) -> list[dict[str, str]]:
+    """A line for each run of a question, for a reader."""
+    lines = []
+    for name, rows in answer.rows.items():
+        found = [_figures(row) for row in rows.values()]
+        titles = found[0] if found else {}
+        columns = {title: _told([one[title] for one in found]) for title in titles}
+        lines.append({"run": name, "seeds": str(len(rows)), **columns})
+    return lines
+
+
+def _told(values: list[float | None]) -> str:
+    """Mean and spread, in as many digits as the spread allows."""
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = statistics.mean(known)
+    if len(set(known)) == 1:
+        return f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}"
+    return f"{mean:.4g} ± {statistics.stdev(known):.1g}"
+
+
+def draw_answer(axes: Any, answer: Answer, colors: Sequence[str]) -> None:
+    """The held-out loss of each run: the mean, and the band from seed to seed."""
+    for (name, rows), color in zip(answer.rows.items(), colors, strict=False):
+        curves = [_curve(row) for row in rows.values()]
+        if not curves:
+            continue
+        steps, values = curves[0][0], np.array([curve[1] for curve in curves])
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.25)
+        axes.plot(steps, values.mean(0), color=color, label=name)
+    axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
+    if axes.lines:
+        axes.legend()
+
+
+def _curve(row: Row) -> tuple[list[int], list[float]]:
+    pairs = zip(row["curves"]["step"], row["curves"]["held_out_loss"], strict=True)
+    kept = [(step, loss) for step, loss in pairs if loss is not None]
+    return [step for step, _ in kept], [loss for _, loss in kept]
+
+
+def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
+    """Write OUT/report.md, and a figure for each question; returns the report.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    with explain("a figure needs matplotlib, the extra 'show'", ImportError):
+        from matplotlib.figure import Figure
+    text = ["# What the study says\n"]
+    for name, answer in answers(study, rows).items():
+        figure = Figure(figsize=(6.0, 3.0), layout="constrained")
+        draw_answer(figure.subplots(), answer, _COLORS)
+        picture = out / f"{'-'.join(name.split())}.png"
+        with whole_file(picture) as draft:
+            figure.savefig(draft, format="png", dpi=120)
+        text += [f"## {answer.question.asks}\n", *_section(answer, picture.name)]
+    with whole_file(out / "report.md") as draft:
+        draft.write_text("\n".join(text), encoding="utf-8")
+    return out / "report.md"
+
+
+_COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
+
+
+def _section(answer: Answer, picture: str) -> list[str]:
+    """The lines of a report for one question."""
+    lines, asked = summary(answer), answer.question
+    titles = sorted(map(list, lines), key=len)[-1]  # without rows there are few
+    rows = [[line.get(title, "") for title in titles] for line in lines]
+    told = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+    if asked.claim:
+        told += ["", f"Claim: {asked.claim}", "", f"**{effect_of(answer)}**"]
+    return [*told, "", f"![]({picture})", ""]
+
+
+def effect_of(answer: Answer) -> str:
+    """The verdict on a claim, with the effect and its interval, as a sentence."""
+    asked, found = answer.question, answer.differences
+    if len(found) < 3:
+        return f"{answer.verdict}: {len(found)} of at least 3 seeds are there"
+    low, high = bootstrap(found)
+    mean = statistics.mean(found)
+    effect = f"{mean:+.3f} bits/dim, 95% from {low:+.3f} to {high:+.3f}"
+    return (
+        f"{answer.verdict}: {answer.best(asked.first)} minus "
+        f"{answer.best(asked.second)} is {effect} "
+        f"({len(found)} seeds, margin {asked.margin:g})"
+    )

@@ -1,0 +1,241 @@
+"""Runs of a study.
+
+Generated from book/92_study_runs.md by `make export`: edit there.
+"""
+
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache, partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffussm.batches import training_batch
+from diffussm.data import Dataset
+from diffussm.distributed import own_device
+from diffussm.evaluation import versions
+from diffussm.files import read_json, whole_file, write_json
+from diffussm.guards import explain
+from diffussm.model import DiffuSSM
+from diffussm.options import diffusion_of
+from diffussm.parallel import create_state
+from diffussm.runs import train
+from diffussm.study import Measure, Run, Study, images_of, runs_of
+from diffussm.training import training_step
+from diffussm.variants import count_parameters, image_macs, network
+from diffussm.watching import Watch, held_out_bits, watched_loss
+
+__all__ = [
+    "Row",
+    "Job",
+    "row_there",
+    "run_study",
+    "write_rows",
+    "read_rows",
+    "seconds_needed",
+]
+
+
+Row = dict[str, Any]  # what is known of one run
+
+
+def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row:
+    """Train a run, or resume it, and measure it; RUN/result.json gets the row."""
+    folder, (data, held_out) = out / "runs" / run.digest, images_of(run, out)
+    watch = Watch(run.recipe, data, held_out, 0)
+    hooks: dict[str, Any] = {"on_scores": watch, "progress": False, "dataset": data}
+    hooks["network"] = partial(network, run.variant)
+    row = _facts(run) | {"measure": json.loads(json.dumps(asdict(measure)))}
+    try:
+        state = train(run.recipe, folder, run.execution, device, **hooks)
+        row |= _measured(state.ema, run, measure, data, held_out)
+    except FloatingPointError as diverged:
+        row |= {"failed": str(diverged)}
+    row |= _history(folder) | {"environment": _environment()}
+    write_json(folder / "result.json", row)
+    return row
+
+
+def _environment() -> dict[str, Any]:
+    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    return machine | {"python": platform.python_version(), **versions()}
+
+
+@cache
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _facts(run: Run) -> Row:
+    """What is known of a run before it begins."""
+    recipe = run.recipe
+    images = recipe.steps * recipe.batch_size
+    return {
+        "digest": run.digest,
+        "recipe": asdict(recipe),
+        "variant": run.variant,
+        "parameters": count_parameters(run.variant, recipe.model),
+        "operations": 3 * images * image_macs(run.variant, recipe.model),
+    }
+
+
+def _measured(
+    model: DiffuSSM, run: Run, measure: Measure, data: Dataset, held_out: Dataset
+) -> Row:
+    """Loss, bound and scores of a trained network on images that it has not seen."""
+    row: Row = watched_loss(model, run.recipe, held_out, len(held_out))
+    row = {"held_out": row, "bits_per_dim": {}}
+    count = min(measure.bits_images, len(held_out))
+    if held_out.levels is not None:
+        for steps in measure.bits_steps:
+            found = held_out_bits(model, run.recipe, held_out, count, steps)
+            row["bits_per_dim"][str(steps)] = found
+    if measure.score_images:
+        scores = Watch(run.recipe, data, held_out, measure.score_images)(model)
+        row["scores"] = {k: v for k, v in scores.items() if k.startswith("score")}
+    return row
+
+
+_CURVES = ("step", "loss", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "held_out_loss")
+
+
+def _history(folder: Path) -> Row:
+    """The curves of a run, and the seconds that its steps took."""
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    curves = {name: [_short(line.get(name)) for line in lines] for name in _CURVES}
+    images = [0, *(line["images"] for line in lines)]
+    seconds = sum(
+        (after - before) / line["images_per_second"]
+        for before, after, line in zip(images, images[1:], lines, strict=False)
+    )
+    return {"seconds": round(seconds, 2), "curves": curves}
+
+
+def _short(value: float | None) -> float | None:
+    return value if value is None else float(f"{value:.5g}")
+
+
+def _begin() -> None:
+    """What a process of a study does first."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be killed at any moment
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+Job = tuple[Run, Path, Measure, str | None]
+
+
+def _carried_out(jobs: list[Job], workers: int) -> Iterator[Row]:
+    """The rows of runs, in the order in which they are finished."""
+    if workers == 1:
+        yield from (_carry_out(*job) for job in jobs)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin)
+    told = "a process of the study was killed; the same command goes on"
+    try:
+        with explain(told, BrokenProcessPool, error=OSError):
+            futures = [pool.submit(_carry_out, *job) for job in jobs]
+            yield from (done.result() for done in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def row_there(run: Run, out: Path, measure: Measure) -> Row | None:
+    """The row of a run that is finished and was measured in this way."""
+    file = out / "runs" / run.digest / "result.json"
+    if not file.exists():
+        return None
+    row: Row = read_json(file, "the result of a run")
+    asked = json.loads(json.dumps(asdict(measure)))
+    return row if row.get("measure") == asked else None
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    workers: int = 1,
+    device: str | None = "cpu",
+    on_row: Callable[[Row], object] = lambda row: None,
+) -> list[Row]:
+    """Carry out what is missing of a study; OUT/results.jsonl has a line for each run.
+
+    Args:
+        on_row: gets each row that is new.
+
+    Raises:
+        ValueError: a configuration cannot work; nothing was started.
+    """
+    planned = runs_of(study, out).values()
+    runs = {run.digest: run for each in planned for run in each}
+    rows = {name: row_there(run, out, study.measure) for name, run in runs.items()}
+    missing = [run for name, run in runs.items() if rows[name] is None]
+    jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
+    out.mkdir(parents=True, exist_ok=True)
+    for row in _carried_out(jobs, workers):
+        rows[row["digest"]] = row
+        write_rows(out / "results.jsonl", filter(None, rows.values()))
+        on_row(row)
+    return [row for row in rows.values() if row is not None]
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write one JSON line for each run, whole or not at all."""
+    with whole_file(file) as draft:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        draft.write_text(text, encoding="utf-8")
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows in a file of JSON lines; none if there is no such file."""
+    if not file.exists():
+        return []
+    with explain(f"{file} has no JSON lines", ValueError):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def seconds_needed(run: Run, out: Path, measure: Measure, steps: int = 3) -> float:
+    """An estimate of what a run takes on this machine, from a few of its steps."""
+    recipe, device = run.recipe, own_device("cpu")
+    build = partial(network, run.variant)
+    state = create_state(recipe, run.execution, device, build)
+    data, held_out = images_of(run, out)
+    times = []
+    for step in range(steps + 1):
+        batch = training_batch(data, state.model, recipe, step)
+        start = time.perf_counter()
+        moved = batch.part(slice(None), device)
+        training_step(state, diffusion_of(recipe), moved, recipe)
+        times.append(time.perf_counter() - start)
+    each = min(times[1:])  # the first is slower
+    passes = _passes(run, measure, min(len(held_out), 512))
+    return each * (recipe.steps + passes / (3 * recipe.batch_size))
+
+
+def _passes(run: Run, measure: Measure, images: int) -> int:
+    """Images that go through the network to measure a run."""
+    looks = run.recipe.steps // run.execution.score_every
+    bound = sum(measure.bits_steps) * measure.bits_images
+    return 2 * images * (looks + 1) + bound + 20 * measure.score_images

@@ -1,0 +1,117 @@
+"""What a study says, and the runs that it makes of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from diffussm.options import Execution
+from diffussm.study import Question, Study, read_study, runs_of
+
+TWO = {"wide": {"model.d_model": 32}, "narrow": {"model.d_model": 16}}
+STUDY = Study(
+    recipe="digits",
+    questions={"width": Question("Is wide better?", TWO)},
+    options={"steps": 8, "warmup": 2, "cooldown": 4, "batch_size": 8},
+    seeds=2,
+)
+
+
+def asked(runs):
+    return replace(STUDY, questions={"q": Question("?", runs)})
+
+
+def test_every_seed_of_every_run_is_a_run():
+    runs = runs_of(STUDY)
+    assert [run.recipe.seed for run in runs["width", "wide"]] == [0, 1]
+    assert {run.recipe.model.d_model for run in runs["width", "narrow"]} == {16}
+    assert {run.recipe.steps for each in runs.values() for run in each} == {8}
+    assert len({run.digest for each in runs.values() for run in each}) == 4
+
+
+def test_same_configurations_have_one_name_however_they_are_written():
+    same = {
+        "default": {},
+        "none": None,
+        "said": {"model.downsample": 2},
+        "logged": {"log_every": 7, "score_every": 0, "keep_last": 3},
+    }
+    runs = runs_of(asked(same))
+    assert len({tuple(run.digest for run in each) for each in runs.values()}) == 1
+    other = runs_of(asked({"other": {"lr": 1e-3}}))["q", "other"]
+    assert other[0].digest != runs["q", "default"][0].digest
+
+
+def test_a_digest_is_of_what_is_learned():
+    run = runs_of(STUDY)["width", "wide"][0]
+    assert replace(run, execution=Execution()).digest == run.digest
+    for changes in ({"seed": 5}, {"steps": 9}, {"ema_decay": 0.5}):
+        recipe = replace(run.recipe, **changes)
+        assert replace(run, recipe=recipe).digest != run.digest
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 100, 1500])
+@pytest.mark.parametrize("looks", [1, 3, 10])
+def test_runs_are_looked_at_about_so_often(steps, looks):
+    options = {"steps": steps, "warmup": 0, "cooldown": 0}
+    run = runs_of(replace(STUDY, options=options, looks=looks))["width", "wide"][0]
+    found = steps // run.execution.score_every
+    assert min(looks, steps) <= found <= 2 * looks + 1
+    assert run.execution.score_every % run.execution.log_every == 0
+
+
+def test_all_that_cannot_work_is_named_before_the_first_run(tmp_path):
+    wrong = {
+        "odd": {"model.d_state": 3},
+        "good": {},
+        "unknown": {"model.downsampel": 1},
+        "images": {"model.in_channels": 3},
+        "long": {"warmup": 9},
+    }
+    with pytest.raises(ValueError, match="no run was started") as refused:
+        runs_of(asked(wrong), tmp_path)
+    for told in ("q, odd: d_state=3", "q, unknown: ", "q, images: ", "q, long: warmup"):
+        assert told in str(refused.value)
+    assert "q, good" not in str(refused.value) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="bits_steps=2000"):
+        measure = replace(STUDY.measure, bits_steps=(25, 2000))
+        runs_of(replace(STUDY, measure=measure), tmp_path)
+
+
+def test_a_file_is_read_or_refused_by_name(tmp_path):
+    file = tmp_path / "study.yaml"
+
+    def read(text):
+        file.write_text(text)
+        return read_study(file)
+
+    good = "recipe: digits\nquestions: {a: {asks: Why, runs: {x: {}, y: {lr: 0.1}}}}\n"
+    study = read(good + "measure: {bits_steps: [5, 10]}\nseeds: 4\n")
+    assert study.measure.bits_steps == (5, 10) and study.seeds == 4
+    assert study.questions["a"] == Question("Why", {"x": {}, "y": {"lr": 0.1}})
+    for text, told in (
+        ("recipe: digits\n", "questions"),
+        ("questions: [a]\nrecipe: digits\n", "questions"),
+        ("questions: {}\nrecipe: digits\n", "needs questions"),
+        (good + "seed: 3\n", "unknown key 'seed'"),
+        (good + "seeds: 0\n", "seeds=0"),
+        (good + "options: {seed: 3}\n", "seeds says how many"),
+        (good.replace("asks", "ask"), "'ask' in the question 'a'"),
+        (good.replace("runs: {x: {}, y: {lr: 0.1}}", "runs: {}"), "no runs"),
+        ("a: [1\n", "is no study"),
+    ):
+        with pytest.raises(ValueError, match=r"study\.yaml is no study") as refused:
+            read(text)
+        assert told in str(refused.value)
+    with pytest.raises(FileNotFoundError, match="YAML file of a study"):
+        read_study(tmp_path / "nothing.yaml")
+
+
+def test_a_claim_is_about_two_runs_of_its_question():
+    for claim in ({"first": "wide"}, {"first": "wide", "second": "narrow"}):
+        with pytest.raises(ValueError, match="a first and a second"):
+            Question("?", TWO, **claim)
+    with pytest.raises(ValueError, match="narrow"):
+        Question("?", TWO, claim="so", first="wide", second="narow")
+    with pytest.raises(ValueError, match="a first and a second"):
+        Question("?", TWO, claim="so")
+    Question("?", TWO, claim="so", first="wide", second="narrow")

@@ -1,0 +1,172 @@
+"""A study is carried out, killed, and carried out to the same end."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from processes import FORKS
+
+from diffussm import study_runs
+from diffussm.resources import parameter_count
+from diffussm.study import Measure, Question, Study, runs_of
+from diffussm.study_runs import (
+    read_rows,
+    row_there,
+    run_study,
+    seconds_needed,
+    write_rows,
+)
+
+TWO = {"two blocks": {"model.n_blocks": 2}, "one block": {}}
+STUDY = Study(
+    recipe="digits",
+    questions={
+        "depth": Question("Is deep better?", TWO),
+        "again": Question("Is one enough?", {"one": {}}),
+    },
+    options={
+        "steps": 10,
+        "warmup": 2,
+        "cooldown": 4,
+        "batch_size": 8,
+        "model.d_model": 16,
+        "model.d_state": 4,
+        "model.n_blocks": 1,
+    },
+    seeds=2,
+    looks=1,
+    measure=Measure(bits_steps=(2,), bits_images=4, score_images=4),
+)
+MACHINE = ("seconds", "environment")
+
+
+def table(rows):
+    return [{k: v for k, v in row.items() if k not in MACHINE} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    return out, run_study(STUDY, out)
+
+
+def test_a_run_in_two_questions_is_trained_once(done):
+    out, rows = done
+    assert len(rows) == 4 and len(list((out / "runs").iterdir())) == 4
+    assert read_rows(out / "results.jsonl") == rows
+    assert [row["recipe"]["seed"] for row in rows] == [0, 1, 0, 1]
+
+
+def test_a_row_has_what_was_learned_and_what_it_cost(done):
+    row = done[1][0]
+    assert row["parameters"] == parameter_count(
+        runs_of(STUDY)["depth", "two blocks"][0].recipe.model
+    )
+    assert row["operations"] > 10 * 8 * 3 * 2 * 64 * 7.5 * 16**2
+    assert row["seconds"] > 0 and row["environment"]["torch"]
+    assert row["curves"]["step"] == [3, 6, 9]
+    assert row["curves"]["held_out_loss"][-1] is not None
+    assert {f"mse_q{i}" for i in range(1, 5)} < row["held_out"].keys()
+    assert row["bits_per_dim"].keys() == {"2"}
+    assert "score_kid_pixels_real" in row["scores"]
+
+
+def test_finished_runs_are_not_run_again_but_measured_if_asked_otherwise(
+    done, monkeypatch
+):
+    out, rows = done
+    again = []
+    assert run_study(STUDY, out, on_row=again.append) == rows and not again
+    one = replace(STUDY, seeds=1, questions={"one": STUDY.questions["again"]})
+    longer = replace(one, measure=Measure((2, 3), 4, 0))
+
+    def refuse(*_):
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr("diffussm.runs._go", refuse)
+    (found,) = run_study(longer, out)
+    assert found["bits_per_dim"]["2"] == rows[2]["bits_per_dim"]["2"]
+    assert found["bits_per_dim"].keys() == {"2", "3"} and "scores" not in found
+    assert found["curves"] == rows[2]["curves"]
+    assert row_there(runs_of(one)["one", "one"][0], out, STUDY.measure) is None
+    run_study(STUDY, out)  # as it was
+
+
+def test_a_diverged_run_is_a_row(tmp_path):
+    lost = {"lost": {"lr": 0.9, "ema_decay": 0.0}}
+    broken = replace(STUDY, seeds=1, questions={"q": Question("?", lost)})
+
+    def diverge(*_, **__):
+        (tmp_path / "runs" / run.digest).mkdir(parents=True)
+        (tmp_path / "runs" / run.digest / "log.jsonl").touch()
+        raise FloatingPointError("not finite")
+
+    run = runs_of(broken)["q", "lost"][0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_runs, "train", diverge)
+        (row,) = run_study(broken, tmp_path)
+    assert row["failed"] == "not finite" and row["seconds"] == 0
+    assert run_study(broken, tmp_path) == [row]
+
+
+def test_nothing_is_started_if_one_cannot_work(tmp_path):
+    odd = {"good": {}, "odd": {"model.d_state": 3}}
+    with pytest.raises(ValueError, match="q, odd: d_state=3"):
+        run_study(replace(STUDY, questions={"q": Question("?", odd)}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_table(done, tmp_path):
+    for step in ("step_00000002", "step_00000006"):
+        child = FORKS.Process(target=run_study, args=(STUDY, tmp_path))
+        child.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list(tmp_path.rglob(step)):
+            time.sleep(0.005)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    assert len(read_rows(tmp_path / "results.jsonl")) < 4
+    assert table(run_study(STUDY, tmp_path)) == table(done[1])
+
+
+@pytest.mark.slow
+def test_processes_give_the_rows_that_one_gives_and_end_with_their_parent(
+    done, tmp_path
+):
+    few = replace(STUDY, seeds=1)
+    child = FORKS.Process(target=run_study, args=(few, tmp_path, 2))
+    child.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.rglob("log.jsonl")):
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    deadline, found = time.monotonic() + 60, None
+    while found is None:
+        try:
+            found = run_study(few, tmp_path)
+        except ValueError as locked:  # its processes are about to end
+            assert "another process" in str(locked) and time.monotonic() < deadline
+            time.sleep(0.05)
+    assert table(found) == table(done[1][::2])
+
+
+def test_seconds_are_estimated_and_grow_with_the_steps(done):
+    out, _ = done
+    run = runs_of(STUDY)["depth", "one block"][0]
+    longer = replace(run, recipe=replace(run.recipe, steps=10_000))
+    measure = Measure((2,), 2, 0)
+    assert 0 < seconds_needed(run, out, measure) < seconds_needed(longer, out, measure)
+
+
+def test_rows_are_written_whole_and_damage_is_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert read_rows(file) == []
+    write_rows(file, [{"digest": "a"}, {"digest": "b", "x": None}])
+    assert read_rows(file) == [{"digest": "a"}, {"digest": "b", "x": None}]
+    file.write_text('{"digest": "a"}\n{"dig')
+    with pytest.raises(ValueError, match=r"rows\.jsonl has no JSON lines"):
+        read_rows(file)

@@ -1,0 +1,220 @@
+"""Networks to compare with: one thing differs, and it is the one that is named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffussm.bidirectional import BidirectionalSSM
+from diffussm.efficiency import DiT
+from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.options import RECIPES, Execution
+from diffussm.runs import train
+from diffussm.variants import (
+    OneWay,
+    Taps,
+    count_parameters,
+    image_macs,
+    matched,
+    network,
+    places,
+)
+
+SIZES = PRESETS["digits"] | {"d_model": 16, "n_blocks": 2, "d_state": 4}
+CONFIG = DiffuSSMConfig(**SIZES)
+ALL = ["", "taps:0", "taps:5", "start:inv", "start:legs", "start:real", "gate:sum"]
+ALL += ["direction:forward", "direction:alternating", "direction:shared"]
+ALL += ["order:snake", "order:hilbert", "variance:fixed", "attention:20"]
+
+
+def awake(variant, config=CONFIG, seed=0):
+    """A variant whose last maps are not zero."""
+    torch.manual_seed(seed)
+    model = network(variant, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return model.eval()
+
+
+def inputs():
+    draws = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 1, 8, 8, generator=draws)
+    return x, torch.tensor([5, 900]), torch.tensor([1, 10])
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_a_variant_is_trained_saved_and_resumed_by_the_trainer(variant, tmp_path):
+    recipe = replace(
+        RECIPES["digits"], model=CONFIG, steps=4, warmup=1, cooldown=1, batch_size=4
+    )
+    ways = {"progress": False, "network": lambda config: network(variant, config)}
+    how = Execution(log_every=2, save_every=2, keep_last=9)
+    whole = train(recipe, tmp_path / "a", how, "cpu", **ways)
+    last = tmp_path / "a" / "checkpoints" / "step_00000004"
+    (last / "state.json").write_text("{}")  # damaged: it goes on from step 2
+    again = train(recipe, tmp_path / "a", how, "cpu", **ways)
+    for p, q in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_kept_kernels_change_nothing(variant):
+    model, given = awake(variant), inputs()
+    with torch.no_grad():
+        plain = model(*given)
+        if hasattr(model, "cached_kernels"):
+            with model.cached_kernels():
+                assert torch.allclose(model(*given), plain, atol=1e-5)
+                assert torch.allclose(model(*given), plain, atol=1e-5)
+    assert plain.shape == (2, 2, 8, 8) and plain.isfinite().all()
+
+
+def test_taps_are_a_convolution_that_sees_so_far_and_no_further():
+    torch.manual_seed(0)
+    layer = BidirectionalSSM(3, 4)
+    layer.forward_kernel, layer.backward_kernel = Taps(3, 5), Taps(3, 5)
+    u = torch.randn(1, 20, 3)
+    taps = layer.forward_kernel.taps
+    seen = [u[0, 10 - lag] * taps[:, lag] for lag in range(5)]
+    expected = sum(seen) + layer.skip[:3] * u[0, 10]
+    assert torch.allclose(layer(u)[0, 10, :3], expected, atol=1e-5)
+    far = u.clone()
+    far[:, :6] += 1
+    assert torch.allclose(layer(far)[:, 10:, :3], layer(u)[:, 10:, :3], atol=1e-5)
+    assert torch.equal(Taps(3, 9)(4), Taps(3, 9)(4)) is False
+    assert Taps(3, 9)(4).shape == (3, 4) and not Taps(3, 0)(6).any()
+
+
+def test_without_mixing_groups_do_not_see_each_other():
+    model, (x, t, y) = awake("taps:0"), inputs()
+    changed = x.clone()
+    changed[..., 0, 0] += 1
+    with torch.no_grad():
+        differs = (model(x, t, y) - model(changed, t, y)).abs().sum((0, 1)) > 1e-4
+    assert differs[0, :2].all() and differs.sum() == 2  # the M places of its group
+
+
+@pytest.mark.parametrize(
+    ("variant", "sees"), [("forward", False), ("alternating", True)]
+)
+def test_reading_forward_the_last_pixel_reaches_no_other(variant, sees):
+    model, (x, t, y) = awake(f"direction:{variant}"), inputs()
+    changed = x.clone()
+    changed[..., -1, -1] += 1
+    with torch.no_grad():
+        differs = (model(x, t, y) - model(changed, t, y)).abs().sum((0, 1)) > 1e-4
+    assert differs[0, 0] == sees and differs[-1, -1]
+
+
+def test_one_way_from_the_end_is_one_way_mirrored():
+    torch.manual_seed(0)
+    layer, u = OneWay(3, 4), torch.randn(2, 12, 3)
+    forward = layer(u)
+    layer.from_end = True
+    assert torch.allclose(layer(u.flip(1)).flip(1), forward, atol=1e-5)
+
+
+def test_a_shared_kernel_is_one_kernel():
+    model = awake("direction:shared")
+    layer = model.blocks[0].ssm
+    assert torch.equal(layer.forward_kernel(9), layer.backward_kernel(9))
+    both, one = (count_parameters(v, CONFIG) for v in ("", "direction:shared"))
+    assert both - one == 2 * CONFIG.d_model * (1 + 2 * CONFIG.d_state)
+
+
+@pytest.mark.parametrize("order", ["row", "snake", "hilbert"])
+def test_an_order_visits_all_and_is_undone(order):
+    assert sorted(places(order, 8, 8).tolist()) == list(range(64))
+    # without mixing and groups, no order can change anything
+    config = replace(CONFIG, downsample=1)
+    torch.manual_seed(1)
+    ordered = awake(f"order:{order}", config)
+    plain = DiffuSSM(config).eval()
+    plain.load_state_dict(ordered.state_dict())
+    for model in (ordered, plain):
+        for block in model.blocks:
+            block.ssm.forward_kernel = block.ssm.backward_kernel = Taps(16, 0)
+    with torch.no_grad():
+        assert torch.allclose(ordered(*inputs()), plain(*inputs()), atol=1e-5)
+
+
+def test_rows_are_the_order_of_the_model():
+    model = awake("order:row")
+    plain = DiffuSSM(CONFIG).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(*inputs()), plain(*inputs()))
+
+
+def test_a_fixed_variance_gets_no_gradient():
+    from diffussm.diffusion import GaussianDiffusion
+
+    model, (x, t, y) = awake("variance:fixed"), inputs()
+    noise = torch.randn_like(x)
+    loss = GaussianDiffusion.linear(1000).losses(model, x.clamp(-1, 1), t, y, noise)
+    ours, simple = (
+        torch.autograd.grad(loss[name].sum(), model.head.weight, retain_graph=True)[0]
+        for name in ("loss", "mse")
+    )
+    assert torch.equal(ours, simple)
+
+
+def test_the_transformer_starts_as_dit_does():
+    torch.manual_seed(0)
+    config = replace(CONFIG, d_model=64)
+    model = network("attention:256", config)
+    assert isinstance(model, DiT)
+    for block in model.blocks:
+        assert not block.modulation.weight.any() and block.mlp_in.weight.shape[0] == 256
+        assert not any(linear.bias.any() for linear in (block.qkv, block.proj))
+    assert not model.final_modulation.weight.any() and not model.head.weight.any()
+    assert abs(float(model.embed_y.weight.detach().std()) - 0.02) < 0.002
+    assert abs(float(model.embed_t[0].weight.detach().std()) - 0.02) < 0.002
+    limit = (6 / (64 + 256)) ** 0.5
+    assert (
+        0.9 * limit < float(model.blocks[0].mlp_in.weight.detach().abs().max()) <= limit
+    )
+
+
+def test_widths_match_to_one_percent_or_are_refused():
+    digits = DiffuSSMConfig(**PRESETS["digits"])
+    wanted = count_parameters("", digits)
+    for variant in ("taps:9", "direction:shared", "attention:1"):
+        found, sizes = matched(variant, digits, wanted)
+        assert abs(count_parameters(found, sizes) / wanted - 1) <= 0.01
+        assert found.split(":")[0] == variant.split(":")[0]
+    with pytest.raises(ValueError, match="to one percent"):
+        matched("", replace(CONFIG, downsample=8), count_parameters("", CONFIG) + 900)
+
+
+def test_operations_are_those_of_what_is_computed():
+    with_taps = image_macs("taps:7", CONFIG) - image_macs("taps:0", CONFIG)
+    assert with_taps == 2 * 2 * 7 * 64 * 16
+    assert image_macs("order:snake", CONFIG) == image_macs("", CONFIG)
+    wide, narrow = (image_macs(f"attention:{h}", CONFIG) for h in (65, 64))
+    assert wide - narrow == 2 * 64 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [
+        ("tabs:3", "did you mean 'taps'"),
+        ("taps:x", "expected a number"),
+        ("taps:", "expected a number"),
+        ("attention:0", "expected a number"),
+        ("direction:backward", "forward"),
+        ("start:lins", "lin"),
+        ("order:spiral", "snake"),
+        ("gate:max", "sum"),
+        ("variance:free", "fixed"),
+    ],
+)
+def test_other_names_are_refused(variant, told):
+    with pytest.raises(ValueError, match=told):
+        network(variant, CONFIG)
+    with pytest.raises(ValueError, match="patch_size=1"):
+        network("order:snake", replace(CONFIG, patch_size=2))
+    with pytest.raises(ValueError, match="power of 2"):
+        network("order:hilbert", replace(CONFIG, input_size=(8, 6)))
