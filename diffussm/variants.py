@@ -79,9 +79,10 @@ class OneWay(BidirectionalSSM):
 
     from_end = False
 
-    def spectra(self, length: int) -> Tensor:
-        """As of the layer with two directions, but for a conjugate."""
-        forward, backward = super().spectra(length)
+    def prepare(self, length: int) -> Tensor:
+        """As of the layer with two directions, but for a conjugate of spectra."""
+        forward, backward = super().prepare(length)
+        refuse(not forward.is_complex(), "one direction needs a convolution by spectra")
         if self.from_end:
             return torch.stack([forward.conj(), backward])
         return torch.stack([forward, backward.conj()])
@@ -117,14 +118,14 @@ class _SumBlock(RecomputingBlock):
     """An hourglass block that adds where the paper's multiplies."""
 
     def forward(
-        self, x: Tensor, c: Tensor, spectra: Tensor | None = None, *_: Any
+        self, x: Tensor, c: Tensor, prepared: Tensor | None = None, *_: Any
     ) -> Tensor:
         """As `HourglassBlock.forward`, but for the last line."""
         shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)
         I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
         U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
         U = rearrange(U, "b j (k d) -> b (j k) d", k=self.downsample)  # (B, L, D)
-        Y = self.ssm(U, spectra)  # (B, L, 2D)
+        Y = self.ssm(U, prepared)  # (B, L, 2D)
         Y = rearrange(Y, "b (j k) e -> b j k e", k=self.downsample)  # (B, J, M, 2D)
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
         gate, path = F.gelu(self.w1(I)), F.gelu(self.w2(I_prime))  # (B, J, 2D) each
