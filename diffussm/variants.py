@@ -5,7 +5,7 @@ Generated from book/76_variants.md by `make export`: edit there.
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -158,16 +158,21 @@ def _hilbert(level: int) -> Tensor:
     return rows * (1 << level) + columns
 
 
+_Kept = Sequence[Tensor] | None  # what the layers prepared
+
+
 class _Ordered(DiffuSSM):
     """A model that visits the pixels in another order."""
 
     order = "row"
 
-    def forward(self, x: Tensor, t: Tensor, y: Labels | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Labels | None = None, prepared: _Kept = None
+    ) -> Tensor:
         """As `DiffuSSM.forward`."""
         way = places(self.order, *x.shape[2:]).to(x.device)  # (L,)
         walked = x.flatten(2)[..., way].view_as(x)
-        out = super().forward(walked, t, y)  # (B, 2C, H, W)
+        out = super().forward(walked, t, y, prepared)  # (B, 2C, H, W)
         back: Tensor = out.flatten(2)[..., way.argsort()]
         return back.view_as(out)
 
@@ -184,9 +189,11 @@ def _ordered(config: DiffuSSMConfig, order: str) -> DiffuSSM:
 class _FixedVariance(DiffuSSM):
     """A model whose variance is not learned; its hybrid loss is the simple one."""
 
-    def forward(self, x: Tensor, t: Tensor, y: Labels | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Labels | None = None, prepared: _Kept = None
+    ) -> Tensor:
         """As `DiffuSSM.forward`, with v = 1."""
-        eps, v = super().forward(x, t, y).chunk(2, dim=1)
+        eps, v = super().forward(x, t, y, prepared).chunk(2, dim=1)
         return torch.cat([eps, torch.ones_like(v)], dim=1)
 
 
@@ -209,7 +216,17 @@ class _Transformer(DiT):
         for linear in (*modulations, self.final_modulation, self.head):
             nn.init.zeros_(linear.weight)
 
-    drop_labels = DiffuSSM.drop_labels  # what the trainer asks of a network
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, prepared: _Kept = None
+    ) -> Tensor:
+        """As `DiT.forward`."""
+        return super().forward(x, t, y)
+
+    def prepare(self, length: int) -> list[Tensor]:
+        """Nothing depends on the weights alone."""
+        return []
+
+    drop_labels = DiffuSSM.drop_labels  # the trainer asks for both
 
 
 def network(variant: str, config: DiffuSSMConfig) -> DiffuSSM:
