@@ -1,5 +1,6 @@
 """`diffussm study`: what is typed, and what is said."""
 
+import pytest
 from commands import diffussm
 
 TEXT = """
@@ -22,6 +23,7 @@ questions:
 """
 
 
+@pytest.mark.slow
 def test_a_study_is_listed_carried_out_kept_and_reported(tmp_path):
     (tmp_path / "study.yaml").write_text(TEXT)
     study = "study {t}/study.yaml --out {t}/out --workers 1 --device cpu"

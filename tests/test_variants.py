@@ -44,6 +44,7 @@ def inputs():
     return x, torch.tensor([5, 900]), torch.tensor([1, 10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ALL)
 def test_a_variant_is_trained_saved_and_resumed_by_the_trainer(variant, tmp_path):
     recipe = replace(
@@ -178,6 +179,7 @@ def test_the_transformer_starts_as_dit_does():
     )
 
 
+@pytest.mark.slow
 def test_widths_match_to_one_percent_or_are_refused():
     digits = DiffuSSMConfig(**PRESETS["digits"])
     wanted = count_parameters("", digits)
