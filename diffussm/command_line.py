@@ -79,7 +79,7 @@ def _say_loading() -> None:
 
 
 _IDLE = {
-    "for a picture": "count labels batch_size",
+    "for a picture": "count labels batch_size compile convolution",
     "beside --out": "per_class overwrite seeds interpolate scheduler",
     "beside --pretrained": "step weights",
     "beside --pretrained, which has what decodes": "vae",
@@ -190,6 +190,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def preset_group(parser: Parser, words: list[str]) -> Take:
     """The preset and, with its values for defaults, the options of a set of samples."""
+    from diffussm.options import Execution
     from diffussm.sample_options import SAMPLE_PRESETS, Sampler, SampleSet
 
     known = Literal[tuple(SAMPLE_PRESETS)]  # type: ignore[valid-type]
@@ -197,6 +198,8 @@ def preset_group(parser: Parser, words: list[str]) -> Take:
     parser.add_argument("--preset", type=known, default="paper-fid", help=told)
     parser.add_class_arguments(SampleSet, help="what is drawn", skip=_UNASKED)
     parser.add_class_arguments(Sampler, help="how each is drawn", skip=_UNASKED)
+    skip = Execution.__dataclass_fields__.keys() - _FASTER
+    parser.add_class_arguments(Execution, help="how it is carried out", skip=skip)
     preset = SAMPLE_PRESETS.get(_preset_named(words), SampleSet())
     values = asdict(preset) | asdict(preset.sampler)
     parser.set_defaults({name: values[name] for name in values.keys() - _UNASKED})
@@ -204,10 +207,12 @@ def preset_group(parser: Parser, words: list[str]) -> Take:
 
 
 _UNASKED = {"classes", "sampler", "eta", "cfg_scale"}
+_FASTER = {"compile", "convolution"}  # of an execution, what sampling has use for
 
 
 def _set_of(options: Any) -> dict[str, Any]:
-    """The set that the options of a preset make."""
+    """The set that the options of a preset make, and how it is carried out."""
+    from diffussm.options import Execution
     from diffussm.sample_options import SAMPLE_PRESETS
 
     preset = SAMPLE_PRESETS[options["preset"]]
@@ -215,9 +220,9 @@ def _set_of(options: Any) -> dict[str, Any]:
         {name: options[name] for name in part.__dataclass_fields__.keys() - _UNASKED}
         for part in (preset.sampler, preset)
     )
-    return {
-        "wanted": replace(preset, **outer, sampler=replace(preset.sampler, **inner))
-    }
+    wanted = replace(preset, **outer, sampler=replace(preset.sampler, **inner))
+    execution = Execution(**{name: options[name] for name in _FASTER})
+    return {"wanted": wanted, "execution": execution}
 
 
 def _preset_named(words: Sequence[str]) -> str:

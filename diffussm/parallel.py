@@ -35,7 +35,9 @@ __all__ = [
     "micro_batch_of",
     "accumulate_gradients",
     "create_state",
+    "speed_up",
     "compiler_lacking",
+    "convolution_for",
     "chooser",
 ]
 
@@ -150,28 +152,34 @@ def create_state(
     network: Callable[[DiffuSSMConfig], DiffuSSM] = DiffuSSM,
 ) -> TrainState:
     """A fresh state, on a device, carried out as `execution` says."""
-    convolution = _convolution_for(recipe, execution, device)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    batch = micro_batch_of(recipe, execution, world_size())
+    asked = execution.convolution
+    convolution = convolution_for(asked, recipe.model, batch, device, dtype)
 
     def prepare(model: DiffuSSM) -> None:
         model.activation_checkpointing = execution.activation_checkpointing
-        for layer in model.modules():
-            if isinstance(layer, BidirectionalSSM):
-                layer.convolution = convolution
-        if execution.compile:
-            _compile_blocks(model, device)
+        speed_up(model, convolution, execution.compile, device)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
     return TrainState.create(recipe, device, prepare, network)
 
 
-def _compile_blocks(model: DiffuSSM, device: torch.device) -> None:
-    """Let torch.compile make each block faster, at its first use."""
+def speed_up(
+    model: DiffuSSM, convolution: Convolution, compiled: bool, device: torch.device
+) -> None:
+    """Run the blocks with a convolution, and let torch.compile make each faster."""
+    for layer in model.modules():
+        if isinstance(layer, BidirectionalSSM):
+            layer.convolution = convolution
+    if not compiled:
+        return
     if lacking := compiler_lacking(device):
         warn(f"compile: this machine has no {lacking}; the blocks run uncompiled")
         return
     for block in model.blocks:
-        block.compile()
+        block.compile()  # at its first use
 
 
 def compiler_lacking(device: torch.device) -> str:
@@ -200,16 +208,22 @@ class _WholeBlocks(DistributedDataParallel):
 _AUTO = "diffussm.autotuning:autotune_convolution"
 
 
-def _convolution_for(
-    recipe: Recipe, execution: Execution, device: torch.device
+def convolution_for(
+    asked: str,
+    model: DiffuSSMConfig,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Convolution:
-    choose = chooser(execution.convolution)
+    """The convolution that was asked for, by its name or by what measures it.
+
+    `batch` images go through the network at once, their streams in `dtype`.
+    """
+    choose = chooser(asked)
     if choose is None:
-        return way(execution.convolution)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    batch = micro_batch_of(recipe, execution, world_size())
-    length, width = recipe.model.seq_len, recipe.model.d_model
-    choice = on_rank_zero(lambda: choose(length, width, batch, device, dtype))
+        return way(asked)
+    sizes = model.seq_len, model.d_model, batch
+    choice = on_rank_zero(lambda: choose(*sizes, device, dtype))
     if rank() == 0:
         print(f"convolution: {choice.reason}", file=sys.stderr)
     return cast(Convolution, choice.convolution)

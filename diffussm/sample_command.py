@@ -24,7 +24,7 @@ from diffussm.run_commands import takes_latents
 
 if TYPE_CHECKING:
     from diffussm.model import DiffuSSM
-    from diffussm.options import Recipe
+    from diffussm.options import Execution, Recipe
     from diffussm.sample_options import Sampler, SampleSet
 
 __all__ = ["sample"]
@@ -32,6 +32,7 @@ __all__ = ["sample"]
 
 def sample(
     wanted: "SampleSet",
+    execution: "Execution",
     given: set[str],
     *,
     from_: Path | None = None,
@@ -84,10 +85,10 @@ def sample(
     with start("sample", device, stoppable=out is not None) as own, interruptible(kept):
         run = _find(from_, step, weights) if from_ else _take(str(pretrained))
         wanted = _for_run(run, wanted, classes, given, strict=out is not None)
-        run = _with_decoder(run, vae, own)
+        run, wanted = _with_decoder(run, vae, own), wanted.on(own.type)
         if out is not None:
             _check_count(run, wanted.count, given)
-            return _draw_set(run, wanted, out, own)
+            return _draw_set(run, wanted, out, own, execution)
         return _draw_pictures(run, wanted, look, given)
 
 
@@ -252,16 +253,23 @@ def _draw_pictures(
     return 0
 
 
-def _draw_set(run: _Found, wanted: "SampleSet", out: Path, own: Any) -> int:
+def _draw_set(
+    run: _Found, wanted: "SampleSet", out: Path, own: Any, execution: "Execution"
+) -> int:
     from diffussm import samples
     from diffussm.distributed import EXIT_PREEMPTED, Preempted, rank
     from diffussm.options import diffusion_of
+    from diffussm.sampling_at_scale import make_ready
 
+    diffusion, decode = diffusion_of(run.recipe), run.decode
+    network = run.model, diffusion
+    wanted = make_ready(*network, wanted, execution, own, decode)
     if rank() == 0:
         print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
-    how = {"device": own, "facts": run.facts, "decode": run.decode}
+    how = {"device": own, "facts": run.facts, "decode": decode}
     try:
-        samples.draw_samples(run.model, diffusion_of(run.recipe), wanted, out, **how)
+        with run.model.cached_kernels():  # of all batches
+            samples.draw_samples(*network, wanted, out, **how)
     except Preempted as stop:
         if rank() == 0:
             print(f"{stop}; the same command draws the others", file=sys.stderr)

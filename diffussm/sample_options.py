@@ -51,8 +51,8 @@ class SampleSet:
         labels: Classes at random, or each as often as any other.
         classes: Numbers of those that are drawn; None is all.
         precision: With tf32 a GPU rounds the factors of matrix products; bf16 is
-            autocast.
-        batch_size: Images at once; the images are the same for any.
+            autocast; auto is bf16 on a GPU and float32 elsewhere.
+        batch_size: Images at once, which change nothing; 0 tries how many fit.
         seed: Decides all that is random.
         sampler: How each is drawn.
     """
@@ -60,8 +60,8 @@ class SampleSet:
     count: int = bounded(50_000, least=1)
     labels: Literal["random", "balanced"] = "random"
     classes: tuple[int, ...] | None = None
-    precision: Literal["float32", "tf32", "bf16"] = "tf32"
-    batch_size: int = bounded(64, least=1)
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
+    batch_size: int = bounded(64, least=0)
     seed: int = bounded(0, least=0)
     sampler: Sampler = _DIT
 
@@ -82,6 +82,12 @@ class SampleSet:
             channels = None  # nothing is guided, or all of it
         sampler = replace(self.sampler, cfg_scale=scale, guidance_channels=channels)
         return replace(self, sampler=sampler)
+
+    def on(self, device: str) -> "SampleSet":
+        """The same with the precision that "auto" means on a "cuda" or a "cpu"."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="bf16" if device == "cuda" else "float32")
 
     def record(self, num_classes: int) -> dict[str, Any]:
         """How the set is drawn, as one flat mapping that JSON can hold."""

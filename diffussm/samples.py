@@ -31,7 +31,7 @@ from diffussm.distributed import (
     together,
 )
 from diffussm.files import read_json, whole_file, write_json
-from diffussm.guards import expect_same
+from diffussm.guards import expect_int, expect_same
 from diffussm.model import DiffuSSM
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
 from diffussm.sample_options import SampleSet
@@ -114,7 +114,9 @@ def draw_samples(
         ValueError: `out` holds something else; nothing is written.
         Preempted: asked to stop; the batches that are done are kept.
     """
-    wanted, classes = wanted.of(model.config), model.config.num_classes
+    wanted = wanted.of(model.config).on(device.type)
+    expect_int("batch_size", wanted.batch_size, least=1)
+    classes = model.config.num_classes
     how = {"format": _SAMPLES_FORMAT, "random": RANDOM, **wanted.record(classes)}
     files = _SampleFiles(Path(out), how | facts)
     if on_rank_zero(files.claim):
