@@ -290,10 +290,8 @@ PTXAS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "
 WALK = {"FIRST": 0, "ADJOINT": False, "T": 16}
 BACK, MODES = {"FIRST": 1, "ADJOINT": True, "T": 16}, {"T": 16, "LAGS": 16}
 CASES = [
-    (80, "_walk_kernel", 16, "bf16", WALK), (90, "_walk_kernel", 8, "bf16", BACK),
-    (80, "_modes_kernel", 8, "bf16", MODES), (90, "_modes_kernel", 8, "tf32", MODES),
-    (80, "_walk_kernel", 8, "tf32", BACK),
-    (80, "_walk_kernel", 8, "bf16", WALK | {"T": 32}),
+    (80, "_walk_kernel", 16, "bf16", WALK), (90, "_walk_kernel", 8, "tf32", BACK),
+    (90, "_modes_kernel", 8, "bf16", MODES), (80, "_modes_kernel", 8, "tf32", MODES),
 ]
 for capability, name, warps, precision, constants in CASES:
     kernel = getattr(chunked_kernels, name)
