@@ -81,6 +81,7 @@ class Convolution:
 WAYS = {
     "fft": "fft_convolution:FFT",
     "reference": "bidirectional:REFERENCE",
+    "chunked": "chunked:CHUNKED",
     "triton": "gpu_kernels:TRITON",
 }
 
