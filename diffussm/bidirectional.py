@@ -5,7 +5,7 @@ Generated from book/13_bidirectional.md by `make export`: edit there.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +88,11 @@ WAYS = {
 
 def way(name: str) -> Convolution:
     """A way to run the layer, by its name in WAYS; another name is refused."""
-    found: Any = later(WAYS[expect_one_of("convolution", name, WAYS)])
-    return cast(Convolution, found)
+    return cast(Convolution, later(WAYS[expect_one_of("convolution", name, WAYS)]))
 
 
 class BidirectionalSSM(nn.Module):
     """Two diagonal state space models, one from each end: (B, L, D) -> (B, L, 2D).
-
-    Position i of the first D channels depends on positions up to i, of the last D on
-    positions from i on.
 
     Args:
         d_model: D, channels.
@@ -129,11 +125,7 @@ class BidirectionalSSM(nn.Module):
         )  # d at every frequency
 
     def prepare(self, length: int) -> Tensor:
-        """What the layer's way makes of its weights, for sequences of a length L.
-
-        Between two changes of the weights it may be computed once and passed to
-        `forward`. For a plain function in place of a way it is `spectra`.
-        """
+        """What the layer's way makes of its weights for a length L; else `spectra`."""
         prepare = getattr(self.convolution, "prepare", BidirectionalSSM.spectra)
         prepared: Tensor = prepare(self, length)
         return prepared

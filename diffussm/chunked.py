@@ -82,8 +82,9 @@ def _carried_both(left_behind: Tensor, step: Tensor) -> Tensor:
 
 def _into_columns(u: Tensor, T: int) -> Tensor:
     """(B, L, D) -> (D, T, c B), a column for each chunk of each sequence."""
-    u = F.pad(u, (0, 0, 0, -u.shape[1] % T))
-    return u.unflatten(1, (-1, T)).permute(3, 2, 1, 0).flatten(2)
+    B, L, D = u.shape
+    u = F.pad(u, (0, 0, 0, -L % T)).reshape(B, -(-L // T), T, D)
+    return u.permute(3, 2, 1, 0).flatten(2)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -92,18 +93,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _by_chunks(u: Tensor, modes: Tensor, T: int) -> Tensor:
     """Source: eq-chunked-matrices."""
-    (B, L, _), c = u.shape, -(-u.shape[1] // T)  # c chunks
+    (B, L, D), c = u.shape, -(-u.shape[1] // T)  # c chunks
     powers, read = _powers(modes, T)
     toeplitz = _mirrored(_toeplitz(read, modes[..., -1].T), 1, 2)  # (D, 2, T, T)
     leave = _mirrored(powers[..., :T].flip(3), 2)  # (D, 2, N, T)
     read = _mirrored(read[..., 1:], 2).mT  # (D, 2, T, N)
     U = _into_columns(u, T)  # (D, T, c B)
-    left_behind = _product(leave.flatten(1, 2), U).unflatten(1, (2, -1))
-    states = _carried_both(left_behind.unflatten(3, (c, B)), powers[..., T:])
-    y = _product(toeplitz.flatten(1, 2), U).unflatten(1, (2, T))  # (D, 2, T, c B)
+    left_behind = _product(leave.flatten(1, 2), U).view(D, 2, leave.shape[2], c, B)
+    states = _carried_both(left_behind, powers[..., T:])  # (D, 2, N, c, B)
+    y = _product(toeplitz.flatten(1, 2), U).view(D, 2, T, c * B)
     y = y + _product(read, states.flatten(3))
-    y = y.unflatten(3, (c, B)).permute(4, 3, 2, 1, 0)  # (B, c, T, 2, D)
-    return y.flatten(3).flatten(1, 2)[:, :L]
+    y = y.view(D, 2, T, c, B).permute(4, 3, 2, 1, 0)  # (B, c, T, 2, D)
+    return y.reshape(B, c * T, 2 * D)[:, :L]
 
 
 def chunked(u: Tensor, modes: Tensor, chunk: int = 64) -> Tensor:
