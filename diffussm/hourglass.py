@@ -76,13 +76,13 @@ class HourglassBlock(nn.Module):
         self.w3 = nn.Linear(2 * D, D)
         self._initialize()
 
-    def forward(self, x: Tensor, c: Tensor, spectra: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, prepared: Tensor | None = None) -> Tensor:
         """One step of the residual stream.
 
         Args:
             x: The stream, (B, J, D), for any J.
             c: The condition, (B, D): embeddings of timestep and class, added.
-            spectra: What `ssm.spectra(L)` returns, if it is known; None computes it.
+            prepared: What `ssm.prepare(L)` returns, if it is known; None computes it.
 
         Returns:
             (B, J, D).
@@ -98,7 +98,7 @@ class HourglassBlock(nn.Module):
         I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
         U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
         U = rearrange(U, "b j (k d) -> b (j k) d", k=self.downsample)  # (B, L, D)
-        Y = self.ssm(U, spectra)  # (B, L, 2D)
+        Y = self.ssm(U, prepared)  # (B, L, 2D)
         Y = rearrange(Y, "b (j k) e -> b j k e", k=self.downsample)  # (B, J, M, 2D)
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
         O: Tensor = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)
