@@ -23,6 +23,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from diffussm import parallel
 from diffussm.batches import training_batch
+from diffussm.bidirectional import way
 from diffussm.checkpoints import full_tensor
 from diffussm.convolution import S4DKernel
 from diffussm.diffusion import GaussianDiffusion
@@ -62,7 +63,7 @@ def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys
     for model in (state.model, state.ema):
         assert all(block.ssm.convolution is doubled for block in model.blocks)
     plain = create_state(config, Execution(), CPU)
-    assert all(block.ssm.convolution is convolve for block in plain.model.blocks)
+    assert all(block.ssm.convolution == way("fft") for block in plain.model.blocks)
 
 
 def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
@@ -71,7 +72,7 @@ def test_a_cpu_that_asks_for_the_chip_is_told_why_not(capsys):
     execution = Execution(convolution="diffussm.autotuning:autotune_convolution")
     state = create_state(config, execution, CPU)
     assert "FFT: the kernels on the chip are for a GPU" in capsys.readouterr().err
-    assert state.model.blocks[0].ssm.convolution is convolve
+    assert state.model.blocks[0].ssm.convolution == way("fft")
 
 
 @pytest.mark.parametrize(
