@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from diffussm.bidirectional import BidirectionalSSM, Convolution
+from diffussm.chunked import modes
+from diffussm.convolution import later
 from diffussm.fft_convolution import FFT
 
 __all__ = ["relative_errors", "Measured", "autotune_convolution"]
@@ -73,16 +75,22 @@ def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
     return dict.fromkeys(_TOLERANCE, 2 * fft["output"])
 
 
-def _candidates() -> dict[str, Convolution]:
-    from diffussm.gpu_kernels import triton_convolve  # here, for it needs Triton
+_CHUNKS = ((16, 4), (16, 8), (16, 16), (32, 8))  # positions at a time, warps
 
-    return {
-        f"on the chip, {precision}": Convolution(
-            functools.partial(triton_convolve, precision=precision),
-            BidirectionalSSM.spectra,
-        )
-        for precision in ("tf32", "tf32x3")
-    }
+
+def _candidates(length: int) -> dict[str, Convolution]:
+    from diffussm.gpu_kernels import LENGTHS, triton_convolve  # they need Triton
+
+    found = {}
+    for precision in ("tf32", "tf32x3") if length in LENGTHS else ():
+        apply = functools.partial(triton_convolve, precision=precision)
+        name = f"on the chip, {precision}"
+        found[name] = Convolution(apply, BidirectionalSSM.spectra)
+    for chunk, warps in _CHUNKS:
+        kernels = later("chunked_kernels:chunked_triton")
+        apply = functools.partial(kernels, chunk=chunk, warps=warps)
+        found[f"chunks of {chunk}, {warps} warps"] = Convolution(apply, modes)
+    return found
 
 
 def _right_ones(
@@ -94,7 +102,7 @@ def _right_ones(
     allowed = _allowed(dtype, errors["FFT"])
     right = {"FFT": FFT}
     faults = []
-    for name, candidate in _candidates().items():
+    for name, candidate in _candidates(length).items():
         try:
             found = errors[name] = relative_errors(candidate, *case)
         except Exception as error:  # Triton raises many kinds
@@ -149,11 +157,6 @@ def _try_all(
     length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> Measured:
     try:
-        from diffussm.gpu_kernels import LENGTHS
-
-        if length not in LENGTHS:
-            known = ", ".join(map(str, LENGTHS))
-            return Measured(FFT, f"FFT: L = {length} is none of {known}")
         right, errors, faults = _right_ones(length, d_model, batch, device, dtype)
         problem = _problem(length, d_model, batch, device, dtype)
         seconds = _median_seconds(right, problem)

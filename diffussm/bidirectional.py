@@ -83,6 +83,7 @@ WAYS = {
     "reference": "bidirectional:REFERENCE",
     "chunked": "chunked:CHUNKED",
     "triton": "gpu_kernels:TRITON",
+    "chunked_triton": "chunked_kernels:CHUNKED_TRITON",
 }
 
 

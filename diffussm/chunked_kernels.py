@@ -11,10 +11,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffussm.bidirectional import Convolution
+from diffussm.chunked import modes as modes_of
 from diffussm.fft_convolution import operator
 from diffussm.guards import expect, expect_one_of
 
-__all__ = ["chunked_triton"]
+__all__ = ["chunked_triton", "CHUNKED_TRITON"]
 
 
 _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
@@ -25,9 +27,8 @@ def _places(step, d, width, mirrored, B, L, D, T: tl.constexpr):
     """Offsets of a tile (channels, images, T) in (B, L, width); which of them exist."""
     b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
     p = (step * T + tl.arange(0, T))[None, None, :]
-    position = tl.where(mirrored, L - 1 - p, p)
     inside = (d < D)[:, None, None] & (b < B) & (p < L)
-    return (b * L + position) * width + d[:, None, None], inside
+    return (b * L + tl.where(mirrored, L - 1 - p, p)) * width + d[:, None, None], inside
 
 
 @triton.jit
@@ -151,11 +152,10 @@ def _through_states(
     sr, si, ar, ai, powers, row, T: tl.constexpr, LAGS: tl.constexpr, N: tl.constexpr
 ):
     """P and Q from the sums of g S and of g A: (channels, t, modes) each."""
-    lag = tl.arange(0, T) + 1
-    zr, zi = _power(powers, row, lag, LAGS, N)
+    lag = (tl.arange(0, T) + 1)[None, :, None]
+    zr, zi = _power(powers, row, tl.arange(0, T) + 1, LAGS, N)
     sr, si = _times(sr, si, zr, zi)
     ar, ai = _times(ar, ai, zr, zi)
-    lag = lag[None, :, None]
     qr, qi = tl.sum(lag * sr + T * ar, 1, True), tl.sum(lag * si + T * ai, 1, True)
     return tl.sum(sr, 1, True), tl.sum(si, 1, True), qr, qi
 
@@ -208,12 +208,12 @@ def _modes_kernel(
     pr = tl.full((CHANNELS, T, _padded(N)), 0.0, tl.float32)
     near = tl.full((CHANNELS, T, T), 0.0, tl.float32)
     si, ar, ai, pi, qr, qi = sr, sr, sr, pr, pr, pr
+    g, out = g + way * D, out + tl.program_id(1) * 2 * D * (4 * N + 1)
     for step in range(tl.cdiv(L, T)):
         at, inside = _places(step, d, D, way == 1, B, L, D, T)
         x = _operand(tl.load(u + at, inside, 0.0), PRECISION)
         at, inside = _places(step, d, 2 * D, way == 1, B, L, D, T)
-        y = tl.permute(tl.load(g + way * D + at, inside, 0.0), (0, 2, 1))
-        y = _operand(y, PRECISION)
+        y = tl.permute(_operand(tl.load(g + at, inside, 0.0), PRECISION), (0, 2, 1))
         near = _dot(y, x, near, PRECISION)
         pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
         pi = _dot(y, _operand(si, PRECISION), pi, PRECISION)
@@ -225,15 +225,16 @@ def _modes_kernel(
         sr, si = _dot(x, vr, sr, PRECISION), _dot(x, vi, si, PRECISION)
     pr, pi, qr, qi = _through_states(pr, pi, qr, qi, powers, row, T, LAGS, N)
     pr, pi, qr, qi, skip = _diagonals(near, pr, pi, qr, qi, powers, row, T, LAGS, N)
-    out += tl.program_id(1) * 2 * D * (4 * N + 1)
     _store_modes(out, modes, row, d < D, pr, pi, qr, qi, skip, N)
 
 
 def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), N real."""
     D, n = modes.shape[1], modes.shape[2] // 4
-    powers = modes.new_empty(2, D, chunk + 1, 2 * n)
-    kernel = modes.new_empty(2, D, chunk)
+    powers, kernel = (
+        modes.new_empty(2, D, chunk + 1, 2 * n),
+        modes.new_empty(2, D, chunk),
+    )
     _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk)
     return powers, kernel
 
@@ -287,8 +288,6 @@ def _chunked_triton_backward(
 
 
 class _ChunkedTriton(torch.autograd.Function):
-    """The two operators, tied together for autograd."""
-
     @staticmethod
     def forward(ctx: Any, u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
         ctx.save_for_backward(u, modes)
@@ -318,8 +317,7 @@ def chunked_triton(
         precision: Of the products: "bf16", "tf32", "tf32x3" (nearly float32) or "ieee"
             (float32, on no tensor core). None: "bf16" or "tf32x3", by the dtype of u.
         chunk: Positions at a time: 16, 32 or 64.
-        warps: Of one program, and its channels: 4, 8 or 16. None: 8, or 4 where tables
-            are wider than "bf16" and "tf32".
+        warps: Of one program, and its channels: 4, 8 or 16. None: by the precision.
 
     Returns:
         (B, L, 2D) in the dtype of `u`.
@@ -341,10 +339,12 @@ def _check(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> 
     M = expect("modes", modes, "2 D M", D=D)[2]
     if M % 4 != 1 or M < 5:
         raise ValueError(f"modes has {M} numbers a channel: expected 2N + 1, N even")
-    one = [torch.float32]
-    for name, x, known in (("u", u, [*one, torch.bfloat16]), ("modes", modes, one)):
-        if x.dtype not in known:
-            raise TypeError(f"{name} is {x.dtype}: expected one of {known}")
+    if u.dtype not in (torch.float32, torch.bfloat16) or modes.dtype != torch.float32:
+        given = f"u is {u.dtype}, modes {modes.dtype}"
+        raise TypeError(f"{given}: expected float32 or bfloat16, and float32")
     expect_one_of("precision", precision, ("bf16", "tf32", "tf32x3", "ieee"))
     expect_one_of("chunk", chunk, (16, 32, 64))
     expect_one_of("warps", warps, (4, 8, 16))
+
+
+CHUNKED_TRITON = Convolution(chunked_triton, modes_of)

@@ -128,7 +128,8 @@ class Execution:
         strategy: Whole replicas of the network, or shards of it (fsdp).
         activation_checkpointing: Compute activations again instead of keeping them.
         compile: Let torch.compile fuse the blocks.
-        convolution: fft, chunked, reference, triton, auto (measure) or module:function.
+        convolution: fft, chunked, reference, triton, chunked_triton, auto (measure) or
+            module:function.
     """
 
     log_every: int = bounded(50, least=1)

@@ -13,7 +13,7 @@ if not GPU:
         "1"  # read when the kernels are defined and when they are called
     )
 
-from diffussm import autotuning, gpu_kernels  # noqa: E402
+from diffussm import autotuning, chunked_kernels, gpu_kernels  # noqa: E402
 from diffussm.autotuning import Measured, autotune_convolution  # noqa: E402
 from diffussm.fft_convolution import FFT  # noqa: E402
 
@@ -94,6 +94,12 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
     assert autotuning._try_all(
         1024, 4, 2, DEVICE, torch.bfloat16
     ).convolution.apply.keywords == {"precision": "tf32"}
+
+
+@pytest.fixture(autouse=True)
+def the_four_steps_alone(monkeypatch):
+    """The interpreter takes seconds for each; a test of the chunks names its own."""
+    monkeypatch.setattr(autotuning, "_CHUNKS", ())
 
 
 def choose(**options):
@@ -178,11 +184,24 @@ def test_a_kernel_that_fails_stops_nothing(monkeypatch, fault):
     assert choose().reason.startswith("FFT: trying the others failed")
 
 
-def test_other_lengths_stay_with_the_fft():
-    assert (
-        choose(length=100).reason
-        == "FFT: L = 100 is none of 256, 512, 1024, 2048, 4096"
+@pytest.mark.slow
+def test_chunks_are_chosen_at_any_length_where_they_agreed_and_won(monkeypatch):
+    monkeypatch.setattr(autotuning, "_CHUNKS", ((16, 4),))
+    monkeypatch.setattr(
+        autotuning,
+        "_median_seconds",
+        lambda sides, problem: {n: -len(n) for n in sides},
     )
+    choice = choose(length=20)
+    assert choice.convolution.apply.keywords == {"chunk": 16, "warps": 4}
+    assert choice.reason.startswith("chunks of 16, 4 warps: FFT")
+    assert max(choice.errors["chunks of 16, 4 warps"].values()) < 1e-4
+    right = chunked_kernels.chunked_triton
+    monkeypatch.setattr(
+        chunked_kernels, "chunked_triton", lambda u, m, **sizes: 1.1 * right(u, m)
+    )
+    choice = choose(length=20)
+    assert choice.convolution is FFT and "times what is allowed" in choice.reason
 
 
 def test_without_triton_the_fft_stays(monkeypatch):

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is not made for this system")
 
 from diffussm import chunked_kernels
-from diffussm.bidirectional import BidirectionalSSM
+from diffussm.bidirectional import BidirectionalSSM, way
+from diffussm.chunked import modes as modes_of
 from diffussm.chunked_kernels import chunked_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,18 +27,6 @@ def some_modes(D, n):
     decay, angle = -0.2 * torch.rand(2, D, n), 3 * torch.rand(2, D, n)
     weights, skip = torch.randn(2, D, 2 * n) / n, torch.randn(2, D, 1)
     return torch.cat([decay, angle, weights, skip], 2)
-
-
-def modes_of(layer):
-    """As the kernels take them: (2, D, 2N + 1)."""
-    rows = []
-    skips = layer.skip.view(2, -1, 1)
-    for kernel, skip in zip(
-        (layer.forward_kernel, layer.backward_kernel), skips, strict=True
-    ):
-        log_dA, w = kernel.discrete()
-        rows.append(torch.cat([log_dA.real, log_dA.imag, w.real, w.imag, skip], 1))
-    return torch.stack(rows)
 
 
 def kernels_of(modes, length):
@@ -204,6 +193,18 @@ def test_bfloat16_has_the_twins_output_and_gradients_within_its_rounding(monkeyp
     assert all(1e-4 < error(*pair) < 2e-2 for pair in zip(ours, true, strict=True))
 
 
+def test_a_layer_with_it_is_the_layer_without():
+    layer = BidirectionalSSM(2, 4).to(DEVICE)
+    u, leaves = torch.randn(1, 20, 2, device=DEVICE), [*layer.parameters()]
+    results = []
+    for name in ("fft", "chunked_triton"):
+        layer.convolution = way(name)
+        y = layer(u)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for clear, fast in zip(*results, strict=True):
+        assert error(fast, clear.double().cpu()) < 1e-4
+
+
 def test_seven_launches_forward_and_backward(monkeypatch):
     launched = []
     for name in ("_powers_kernel", "_walk_kernel", "_modes_kernel"):
@@ -264,10 +265,10 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="precision='fp8': .*known: bf16, tf32"):
         chunked_triton(u, modes, "fp8")
     with pytest.raises(
-        TypeError, match="u is torch.float64: expected one of .*bfloat16"
+        TypeError, match="u is torch.float64, modes .*: expected float32 or b"
     ):
         chunked_triton(u.double(), modes)
-    with pytest.raises(TypeError, match="modes is torch.float64: expected .*float32"):
+    with pytest.raises(TypeError, match="modes torch.float64: expected .*and float32"):
         chunked_triton(u, modes.double())
     with pytest.raises(ValueError, match=r"expected \(2, D=1, M\)"):
         chunked_triton(u[..., :1], modes)
