@@ -56,7 +56,8 @@ def with_gradients(function, u, modes, grad):
 def error(ours, true):
     """The largest difference, relative to the largest entry."""
     assert ours.shape == true.shape
-    return float((ours.double().cpu() - true).abs().max() / true.abs().max())
+    ours, true = ours.detach().double().cpu(), true.detach()
+    return float((ours - true).abs().max() / true.abs().max())
 
 
 def errors(B, L, D, n, **options):
