@@ -101,8 +101,11 @@ class HourglassBlock(nn.Module):
         Y = self.ssm(U, prepared)  # (B, L, 2D)
         Y = rearrange(Y, "b (j k) e -> b j k e", k=self.downsample)  # (B, J, M, 2D)
         I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
-        O: Tensor = self.w3(F.gelu(self.w2(I_prime)) * F.gelu(self.w1(I)))  # (B, J, D)
-        return x + O
+        O: Tensor = self.w3(self._gated(F.gelu(self.w2(I_prime)), F.gelu(self.w1(I))))
+        return x + O  # (B, J, D)
+
+    def _gated(self, path: Tensor, gate: Tensor) -> Tensor:
+        return path * gate  # (B, J, 2D)
 
     def _initialize(self) -> None:
         for linear in (self.modulation, self.w0, self.w_up, self.w1, self.w2):

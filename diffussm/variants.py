@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,20 +116,8 @@ def _directed(config: DiffuSSMConfig, direction: str) -> DiffuSSM:
 class _SumBlock(RecomputingBlock):
     """An hourglass block that adds where the paper's multiplies."""
 
-    def forward(
-        self, x: Tensor, c: Tensor, prepared: Tensor | None = None, *_: Any
-    ) -> Tensor:
-        """As `HourglassBlock.forward`, but for the last line."""
-        shift, scale = self.modulation(F.silu(c)).unsqueeze(1).chunk(2, dim=2)
-        I = self.norm(x) * (1 + scale) + shift  # (B, J, D)
-        U = F.gelu(self.w_up(F.gelu(self.w0(I))))  # (B, J, MD)
-        U = rearrange(U, "b j (k d) -> b (j k) d", k=self.downsample)  # (B, L, D)
-        Y = self.ssm(U, prepared)  # (B, L, 2D)
-        Y = rearrange(Y, "b (j k) e -> b j k e", k=self.downsample)  # (B, J, M, 2D)
-        I_prime = F.gelu(self.w_down(Y)).flatten(2)  # (B, J, 2D)
-        gate, path = F.gelu(self.w1(I)), F.gelu(self.w2(I_prime))  # (B, J, 2D) each
-        y: Tensor = x + self.w3((path + gate) / 2)
-        return y
+    def _gated(self, path: Tensor, gate: Tensor) -> Tensor:
+        return (path + gate) / 2  # (B, J, 2D)
 
 
 def places(order: str, height: int, width: int) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffussm import recomputation
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.efficiency import DiT
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
@@ -220,3 +221,17 @@ def test_other_names_are_refused(variant, told):
         network("order:snake", replace(CONFIG, patch_size=2))
     with pytest.raises(ValueError, match="power of 2"):
         network("order:hilbert", replace(CONFIG, input_size=(8, 6)))
+
+
+def test_the_sum_recomputes_as_the_product_does(monkeypatch):
+    seen, plain = [], recomputation.checkpoint
+    monkeypatch.setattr(
+        recomputation,
+        "checkpoint",
+        lambda *args, **how: seen.append(1) or plain(*args, **how),
+    )
+    model = network("gate:sum", CONFIG)
+    model.activation_checkpointing = "all"
+    t, y = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    model(torch.randn(1, 1, 8, 8), t, y)
+    assert len(seen) == CONFIG.n_blocks
