@@ -347,8 +347,10 @@ def environment() -> dict[str, str]:
     """What a reader needs to judge a number: processor, threads, versions (and the GPU
     if there is one).
     """
+    from diffussm.study_runs import processor  # here, for it costs seconds
+
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
@@ -358,16 +360,6 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _synchronize() -> None:

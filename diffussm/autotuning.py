@@ -86,8 +86,8 @@ def _candidates(length: int) -> dict[str, Convolution]:
         apply = functools.partial(triton_convolve, precision=precision)
         name = f"on the chip, {precision}"
         found[name] = Convolution(apply, BidirectionalSSM.spectra)
+    kernels = later("chunked_kernels:chunked_triton")
     for chunk, warps in _CHUNKS:
-        kernels = later("chunked_kernels:chunked_triton")
         apply = functools.partial(kernels, chunk=chunk, warps=warps)
         found[f"chunks of {chunk}, {warps} warps"] = Convolution(apply, modes)
     return found

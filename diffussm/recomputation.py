@@ -4,6 +4,7 @@ Generated from book/23_recomputation.md by `make export`: edit there.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -84,6 +85,13 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.made.setdefault(memory._cdata, entry)
         return result
 
+    def left(self, known: set[int]) -> Iterator[tuple[str, int]]:
+        """Maker and bytes of what is still there and not `known`."""
+        for key, (memory, size, maker) in self.made.items():
+            gone = memory.expired()  # type: ignore[no-untyped-call]
+            if key not in known and not gone:
+                yield maker, size
+
 
 def kept_by(
     config: Any, precision: str, images: int, recompute: Recompute
@@ -104,9 +112,8 @@ def kept_by(
             y = block(x, c, ready, recompute)
         known.add(y.untyped_storage()._cdata)  # the next block's input
         kept = Counter({"input": x.untyped_storage().nbytes()})
-        for key, (memory, size, maker) in noted.made.items():
-            if key not in known and not memory.expired():
-                kept[maker] += size
+        for maker, size in noted.left(known):
+            kept[maker] += size
     return kept
 
 
@@ -116,9 +123,5 @@ def kept_by_kernels(config: Any) -> float:
         layer = RecomputingBlock(config.d_model, config.d_state, config.downsample).ssm
         own = {p.untyped_storage()._cdata for p in layer.parameters()}
         ready = layer.prepare(config.seq_len)
-        kept = sum(
-            size
-            for key, (memory, size, _) in noted.made.items()
-            if key not in own and not memory.expired()
-        )
+        kept = sum(size for _, size in noted.left(own))
     return float(kept + ready.nbytes)  # and the gradient of what is ready

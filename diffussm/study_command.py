@@ -3,6 +3,7 @@
 Generated from book/97_study_command.md by `make export`: edit there.
 """
 
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,13 +71,12 @@ def _carry_out(
     from diffussm.study_runs import run_study
 
     runs = {run.digest: run for each in runs_of(asked, out).values() for run in each}
-    done: list[Row] = []
+    number = itertools.count(1)
 
     def tell(row: "Row") -> None:
-        done.append(row)
-        print(f"{len(done)}: {_in_short(row)}", flush=True)
+        print(f"{next(number)}: {_in_short(row)}", flush=True)
         if record is not None:
-            _add_rows(record, done)
+            _add_rows(record, [row])
 
     goes_on = "finished runs are kept, the same command goes on"
     with interruptible(lambda: goes_on):

@@ -38,6 +38,7 @@ from diffussm.watching import Watch, held_out_bits, watched_loss
 
 __all__ = [
     "Row",
+    "processor",
     "Job",
     "row_there",
     "run_study",
@@ -56,7 +57,7 @@ def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row
     watch = Watch(run.recipe, data, held_out, 0)
     hooks: dict[str, Any] = {"on_scores": watch, "progress": False, "dataset": data}
     hooks["network"] = partial(network, run.variant)
-    row = _facts(run) | {"measure": json.loads(json.dumps(asdict(measure)))}
+    row = _facts(run) | {"measure": _as_json(measure)}
     try:
         state = train(run.recipe, folder, run.execution, device, **hooks)
         row |= _measured(state.ema, run, measure, data, held_out)
@@ -68,12 +69,13 @@ def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row
 
 
 def _environment() -> dict[str, Any]:
-    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    machine = {"processor": processor(), "cores": os.cpu_count()}
     return machine | {"python": platform.python_version(), **versions()}
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """What this machine's processor calls itself."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -168,8 +170,11 @@ def row_there(run: Run, out: Path, measure: Measure) -> Row | None:
     if not file.exists():
         return None
     row: Row = read_json(file, "the result of a run")
-    asked = json.loads(json.dumps(asdict(measure)))
-    return row if row.get("measure") == asked else None
+    return row if row.get("measure") == _as_json(measure) else None
+
+
+def _as_json(measure: Measure) -> Any:
+    return json.loads(json.dumps(asdict(measure)))
 
 
 def run_study(

@@ -54,8 +54,8 @@ class TrainState:
             torch.set_rng_state(generator(recipe.seed, "weights", 0).get_state())
             model = network(recipe.model).to(device)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
-        for network in (model, ema):
-            prepare(network)
+        for one in (model, ema):
+            prepare(one)
         groups = parameter_groups(model, recipe.lr, recipe.ssm_lr, recipe.weight_decay)
         how: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
         optimizer = torch.optim.AdamW(
