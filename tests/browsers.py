@@ -21,6 +21,15 @@ def absent(reason: str, variable: str) -> None:
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    """Keeps connections, and lets the browser keep what all pages share."""
+
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self) -> None:
+        if "/_static/" in self.path:
+            self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
+
     def log_message(self, *_: object) -> None:
         pass
 

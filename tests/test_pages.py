@@ -10,31 +10,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from visits import PAGES, Visit, book, open_page, server, visit_page  # noqa: F401
+from visits import PAGES, Tab, Visit, the_book, the_server, the_tab, the_visit  # noqa: F401
 
 from tools.book import ROOT
 from tools.preface import preface
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="session")
-def context(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(color_scheme="light", reduced_motion="reduce")
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="session", params=PAGES, ids=lambda page: page.split("/")[-1])
-def visit(request: pytest.FixtureRequest, context: Any, server: str) -> Iterator[Visit]:  # noqa: F811
-    visit = visit_page(context, server, request.param)
-    yield visit
-    visit.tab.close()
+THEME = "light"
 
 
 def prose(visit: Visit) -> str:
@@ -186,7 +171,7 @@ def test_exported_cells_carry_the_badge(visit: Visit) -> None:
     assert badges == [f"diffussm.{visit.chapter.module}"] * len(visit.chapter.exported)
 
 
-def test_links_within_the_book_lead_somewhere(visit: Visit, book: Path) -> None:  # noqa: F811
+def test_links_within_the_book_lead_somewhere(visit: Visit, book: Path) -> None:
     for link in visit.tab.evaluate(
         "[...document.querySelectorAll('article a[href]')].map(a => a.href)"
     ):
@@ -239,25 +224,35 @@ def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
     assert visit.elsewhere == []
 
 
-def test_search_finds_a_chapter(context: Any, server: str) -> None:  # noqa: F811
-    tab, complaints, elsewhere = open_page(context, server, "search.html?q=state")
-    tab.wait_for_selector("#search-results li a")
+def test_search_finds_a_chapter(tab: Tab) -> None:
+    page = tab.open("search.html?q=state")
+    page.wait_for_selector("#search-results li a")
     assert any(
-        text.strip() for text in tab.locator("#search-results li a").all_text_contents()
+        text.strip()
+        for text in page.locator("#search-results li a").all_text_contents()
     )
-    assert complaints == [] and elsewhere == []
-    tab.close()
+    assert tab.complaints == [] and tab.elsewhere == []
 
 
-def test_front_page_leads_to_the_book(context: Any, server: str) -> None:  # noqa: F811
-    tab, _, elsewhere = open_page(context, server, "index.html")
-    tab.wait_for_url(f"**/{PAGES[0]}.html")
-    links = tab.evaluate(
+def test_front_page_leads_to_the_book(tab: Tab) -> None:
+    page = tab.open("index.html")
+    page.wait_for_url(f"**/{PAGES[0]}.html")
+    links = page.evaluate(
         "[...document.querySelectorAll('nav.bd-links a')].map(a => "
         "a.href.split('#')[0])"
     )
-    assert [f"{server}/{page}.html" in links for page in PAGES[1:]] == [True] * (
+    assert [f"{tab.server}/{page}.html" in links for page in PAGES[1:]] == [True] * (
         len(PAGES) - 1
     )
-    assert elsewhere == []
-    tab.close()
+    assert tab.elsewhere == []
+
+
+def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
+    tab: Tab,
+) -> None:
+    visit = tab.visit("book/glossary")
+    assert visit.violations() == []
+    visit.tab.evaluate("[...document.querySelectorAll('dd p')].at(-2).id = 'pale'")
+    visit.tab.evaluate("document.querySelector('#pale').style.color = '#999'")
+    (fault,) = visit.violations()
+    assert fault.startswith("color-contrast: #pale: ")

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
-from visits import PAGES, Visit, book, server, visit_page  # noqa: F401
+from visits import Visit, the_book, the_server, the_tab, the_visit  # noqa: F401
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture(scope="session")
-def context(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(color_scheme="dark", reduced_motion="reduce")
-    yield context
-    context.close()
-
-
-@pytest.fixture(scope="session", params=PAGES, ids=lambda page: page.split("/")[-1])
-def visit(request: pytest.FixtureRequest, context: Any, server: str) -> Iterator[Visit]:  # noqa: F811
-    visit = visit_page(context, server, request.param)
-    assert visit.tab.evaluate("document.documentElement.dataset.theme") == "dark"
-    yield visit
-    visit.tab.close()
+THEME = "dark"
 
 
 def test_nothing_is_light_in_the_dark(visit: Visit) -> None:
