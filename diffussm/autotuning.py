@@ -89,7 +89,7 @@ def _candidates(length: int) -> dict[str, Convolution]:
     kernels = later("chunked_kernels:chunked_triton")
     for chunk, warps in _CHUNKS:
         apply = functools.partial(kernels, chunk=chunk, warps=warps)
-        found[f"chunks of {chunk}, {warps} warps"] = Convolution(apply, modes)
+        found[f"chunks of {chunk}, {warps} warps"] = Convolution(apply, modes, True)
     return found
 
 

@@ -68,10 +68,12 @@ class Convolution:
     Attributes:
         apply: (u, prepared) -> y, real (B, L, D) -> (B, L, 2D).
         prepare: (layer, L) -> one tensor, made of the layer's weights only.
+        together: Whether `torch.vmap` may map `prepare` over the weights of many layers.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
     prepare: Callable[["BidirectionalSSM", int], Tensor]
+    together: bool = False
 
     def __call__(self, u: Tensor, prepared: Tensor) -> Tensor:
         """What `apply` returns."""

@@ -4,16 +4,18 @@ Generated from book/19_chunked.md by `make export`: edit there.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from diffussm.bidirectional import BidirectionalSSM, Convolution
 from diffussm.convolution import without_autocast
 from diffussm.guards import expect, expect_int, expect_real
 
-__all__ = ["modes", "chunked", "CHUNKED"]
+__all__ = ["modes", "chunked", "CHUNKED", "prepare_layers"]
 
 
 def modes(layer: BidirectionalSSM, length: int = 0) -> Tensor:
@@ -134,4 +136,28 @@ def chunked(u: Tensor, modes: Tensor, chunk: int = 64) -> Tensor:
         return _by_chunks(u.to(modes.dtype), modes, T).to(u.dtype)
 
 
-CHUNKED = Convolution(chunked, modes)
+CHUNKED = Convolution(chunked, modes, together=True)
+
+
+class _Prepare(nn.Module):
+    """`layer.prepare` as a module, which can be called with other weights."""
+
+    def __init__(self, layer: BidirectionalSSM) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, length: int) -> Tensor:
+        return self.layer.prepare(length)
+
+
+def prepare_layers(layers: Sequence[BidirectionalSSM], length: int) -> list[Tensor]:
+    """What `layer.prepare(length)` is for each layer; together where the way may."""
+    way: Any = layers[0].convolution
+    alike = {(type(layer), layer.convolution) for layer in layers}
+    if len(alike) > 1 or not getattr(way, "together", False):
+        return [layer.prepare(length) for layer in layers]
+    named = [dict(_Prepare(layer).named_parameters()) for layer in layers]
+    stacked = {name: torch.stack([one[name] for one in named]) for name in named[0]}
+    first = _Prepare(layers[0])
+    prepare = torch.vmap(lambda weights: functional_call(first, weights, (length,)))
+    return list(prepare(stacked))

@@ -16,9 +16,10 @@ from diffussm.chunked import modes as modes_of
 from diffussm.fft_convolution import operator
 from diffussm.guards import expect, expect_one_of
 
-__all__ = ["chunked_triton", "CHUNKED_TRITON"]
+__all__ = ["STAGES", "chunked_triton", "CHUNKED_TRITON"]
 
 
+STAGES = 4
 _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
 
 
@@ -118,12 +119,11 @@ def _readout(
 
 @triton.jit
 def _walk_kernel(
-    x, before, y, modes, powers, kernel, B, L, D, X, Y,
-    FIRST: tl.constexpr, ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
-    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, modes, powers, kernel, B, L, D, X, ADJOINT: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of 16 images, from end to end: x (B, L, X) -> y (B, L, Y)."""
-    way = FIRST + tl.program_id(2)
+    """Some channels of 16 images, from end to end: x (B, L, X) -> y (B, L, 2D)."""
+    way = tl.program_id(2)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, mirrored = way * D + tl.minimum(d, D - 1), (way == 1) != ADJOINT
     near = _near(kernel, row, T, PRECISION)
@@ -133,15 +133,14 @@ def _walk_kernel(
     zr, zi = _power(powers, row, T + tl.arange(0, 1), T, N)
     sr = tl.full((CHANNELS, _IMAGES, _padded(N)), 0.0, tl.float32)
     si, none = sr, tl.full((CHANNELS, _IMAGES, T), 0.0, tl.float32)
-    x, y = x + way * (X - D), y + way * (Y - D)
+    x, y = x + way * (X - D), y + way * D
     for step in range(tl.cdiv(L, T)):
         at, inside = _places(step, d, X, mirrored, B, L, D, T)
         u = _operand(tl.load(x + at, inside, 0.0), PRECISION)
-        at, inside = _places(step, d, Y, mirrored, B, L, D, T)
-        out = tl.load(before + at, inside, 0.0) if FIRST == 1 else none
-        out = _dot(u, near, out, PRECISION)
+        out = _dot(u, near, none, PRECISION)
         out = _dot(_operand(sr, PRECISION), rr, out, PRECISION)
         out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
+        at, inside = _places(step, d, 2 * D, mirrored, B, L, D, T)
         tl.store(y + at, out, inside)
         sr, si = _times(sr, si, zr, zi)
         sr, si = _dot(u, vr, sr, PRECISION), _dot(u, vi, si, PRECISION)
@@ -241,7 +240,7 @@ def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 
 def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
     sizes = {"N": modes.shape[2] // 4, "CHANNELS": warps, "num_warps": warps}
-    return {**sizes, "num_stages": 2, "PRECISION": precision}
+    return {**sizes, "num_stages": STAGES, "PRECISION": precision}
 
 
 def _shape(u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
@@ -249,7 +248,7 @@ def _shape(u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
 
 
 def _backward_shape(grad: Tensor, u: Tensor, modes: Tensor, *settings: Any) -> Any:
-    return u.new_empty(u.shape), torch.empty_like(modes)
+    return torch.empty_like(grad), torch.empty_like(modes)
 
 
 @operator("chunked_triton", _shape)
@@ -258,11 +257,10 @@ def _chunked_triton(
 ) -> Tensor:
     (B, L, D), u, modes = u.shape, u.contiguous(), modes.contiguous()
     y = u.new_empty(B, L, 2 * D)
-    given = modes, *_tables(modes, chunk), B, L, D, D, 2 * D
-    constants = _constants(modes, precision, warps) | {"T": chunk}
+    given = modes, *_tables(modes, chunk), B, L, D, D, False, chunk
     if y.numel():
         grid = triton.cdiv(D, warps), triton.cdiv(B, 16), 2
-        _walk_kernel[grid](u, u, y, *given, FIRST=0, ADJOINT=False, **constants)
+        _walk_kernel[grid](u, y, *given, **_constants(modes, precision, warps))
     return y
 
 
@@ -271,20 +269,17 @@ def _chunked_triton_backward(
     grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
 ) -> tuple[Tensor, Tensor]:
     u, g, modes = (x.contiguous() for x in (u, grad, modes))
-    (B, L, D), tables = u.shape, _tables(modes, chunk)
+    (B, L, D), tables, both = u.shape, _tables(modes, chunk), torch.empty_like(g)
     if not u.numel():
-        return torch.empty_like(u), torch.zeros_like(modes)
-    past, grad_u = torch.empty_like(u, dtype=torch.float32), torch.empty_like(u)
-    given = modes, *tables, B, L, D, 2 * D, D
-    constants = _constants(modes, precision, warps) | {"T": chunk, "ADJOINT": True}
-    grid = triton.cdiv(D, warps), triton.cdiv(B, 16)
-    _walk_kernel[(*grid, 1)](g, past, past, *given, FIRST=0, **constants)
-    _walk_kernel[(*grid, 1)](g, past, grad_u, *given, FIRST=1, **constants)
-    grid = triton.cdiv(D, min(warps, 8)), triton.cdiv(B, 16)
+        return both, torch.zeros_like(modes)
+    given = modes, *tables, B, L, D, 2 * D, True, chunk
+    grid = triton.cdiv(D, warps), triton.cdiv(B, 16), 2
+    _walk_kernel[grid](g, both, *given, **_constants(modes, precision, warps))
+    grid = triton.cdiv(D, min(warps, 8)), triton.cdiv(B, 16), 2
     parts = modes.new_empty(grid[1], *modes.shape)
     constants = _constants(modes, precision, min(warps, 8)) | {"T": 16, "LAGS": chunk}
-    _modes_kernel[(*grid, 2)](u, g, parts, modes, tables[0], B, L, D, **constants)
-    return grad_u, parts.sum(0)
+    _modes_kernel[grid](u, g, parts, modes, tables[0], B, L, D, **constants)
+    return both, parts.sum(0)
 
 
 class _ChunkedTriton(torch.autograd.Function):
@@ -298,7 +293,9 @@ class _ChunkedTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given = *ctx.saved_tensors, *ctx.settings
-        return *_chunked_triton_backward(grad, *given), None, None, None
+        both, grad_modes = _chunked_triton_backward(grad, *given)
+        forward, backward = both.chunk(2, dim=2)
+        return forward + backward, grad_modes, None, None, None
 
 
 def chunked_triton(
@@ -347,4 +344,4 @@ def _check(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> 
     expect_one_of("warps", warps, (4, 8, 16))
 
 
-CHUNKED_TRITON = Convolution(chunked_triton, modes_of)
+CHUNKED_TRITON = Convolution(chunked_triton, modes_of, together=True)

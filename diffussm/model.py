@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffussm.bidirectional import BidirectionalSSM
+from diffussm.chunked import prepare_layers
 from diffussm.convolution import without_autocast
 from diffussm.embeddings import (
     Labels,
@@ -173,8 +175,9 @@ class DiffuSSM(nn.Module):
 
     def prepare(self, length: int) -> list[Tensor]:
         """For each block what its convolution needs of the weights, for a length L."""
-        layers: list[Any] = [block.ssm for block in self.blocks]
-        return [layer.prepare(length) for layer in layers]
+        return prepare_layers(
+            [cast(BidirectionalSSM, b.ssm) for b in self.blocks], length
+        )
 
     def _prepared(self, length: int) -> Sequence[Tensor | None]:
         """What the convolution of each block prepares; None: it does so by itself."""
