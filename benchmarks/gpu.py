@@ -41,11 +41,12 @@ from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
-from diffussm.fft_convolution import FFT
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
+from diffussm.parallel import speed_up
 from diffussm.profiling import time_by_kind
 from diffussm.resources import peak_flops
+from diffussm.sampling_at_scale import replay
 from diffussm.two_level import vandermonde_two_level
 
 Row = dict[str, Any]
@@ -63,14 +64,15 @@ class Sizes:
         (4096, 16),
         (16384, 2),
     )  # L, B
-    curve: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    curve: tuple[int, ...] = (1024, 4096, 16384)
     sizes: tuple[int, ...] = (32, 64)  # sides of the latent
     places: tuple[int, ...] = (
         2**15,
         2**16,
     )  # positions in a training batch: 32 and 64 images of L = 1024
-    batches: tuple[int, ...] = (8, 16, 32)  # of guided images
-    steps: int = 50
+    batches: tuple[int, ...] = (8, 64)  # of guided images
+    steps: int = 20
+    steps_computed: int = 3  # of the sampler that computes its kernels at every step
     runs: int = 5
     compile: bool = True
 
@@ -85,6 +87,7 @@ REHEARSAL = Sizes(
     (128, 256),
     (2, 4),
     3,
+    2,
     2,
     False,
 )
@@ -214,12 +217,17 @@ def chosen(
 def block_job(
     block: nn.Module, batch: int, places: int, device: torch.device
 ) -> Callable[[], object]:
-    """Forward and backward of a block under bfloat16."""
+    """Forward and backward of a block under bfloat16, from what is prepared."""
     d_model = block.modulation.in_features
     x = torch.randn(batch, places, d_model, device=device, requires_grad=True)
-    c = torch.randn(batch, d_model, device=device, requires_grad=True)
-    inputs, probe = [x, c, *block.parameters()], torch.randn(x.shape, device=device)
-    forward = autocast(lambda: block(x, c), device)
+    given = [x, torch.randn(batch, d_model, device=device, requires_grad=True)]
+    learned = dict(block.named_parameters())
+    if isinstance(block, HourglassBlock):  # made once in a step, for all blocks
+        prepared = block.ssm.prepare(places * block.downsample)
+        given.append(prepared.detach().requires_grad_())
+        learned = {k: p for k, p in learned.items() if not k.startswith("ssm.")}
+    inputs, probe = [*given, *learned.values()], torch.randn(x.shape, device=device)
+    forward = autocast(lambda: block(*given), device)
     return lambda: torch.autograd.grad(forward(), inputs, probe)
 
 
@@ -249,7 +257,6 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
             sides = {"DiT": block_job(block, batch, length, device), "DiffuSSM": job}
             yield attempt(what, ratio, what, sides, sizes.runs, attention=name, **facts)
-    ours.ssm.convolution = FFT
     seconds = alternate(
         {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve},
         runs=sizes.runs,
@@ -259,6 +266,7 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     exponent = float(np.polyfit(np.log(sizes.curve), np.log(medians), 1)[0])
     yield {
         "what": "exponent of the cost of a block",
+        "convolution": convolution,
         "exponent": round(exponent, 3),
         "seconds": seconds,
     }
@@ -411,7 +419,7 @@ def one_training(
 
 def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """One image with kept kernels against computing them at every step; images/s of
-    guided batches.
+    guided batches, compiled and replayed.
     """
     depth = (sizes.blocks or {"DiffuSSM": 29})["DiffuSSM"]
     for size in sizes.sizes:
@@ -421,27 +429,35 @@ def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         )
         model = make_model("DiffuSSM", config, str(device)).eval()
         sides = {
-            name: autocast(sampling_job(side, sizes.steps), device)
+            name: autocast(sampling_job(side, sizes.steps_computed), device)
             for name, side in (
                 ("computed at every step", Uncached(model)),
                 ("kept", model),
             )
         }
-        what = f"sampling, {size} x {size}, batch 1, {sizes.steps} steps"
+        what = f"sampling, {size} x {size}, batch 1, {sizes.steps_computed} steps"
         require_agreement(what, *(side() for side in sides.values()), 0.0)
         yield attempt(what, ratio, what, sides, sizes.runs, size=size)
         for batch in sizes.batches:
-            job = autocast(sampling_job(model, sizes.steps, batch, 1.5), device)
-            seconds = alternate({"guided": job}, runs=2)["guided"]
-            per_second = batch / statistics.median(seconds) * sizes.steps / 250
-            yield {
-                "what": f"sampling, {size} x {size}, batch {batch}, guided, as of "
-                "250 steps",
-                "images_per_second": per_second,
-                "seconds": seconds,
-                "batch": batch,
-                "size": size,
-            }
+            convolution, name = chosen(sizes, config.seq_len, 2 * batch, device)
+            speed_up(model, convolution, False, device)
+            if sizes.compile and batch == sizes.batches[0]:
+                for block in model.blocks:
+                    block.compile(dynamic=False)
+                replay(model)
+            what = f"sampling, {size} x {size}, batch {batch}, guided, as of 250 steps"
+            row = attempt(what, one_sampling, model, batch, sizes, device)
+            yield row | {"batch": batch, "size": size, "convolution": name}
+
+
+def one_sampling(
+    model: DiffuSSM, batch: int, sizes: Sizes, device: torch.device
+) -> Row:
+    """Images/s of guided batches, if all 250 steps take what a few of them take."""
+    job = autocast(sampling_job(model, sizes.steps, batch, 1.5), device)
+    seconds = alternate({"guided": job}, runs=2)["guided"]
+    per_second = batch / statistics.median(seconds) * sizes.steps / 250
+    return {"images_per_second": per_second, "seconds": seconds}
 
 
 SECTIONS = {

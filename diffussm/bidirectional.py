@@ -85,7 +85,7 @@ WAYS = {
     "reference": "bidirectional:REFERENCE",
     "chunked": "chunked:CHUNKED",
     "triton": "gpu_kernels:TRITON",
-    "chunked_triton": "chunked_kernels:CHUNKED_TRITON",
+    "chunked_triton": "segments:CHUNKED_TRITON",
 }
 
 

@@ -3,23 +3,13 @@
 Generated from book/75_chunked_kernels.md by `make export`: edit there.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diffussm.bidirectional import Convolution
-from diffussm.chunked import modes as modes_of
-from diffussm.fft_convolution import operator
-from diffussm.guards import expect, expect_one_of
-
-__all__ = ["STAGES", "chunked_triton", "CHUNKED_TRITON"]
+__all__ = ["powers_kernel", "decay_powers", "walk_kernel", "modes_kernel"]
 
 
-STAGES = 4
 _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
 
 
@@ -63,7 +53,7 @@ def _padded(n):
 
 
 @triton.jit
-def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
+def powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
     """Of one row of modes (2D, 4N + 1): (2D, T + 1, 2N) and (2D, T), N the modes."""
     row, lag = tl.program_id(0), tl.arange(0, 2 * T)[:, None]
     n = tl.arange(0, _padded(N))[None, :]
@@ -79,6 +69,15 @@ def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
     lag = tl.arange(0, 2 * T)
     skip = tl.load(modes + row * (4 * N + 1) + 4 * N)
     tl.store(kernel + row * T + lag, tl.where(lag == 0, k + skip, k), lag < T)
+
+
+def decay_powers(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), T the chunk."""
+    D, n = modes.shape[1], modes.shape[2] // 4
+    powers = modes.new_empty(2, D, chunk + 1, 2 * n)
+    kernel = modes.new_empty(2, D, chunk)
+    powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk, num_warps=1)
+    return powers, kernel
 
 
 @triton.jit
@@ -118,9 +117,19 @@ def _readout(
 
 
 @triton.jit
-def _walk_kernel(
-    x, y, modes, powers, kernel, B, L, D, X, ADJOINT: tl.constexpr,
-    T: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+def _state(d, way, B, D, N: tl.constexpr):
+    """Offsets of a tile (channels, images, modes) in (B, 2, D, 2N); which exist."""
+    b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
+    n = tl.arange(0, _padded(N))[None, None, :]
+    at = ((b * 2 + way) * D + d[:, None, None]) * 2 * N + n
+    return at, (d < D)[:, None, None] & (b < B) & (n < N)
+
+
+@triton.jit
+def walk_kernel(
+    x, y, states, modes, powers, kernel, B, L, D, X, PASS: tl.constexpr,
+    ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some channels of 16 images, from end to end: x (B, L, X) -> y (B, L, 2D)."""
     way = tl.program_id(2)
@@ -131,19 +140,25 @@ def _walk_kernel(
     vr, vi = _power(powers, row, T - 1 - tl.arange(0, T), T, N)
     vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
     zr, zi = _power(powers, row, T + tl.arange(0, 1), T, N)
-    sr = tl.full((CHANNELS, _IMAGES, _padded(N)), 0.0, tl.float32)
-    si, none = sr, tl.full((CHANNELS, _IMAGES, T), 0.0, tl.float32)
+    lies, exists = _state(d, way, B, D, N)
+    sr = tl.load(states + lies, exists & (PASS == "from"), 0.0)
+    si = tl.load(states + lies + N, exists & (PASS == "from"), 0.0)
+    none = tl.full((CHANNELS, _IMAGES, T), 0.0, tl.float32)
     x, y = x + way * (X - D), y + way * D
     for step in range(tl.cdiv(L, T)):
         at, inside = _places(step, d, X, mirrored, B, L, D, T)
         u = _operand(tl.load(x + at, inside, 0.0), PRECISION)
-        out = _dot(u, near, none, PRECISION)
-        out = _dot(_operand(sr, PRECISION), rr, out, PRECISION)
-        out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
-        at, inside = _places(step, d, 2 * D, mirrored, B, L, D, T)
-        tl.store(y + at, out, inside)
+        if PASS != "to":
+            out = _dot(u, near, none, PRECISION)
+            out = _dot(_operand(sr, PRECISION), rr, out, PRECISION)
+            out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
+            at, inside = _places(step, d, 2 * D, mirrored, B, L, D, T)
+            tl.store(y + at, out, inside)
         sr, si = _times(sr, si, zr, zi)
         sr, si = _dot(u, vr, sr, PRECISION), _dot(u, vi, si, PRECISION)
+    if PASS == "to":
+        tl.store(states + lies, sr, exists)
+        tl.store(states + lies + N, si, exists)
 
 
 @triton.jit
@@ -190,9 +205,10 @@ def _store_modes(out, modes, row, exists, pr, pi, qr, qi, skip, N: tl.constexpr)
 
 
 @triton.jit
-def _modes_kernel(
-    u, g, out, modes, powers, B, L, D, T: tl.constexpr, LAGS: tl.constexpr,
-    N: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+def modes_kernel(
+    u, g, out, states, ages, modes, powers, B, L, D, PASS: tl.constexpr,
+    T: tl.constexpr, LAGS: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u (B, L, D), g (B, L, 2D) -> the gradient of the modes for each 16 images."""
     way = tl.program_id(2)
@@ -203,145 +219,35 @@ def _modes_kernel(
     fr, fi = _operand(share * vr, PRECISION), _operand(share * vi, PRECISION)
     vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
     zr, zi = _power(powers, row, T + tl.arange(0, 1), LAGS, N)
-    sr = tl.full((CHANNELS, _IMAGES, _padded(N)), 0.0, tl.float32)
+    lies, exists = _state(d, way, B, D, N)
+    from_ = exists & (PASS == "from")
+    sr, si = tl.load(states + lies, from_, 0.0), tl.load(states + lies + N, from_, 0.0)
+    ar, ai = tl.load(ages + lies, from_, 0.0), tl.load(ages + lies + N, from_, 0.0)
     pr = tl.full((CHANNELS, T, _padded(N)), 0.0, tl.float32)
     near = tl.full((CHANNELS, T, T), 0.0, tl.float32)
-    si, ar, ai, pi, qr, qi = sr, sr, sr, pr, pr, pr
+    pi, qr, qi = pr, pr, pr
     g, out = g + way * D, out + tl.program_id(1) * 2 * D * (4 * N + 1)
     for step in range(tl.cdiv(L, T)):
         at, inside = _places(step, d, D, way == 1, B, L, D, T)
         x = _operand(tl.load(u + at, inside, 0.0), PRECISION)
-        at, inside = _places(step, d, 2 * D, way == 1, B, L, D, T)
-        y = tl.permute(_operand(tl.load(g + at, inside, 0.0), PRECISION), (0, 2, 1))
-        near = _dot(y, x, near, PRECISION)
-        pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
-        pi = _dot(y, _operand(si, PRECISION), pi, PRECISION)
-        qr = _dot(y, _operand(ar, PRECISION), qr, PRECISION)
-        qi = _dot(y, _operand(ai, PRECISION), qi, PRECISION)
+        if PASS != "to":
+            at, inside = _places(step, d, 2 * D, way == 1, B, L, D, T)
+            y = tl.permute(_operand(tl.load(g + at, inside, 0.0), PRECISION), (0, 2, 1))
+            near = _dot(y, x, near, PRECISION)
+            pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
+            pi = _dot(y, _operand(si, PRECISION), pi, PRECISION)
+            qr = _dot(y, _operand(ar, PRECISION), qr, PRECISION)
+            qi = _dot(y, _operand(ai, PRECISION), qi, PRECISION)
         ar, ai = _times(ar + sr, ai + si, zr, zi)
         ar, ai = _dot(x, fr, ar, PRECISION), _dot(x, fi, ai, PRECISION)
         sr, si = _times(sr, si, zr, zi)
         sr, si = _dot(x, vr, sr, PRECISION), _dot(x, vi, si, PRECISION)
-    pr, pi, qr, qi = _through_states(pr, pi, qr, qi, powers, row, T, LAGS, N)
-    pr, pi, qr, qi, skip = _diagonals(near, pr, pi, qr, qi, powers, row, T, LAGS, N)
-    _store_modes(out, modes, row, d < D, pr, pi, qr, qi, skip, N)
-
-
-def _tables(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """z^0 ... z^T and k_0 ... k_{T-1}: (2, D, T + 1, N) and (2, D, T), N real."""
-    D, n = modes.shape[1], modes.shape[2] // 4
-    powers, kernel = (
-        modes.new_empty(2, D, chunk + 1, 2 * n),
-        modes.new_empty(2, D, chunk),
-    )
-    _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk)
-    return powers, kernel
-
-
-def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
-    sizes = {"N": modes.shape[2] // 4, "CHANNELS": warps, "num_warps": warps}
-    return {**sizes, "num_stages": STAGES, "PRECISION": precision}
-
-
-def _shape(u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
-    return u.new_empty(u.shape[0], u.shape[1], 2 * u.shape[2])
-
-
-def _backward_shape(grad: Tensor, u: Tensor, modes: Tensor, *settings: Any) -> Any:
-    return torch.empty_like(grad), torch.empty_like(modes)
-
-
-@operator("chunked_triton", _shape)
-def _chunked_triton(
-    u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
-) -> Tensor:
-    (B, L, D), u, modes = u.shape, u.contiguous(), modes.contiguous()
-    y = u.new_empty(B, L, 2 * D)
-    given = modes, *_tables(modes, chunk), B, L, D, D, False, chunk
-    if y.numel():
-        grid = triton.cdiv(D, warps), triton.cdiv(B, 16), 2
-        _walk_kernel[grid](u, y, *given, **_constants(modes, precision, warps))
-    return y
-
-
-@operator("chunked_triton_backward", _backward_shape)
-def _chunked_triton_backward(
-    grad: Tensor, u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int
-) -> tuple[Tensor, Tensor]:
-    u, g, modes = (x.contiguous() for x in (u, grad, modes))
-    (B, L, D), tables, both = u.shape, _tables(modes, chunk), torch.empty_like(g)
-    if not u.numel():
-        return both, torch.zeros_like(modes)
-    given = modes, *tables, B, L, D, 2 * D, True, chunk
-    grid = triton.cdiv(D, warps), triton.cdiv(B, 16), 2
-    _walk_kernel[grid](g, both, *given, **_constants(modes, precision, warps))
-    grid = triton.cdiv(D, min(warps, 8)), triton.cdiv(B, 16), 2
-    parts = modes.new_empty(grid[1], *modes.shape)
-    constants = _constants(modes, precision, min(warps, 8)) | {"T": 16, "LAGS": chunk}
-    _modes_kernel[grid](u, g, parts, modes, tables[0], B, L, D, **constants)
-    return both, parts.sum(0)
-
-
-class _ChunkedTriton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, modes: Tensor, *settings: Any) -> Tensor:
-        ctx.save_for_backward(u, modes)
-        ctx.settings = settings
-        return _chunked_triton(u, modes, *settings)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given = *ctx.saved_tensors, *ctx.settings
-        both, grad_modes = _chunked_triton_backward(grad, *given)
-        forward, backward = both.chunk(2, dim=2)
-        return forward + backward, grad_modes, None, None, None
-
-
-def chunked_triton(
-    u: Tensor,
-    modes: Tensor,
-    precision: str | None = None,
-    chunk: int = 16,
-    warps: int | None = None,
-) -> Tensor:
-    """The layer chunk by chunk on a GPU, both directions; first derivatives only.
-
-    Args:
-        u: Input, (B, L, D), float32 or bfloat16, any L.
-        modes: float32 (2, D, 2N + 1), of each direction and channel Re log dA, Im log
-            dA, Re w, Im w (N/2 each) and the skip.
-        precision: Of the products: "bf16", "tf32", "tf32x3" (nearly float32) or "ieee"
-            (float32, on no tensor core). None: "bf16" or "tf32x3", by the dtype of u.
-        chunk: Positions at a time: 16, 32 or 64.
-        warps: Of one program, and its channels: 4, 8 or 16. None: by the precision.
-
-    Returns:
-        (B, L, 2D) in the dtype of `u`.
-
-    Raises:
-        ValueError, TypeError: shapes, dtypes or options that the kernels do not know.
-
-    Source: eq-chunked-kernels-walk, eq-chunked-kernels-modes.
-    """
-    kind = precision or ("bf16" if u.dtype == torch.bfloat16 else "tf32x3")
-    warps = (8 if kind in ("bf16", "tf32") else 4) if warps is None else warps
-    _check(u, modes, kind, chunk, warps)
-    y: Tensor = _ChunkedTriton.apply(u, modes, kind, chunk, warps)
-    return y
-
-
-def _check(u: Tensor, modes: Tensor, precision: str, chunk: int, warps: int) -> None:
-    _, _, D = expect("u", u, "B L D")
-    M = expect("modes", modes, "2 D M", D=D)[2]
-    if M % 4 != 1 or M < 5:
-        raise ValueError(f"modes has {M} numbers a channel: expected 2N + 1, N even")
-    if u.dtype not in (torch.float32, torch.bfloat16) or modes.dtype != torch.float32:
-        given = f"u is {u.dtype}, modes {modes.dtype}"
-        raise TypeError(f"{given}: expected float32 or bfloat16, and float32")
-    expect_one_of("precision", precision, ("bf16", "tf32", "tf32x3", "ieee"))
-    expect_one_of("chunk", chunk, (16, 32, 64))
-    expect_one_of("warps", warps, (4, 8, 16))
-
-
-CHUNKED_TRITON = Convolution(chunked_triton, modes_of, together=True)
+    if PASS == "to":
+        tl.store(states + lies, sr, exists)
+        tl.store(states + lies + N, si, exists)
+        tl.store(ages + lies, ar, exists)
+        tl.store(ages + lies + N, ai, exists)
+    else:
+        pr, pi, qr, qi = _through_states(pr, pi, qr, qi, powers, row, T, LAGS, N)
+        pr, pi, qr, qi, skip = _diagonals(near, pr, pi, qr, qi, powers, row, T, LAGS, N)
+        _store_modes(out, modes, row, d < D, pr, pi, qr, qi, skip, N)

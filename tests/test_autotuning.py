@@ -13,7 +13,7 @@ if not GPU:
         "1"  # read when the kernels are defined and when they are called
     )
 
-from diffussm import autotuning, chunked_kernels, gpu_kernels  # noqa: E402
+from diffussm import autotuning, gpu_kernels, segments  # noqa: E402
 from diffussm.autotuning import Measured, autotune_convolution  # noqa: E402
 from diffussm.fft_convolution import FFT  # noqa: E402
 
@@ -196,9 +196,9 @@ def test_chunks_are_chosen_at_any_length_where_they_agreed_and_won(monkeypatch):
     assert choice.convolution.apply.keywords == {"chunk": 16, "warps": 4}
     assert choice.reason.startswith("chunks of 16, 4 warps: FFT")
     assert max(choice.errors["chunks of 16, 4 warps"].values()) < 1e-4
-    right = chunked_kernels.chunked_triton
+    right = segments.chunked_triton
     monkeypatch.setattr(
-        chunked_kernels, "chunked_triton", lambda u, m, **sizes: 1.1 * right(u, m)
+        segments, "chunked_triton", lambda u, m, **sizes: 1.1 * right(u, m)
     )
     choice = choose(length=20)
     assert choice.convolution is FFT and "times what is allowed" in choice.reason

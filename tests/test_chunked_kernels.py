@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
 
-from diffussm import chunked_kernels
+from diffussm import chunked_kernels, segments
 from diffussm.bidirectional import BidirectionalSSM, way
 from diffussm.chunked import modes as modes_of
-from diffussm.chunked_kernels import chunked_triton
+from diffussm.segments import chunked_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,6 +78,24 @@ def agree(found):
 def test_equals_the_two_sums_and_every_gradient(length, chunk):
     """In float64 by the definition: output to 1e-5, of u and each kind of mode 1e-4."""
     agree(errors(1, length, 1, 2, precision="ieee", chunk=chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "B, length, D, n, chunk, pieces",
+    [(1, 128, 2, 4, 16, 2), (3, 256, 3, 17, 16, 4), (1, 1024, 1, 32, 64, 4)],
+)
+def test_segments_equal_the_two_sums(B, length, D, n, chunk, pieces):
+    """What a segment is given, forwards, for the adjoint, and for the modes."""
+    assert segments.segments(B, length, chunk) == pieces
+    agree(errors(B, length, D, n, precision="ieee", chunk=chunk, warps=4))
+
+
+def test_a_sequence_is_cut_where_rows_are_empty():
+    cut = segments.segments
+    assert [cut(B, 16384, 16) for B in (1, 2, 3, 16, 17)] == [32, 16, 8, 2, 1]
+    assert [cut(1, L, 16) for L in (64, 100, 128, 1008, 1024)] == [1, 1, 2, 1, 16]
+    assert cut(1, 1024, 64) == 4
 
 
 @pytest.mark.slow
@@ -203,15 +221,17 @@ def test_a_layer_with_it_is_the_layer_without():
         assert error(fast, clear.double().cpu()) < 1e-4
 
 
-def test_seven_launches_forward_and_backward(monkeypatch):
+@pytest.mark.parametrize("images, pieces", [(17, 1), (2, 4)])
+def test_six_launches_and_six_more_in_segments(monkeypatch, images, pieces):
     launched = []
-    for name in ("_powers_kernel", "_walk_kernel", "_modes_kernel"):
+    for name in ("powers", "walk", "modes", "carry"):
 
         def note(grid, name=name):
             return lambda *_, **__: launched.append(name)
 
         spy = type("Spy", (), {"__getitem__": lambda _, grid, note=note: note(grid)})
-        monkeypatch.setattr(chunked_kernels, name, spy())
+        home = chunked_kernels if name == "powers" else segments
+        monkeypatch.setattr(home, f"{name}_kernel", spy())
     made = []
 
     class Counted(TorchDispatchMode):
@@ -219,16 +239,19 @@ def test_seven_launches_forward_and_backward(monkeypatch):
             made.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    u, modes, grad = torch.randn(17, 20, 3), some_modes(3, 2), torch.randn(17, 20, 6)
-    ops = chunked_kernels._chunked_triton, chunked_kernels._chunked_triton_backward
+    assert segments.segments(images, 256, 16) == pieces
+    u, grad = torch.randn(images, 256, 3), torch.randn(images, 256, 6)
+    modes = some_modes(3, 2)
+    ops = segments._chunked_triton, segments._chunked_triton_backward
     with Counted():  # which does not look into an operator: the functions themselves
         ops[0]._init_fn(u, modes, "ieee", 16, 8)
         ops[1]._init_fn(grad, u, modes, "ieee", 16, 8)
-    forward = ["_powers_kernel", "_walk_kernel"]
-    assert launched == [*forward, *forward, "_walk_kernel", "_modes_kernel"]
-    computing = [
-        name for name in made if "empty" not in name and "diffussm" not in name
-    ]
+    walk, modes = (
+        [name] if pieces == 1 else [name, "carry", name] for name in ("walk", "modes")
+    )
+    assert launched == ["powers", *walk, "powers", *walk, *modes]
+    idle = "empty", "diffussm", "unsqueeze", "expand", "select"
+    computing = [name for name in made if not any(word in name for word in idle)]
     assert computing == ["aten.sum.dim_IntList"]
 
 
@@ -284,13 +307,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from diffussm import chunked_kernels
+from diffussm.segments import _STAGES
 
 PTXAS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-WALK = {"FIRST": 0, "ADJOINT": False, "T": 16}
-BACK, MODES = {"FIRST": 1, "ADJOINT": True, "T": 16}, {"T": 16, "LAGS": 16}
+WALK, FROM = {"PASS": "", "ADJOINT": False, "T": 16}, {"PASS": "from"}
+BACK, MODES = WALK | {"ADJOINT": True}, {"PASS": "", "T": 16, "LAGS": 16}
 CASES = [
-    (80, "_walk_kernel", 16, "bf16", WALK), (90, "_walk_kernel", 8, "tf32", BACK),
-    (90, "_modes_kernel", 8, "bf16", MODES), (80, "_modes_kernel", 8, "tf32", MODES),
+    (80, "walk_kernel", 8, "bf16", WALK), (90, "walk_kernel", 8, "tf32", BACK),
+    (90, "walk_kernel", 8, "bf16", WALK | FROM),
+    (90, "modes_kernel", 8, "bf16", MODES), (80, "modes_kernel", 8, "bf16", MODES),
+    (90, "modes_kernel", 8, "bf16", MODES | FROM),
+    (80, "modes_kernel", 8, "tf32", MODES),
 ]
 for capability, name, warps, precision, constants in CASES:
     kernel = getattr(chunked_kernels, name)
@@ -298,15 +325,15 @@ for capability, name, warps, precision, constants in CASES:
     wide = "*bf16" if precision == "bf16" else "*fp32"
     kinds = dict.fromkeys(("x", "y", "u", "g"), wide)
     kinds |= dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(("B", "L", "D", "X", "Y"), "i32")
+    kinds |= dict.fromkeys(("B", "L", "D", "X"), "i32")
     signature = {given: kinds.get(given, "*fp32") for given in kernel.arg_names}
     even = {  # as at a call with D = 1152: sizes and addresses that 16 divides
         (place,): [["tt.divisibility", 16]]
         for place, given in enumerate(kernel.arg_names)
-        if signature[given].startswith("*") or given in ("D", "X", "Y")
+        if signature[given].startswith("*") or given in ("D", "X")
     }
     source = ASTSource(kernel, signature, constants, even)
-    options = {"num_warps": warps, "num_stages": 2}
+    options = {"num_warps": warps, "num_stages": _STAGES}
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     ptx = pathlib.Path(sys.argv[1]) / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])

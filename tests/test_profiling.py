@@ -10,7 +10,7 @@ def test_a_profile_tells_kinds_apart():
     a, b = torch.randn(300, 300), torch.randn(3, 1, 2, 256, 32)
     jobs = {
         "matrix products": lambda: a @ a,
-        "FFT": lambda: torch.fft.rfft(a),
+        "convolution": lambda: torch.fft.rfft(a),
         "attention": lambda: F.scaled_dot_product_attention(*b),
         "other": lambda: torch.exp(a).cumsum(0),
     }
