@@ -17,7 +17,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
 from benchmarks.train_step import make_loss, make_model, make_step
 from diffussm.autotuning import autotune_convolution
-from diffussm.bidirectional import BidirectionalSSM
+from diffussm.bidirectional import WAYS, BidirectionalSSM, way
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
 from diffussm.hourglass import HourglassBlock
@@ -75,6 +75,7 @@ class Sizes:
     steps_computed: int = 3  # of the sampler that computes its kernels at every step
     runs: int = 5
     compile: bool = True
+    convolution: str = "auto"
 
 
 REHEARSAL = Sizes(
@@ -209,7 +210,9 @@ def convolutions(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def chosen(
     sizes: Sizes, length: int, batch: int, device: torch.device
 ) -> tuple[Any, str]:
-    """The convolution that the trainer would choose here, and its name."""
+    """The convolution that the trainer would choose here, or was told, and its name."""
+    if sizes.convolution != "auto":
+        return way(sizes.convolution), sizes.convolution
     choice = autotune_convolution(length, sizes.width, batch, device, torch.bfloat16)
     return choice.convolution, choice.reason.partition(":")[0]
 
@@ -457,7 +460,7 @@ def one_sampling(
     job = autocast(sampling_job(model, sizes.steps, batch, 1.5), device)
     seconds = alternate({"guided": job}, runs=2)["guided"]
     per_second = batch / statistics.median(seconds) * sizes.steps / 250
-    return {"images_per_second": per_second, "seconds": seconds}
+    return {"images_per_second": per_second, "seconds": seconds, "steps": sizes.steps}
 
 
 SECTIONS = {
@@ -504,6 +507,8 @@ def main(argv: list[str] | None = None) -> int:
         default=list(SECTIONS),
         help="default: all",
     )
+    told = "a way to run the convolution (default: auto, which tries all)"
+    parser.add_argument("--convolution", choices=["auto", *WAYS], help=told)
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -521,6 +526,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     sizes = REHEARSAL if arguments.rehearse else Sizes(sizes=tuple(arguments.sizes))
+    sizes = replace(sizes, convolution=arguments.convolution or "auto")
     file = RESULTS / "gpu.json"
     record = (
         json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}

@@ -13,10 +13,11 @@ __all__ = ["time_by_kind"]
 
 
 _FFT = "fft _forward_kernel _grad_u_kernel _grad_h_kernel"  # and ch. "GPU kernels"
+_CHUNKS = "powers_kernel walk_kernel carry_kernel modes_kernel"  # of the chunks
 _PRODUCTS = "::mm addmm bmm gemm cutlass nvjet xmma wgmma"
 _KINDS = {
     "attention": ("attention", "flash", "fmha"),
-    "FFT": tuple(_FFT.split()),
+    "convolution": (*_FFT.split(), *_CHUNKS.split()),
     "matrix products": tuple(_PRODUCTS.split()),
 }
 
@@ -33,7 +34,7 @@ def time_by_kind(job: Callable[[], object]) -> dict[str, float]:
     """Where the time of one call of `job` goes, as PyTorch's profiler sees it.
 
     Returns:
-        Seconds of "matrix products", "attention", "FFT" and "other": those of the
+        Seconds of "matrix products", "attention", "convolution" and "other": those of the
         kernels on a GPU, or of a job that launches none the operations on the CPU,
         each without those it calls.
 
@@ -50,7 +51,9 @@ def _profiled(job: Callable[[], object], on_gpu: bool) -> dict[str, float]:
         job()
         if on_gpu:
             torch.cuda.synchronize()
-    seconds = dict.fromkeys(("matrix products", "attention", "FFT", "other"), 0.0)
+    seconds = dict.fromkeys(
+        ("matrix products", "attention", "convolution", "other"), 0.0
+    )
     for event in recorded.key_averages():
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         seconds[_kind(event.key)] += own / 1e6
