@@ -68,7 +68,7 @@ class Convolution:
     Attributes:
         apply: (u, prepared) -> y, real (B, L, D) -> (B, L, 2D).
         prepare: (layer, L) -> one tensor, made of the layer's weights only.
-        together: Whether `torch.vmap` may map `prepare` over the weights of many layers.
+        together: Whether `torch.vmap` may map `prepare` over many layers' weights.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]

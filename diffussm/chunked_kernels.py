@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["powers_kernel", "decay_powers", "walk_kernel", "modes_kernel"]
+__all__ = ["decay_powers", "walk_kernel", "modes_kernel"]
 
 
 _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
@@ -53,7 +53,7 @@ def _padded(n):
 
 
 @triton.jit
-def powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
+def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
     """Of one row of modes (2D, 4N + 1): (2D, T + 1, 2N) and (2D, T), N the modes."""
     row, lag = tl.program_id(0), tl.arange(0, 2 * T)[:, None]
     n = tl.arange(0, _padded(N))[None, :]
@@ -76,7 +76,7 @@ def decay_powers(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     D, n = modes.shape[1], modes.shape[2] // 4
     powers = modes.new_empty(2, D, chunk + 1, 2 * n)
     kernel = modes.new_empty(2, D, chunk)
-    powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk, num_warps=1)
+    _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk, num_warps=1)
     return powers, kernel
 
 
@@ -126,6 +126,19 @@ def _state(d, way, B, D, N: tl.constexpr):
 
 
 @triton.jit
+def _begin(states, at, exists, PASS: tl.constexpr, N: tl.constexpr):
+    """The states that a walk is given, or zeros."""
+    exists = exists & (PASS == "from")
+    return tl.load(states + at, exists, 0.0), tl.load(states + at + N, exists, 0.0)
+
+
+@triton.jit
+def _leave(states, at, exists, real, imag, N: tl.constexpr):
+    tl.store(states + at, real, exists)
+    tl.store(states + at + N, imag, exists)
+
+
+@triton.jit
 def walk_kernel(
     x, y, states, modes, powers, kernel, B, L, D, X, PASS: tl.constexpr,
     ADJOINT: tl.constexpr, T: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
@@ -141,8 +154,7 @@ def walk_kernel(
     vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
     zr, zi = _power(powers, row, T + tl.arange(0, 1), T, N)
     lies, exists = _state(d, way, B, D, N)
-    sr = tl.load(states + lies, exists & (PASS == "from"), 0.0)
-    si = tl.load(states + lies + N, exists & (PASS == "from"), 0.0)
+    sr, si = _begin(states, lies, exists, PASS, N)
     none = tl.full((CHANNELS, _IMAGES, T), 0.0, tl.float32)
     x, y = x + way * (X - D), y + way * D
     for step in range(tl.cdiv(L, T)):
@@ -157,8 +169,7 @@ def walk_kernel(
         sr, si = _times(sr, si, zr, zi)
         sr, si = _dot(u, vr, sr, PRECISION), _dot(u, vi, si, PRECISION)
     if PASS == "to":
-        tl.store(states + lies, sr, exists)
-        tl.store(states + lies + N, si, exists)
+        _leave(states, lies, exists, sr, si, N)
 
 
 @triton.jit
@@ -205,6 +216,13 @@ def _store_modes(out, modes, row, exists, pr, pi, qr, qi, skip, N: tl.constexpr)
 
 
 @triton.jit
+def _add(y, sr, si, pr, pi, PRECISION: tl.constexpr):
+    """To the sums of products with both parts of a state, one chunk more."""
+    pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
+    return pr, _dot(y, _operand(si, PRECISION), pi, PRECISION)
+
+
+@triton.jit
 def modes_kernel(
     u, g, out, states, ages, modes, powers, B, L, D, PASS: tl.constexpr,
     T: tl.constexpr, LAGS: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
@@ -214,15 +232,13 @@ def modes_kernel(
     way = tl.program_id(2)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
-    vr, vi = _power(powers, row, age, LAGS, N)
-    share = (age / T)[None, :, None]
+    (vr, vi), share = _power(powers, row, age, LAGS, N), (age / T)[None, :, None]
     fr, fi = _operand(share * vr, PRECISION), _operand(share * vi, PRECISION)
     vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
     zr, zi = _power(powers, row, T + tl.arange(0, 1), LAGS, N)
     lies, exists = _state(d, way, B, D, N)
-    from_ = exists & (PASS == "from")
-    sr, si = tl.load(states + lies, from_, 0.0), tl.load(states + lies + N, from_, 0.0)
-    ar, ai = tl.load(ages + lies, from_, 0.0), tl.load(ages + lies + N, from_, 0.0)
+    sr, si = _begin(states, lies, exists, PASS, N)
+    ar, ai = _begin(ages, lies, exists, PASS, N)
     pr = tl.full((CHANNELS, T, _padded(N)), 0.0, tl.float32)
     near = tl.full((CHANNELS, T, T), 0.0, tl.float32)
     pi, qr, qi = pr, pr, pr
@@ -234,19 +250,15 @@ def modes_kernel(
             at, inside = _places(step, d, 2 * D, way == 1, B, L, D, T)
             y = tl.permute(_operand(tl.load(g + at, inside, 0.0), PRECISION), (0, 2, 1))
             near = _dot(y, x, near, PRECISION)
-            pr = _dot(y, _operand(sr, PRECISION), pr, PRECISION)
-            pi = _dot(y, _operand(si, PRECISION), pi, PRECISION)
-            qr = _dot(y, _operand(ar, PRECISION), qr, PRECISION)
-            qi = _dot(y, _operand(ai, PRECISION), qi, PRECISION)
+            pr, pi = _add(y, sr, si, pr, pi, PRECISION)
+            qr, qi = _add(y, ar, ai, qr, qi, PRECISION)
         ar, ai = _times(ar + sr, ai + si, zr, zi)
         ar, ai = _dot(x, fr, ar, PRECISION), _dot(x, fi, ai, PRECISION)
         sr, si = _times(sr, si, zr, zi)
         sr, si = _dot(x, vr, sr, PRECISION), _dot(x, vi, si, PRECISION)
     if PASS == "to":
-        tl.store(states + lies, sr, exists)
-        tl.store(states + lies + N, si, exists)
-        tl.store(ages + lies, ar, exists)
-        tl.store(ages + lies + N, ai, exists)
+        _leave(states, lies, exists, sr, si, N)
+        _leave(ages, lies, exists, ar, ai, N)
     else:
         pr, pi, qr, qi = _through_states(pr, pi, qr, qi, powers, row, T, LAGS, N)
         pr, pi, qr, qi, skip = _diagonals(near, pr, pi, qr, qi, powers, row, T, LAGS, N)

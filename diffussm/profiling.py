@@ -34,8 +34,8 @@ def time_by_kind(job: Callable[[], object]) -> dict[str, float]:
     """Where the time of one call of `job` goes, as PyTorch's profiler sees it.
 
     Returns:
-        Seconds of "matrix products", "attention", "convolution" and "other": those of the
-        kernels on a GPU, or of a job that launches none the operations on the CPU,
+        Seconds of "matrix products", "attention", "convolution" and "other": those of
+        the kernels on a GPU, or of a job that launches none the operations on the CPU,
         each without those it calls.
 
     Source: ch. "Where the time goes".

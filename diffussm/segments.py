@@ -18,7 +18,7 @@ from diffussm.chunked_kernels import decay_powers, modes_kernel, walk_kernel
 from diffussm.fft_convolution import operator
 from diffussm.guards import expect, expect_one_of
 
-__all__ = ["carry_kernel", "segments", "chunked_triton", "CHUNKED_TRITON"]
+__all__ = ["segments", "chunked_triton", "CHUNKED_TRITON"]
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _swap(states, at, exists, real, imag, N: tl.constexpr):
 
 
 @triton.jit
-def carry_kernel(
+def _carry_kernel(
     states, ages, modes, S, D, L, T: tl.constexpr, REVERSED: tl.constexpr,
     AGES: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -64,24 +64,22 @@ def segments(images: int, length: int, chunk: int) -> int:
     return S
 
 
-_STAGES = 4  # so many chunks are on their way from memory at a time
-
-
 def _constants(modes: Tensor, precision: str, warps: int) -> dict[str, Any]:
     sizes = {"N": modes.shape[2] // 4, "CHANNELS": warps, "num_warps": warps}
-    return {**sizes, "num_stages": _STAGES, "PRECISION": precision}
+    ahead = 4 if precision == "bf16" else 2  # chunks on their way from memory
+    return {**sizes, "num_stages": ahead, "PRECISION": precision}
 
 
 def _carry(
     states: Tensor, modes: Tensor, length: int, chunk: int, adjoint: bool
 ) -> None:
-    """The carry of all segments: (1 or 2, images, segments, 2, D, N), N real numbers."""
+    """The carry of all segments: (1 or 2, images, segments, 2, D, N), N real."""
     (kinds, B, S, _, D, _), n = states.shape, modes.shape[2] // 4
     sizes = {"S": S, "D": D, "L": length // S, "T": chunk, "N": n}
     how = {"REVERSED": adjoint, "AGES": kinds == 2, "num_warps": 1}
     padded = max(16, triton.next_power_of_2(n))
     given = states[0], states[-1], modes
-    carry_kernel[2 * D, B](*given, **sizes, **how, PADDED=padded)
+    _carry_kernel[2 * D, B](*given, **sizes, **how, PADDED=padded)
 
 
 def _in_segments(

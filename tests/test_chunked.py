@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from clear_sums import two_sums
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffussm.bidirectional import BidirectionalSSM, way
-from diffussm.chunked import CHUNKED, chunked, modes
+from diffussm.chunked import CHUNKED, chunked, modes, prepare_layers
 from diffussm.hourglass import HourglassBlock
 
 
@@ -158,3 +159,42 @@ def test_a_compiled_block_is_one_graph_with_the_same_values():
         results.append([y, *gradients])
     for clear, fast in zip(*results, strict=True):
         assert (clear - fast).abs().max() <= 1e-5 * clear.abs().max()
+
+
+def operations(layers):
+    made = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Counted():
+        prepare_layers(layers, 20)
+    return [name for name in made if "unbind" not in name and "select" not in name]
+
+
+def test_layers_are_prepared_together_and_each_gets_its_own():
+    layers = [BidirectionalSSM(3, 8) for _ in range(5)]
+    for layer in layers:
+        layer.convolution = CHUNKED
+    together, probe = prepare_layers(layers, 20), torch.randn(2, 3, 17)
+    for layer, ours in zip(layers, together, strict=True):
+        alone, leaves = layer.prepare(20), list(layer.parameters())
+        torch.testing.assert_close(ours, alone)
+        gradients = (
+            torch.autograd.grad((x * probe).sum(), leaves, retain_graph=True)
+            for x in (ours, alone)
+        )
+        for pair in zip(*gradients, strict=True):
+            torch.testing.assert_close(*pair)
+    assert len(operations(layers)) == len(operations(layers[:2]))
+
+
+def test_layers_that_are_not_alike_are_prepared_one_by_one():
+    layers = [BidirectionalSSM(3, 8) for _ in range(3)]
+    layers[1].convolution = CHUNKED
+    ours = prepare_layers(layers, 20)
+    for layer, one in zip(layers, ours, strict=True):
+        torch.testing.assert_close(one, layer.prepare(20))
+    assert [one.is_complex() for one in ours] == [True, False, True]
