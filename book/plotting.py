@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,7 +152,8 @@ def narrow(fig: Figure) -> bool:
     Panels of a row stand one under another, small ones and pictures two or more
     abreast; of two or three rows, each becomes a column. Twins, colour bars and insets
     move along with their axes. A legend that is too wide stands above all panels. A
-    single panel with much text can ask for more room: `fig.phone_width = 5`.
+    single panel with much text can ask for more room: `fig.phone_width = 5`; panels in
+    any number of rows for a number abreast: `fig.phone_columns = 3`.
     """
     width, height = fig.get_size_inches()
     phone = getattr(fig, "phone_width", PHONE)
@@ -181,7 +183,9 @@ def narrow(fig: Figure) -> bool:
     elif 1 < columns <= 3 >= rows and len(panels) == rows * columns:
         abreast = rows
         panels = [panels[r * columns + c] for c in range(columns) for r in range(rows)]
-    if spans or columns == 1 or (rows > 1 and abreast == columns):
+    asked = getattr(fig, "phone_columns", None)
+    abreast = asked or abreast
+    if spans or columns == 1 or (abreast == columns and (rows > 1 or asked)):
         tall = height * phone / width if square else min(height, 2.6 * rows)
         fig.set_size_inches(phone, tall)
     else:
@@ -270,8 +274,14 @@ def recorded(name: str) -> Any:
 def table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> None:
     """Show a table with these columns."""
     lines = (columns, ["---"] * len(columns), *rows)
-    text = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    text = ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
     display(Markdown("\n".join(text)))
+
+
+def _cell(value: object) -> str:
+    """What stands in a cell: a number on one line with its unit, or with its factor."""
+    unit = r"(?<=\d) (?=(?:×|x|ms|s|dB|%|[kMGT]?i?B)(?: |$))"
+    return re.sub(rf"{unit}|(?<=\d [×x]) (?=\d)", "\u00a0", str(value))
 
 
 def _as_array(image: Any) -> np.ndarray:

@@ -56,6 +56,14 @@
     code: () => wide("article pre"),
     tables: () => wide("article .pst-scrollable-table-container, article .table-wrapper"),
 
+    // What a table shows is read without scrolling it.
+    captions: () =>
+      all("article caption").filter(seen).flatMap((e) => {
+        const box = e.closest(".pst-scrollable-table-container, .table-wrapper") || e.parentElement;
+        const over = e.getBoundingClientRect().right - box.getBoundingClientRect().right;
+        return over > 1 ? [`${Math.round(over)} px over the edge: ${where(e)}`] : [];
+      }),
+
     // The page itself never moves sideways.
     body: () => {
       const width = document.documentElement.clientWidth;

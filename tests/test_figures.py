@@ -190,6 +190,39 @@ def test_a_picture_of_its_own_keeps_its_black_ground() -> None:
     assert "<path" in ground
 
 
+def test_a_figure_says_how_many_panels_stand_abreast_on_a_phone() -> None:
+    fig, axes = plt.subplots(2, 4, figsize=(8, 4))
+    for ax in axes.flat:
+        ax.imshow(np.eye(3))
+    fig.phone_columns = 3
+    plotting.narrow(fig)
+    fig.draw_without_rendering()
+    boxes = [ax.get_position() for ax in axes.flat]
+    assert len({round(box.y0, 3) for box in boxes[:3]}) == 1
+    assert boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0
+    assert boxes[3].y1 < boxes[2].y0 and round(boxes[3].x0 - boxes[0].x0, 3) == 0
+
+    fig, axes = plt.subplots(1, 5, figsize=(10, 2), width_ratios=[4, 8, 8, 8, 8])
+    for ax in axes:
+        ax.imshow(np.eye(3))
+    fig.phone_columns = 5
+    plotting.narrow(fig)
+    fig.draw_without_rendering()
+    assert fig.get_figwidth() == plotting.PHONE
+    assert len({ax.get_subplotspec().rowspan.start for ax in axes}) == 1
+
+
+def test_a_number_in_a_table_stays_with_its_unit() -> None:
+    kept = (
+        "5,292.3\u00a0ms",
+        "32\u00a0×\u00a032",
+        "2\u00a0x\u00a02 pixels",
+        "L = 4 blocks",
+    )
+    assert tuple(plotting._cell(cell.replace("\u00a0", " ")) for cell in kept) == kept
+    assert plotting._cell(3) == "3"
+
+
 def test_long_titles_of_panels_side_by_side_are_broken() -> None:
     fig, axes = plt.subplots(1, 2, figsize=(8, 3))
     for ax in axes:

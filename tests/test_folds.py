@@ -34,5 +34,5 @@ def test_plumbing_of_the_package_is_named_after_what_it_has(
 
 
 def test_preparations_that_only_import_say_so() -> None:
-    assert folds.title_of_preparations("import math\n") == "Imports"
+    assert folds.title_of_preparations("import math\n") == "Imports for this page"
     assert folds.title_of_preparations("import math\nx = 1\n") == "Preparations"

@@ -17,7 +17,7 @@ def test_nothing_is_light_in_the_dark(visit: Visit) -> None:
 def test_a_phone_shows_all_of_it(visit: Visit) -> None:
     """The page does not move sideways; what does shows it and can be reached."""
     visit.resize(390)
-    assert visit.faults("body", "equations", "silentScrollers") == []
+    assert visit.faults("body", "equations", "captions", "silentScrollers") == []
 
 
 def test_figures_can_be_read_on_a_phone(visit: Visit) -> None:

@@ -23,6 +23,7 @@ from tools.book import ROOT, reading_order
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 
+import accessible
 import api_reference
 import buttons
 import page_head
@@ -159,6 +160,16 @@ def test_pages_are_light(pages: dict[str, Page]) -> None:
             (here / file.partition("?")[0]).stat().st_size for file in files
         )
         assert size < 2_000_000, f"{name}: {size / 1e6:.2f} MB"
+
+
+def test_full_stop_after_a_formula_stays_on_its_line() -> None:
+    formula = r'<span class="math notranslate nohighlight">\(x &lt; y\)</span>'
+    context = {"body": f"<p>If {formula}, or {formula} else {formula}?)</p>"}
+    accessible.mend(Any, "page", "page.html", context, None)
+    held = '<span class="unbroken">' + formula
+    assert (
+        context["body"] == f"<p>If {held},</span> or {formula} else {held}?)</span></p>"
+    )
 
 
 def test_path_names_every_part_and_every_chapter() -> None:

@@ -1,4 +1,6 @@
-"""What a page says to a screen reader, where the theme and docutils say it wrongly."""
+"""What a page says to a screen reader, and where a line breaks, where the theme and
+docutils have it wrong.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,18 @@ SPOKEN = (
     (re.compile(r"<th([^>]*)>\s*(?:<p>\s*</p>)?\s*</th>"), r"<td\1></td>"),
     (re.compile(r' role="(?:list|doc-biblioentry|doc-backlink)"'), ""),
 )
+# To a browser a formula is a picture, and the full stop behind it begins a line.
+UNBROKEN = (
+    re.compile(r'(<span class="math[^"]*">\\\([^<]*\\\)</span>[.,;:!?)\]’”]+)'),
+    r'<span class="unbroken">\1</span>',
+)
 
 
 def mend(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
     """Called by Sphinx for each page, with its text as HTML."""
-    for wrong, right in SPOKEN:
+    for wrong, right in (*SPOKEN, UNBROKEN):
         context["body"] = wrong.sub(right, context.get("body", ""))
 
 

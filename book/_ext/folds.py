@@ -45,7 +45,7 @@ def title_of_preparations(code: str) -> str:
     """What a folded cell is called that shows nothing and is not in the package."""
     imports = ast.Import | ast.ImportFrom
     only = all(isinstance(statement, imports) for statement in ast.parse(code).body)
-    return "Imports" if only else "Preparations"
+    return "Imports for this page" if only else "Preparations"
 
 
 def parts(

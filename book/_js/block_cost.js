@@ -68,9 +68,9 @@ export function block_cost(stage, { log_length, width, downsample }) {
     curve.dot(log_length, ratio(L, width, downsample), hue.red, 6);
     const [x, y] = curve.at(log_length, ratio(L, width, downsample));
     pen.fillStyle = hue.text;
-    pen.textAlign = log_length > 10 ? "right" : "left";
+    pen.textAlign = log_length > 8 ? "right" : "left"; // above the curve, which rises
     const said = ratio(L, width, downsample).toFixed(2);
-    pen.fillText(`${said} times`, x + (log_length > 10 ? -10 : 10), Math.max(y - 8, 155));
+    pen.fillText(`${said} times`, x + (log_length > 8 ? -6 : 0), Math.max(y - 12, 155));
   };
   const view = canvas(stage, {
     label: "Multiply-adds of a block of DiffuSSM and of a transformer, and their ratio.",

@@ -82,7 +82,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
   };
   button(byHand, { label: "Clear", press: clear });
   slider(byHand, {
-    label: "noise up to t =", min: 20, max: 999, step: 1, value: noisiest,
+    label: "noise up to t\u00a0=", min: 20, max: 999, step: 1, value: noisiest,
     change(t) {
       noisiest = t;
       if (drawing) ask({});

@@ -72,9 +72,11 @@
 
   function mark(box, kind) {
     if (kind === "Formula") fold(box);
+    const did = box.classList.contains("scrolls");
+    box.classList.remove("scrolls"); // what scrolls is set wider
     const wide = tooWide(box);
-    if (wide === box.classList.contains("scrolls")) return;
     box.classList.toggle("scrolls", wide);
+    if (wide === did) return;
     if (wide) {
       box.tabIndex = 0;
       box.setAttribute("role", "group");
