@@ -103,7 +103,7 @@ bench: venv ## ratios against peers and limits, measured side by side (a GPU: be
 	if [ -n "$$failed" ]; then echo "a limit was not reached, or nothing was reported, in:$$failed"; exit 1; fi
 
 # Hours on two cores; what is there is not run again. For minutes: make evidence STUDIES=quick
-STUDIES ?= cpu openmoji16
+STUDIES ?= cpu samples openmoji16
 evidence: export ## the runs behind the page What matters, as many at once as there are cores (STUDIES=quick: minutes)
 	@for name in $(STUDIES); do \
 	    $(ONE_THREAD) $(RUN) -m diffussm study studies/$$name.yaml --out runs/$$name --record studies/results/$$name.jsonl; \

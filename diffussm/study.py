@@ -24,12 +24,24 @@ from diffussm.guards import (
     from_dict,
     refuse,
 )
+from diffussm.model_config import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, check_data, flat, from_flat
 from diffussm.parallel import micro_batch_of
 from diffussm.recipes import open_data, open_held_out, read_recipe, read_yaml
+from diffussm.sample_options import Sampler
 from diffussm.variants import count_parameters, image_macs, matched
 
-__all__ = ["Question", "Measure", "Study", "read_study", "Run", "runs_of", "images_of"]
+__all__ = [
+    "Question",
+    "Measure",
+    "as_asked",
+    "as_json",
+    "Study",
+    "read_study",
+    "Run",
+    "runs_of",
+    "images_of",
+]
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,10 @@ class Question:
         claim: What is claimed, in words, and by whom.
         first, second: The claim is that the first of these is not worse ... A name such
             as `DiT *` is the best of all that begin so.
-        margin: ... than the second by more than this, in bits per dimension.
+        margin: ... than the second by more than this, in the unit of `by`.
+        by: What is compared, the less the better: "bits" per dimension, the "frechet"
+            distance of drawn images, or the "disagreement": the share of those in which
+            the classifier reads another class.
     """
 
     asks: str
@@ -54,6 +69,7 @@ class Question:
     first: str = ""
     second: str = ""
     margin: float = bounded(0.0, least=0)
+    by: Literal["bits", "frechet", "disagreement"] = "bits"
 
     def named(self, pattern: str) -> list[str]:
         """The runs that a name with or without `*` stands for."""
@@ -79,11 +95,27 @@ class Measure:
         bits_steps: Lengths of the chains for which the bound is computed.
         bits_images: Images whose bound is computed.
         score_images: Images drawn for the kernel distances; 0 draws none.
+        judged_images: Images drawn for ch. "A judge of drawn images"; 0 draws none.
+        guidance: With each of these scales so many are drawn; 1 is none.
     """
 
     bits_steps: tuple[int, ...] = (25,)
     bits_images: int = bounded(64, least=2)
     score_images: int = bounded(128, least=0)
+    judged_images: int = bounded(0, least=0)
+    guidance: tuple[float, ...] = (1.0,)
+
+
+def as_asked(row: dict[str, Any], measure: Measure) -> bool:
+    """Whether a row was measured in this way."""
+    found = row.get("measure")
+    return found is not None and as_json(Measure()) | found == as_json(measure)
+
+
+def as_json(measure: Measure) -> dict[str, Any]:
+    """The measures of a row, as a file has them."""
+    kept: dict[str, Any] = json.loads(json.dumps(asdict(measure)))
+    return kept
 
 
 @dataclass(frozen=True)
@@ -111,6 +143,9 @@ class Study:
         check_fields(self.measure)
         refuse(not self.questions, "a study needs questions")
         refuse("seed" in self.options, "options: seeds says how many seeds there are")
+        drawn = {one.by for one in self.questions.values()} - {"bits"}
+        told = f"by {' and '.join(sorted(drawn))}: measure has no judged_images"
+        refuse(drawn and not self.measure.judged_images, told)
 
 
 def read_study(file: Path) -> Study:
@@ -136,12 +171,14 @@ def read_study(file: Path) -> Study:
 class Run:
     """One training run: what it learns, how it is carried out, and with which network.
 
-    The empty variant is a `DiffuSSM`; see ch. "Variants" for others.
+    The empty variant is a `DiffuSSM`; see ch. "Variants" for others. `guidance` is of
+    the images that are drawn afterwards: which of those measured is meant.
     """
 
     recipe: Recipe
     execution: Execution
     variant: str = ""
+    guidance: float = 1.0
 
     @property
     def digest(self) -> str:
@@ -155,13 +192,14 @@ def _run_of(base: dict[str, Any], options: dict[str, Any]) -> Run:
     """The run with the options of a recipe and changes to them."""
     changes = dict(options)
     variant = str(changes.pop("variant", ""))
+    guidance = float(changes.pop("guidance", 1.0))
     values = {**base, "model": dict(base["model"])}
     for name, value in changes.items():
         section, key = values, name
         if name.startswith("model."):
             section, key = values["model"], name.removeprefix("model.")
         section[key] = value
-    return Run(*from_flat(values), variant)
+    return Run(*from_flat(values), variant, guidance)
 
 
 def _equal(run: Run, first: Run, what: str) -> Run:
@@ -225,15 +263,41 @@ def _check_run(run: Run, measure: Measure, beside: Path | None) -> None:
     count_parameters(run.variant, run.recipe.model)
     for steps in measure.bits_steps:
         expect_int("bits_steps", steps, least=1, most=run.recipe.timesteps)
+    _check_guidance(run, measure)
     if beside is not None:
         data, held_out = images_of(run, beside)
         check_data(data, run.recipe)
         check_data(held_out, replace(run.recipe, batch_size=1))
+        told = "judged_images: latents are not judged, images are"
+        refuse(measure.judged_images and data.levels is None, told)
+
+
+def _check_guidance(run: Run, measure: Measure) -> None:
+    for scale in measure.guidance:
+        Sampler(cfg_scale=scale)
+    told = f"guidance={run.guidance:g}: "
+    if not measure.judged_images:
+        refuse(run.guidance != 1, f"{told}nothing is drawn, measure no judged_images")
+        return
+    expect_int("judged_images", measure.judged_images, least=2)
+    known = ", ".join(f"{scale:g}" for scale in measure.guidance)
+    lacks = run.guidance not in measure.guidance
+    refuse(lacks, f"{told}measure has guidance [{known}] only")
+    refuse(not run.recipe.model.num_classes, "judged_images: the model has no classes")
+
+
+def images_of(run: Run, beside: Path) -> tuple[Dataset, Dataset]:
+    """The images that a run is trained on, and those that it does not see."""
+    recipe, sizes = run.recipe, run.recipe.model
+    kinds = ("input_size", "in_channels", "num_classes")
+    plain: Any = {kind: getattr(sizes, kind) for kind in kinds}
+    model = DiffuSSMConfig(**plain, downsample=1, patch_size=1)
+    how: Any = {kind: getattr(recipe, kind) for kind in ("data", "flip", "exif_rotate")}
+    return _opened(Recipe(model=model, **how), run.execution.held_out, beside)
 
 
 @lru_cache(maxsize=8)
-def images_of(run: Run, beside: Path) -> tuple[Dataset, Dataset]:
-    """The images that a run is trained on, and those that it does not see."""
-    recipe, named = run.recipe, run.execution.held_out
+def _opened(recipe: Recipe, named: str, beside: Path) -> tuple[Dataset, Dataset]:
+    """The images of all runs that have these in common."""
     data = open_data(recipe, (), beside)
     return data, open_held_out(named, recipe, data.classes, beside)

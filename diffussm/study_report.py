@@ -24,6 +24,7 @@ __all__ = [
     "answers",
     "summary",
     "draw_answer",
+    "draw_guidance",
     "write_report",
     "effect_of",
 ]
@@ -59,23 +60,29 @@ class Answer:
     question: Question
     rows: dict[str, dict[int, Row]]
 
-    def bits(self, name: str) -> dict[int, float]:
-        """The bound of a run with the longest chain, by seed; for latents the loss."""
-        return {seed: _bits(row) for seed, row in self.rows.get(name, {}).items()}
+    def measured(self, name: str) -> dict[int, float]:
+        """What the question is decided by, of a run by seed; the less the better."""
+        rows, measure = self.rows.get(name, {}), _MEASURES[self.question.by][0]
+        found = {seed: measure(row) for seed, row in rows.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def best(self, pattern: str) -> str:
-        """Of the runs that a name stands for, if all are there, that of fewest bits."""
+        """Of the runs that a name stands for, if all are there, that of the least."""
         names = self.question.named(pattern)
-        there = [name for name in names if self.rows[name]]
-        if there != names:
-            return ""
-        return min(names, key=lambda name: statistics.mean(self.bits(name).values()))
+        found = {name: self.measured(name).values() for name in names}
+        there = all(found.values())
+        return min(names, key=lambda n: statistics.mean(found[n])) if there else ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether its runs differ in the guidance of what was drawn."""
+        return any("guidance" in (own or {}) for own in self.question.runs.values())
 
     @property
     def differences(self) -> list[float]:
         """Of the claim, one for each seed that both sides have."""
         claimed = self.question.first, self.question.second
-        first, second = (self.bits(self.best(name)) for name in claimed)
+        first, second = (self.measured(self.best(name)) for name in claimed)
         return [first[seed] - second[seed] for seed in sorted(first.keys() & second)]
 
     @property
@@ -85,10 +92,28 @@ class Answer:
 
 
 def _bits(row: Row) -> float:
+    """The bound with the longest chain; for latents the loss."""
     found = row["bits_per_dim"]
     if not found:
         return float(row["held_out"]["loss"])
     return float(found[max(found, key=int)]["bits_per_dim"])
+
+
+def _frechet(row: Row) -> float | None:
+    drawn = row.get("drawn")
+    return drawn and float(drawn["frechet"]["mean"])
+
+
+def _disagreement(row: Row) -> float | None:
+    drawn = row.get("drawn")
+    return drawn and 1 - float(drawn["agreement"])
+
+
+_MEASURES = {
+    "bits": (_bits, "bits/dim"),
+    "frechet": (_frechet, "in Fréchet distance"),
+    "disagreement": (_disagreement, "of the images read as another class"),
+}
 
 
 def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
@@ -97,9 +122,17 @@ def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
     found: dict[str, dict[str, dict[int, Row]]] = {}
     for (question, name), runs in runs_of(study).items():
         known = {run.recipe.seed: there.get(run.digest) for run in runs}
-        kept = {seed: row for seed, row in known.items() if row is not None}
+        scale = runs[0].guidance
+        kept = {s: _drawn_with(scale, row) for s, row in known.items() if row}
         found.setdefault(question, {})[name] = kept
     return {name: Answer(study.questions[name], rows) for name, rows in found.items()}
+
+
+def _drawn_with(scale: float, row: Row) -> Row:
+    """A row with what was drawn with one scale of guidance, and with real images."""
+    drawn = row.get("drawn", {})
+    one = drawn.get("guidance", {}).get(f"{scale:g}")
+    return row | {"drawn": one, "real": drawn.get("real"), "scale": scale}
 
 
 def _figures(row: Row) -> dict[str, float | None]:
@@ -110,8 +143,27 @@ def _figures(row: Row) -> dict[str, float | None]:
         "operations / 10^12": row["operations"] / 1e12,
         "seconds": row["seconds"],
         "bits/dim": _bits(row),
+        **_shorter(row),
         **quartiles,
         "kernel distance": row.get("scores", {}).get("score_kid_pixels"),
+        **(_of_images(row["drawn"]) if row["drawn"] else {}),
+    }
+
+
+def _shorter(row: Row) -> dict[str, float | None]:
+    """The bound with all chains but the longest."""
+    chains = sorted(row["bits_per_dim"], key=int)[:-1]
+    bits = {steps: row["bits_per_dim"][steps]["bits_per_dim"] for steps in chains}
+    return {f"bits/dim, {steps} steps": value for steps, value in bits.items()}
+
+
+def _of_images(found: Row) -> dict[str, float | None]:
+    """The columns of drawn images, or of real ones."""
+    return {
+        "Fréchet distance": found["frechet"]["mean"],
+        "agreement": found["agreement"],
+        "distance to nearest": found["nearest"],
+        "nearer than 99%": found["near"],
     }
 
 
@@ -120,10 +172,18 @@ def summary(answer: Answer) -> list[dict[str, str]]:
     lines = []
     for name, rows in answer.rows.items():
         found = [_figures(row) for row in rows.values()]
-        titles = found[0] if found else {}
-        columns = {title: _told([one[title] for one in found]) for title in titles}
-        lines.append({"run": name, "seeds": str(len(rows)), **columns})
+        lines.append({"run": name, "seeds": str(len(rows)), **_columns(found)})
+    real = [row["real"] for rows in answer.rows.values() for row in rows.values()]
+    if any(real):
+        floor = _columns([_of_images(one) for one in real if one])
+        lines.append({"run": "real images", "seeds": "–", **floor})
     return lines
+
+
+def _columns(found: list[dict[str, float | None]]) -> dict[str, str]:
+    """Each column of several rows, for a reader."""
+    titles = max(found, key=len, default={})
+    return {title: _told([one.get(title) for one in found]) for title in titles}
 
 
 def _told(values: list[float | None]) -> str:
@@ -157,6 +217,26 @@ def _curve(row: Row) -> tuple[list[int], list[float]]:
     return [step for step, _ in kept], [loss for _, loss in kept]
 
 
+def draw_guidance(axes: Sequence[Any], answer: Answer, colors: Sequence[str]) -> None:
+    """Three measures of drawn images over the guidance; dashed, of real ones."""
+    rows = [row for each in answer.rows.values() for row in each.values()]
+    rows = [row for row in rows if row["drawn"]]
+    titles = ("Fréchet distance", "agreement", "distance to nearest")
+    for ax, title in zip(axes, titles, strict=True):
+        points: dict[float, list[float]] = {}
+        for row in rows:
+            value: Any = _of_images(row["drawn"])[title]
+            points.setdefault(row["scale"], []).append(value)
+        for scale, values in points.items():
+            ax.plot([scale] * len(values), values, "o", color=colors[0], ms=4)
+        means = [statistics.mean(values) for values in points.values()]
+        ax.plot([*points], means, color=colors[0])
+        if rows:
+            floor: list[Any] = [_of_images(row["real"])[title] for row in rows]
+            ax.axhline(statistics.mean(floor), ls="--", color=colors[-1])
+        ax.set(xlabel="guidance $w$", ylabel=title)
+
+
 def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
     """Write OUT/report.md, and a figure for each question; returns the report.
 
@@ -168,7 +248,10 @@ def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
     text = ["# What the study says\n"]
     for name, answer in answers(study, rows).items():
         figure = Figure(figsize=(6.0, 3.0), layout="constrained")
-        draw_answer(figure.subplots(), answer, _COLORS)
+        if answer.guided:
+            draw_guidance(figure.subplots(1, 3), answer, _COLORS)
+        else:
+            draw_answer(figure.subplots(), answer, _COLORS)
         picture = out / f"{'-'.join(name.split())}.png"
         with whole_file(picture) as draft:
             figure.savefig(draft, format="png", dpi=120)
@@ -184,7 +267,7 @@ _COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 def _section(answer: Answer, picture: str) -> list[str]:
     """The lines of a report for one question."""
     lines, asked = summary(answer), answer.question
-    titles = sorted(map(list, lines), key=len)[-1]  # without rows there are few
+    titles = max(map(list, lines), key=len)  # without rows there are few
     rows = [[line.get(title, "") for title in titles] for line in lines]
     told = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
     if asked.claim:
@@ -197,9 +280,9 @@ def effect_of(answer: Answer) -> str:
     asked, found = answer.question, answer.differences
     if len(found) < 3:
         return f"{answer.verdict}: {len(found)} of at least 3 seeds are there"
-    low, high = bootstrap(found)
-    mean = statistics.mean(found)
-    effect = f"{mean:+.3f} bits/dim, 95% from {low:+.3f} to {high:+.3f}"
+    (low, high), mean = bootstrap(found), statistics.mean(found)
+    unit = _MEASURES[asked.by][1]
+    effect = f"{mean:+.3f} {unit}, 95% from {low:+.3f} to {high:+.3f}"
     return (
         f"{answer.verdict}: {answer.best(asked.first)} minus "
         f"{answer.best(asked.second)} is {effect} "

@@ -27,11 +27,12 @@ from diffussm.distributed import own_device
 from diffussm.evaluation import versions
 from diffussm.files import read_json, whole_file, write_json
 from diffussm.guards import explain
+from diffussm.judge import judged, jury_of
 from diffussm.model import DiffuSSM
 from diffussm.options import diffusion_of
 from diffussm.parallel import create_state
 from diffussm.runs import train
-from diffussm.study import Measure, Run, Study, images_of, runs_of
+from diffussm.study import Measure, Run, Study, as_asked, as_json, images_of, runs_of
 from diffussm.training import training_step
 from diffussm.variants import count_parameters, image_macs, network
 from diffussm.watching import Watch, held_out_bits, watched_loss
@@ -57,7 +58,7 @@ def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row
     watch = Watch(run.recipe, data, held_out, 0)
     hooks: dict[str, Any] = {"on_scores": watch, "progress": False, "dataset": data}
     hooks["network"] = partial(network, run.variant)
-    row = _facts(run) | {"measure": _as_json(measure)}
+    row = _facts(run) | {"measure": as_json(measure)}
     try:
         state = train(run.recipe, folder, run.execution, device, **hooks)
         row |= _measured(state.ema, run, measure, data, held_out)
@@ -110,6 +111,9 @@ def _measured(
     if measure.score_images:
         scores = Watch(run.recipe, data, held_out, measure.score_images)(model)
         row["scores"] = {k: v for k, v in scores.items() if k.startswith("score")}
+    if measure.judged_images:
+        jury = jury_of(data, held_out, measure.judged_images)
+        row["drawn"] = judged(model, run.recipe, jury, measure.guidance)
     return row
 
 
@@ -170,11 +174,7 @@ def row_there(run: Run, out: Path, measure: Measure) -> Row | None:
     if not file.exists():
         return None
     row: Row = read_json(file, "the result of a run")
-    return row if row.get("measure") == _as_json(measure) else None
-
-
-def _as_json(measure: Measure) -> Any:
-    return json.loads(json.dumps(asdict(measure)))
+    return row if as_asked(row, measure) else None
 
 
 def run_study(
@@ -243,4 +243,6 @@ def _passes(run: Run, measure: Measure, images: int) -> int:
     """Images that go through the network to measure a run."""
     looks = run.recipe.steps // run.execution.score_every
     bound = sum(measure.bits_steps) * measure.bits_images
-    return 2 * images * (looks + 1) + bound + 20 * measure.score_images
+    chains = sum(1 if scale == 1 else 2 for scale in measure.guidance)
+    drawn = measure.score_images + chains * measure.judged_images
+    return 2 * images * (looks + 1) + bound + 20 * drawn

@@ -5,8 +5,18 @@ from dataclasses import replace
 import pytest
 
 from diffussm.options import Execution
-from diffussm.study import Question, Study, read_study, runs_of
+from diffussm.study import (
+    Measure,
+    Question,
+    Study,
+    as_asked,
+    as_json,
+    images_of,
+    read_study,
+    runs_of,
+)
 
+DIGESTS = ["23664ddb8ec7", "d33e450777ea"]  # rows of 2026-11 have such names
 TWO = {"wide": {"model.d_model": 32}, "narrow": {"model.d_model": 16}}
 STUDY = Study(
     recipe="digits",
@@ -115,3 +125,59 @@ def test_a_claim_is_about_two_runs_of_its_question():
     with pytest.raises(ValueError, match="a first and a second"):
         Question("?", TWO, claim="so")
     Question("?", TWO, claim="so", first="wide", second="narrow")
+
+
+def test_guidance_is_of_what_is_drawn_and_changes_no_digest():
+    judging = Measure(judged_images=8, guidance=(1.0, 1.5))
+    asked = {"w = 1": {}, "w = 1.5": {"guidance": 1.5}}
+    study = replace(STUDY, measure=judging, questions={"w": Question("?", asked)})
+    plain, guided = runs_of(study).values()
+    assert [run.digest for run in plain] == [run.digest for run in guided]
+    assert {run.guidance for run in plain} == {1.0}
+    assert {run.guidance for run in guided} == {1.5}
+
+
+def test_digests_stay_what_they_were():
+    digests = [run.digest for run in runs_of(STUDY)["width", "wide"]]
+    assert digests == DIGESTS
+
+
+@pytest.mark.parametrize(
+    ("measure", "own", "told"),
+    [
+        ({}, {"guidance": 2}, "guidance=2: nothing is drawn"),
+        ({"judged_images": 8}, {"guidance": 2}, r"guidance \[1\] only"),
+        ({"judged_images": 8, "guidance": (2,)}, {}, "guidance=1: measure has"),
+        ({"judged_images": 8, "guidance": (1, -1)}, {}, "cfg_scale=-1"),
+        ({"judged_images": 1}, {}, "judged_images=1"),
+        ({"judged_images": 8}, {"model.num_classes": 0}, "no classes"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(measure, own, told):
+    study = replace(asked({"run": own}), measure=Measure(**measure))
+    with pytest.raises(ValueError, match=told):
+        runs_of(study)
+
+
+def test_a_question_by_images_needs_images():
+    by = Question("?", TWO, by="frechet")
+    with pytest.raises(ValueError, match="by frechet: measure has no judged_images"):
+        replace(STUDY, questions={"q": by})
+    with pytest.raises(ValueError, match="by="):
+        Question("?", TWO, by="fid")
+
+
+def test_a_row_from_before_a_measure_was_invented_counts():
+    plain = Measure((25,), 64, 0)
+    old = {"measure": {"bits_steps": [25], "bits_images": 64, "score_images": 0}}
+    assert as_asked(old, plain) and as_asked({"measure": as_json(plain)}, plain)
+    assert not as_asked(old, replace(plain, judged_images=8))
+    assert not as_asked(old, replace(plain, bits_steps=(10, 25)))
+    assert not as_asked({}, Measure())
+
+
+def test_runs_of_the_same_images_share_them(tmp_path):
+    one, two = (runs[0] for runs in runs_of(STUDY).values())
+    assert images_of(one, tmp_path)[0] is images_of(two, tmp_path)[0]
+    other = replace(one, recipe=replace(one.recipe, flip=True))
+    assert images_of(other, tmp_path)[0] is not images_of(one, tmp_path)[0]

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffussm.study import Question, Study, runs_of
+from diffussm.study import Measure, Question, Study, runs_of
 from diffussm.study_report import (
     answers,
     bootstrap,
+    draw_guidance,
     effect_of,
     summary,
     verdict,
@@ -103,6 +104,85 @@ def test_a_table_has_means_and_spreads():
     assert first["run"] == "a" and first["bits/dim"] == "2 ± 1"
     assert second["bits/dim"] == "4" and second["parameters"] == "1,234"
     assert first["loss 3/4"] == "0.3" and first["kernel distance"] == "–"
+
+
+def images(frechet, agreement):
+    return {
+        "frechet": {"mean": frechet, "std": 0.1},
+        "agreement": agreement,
+        "nearest": 0.2,
+        "near": 0.0,
+    }
+
+
+GUIDED = Question(
+    asks="What does guidance do?",
+    runs={"w = 1": {}, "w = 2": {"guidance": 2}},
+    claim="It helps.",
+    first="w = 2",
+    second="w = 1",
+    by="frechet",
+)
+JUDGED = Study(
+    "digits", {"w": GUIDED}, measure=Measure(judged_images=9, guidance=(1.0, 2.0))
+)
+
+
+def judged_rows(plain, guided):
+    runs = runs_of(JUDGED)["w", "w = 1"]
+    for run, a, b in zip(runs, plain, guided, strict=True):
+        scales = {"1": a and images(a, 0.5), "2": images(b, 0.75)}
+        drawn = {"guidance": scales, "real": images(0.25, 0.97)}
+        yield row(run, 4.0, drawn=drawn)
+
+
+def test_a_run_of_a_question_takes_its_own_guidance():
+    rows = [*judged_rows((3.0, 4.0, 5.0), (1.0, 1.5, 2.0))]
+    found = answers(JUDGED, rows)["w"]
+    assert found.differences == pytest.approx([-2.0, -2.5, -3.0])
+    assert "w = 2 minus w = 1 is -2.500 in Fréchet distance" in effect_of(found)
+    plain, guided, real = summary(found)
+    assert plain["Fréchet distance"] == "4 ± 1" and plain["agreement"] == "0.5"
+    assert guided["Fréchet distance"] == "1.5 ± 0.5" and guided["bits/dim"] == "4"
+    assert real["run"] == "real images" and real["Fréchet distance"] == "0.25"
+    assert "bits/dim" not in real
+    by = replace(GUIDED, by="disagreement")
+    found = answers(replace(JUDGED, questions={"w": by}), rows)["w"]
+    assert found.differences == pytest.approx([-0.25] * 3)
+    assert "-0.250 of the images read as another class" in effect_of(found)
+
+
+def test_images_that_were_not_drawn_are_not_compared():
+    rows = [*judged_rows((3.0, None, 5.0), (1.0, 1.5, 2.0))]
+    found = answers(JUDGED, rows)["w"]
+    assert found.verdict == "not yet run" and len(found.differences) == 2
+    assert summary(found)[0]["Fréchet distance"] == "4 ± 1"
+    never = [{k: v for k, v in one.items() if k != "drawn"} for one in rows]
+    found = answers(JUDGED, never)["w"]
+    assert found.verdict == "not yet run" and not found.differences
+    assert [line["run"] for line in summary(found)] == ["w = 1", "w = 2"]
+
+
+def test_a_table_has_the_bound_of_every_chain():
+    first, _ = summary(answers(STUDY, made((1, 2, 3), (4, 4, 4)))["the question"])
+    assert first["bits/dim, 5 steps"] == "99" and first["bits/dim"] == "2 ± 1"
+    assert "bits/dim, 25 steps" not in first
+
+
+@pytest.mark.slow
+def test_the_figure_of_guidance_has_a_point_for_each_seed(tmp_path):
+    from matplotlib.figure import Figure
+
+    rows = [*judged_rows((3.0, 4.0, 5.0), (1.0, 1.5, 2.0))]
+    axes = Figure().subplots(1, 3)
+    draw_guidance(axes, answers(JUDGED, rows)["w"], ["blue", "black"])
+    one, two, means, floor = axes[0].lines
+    assert list(one.get_ydata()) == [3, 4, 5] and list(two.get_xdata()) == [2] * 3
+    assert list(means.get_xdata()) == [1, 2] and list(means.get_ydata()) == [4, 1.5]
+    assert list(floor.get_ydata()) == [0.25, 0.25]
+    text = write_report(JUDGED, rows, tmp_path).read_text()
+    assert "| real images |" in text and (tmp_path / "w.png").stat().st_size > 1000
+    assert "not yet run" in write_report(JUDGED, [], tmp_path).read_text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from processes import FORKS
 
 from diffussm import study_runs
+from diffussm.files import read_json, write_json
 from diffussm.resources import parameter_count
 from diffussm.study import Measure, Question, Study, runs_of
 from diffussm.study_runs import (
@@ -94,6 +95,43 @@ def test_finished_runs_are_not_run_again_but_measured_if_asked_otherwise(
     run_study(STUDY, out)  # as it was
 
 
+def test_a_trained_run_is_judged_with_every_guidance_without_training(
+    done, monkeypatch
+):
+    out, rows = done
+    one = replace(STUDY, seeds=1, questions={"one": STUDY.questions["again"]})
+    judging = replace(STUDY.measure, judged_images=8, guidance=(0, 1.0, 1.5))
+
+    def refuse(*_):
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr("diffussm.runs._go", refuse)
+    (found,) = run_study(replace(one, measure=judging), out)
+    assert found["digest"] == rows[2]["digest"]
+    assert found["drawn"]["guidance"].keys() == {"0", "1", "1.5"}
+    assert found["drawn"]["real"]["images"] == 8
+    assert found["held_out"] == rows[2]["held_out"] and "drawn" not in rows[2]
+    (run,) = runs_of(one)["one", "one"]
+    assert row_there(run, out, judging) == found
+    run_study(STUDY, out)  # as it was
+
+
+def test_a_row_of_an_earlier_version_counts(done):
+    out, _ = done
+    (run,) = runs_of(replace(STUDY, seeds=1))["again", "one"]
+    file = out / "runs" / run.digest / "result.json"
+    row = read_json(file, "a row")
+    old = row | {"measure": dict(row["measure"])}
+    for new in ("judged_images", "guidance"):
+        del old["measure"][new]
+    write_json(file, old)
+    assert row_there(run, out, STUDY.measure) == old
+    again = []
+    run_study(STUDY, out, on_row=again.append)
+    assert not again
+    write_json(file, row)
+
+
 def test_a_diverged_run_is_a_row(tmp_path):
     lost = {"lost": {"lr": 0.9, "ema_decay": 0.0}}
     broken = replace(STUDY, seeds=1, questions={"q": Question("?", lost)})
@@ -160,6 +198,9 @@ def test_seconds_are_estimated_and_grow_with_the_steps(done):
     longer = replace(run, recipe=replace(run.recipe, steps=10_000))
     measure = Measure((2,), 2, 0)
     assert 0 < seconds_needed(run, out, measure) < seconds_needed(longer, out, measure)
+    judging = replace(measure, judged_images=8, guidance=(1.0, 1.5))
+    more = study_runs._passes(run, judging, 9) - study_runs._passes(run, measure, 9)
+    assert more == 20 * 8 * (1 + 2)  # guidance asks the network twice
 
 
 def test_rows_are_written_whole_and_damage_is_refused(tmp_path):
