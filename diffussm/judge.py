@@ -71,7 +71,7 @@ def train_judge(images: Tensor, labels: Tensor, classes: int) -> Judge:
             some = torch.randint(len(x), (_BATCH,), generator=draws)
             loss = functional.cross_entropy(layers(x[some]), labels[some])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return judge
 

@@ -112,7 +112,8 @@ def _measured(
         scores = Watch(run.recipe, data, held_out, measure.score_images)(model)
         row["scores"] = {k: v for k, v in scores.items() if k.startswith("score")}
     if measure.judged_images:
-        jury = jury_of(data, held_out, measure.judged_images)
+        sets: Any = (data, held_out)  # a protocol promises no hash
+        jury = jury_of(*sets, measure.judged_images)
         row["drawn"] = judged(model, run.recipe, jury, measure.guidance)
     return row
 
