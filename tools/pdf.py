@@ -34,6 +34,10 @@ FRAME = """<!DOCTYPE html>
 {body}
 </article></div></div></main></body></html>
 """
+# A page without formulas does not load it, though its text may name it.
+MATHJAX = re.compile(r'<script [^>]*src="[^"]*/mathjax/')
+UNSET = """() => [...document.querySelectorAll("article .math")]
+    .filter((e) => !e.querySelector("mjx-container")).length"""
 # What is far down the page is fetched only when it is seen, and paper sees all of it.
 PICTURES = """() => Promise.all([...document.images]
     .filter((image) => image.checkVisibility())
@@ -95,7 +99,7 @@ def one_page(pages: list[str], folder: Path) -> str:
         return f'<div class="part-of-book" id="{name}">{text}</div>'
 
     body = "\n".join(inside(page, _article(text)) for page, text in texts.items())
-    heads = [text for text in texts.values() if "mathjax" in text.lower()]
+    heads = [text for text in texts.values() if MATHJAX.search(text)]
     first = texts[pages[0]]
     found = re.search(r"<title>(.*?)</title>", first, re.DOTALL)
     title = found[1].strip() if found else "The book"
@@ -103,7 +107,11 @@ def one_page(pages: list[str], folder: Path) -> str:
 
 
 def print_pdf(source: Path, target: Path, browser: str) -> None:
-    """Let Chromium print a page when its formulas are set."""
+    """Let Chromium print a page when its formulas are set.
+
+    Raises:
+        ValueError: formulas were not set.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -117,6 +125,9 @@ def print_pdf(source: Path, target: Path, browser: str) -> None:
         tab.emulate_media(media="print", reduced_motion="reduce")
         tab.goto(source.as_uri(), wait_until="load")
         tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
+        if unset := tab.evaluate(UNSET):
+            chromium.close()
+            raise ValueError(f"{unset} formulas were not set: does MathJax load?")
         tab.evaluate("() => document.fonts.ready.then(() => null)")
         tab.evaluate("() => { window.dispatchEvent(new Event('beforeprint')); }")
         tab.evaluate(PICTURES)
@@ -157,7 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
     source = ROOT / "_build" / "pdf" / "book.html"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(text, encoding="utf-8")
-    print_pdf(source, options.out, browser)
+    try:
+        print_pdf(source, options.out, browser)
+    except ValueError as error:
+        print(f"pdf: {error}", file=sys.stderr)
+        return 1
     print(f"{options.out}: {options.out.stat().st_size / 2**20:.0f} MB")
     return 0
 
