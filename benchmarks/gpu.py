@@ -508,7 +508,9 @@ def main(argv: list[str] | None = None) -> int:
         help="default: all",
     )
     told = "a way to run the convolution (default: auto, which tries all)"
-    parser.add_argument("--convolution", choices=["auto", *WAYS], help=told)
+    parser.add_argument(
+        "--convolution", choices=["auto", *WAYS], default="auto", help=told
+    )
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -526,7 +528,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     sizes = REHEARSAL if arguments.rehearse else Sizes(sizes=tuple(arguments.sizes))
-    sizes = replace(sizes, convolution=arguments.convolution or "auto")
+    sizes = replace(sizes, convolution=arguments.convolution)
     file = RESULTS / "gpu.json"
     record = (
         json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}

@@ -15,7 +15,7 @@ from diffussm.bidirectional import BidirectionalSSM, Convolution
 from diffussm.convolution import without_autocast
 from diffussm.guards import expect, expect_int, expect_real
 
-__all__ = ["modes", "chunked", "CHUNKED", "prepare_layers"]
+__all__ = ["modes", "chunked", "CHUNKED", "Prepare", "prepare_layers"]
 
 
 def modes(layer: BidirectionalSSM, length: int = 0) -> Tensor:
@@ -139,15 +139,16 @@ def chunked(u: Tensor, modes: Tensor, chunk: int = 64) -> Tensor:
 CHUNKED = Convolution(chunked, modes, together=True)
 
 
-class _Prepare(nn.Module):
-    """`layer.prepare` as a module, which can be called with other weights."""
+class Prepare(nn.Module):
+    """`prepare` of a layer or a model as a module, to be called with other weights."""
 
-    def __init__(self, layer: BidirectionalSSM) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.model: Any = model
 
-    def forward(self, length: int) -> Tensor:
-        return self.layer.prepare(length)
+    def forward(self, length: int) -> Any:
+        """What `model.prepare(length)` returns."""
+        return self.model.prepare(length)
 
 
 def prepare_layers(layers: Sequence[BidirectionalSSM], length: int) -> list[Tensor]:
@@ -156,8 +157,8 @@ def prepare_layers(layers: Sequence[BidirectionalSSM], length: int) -> list[Tens
     alike = {(type(layer), layer.convolution) for layer in layers}
     if len(alike) > 1 or not getattr(way, "together", False):
         return [layer.prepare(length) for layer in layers]
-    named = [dict(_Prepare(layer).named_parameters()) for layer in layers]
+    named = [dict(Prepare(layer).named_parameters()) for layer in layers]
     stacked = {name: torch.stack([one[name] for one in named]) for name in named[0]}
-    first = _Prepare(layers[0])
+    first = Prepare(layers[0])
     prepare = torch.vmap(lambda weights: functional_call(first, weights, (length,)))
     return list(prepare(stacked))

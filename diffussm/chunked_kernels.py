@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["decay_powers", "walk_kernel", "modes_kernel"]
+__all__ = ["times", "padded", "decay_powers", "walk_kernel", "modes_kernel"]
 
 
 _IMAGES = tl.constexpr(16)  # of one program: the rows of a tensor core's product
@@ -42,12 +42,13 @@ def _dot(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _times(ar, ai, br, bi):
+def times(ar, ai, br, bi):
+    """The product of two complex numbers, as two real ones."""
     return ar * br - ai * bi, ar * bi + ai * br
 
 
 @triton.constexpr_function
-def _padded(n):
+def padded(n):
     """The least number of modes that a tile has: a power of two, 16 or more."""
     return max(16, triton.next_power_of_2(n))
 
@@ -56,7 +57,7 @@ def _padded(n):
 def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
     """Of one row of modes (2D, 4N + 1): (2D, T + 1, 2N) and (2D, T), N the modes."""
     row, lag = tl.program_id(0), tl.arange(0, 2 * T)[:, None]
-    n = tl.arange(0, _padded(N))[None, :]
+    n = tl.arange(0, padded(N))[None, :]
     at, exists = modes + row * (4 * N + 1) + n, n < N
     size = tl.exp(tl.load(at, exists, 0.0) * lag)
     angle = tl.load(at + N, exists, 0.0) * lag
@@ -83,7 +84,7 @@ def decay_powers(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
 @triton.jit
 def _power(powers, row, lag, LAGS: tl.constexpr, N: tl.constexpr):
     """z^lag of the channels in `row`: two tiles (channels, lags, modes)."""
-    n = tl.arange(0, _padded(N))[None, None, :]
+    n = tl.arange(0, padded(N))[None, None, :]
     at = powers + (row[:, None, None] * (LAGS + 1) + lag[None, :, None]) * 2 * N + n
     return tl.load(at, n < N, 0.0), tl.load(at + N, n < N, 0.0)
 
@@ -91,7 +92,7 @@ def _power(powers, row, lag, LAGS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _weights(modes, row, N: tl.constexpr):
     """w of the channels in `row`: two tiles (channels, 1, modes)."""
-    n = tl.arange(0, _padded(N))[None, None, :]
+    n = tl.arange(0, padded(N))[None, None, :]
     at = modes + row[:, None, None] * (4 * N + 1) + 2 * N + n
     return tl.load(at, n < N, 0.0), tl.load(at + N, n < N, 0.0)
 
@@ -111,7 +112,7 @@ def _readout(
     """What the state's two parts are multiplied by: (channels, modes, t) each."""
     wr, wi = _weights(modes, row, N)
     zr, zi = _power(powers, row, tl.arange(0, T) + 1, T, N)
-    rr, ri = _times(2 * wr, 2 * wi, zr, zi)
+    rr, ri = times(2 * wr, 2 * wi, zr, zi)
     rr, ri = tl.permute(rr, (0, 2, 1)), tl.permute(-ri, (0, 2, 1))
     return _operand(rr, PRECISION), _operand(ri, PRECISION)
 
@@ -120,7 +121,7 @@ def _readout(
 def _state(d, way, B, D, N: tl.constexpr):
     """Offsets of a tile (channels, images, modes) in (B, 2, D, 2N); which exist."""
     b = (tl.program_id(1) * _IMAGES + tl.arange(0, _IMAGES)).to(tl.int64)[None, :, None]
-    n = tl.arange(0, _padded(N))[None, None, :]
+    n = tl.arange(0, padded(N))[None, None, :]
     at = ((b * 2 + way) * D + d[:, None, None]) * 2 * N + n
     return at, (d < D)[:, None, None] & (b < B) & (n < N)
 
@@ -166,7 +167,7 @@ def walk_kernel(
             out = _dot(_operand(si, PRECISION), ri, out, PRECISION)
             at, inside = _places(step, d, 2 * D, mirrored, B, L, D, T)
             tl.store(y + at, out, inside)
-        sr, si = _times(sr, si, zr, zi)
+        sr, si = times(sr, si, zr, zi)
         sr, si = _dot(u, vr, sr, PRECISION), _dot(u, vi, si, PRECISION)
     if PASS == "to":
         _leave(states, lies, exists, sr, si, N)
@@ -179,8 +180,8 @@ def _through_states(
     """P and Q from the sums of g S and of g A: (channels, t, modes) each."""
     lag = (tl.arange(0, T) + 1)[None, :, None]
     zr, zi = _power(powers, row, tl.arange(0, T) + 1, LAGS, N)
-    sr, si = _times(sr, si, zr, zi)
-    ar, ai = _times(ar, ai, zr, zi)
+    sr, si = times(sr, si, zr, zi)
+    ar, ai = times(ar, ai, zr, zi)
     qr, qi = tl.sum(lag * sr + T * ar, 1, True), tl.sum(lag * si + T * ai, 1, True)
     return tl.sum(sr, 1, True), tl.sum(si, 1, True), qr, qi
 
@@ -205,9 +206,9 @@ def _diagonals(
 def _store_modes(out, modes, row, exists, pr, pi, qr, qi, skip, N: tl.constexpr):
     """The gradient of one row of modes, (4N + 1) numbers for each channel."""
     wr, wi = _weights(modes, row, N)
-    qr, qi = _times(wr, wi, qr, qi)
+    qr, qi = times(wr, wi, qr, qi)
     to = out + row[:, None, None] * (4 * N + 1)
-    n, exists = tl.arange(0, _padded(N))[None, None, :], exists[:, None, None]
+    n, exists = tl.arange(0, padded(N))[None, None, :], exists[:, None, None]
     tl.store(to + n, 2 * qr, exists & (n < N))
     tl.store(to + N + n, -2 * qi, exists & (n < N))
     tl.store(to + 2 * N + n, 2 * pr, exists & (n < N))
@@ -239,7 +240,7 @@ def modes_kernel(
     lies, exists = _state(d, way, B, D, N)
     sr, si = _begin(states, lies, exists, PASS, N)
     ar, ai = _begin(ages, lies, exists, PASS, N)
-    pr = tl.full((CHANNELS, T, _padded(N)), 0.0, tl.float32)
+    pr = tl.full((CHANNELS, T, padded(N)), 0.0, tl.float32)
     near = tl.full((CHANNELS, T, T), 0.0, tl.float32)
     pi, qr, qi = pr, pr, pr
     g, out = g + way * D, out + tl.program_id(1) * 2 * D * (4 * N + 1)
@@ -252,9 +253,9 @@ def modes_kernel(
             near = _dot(y, x, near, PRECISION)
             pr, pi = _add(y, sr, si, pr, pi, PRECISION)
             qr, qi = _add(y, ar, ai, qr, qi, PRECISION)
-        ar, ai = _times(ar + sr, ai + si, zr, zi)
+        ar, ai = times(ar + sr, ai + si, zr, zi)
         ar, ai = _dot(x, fr, ar, PRECISION), _dot(x, fi, ai, PRECISION)
-        sr, si = _times(sr, si, zr, zi)
+        sr, si = times(sr, si, zr, zi)
         sr, si = _dot(x, vr, sr, PRECISION), _dot(x, vi, si, PRECISION)
     if PASS == "to":
         _leave(states, lies, exists, sr, si, N)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffussm.batches import Batch
 from diffussm.bidirectional import BidirectionalSSM, Convolution, way
+from diffussm.chunked import Prepare
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
 from diffussm.guards import explain
@@ -120,19 +121,8 @@ def _prepare(network: nn.Module) -> list[Tensor]:
     model = cast(DiffuSSM, getattr(network, "module", network))
     parts = (item for item in model.named_parameters() if ".ssm." in item[0])
     whole = {f"model.{name}": _gathered(parameter) for name, parameter in parts}
-    return cast(list[Tensor], functional_call(_Prepare(model), whole, ()))
-
-
-class _Prepare(nn.Module):
-    """`DiffuSSM.prepare` as a module, which can be called with other tensors."""
-
-    def __init__(self, model: DiffuSSM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self) -> list[Tensor]:
-        """For the length of the configuration."""
-        return self.model.prepare(self.model.config.seq_len)
+    length = model.config.seq_len
+    return cast(list[Tensor], functional_call(Prepare(model), whole, (length,)))
 
 
 def _gathered(parameter: Tensor) -> Tensor:

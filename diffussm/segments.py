@@ -14,7 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from diffussm.bidirectional import Convolution
 from diffussm.chunked import modes as modes_of
-from diffussm.chunked_kernels import decay_powers, modes_kernel, walk_kernel
+from diffussm.chunked_kernels import (
+    decay_powers,
+    modes_kernel,
+    padded,
+    times,
+    walk_kernel,
+)
 from diffussm.fft_convolution import operator
 from diffussm.guards import expect, expect_one_of
 
@@ -33,15 +39,15 @@ def _swap(states, at, exists, real, imag, N: tl.constexpr):
 @triton.jit
 def _carry_kernel(
     states, ages, modes, S, D, L, T: tl.constexpr, REVERSED: tl.constexpr,
-    AGES: tl.constexpr, N: tl.constexpr, PADDED: tl.constexpr,
+    AGES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """From left to given, in place: (B S, 2, D, 2N), segments of L positions."""
-    row, b, n = tl.program_id(0), tl.program_id(1), tl.arange(0, PADDED)
+    row, b, n = tl.program_id(0), tl.program_id(1), tl.arange(0, padded(N))
     mode, exists = modes + row * (4 * N + 1) + n, n < N
     size = tl.exp(tl.load(mode, exists, 0.0) * L)
     angle = tl.load(mode + N, exists, 0.0) * L
     zr, zi = size * tl.cos(angle), size * tl.sin(angle)
-    sr = tl.full((PADDED,), 0.0, tl.float32)
+    sr = tl.full((padded(N),), 0.0, tl.float32)
     si, ar, ai = sr, sr, sr
     for step in range(S):
         segment = b * S + tl.where((row >= D) != REVERSED, S - 1 - step, step)
@@ -49,9 +55,10 @@ def _carry_kernel(
         vr, vi = _swap(states, at, exists, sr, si, N)
         if AGES:
             br, bi = _swap(ages, at, exists, ar, ai, N)
-            ar, ai = ar + L / T * sr, ai + L / T * si
-            ar, ai = br + zr * ar - zi * ai, bi + zr * ai + zi * ar
-        sr, si = vr + zr * sr - zi * si, vi + zr * si + zi * sr
+            ar, ai = times(ar + L / T * sr, ai + L / T * si, zr, zi)
+            ar, ai = ar + br, ai + bi
+        sr, si = times(sr, si, zr, zi)
+        sr, si = sr + vr, si + vi
 
 
 def segments(images: int, length: int, chunk: int) -> int:
@@ -77,15 +84,13 @@ def _carry(
     (kinds, B, S, _, D, _), n = states.shape, modes.shape[2] // 4
     sizes = {"S": S, "D": D, "L": length // S, "T": chunk, "N": n}
     how = {"REVERSED": adjoint, "AGES": kinds == 2, "num_warps": 1}
-    padded = max(16, triton.next_power_of_2(n))
-    given = states[0], states[-1], modes
-    _carry_kernel[2 * D, B](*given, **sizes, **how, PADDED=padded)
+    _carry_kernel[2 * D, B](states[0], states[-1], modes, **sizes, **how)
 
 
 def _in_segments(
     run: Callable[[Tensor, str], Any],
     modes: Tensor,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int],
     cut: tuple[int, int, int],
     adjoint: bool = False,
 ) -> None:
@@ -93,14 +98,14 @@ def _in_segments(
 
     Args:
         run: (states, pass): launches the kernel.
-        shape: B, L and D.
+        shape: B and L.
         cut: S, the chunk, and how many kinds of states there are.
     """
-    (B, L, D), (S, chunk, kinds) = shape, cut
+    (B, L), (S, chunk, kinds), (_, D, numbers) = shape, cut, modes.shape
     if S == 1:
         run(modes[None].expand(kinds, -1, -1, -1), "")  # of states nothing is read
         return
-    states = modes.new_empty(kinds, B, S, 2, D, modes.shape[2] // 4 * 2)
+    states = modes.new_empty(kinds, B, S, 2, D, numbers // 2)
     run(states, "to")
     _carry(states, modes, L, chunk, adjoint)
     run(states, "from")
@@ -120,7 +125,7 @@ def _walk(
     def run(states: Tensor, which: str) -> None:
         walk_kernel[grid](x, y, states[0], modes, *tables, *sizes, which, **how)
 
-    _in_segments(run, modes, (B, L, D), (S, chunk, 1), adjoint)
+    _in_segments(run, modes, (B, L), (S, chunk, 1), adjoint)
 
 
 def _grad_modes(
@@ -138,7 +143,7 @@ def _grad_modes(
         given = u, g, parts, states[0], states[1], modes, powers
         modes_kernel[grid](*given, *sizes, which, **how)
 
-    _in_segments(run, modes, (B, L, D), (S, 16, 2))
+    _in_segments(run, modes, (B, L), (S, 16, 2))
     return parts.sum(0)
 
 
