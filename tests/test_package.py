@@ -601,7 +601,8 @@ def test_readme_says_what_was_measured() -> None:
         "a block is faster than a DiT block of its width at every length measured"
         in text
     )
-    ratios = [row["ratio"] for row in results("block")["rows"]]
+    whole = {row["length"]: row["ratio"] for row in reversed(results("block")["rows"])}
+    ratios = [whole[length] for length in sorted(whole)]  # at the larger batches
     assert ratios[0] > 1 and ratios == sorted(ratios)
     assert (
         "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused "
