@@ -5,8 +5,8 @@ Command: ``python -m benchmarks.block``.
 Same width, same length of sequence, same batch, same precision, each as fast as it
 goes: attention is PyTorch's fused `scaled_dot_product_attention`. The DiT block has 18
 D^2 parameters, ours with M = 2 has 15 D^2 and the kernels. A plain matrix product takes
-its turn with the two, so that a slow baseline would be seen. The profiler says what part
-of our block is no matrix product, and so what the ratio would be if that cost nothing.
+its turn with the two, so that a slow baseline would be seen. The profiler says what
+part of our block is no matrix product, and so what the ratio would be without it.
 """
 
 from __future__ import annotations
