@@ -161,6 +161,9 @@ def plain_gradients():
         (2, {"micro_batch": 2}),
         (2, {"strategy": "fsdp"}),
         (2, {"strategy": "fsdp", "micro_batch": 1, "activation_checkpointing": "all"}),
+        (1, {"convolution": "chunked", "micro_batch": 4}),
+        (2, {"convolution": "chunked", "micro_batch": 2}),
+        (2, {"convolution": "chunked", "strategy": "fsdp", "micro_batch": 1}),
     ],
 )
 def test_kernels_prepared_once_get_the_gradients_of_each_micro_batch(
