@@ -52,20 +52,74 @@ def test_formulas_are_set_though_the_first_page_has_none(tmp_path: Path) -> None
     assert "../html/_static/mathjax/startup.js" in text
 
 
+def printed(folder: Path, page: str, *options: str) -> tuple[int, str, Path]:
+    """Print a book of one page; exit code, what was said, and the PDF."""
+    rendered(folder / "_build" / "html", first=page)
+    command = "import sys; from pathlib import Path; from tools import pdf; " + (
+        f"pdf.ROOT = Path({str(folder)!r}); sys.exit(pdf.main(sys.argv[1:]))"
+    )
+    target = folder / "a.pdf"
+    words = ["book/first", "--out", str(target), *options]
+    run = subprocess.run(
+        [sys.executable, "-c", command, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.returncode, run.stderr, target
+
+
 @pytest.mark.end_to_end
 def test_formulas_that_are_not_set_are_not_printed(
     tmp_path: Path, browser: Any
 ) -> None:
-    rendered(tmp_path / "_build" / "html", first='<span class="math">\\(N\\)</span>')
-    command = "import sys; from pathlib import Path; from tools import pdf; " + (
-        f"pdf.ROOT = Path({str(tmp_path)!r}); "
-        f"sys.exit(pdf.main(['book/first', '--out', {str(tmp_path / 'a.pdf')!r}]))"
+    code, said, target = printed(tmp_path, '<span class="math">\\(N\\)</span>')
+    assert code == 1 and "1 formulas were not set" in said
+    assert not target.exists()
+
+
+@pytest.mark.end_to_end
+def test_what_is_wider_than_the_sheet_is_named(tmp_path: Path, browser: Any) -> None:
+    wide = "overflow-x: auto; overflow-y: hidden; display: block"
+    page = (
+        f'<mjx-container display="true" style="{wide}">'
+        f'<div style="width: {pdf.WIDTH + 20}px">b = c</div></mjx-container>'
+        "<table><tr><td>fits</td></tr></table>"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=False
+    code, said, target = printed(tmp_path / "a", page)
+    assert code == 1 and "wider than the sheet:\nfirst, mjx-container, b = c\n" in said
+    assert "fits" not in said and not target.exists()
+    code, said, target = printed(tmp_path / "b", page.replace("width", "max-width"))
+    assert (code, said) == (0, "") and target.exists()
+
+
+@pytest.mark.end_to_end
+def test_a_browser_that_is_too_slow_says_what_to_do(
+    tmp_path: Path, browser: Any
+) -> None:
+    code, said, _ = printed(tmp_path, "A", "--minutes", "1e-6")
+    assert code == 1 and "give it more with --minutes" in said
+
+
+@pytest.mark.end_to_end
+def test_paper_is_as_wide_as_the_page_was_laid_out(browser: Any) -> None:
+    """Or a formula that fits the page would be cut on the sheet."""
+    style = Path(__file__).parents[1] / "book" / "_static" / "book.css"
+    tab = browser.new_page(viewport={"width": pdf.WIDTH, "height": 900})
+    theme = (
+        "@media print { .bd-main .bd-content { margin-left: 2rem } }"
+        ".bd-main .bd-content .bd-article-container .bd-article { padding: 1rem }"
     )
-    assert run.returncode == 1 and "1 formulas were not set" in run.stderr
-    assert not (tmp_path / "a.pdf").exists()
+    head = f"<style>{theme}{style.read_text('utf-8')}</style>"
+    tab.set_content(pdf.FRAME.format(title="", head=head, body="<h2>Title</h2>"))
+    tab.emulate_media(media="print")
+    box = tab.locator("article").bounding_box()
+    assert (box["x"], box["width"]) == (0, pdf.WIDTH)
+    inner = "e => e.clientWidth - parseFloat(getComputedStyle(e).paddingLeft) * 2"
+    assert tab.locator("article").evaluate(inner) == pdf.WIDTH
+    heading = "e => [getComputedStyle(e).breakAfter, getComputedStyle(e).breakInside]"
+    assert tab.locator("h2").evaluate(heading) == ["avoid", "avoid"]
+    tab.close()
 
 
 def test_a_page_that_is_not_rendered_is_named(

@@ -11,14 +11,18 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.book import ROOT, reading_order
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 __all__ = ["BROWSERS", "one_page", "main"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 680  # of an A4 page less its margins, in CSS pixels
-MINUTES = 8
+MINUTES = 60  # to read it; the whole book takes a busy machine some of them
 
 # The printed page has the frame in which the theme's rules find it.
 FRAME = """<!DOCTYPE html>
@@ -45,6 +49,23 @@ PICTURES = """() => Promise.all([...document.images]
         image.loading = "eager";
         return image.decode().catch(() => null);
     })).then(() => null)"""
+# `fit.js` folds formulas when a frame is drawn, and again when their letters are there.
+FRAMES = """() => new Promise((done) => {
+    const next = (n) => n ? requestAnimationFrame(() => next(n - 1)) : done(null);
+    next(4);
+})"""
+# What would be cut at the edge of the sheet: on which page, what, and its words.
+CUT = """() => {
+    const edge = document.querySelector("article").getBoundingClientRect().right + 1;
+    return [...document.querySelectorAll(
+            "article :is(mjx-container, pre, table, img, svg, canvas)")]
+        .filter((box) => box.checkVisibility())
+        .filter((box) => box.getBoundingClientRect().right > edge
+            || (box.matches("pre, [display=true]")
+                && box.scrollWidth > box.clientWidth + 1))
+        .map((box) => [box.closest(".part-of-book").id, box.localName,
+            (box.alt ?? box.textContent).trim().slice(0, 60)].join(", "));
+}"""
 FOOTER = (
     '<div style="font-size: 8px; margin: 0 auto; color: #555">'
     '<span class="pageNumber"></span></div>'
@@ -106,43 +127,59 @@ def one_page(pages: list[str], folder: Path) -> str:
     return FRAME.format(title=title, head=_head((heads or [first])[0]), body=body)
 
 
-def print_pdf(source: Path, target: Path, browser: str) -> None:
+def print_pdf(
+    source: Path, target: Path, browser: str, minutes: float = MINUTES
+) -> None:
     """Let Chromium print a page when its formulas are set.
 
     Raises:
-        ValueError: formulas were not set.
+        ValueError: formulas were not set, something is wider than the sheet, or a step
+            took more than these minutes.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import TimeoutError, sync_playwright
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
             executable_path=browser, args=["--no-sandbox", "--disable-gpu"]
         )
-        tab = chromium.new_page(
-            viewport={"width": WIDTH, "height": 1000}, color_scheme="light"
-        )
-        tab.set_default_timeout(MINUTES * 60_000)
-        tab.emulate_media(media="print", reduced_motion="reduce")
-        tab.goto(source.as_uri(), wait_until="load")
-        tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
-        if unset := tab.evaluate(UNSET):
+        try:
+            tab = chromium.new_page(
+                viewport={"width": WIDTH, "height": 1000}, color_scheme="light"
+            )
+            tab.emulate_media(media="print", reduced_motion="reduce")
+            tab.goto(source.as_uri(), wait_until="load", timeout=minutes * 60_000)
+            _make_ready(tab)
+            tab.pdf(
+                path=str(target),
+                prefer_css_page_size=True,
+                print_background=True,
+                display_header_footer=True,
+                header_template="<span></span>",
+                footer_template=FOOTER,
+                outline=True,
+                tagged=True,
+            )
+        except TimeoutError:
+            raise ValueError(
+                f"Chromium had not read {source} after {minutes:g} minutes: give it "
+                "more with --minutes, or print some pages only"
+            ) from None
+        finally:
             chromium.close()
-            raise ValueError(f"{unset} formulas were not set: does MathJax load?")
-        tab.evaluate("() => document.fonts.ready.then(() => null)")
-        tab.evaluate("() => { window.dispatchEvent(new Event('beforeprint')); }")
-        tab.evaluate(PICTURES)
-        tab.wait_for_timeout(1000)
-        tab.pdf(
-            path=str(target),
-            prefer_css_page_size=True,
-            print_background=True,
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template=FOOTER,
-            outline=True,
-            tagged=True,
-        )
-        chromium.close()
+
+
+def _make_ready(tab: Page) -> None:
+    """Wait for formulas, letters and pictures, open what is folded, look for cuts."""
+    tab.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
+    if unset := tab.evaluate(UNSET):
+        raise ValueError(f"{unset} formulas were not set: does MathJax load?")
+    tab.evaluate("() => { window.dispatchEvent(new Event('beforeprint')); }")
+    tab.evaluate(FRAMES)  # what has opened may need other letters
+    tab.evaluate("() => document.fonts.ready.then(() => null)")
+    tab.evaluate(PICTURES)
+    tab.evaluate(FRAMES)
+    if cut := tab.evaluate(CUT):
+        raise ValueError("wider than the sheet:\n" + "\n".join(cut))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -152,6 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("pages", nargs="*", help="only these, such as book/notation")
     parser.add_argument("--out", type=Path, default=ROOT / "_build" / "diffussm.pdf")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="that Chromium may read"
+    )
     options = parser.parse_args(arguments)
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -169,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(text, encoding="utf-8")
     try:
-        print_pdf(source, options.out, browser)
+        print_pdf(source, options.out, browser, options.minutes)
     except ValueError as error:
         print(f"pdf: {error}", file=sys.stderr)
         return 1

@@ -56,34 +56,41 @@
       String.fromCodePoint(parseInt(c.className.match(/mjx-c([0-9A-F]+)/)?.[1] ?? "20", 16))).join("");
   }
 
-  function fold(formula) {
-    const place = formula.parentElement;
-    place.style.fontSize = "";
-    formula.classList.remove(...STAGES);
-    for (const name of STAGES) {
-      if (!tooWide(formula)) return;
-      formula.classList.add(name);
+  // All at once, stage by stage: each look at a width lays the page out again.
+  function fold(formulas) {
+    for (const formula of formulas) {
+      formula.parentElement.style.fontSize = "";
+      formula.classList.remove(...STAGES);
     }
-    const share = formula.clientWidth / formula.scrollWidth;
-    if (share === 1) return;
-    const size = parseFloat(getComputedStyle(place).fontSize);
-    place.style.fontSize = `${size * Math.max(0.98 * share, SMALLEST)}px`;
+    let wide = formulas;
+    for (const name of STAGES) {
+      wide = wide.filter(tooWide);
+      for (const formula of wide) formula.classList.add(name);
+    }
+    const sizes = wide.map((formula) => {
+      const share = formula.clientWidth / formula.scrollWidth;
+      const size = parseFloat(getComputedStyle(formula.parentElement).fontSize);
+      return share < 1 ? `${size * Math.max(0.98 * share, SMALLEST)}px` : "";
+    });
+    wide.forEach((formula, k) => { formula.parentElement.style.fontSize = sizes[k]; });
   }
 
-  function mark(box, kind) {
-    if (kind === "Formula") fold(box);
-    const did = box.classList.contains("scrolls");
-    box.classList.remove("scrolls"); // what scrolls is set wider
-    const wide = tooWide(box);
-    box.classList.toggle("scrolls", wide);
-    if (wide === did) return;
-    if (wide) {
-      box.tabIndex = 0;
-      box.setAttribute("role", "group");
-      box.setAttribute("aria-label", `${kind}, scrolls sideways`);
-    } else {
-      for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name);
-    }
+  function mark(boxes, kinds) {
+    fold(boxes.filter((box) => kinds.get(box) === "Formula"));
+    const did = boxes.map((box) => box.classList.contains("scrolls"));
+    for (const box of boxes) box.classList.remove("scrolls"); // what scrolls is set wider
+    const wide = boxes.map(tooWide);
+    boxes.forEach((box, k) => {
+      box.classList.toggle("scrolls", wide[k]);
+      if (wide[k] === did[k]) return;
+      if (wide[k]) {
+        box.tabIndex = 0;
+        box.setAttribute("role", "group");
+        box.setAttribute("aria-label", `${kinds.get(box)}, scrolls sideways`);
+      } else {
+        for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name);
+      }
+    });
   }
 
   // The right edge fades until one has scrolled to it.
@@ -95,7 +102,7 @@
   function watch() {
     const kinds = new Map();
     const observer = new ResizeObserver((entries) => {
-      for (const { target } of entries) mark(target, kinds.get(target));
+      mark(entries.map(({ target }) => target), kinds);
     });
     for (const [selector, kind] of Object.entries(KINDS)) {
       for (const box of document.querySelectorAll(selector)) {
@@ -105,6 +112,8 @@
         observer.observe(box);
       }
     }
+    // Letters that come late have other widths.
+    document.fonts.addEventListener("loadingdone", () => mark([...kinds.keys()], kinds));
   }
 
   window.addEventListener("load", () => {
