@@ -213,12 +213,8 @@ def _left(row: dict[str, Any]) -> str:
     return f", {duration(left)} left" if isinstance(left, int | float) and left else ""
 
 
-def draw_history(history: History, out: Path) -> None:
-    """Write losses, learning rate, speed and the newest samples as one PNG.
-
-    Raises:
-        ValueError: nothing is logged yet, or matplotlib is not installed.
-    """
+def _figure(history: History) -> Any:
+    """Losses, learning rate, speed and the newest samples: a matplotlib figure."""
     if not history.rows:
         raise ValueError(f"{history.run}: no line in the log yet, so nothing to draw")
     with explain("a picture needs matplotlib, the extra 'show'", ImportError):
@@ -237,6 +233,16 @@ def draw_history(history: History, out: Path) -> None:
     axes = figure.subplot_mosaic(rows, **sizes)
     _fill(axes, history)
     figure.suptitle(f"{history.run.resolve().name}, step {history.step():,}")
+    return figure
+
+
+def draw_history(history: History, out: Path) -> None:
+    """Write losses, learning rate, speed and the newest samples as one PNG.
+
+    Raises:
+        ValueError: nothing is logged yet, or matplotlib is not installed.
+    """
+    figure = _figure(history)
     with whole_file(out) as draft:
         figure.savefig(draft, format="png", dpi=120)
 

@@ -64,3 +64,23 @@ def test_names_are_unique() -> None:
     names = [figure_of(cell).get("name") for c in chapters() for cell in c.cells]
     given = [name for name in names if name]
     assert len(set(given)) == len(given)
+
+
+# A phone stacks panels, and the dark theme has no white paper.
+PLACED = re.compile(r"\b(Left|Right|Middle|Top|Bottom)\b[:,]|\bwhite is zero\b")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_captions_name_panels_by_their_titles(path) -> None:
+    """In italics: the title of a panel, or the label of its axis."""
+    text = path.read_text(encoding="utf-8")
+    captions = [
+        figure_of(cell).get("caption", "")
+        for cell in read_chapter(path).cells
+        if not re.search(r"\bframe_player\(|\bsave_sheet\(", cell.source)
+    ]
+    captions += re.findall(
+        r"^```\{(?:glue:)?figure\} .*\n(?::.*\n)*\n(.*)\n```$", text, re.MULTILINE
+    )
+    found = [caption for caption in captions if PLACED.search(caption)]
+    assert not found, "a phone shows them elsewhere"

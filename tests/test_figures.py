@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from tools.book import ROOT
@@ -17,8 +18,10 @@ from tools.book import ROOT
 sys.path[:0] = [str(ROOT / "book"), str(ROOT / "book" / "_ext")]
 
 import figures  # noqa: E402
+import sheets  # noqa: E402
 
 import plotting  # noqa: E402
+from diffussm import pictures  # noqa: E402
 
 SMALLEST = 7  # pixels, on a page 390 pixels wide, of which a figure has 335
 
@@ -250,3 +253,21 @@ def test_categories_on_an_axis_are_counted() -> None:
     ax.barh(["one", "two"], [1, 2])
     assert plotting.narrow(fig)
     plt.close(fig)
+
+
+def test_a_grid_of_a_command_has_no_paper_between_its_images() -> None:
+    images = torch.full((6, 1, 8, 8), -1.0)
+    images[1] = 1.0  # white all over: a gap
+    grid = pictures._labelled(pictures._arranged(images, 3), ("a", "b"))
+    clear = sheets.images_of_sheet(grid, 2, 3)[..., 3] == 0
+    assert clear.shape == (2 * 52, 3 * 52)
+    assert clear[:2].all() and clear[50:54].all() and clear[:, 50:54].all()
+    assert clear[:52, 52:104].all()
+    assert not clear[2:50, 2:50].any() and not clear[54:102, 54:102].any()
+    with pytest.raises(ValueError, match="3 rows of 3 square images"):
+        sheets.images_of_sheet(grid, 3, 3)
+
+    fig, ax = plt.subplots(figsize=(3, 2))
+    sheets.draw_sheet(ax, grid, ("a", "b"), 3)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
+    assert figures.INK in drawn(fig)["-dark"]  # its words can be read there
