@@ -22,6 +22,8 @@ from stores import copy, one_thread, root, vae, whole  # noqa: F401 (fixtures)
 
 from tools.pdf import BROWSERS
 
+pytest.register_assert_rewrite("page_checks")
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -1,8 +1,17 @@
 // What a page that fits must not have. Each function lists the faults that it sees on
-// the open page, in words; the tests expect empty lists.
+// the open page, in words; the tests expect empty lists. `survey` asks several of them:
+// what an element looks like is found out once for all.
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-  const seen = (e) => e.getClientRects().length > 0 && e.checkVisibility();
+  // Forgotten at the next survey.
+  let known;
+  const forget = () => { known = { seen: new Map(), style: new Map(), ground: new Map(), looks: new Map() }; };
+  const once = (what, e, find) => {
+    if (!known[what].has(e)) known[what].set(e, find(e));
+    return known[what].get(e);
+  };
+  const seen = (e) => once("seen", e, () => e.getClientRects().length > 0 && e.checkVisibility());
+  const style = (e) => once("style", e, getComputedStyle);
 
   // Where something stands, short enough to read in a report.
   const where = (e) => {
@@ -15,9 +24,30 @@
     return `${names.join(" > ")} "${text}"`;
   };
 
+  const speaks = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+
+  // What one sees of the text; within a block of code and within formulas, whose many
+  // parts are made alike, one of each look.
+  const looks = () => once("looks", document, () => {
+    const paths = new Map(), had = new Set();
+    let blocks = 0;
+    return all("article, article *").filter((e) => {
+      const above = paths.get(e.parentElement);
+      if (above === undefined) {
+        if (e.tagName === "PRE") paths.set(e, `${blocks += 1}`);
+        if (e.tagName === "MJX-CONTAINER") paths.set(e, `${e.parentElement.tagName} ${e.getAttribute("display")}`);
+        return seen(e);
+      }
+      const path = `${above}/${e.tagName} ${e.getAttribute("class")} ${e.getAttribute("style")}`;
+      paths.set(e, path);
+      const look = `${path} ${speaks(e)}`;
+      return !had.has(look) && seen(e) && had.add(look);
+    });
+  });
+
   // How far the contents of an element reach over its right edge.
   const excess = (e) => e.scrollWidth - e.clientWidth;
-  const scrolls = (e) => excess(e) > 1 && /auto|scroll/.test(getComputedStyle(e).overflowX);
+  const scrolls = (e) => excess(e) > 1 && /auto|scroll/.test(style(e).overflowX);
 
   const wide = (selector) =>
     all(selector).filter((e) => seen(e) && excess(e) > 1)
@@ -39,16 +69,13 @@
   };
 
   // The first colour behind an element that hides what is behind it.
-  const ground = (e) => {
-    for (let at = e; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      const [, , , a = 1] = numbers(colour);
-      if (a > 0.5) return colour;
-    }
-    return "rgb(255, 255, 255)";
-  };
+  const ground = (e) => !e ? "rgb(255, 255, 255)" : once("ground", e, () => {
+    const colour = style(e).backgroundColor;
+    const [, , , a = 1] = numbers(colour);
+    return a > 0.5 ? colour : ground(e.parentElement);
+  });
 
-  window.measures = {
+  const measures = {
     equations: () => [
       ...wide("article mjx-container[display], article div.math"),
       ...wideInline(),
@@ -74,7 +101,7 @@
 
     // What scrolls says so, has a name and can be reached without a mouse.
     silentScrollers: () =>
-      all("article *").filter((e) => seen(e) && scrolls(e) &&
+      looks().filter((e) => scrolls(e) &&
         !(e.classList.contains("scrolls") && e.tabIndex === 0 && e.getAttribute("aria-label")))
         .map(where),
 
@@ -92,9 +119,8 @@
     // Code is read against its ground: 4.5 to 1.
     codeContrast: () => {
       const seenPairs = new Map();
-      for (const e of all("article pre, article pre span, article code, article .export-badge span").filter(seen)) {
-        if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) continue;
-        const pair = `${getComputedStyle(e).color} on ${ground(e)}`;
+      for (const e of looks().filter((e) => e.matches("pre, pre span, code, .export-badge span") && speaks(e))) {
+        const pair = `${style(e).color} on ${ground(e)}`;
         if (!seenPairs.has(pair)) seenPairs.set(pair, e);
       }
       return [...seenPairs].flatMap(([pair, e]) => {
@@ -115,10 +141,15 @@
 
     // In the dark no box of the page is light.
     slabs: () =>
-      all("article, article *").filter(seen).flatMap((e) => {
-        const colour = getComputedStyle(e).backgroundColor;
+      looks().flatMap((e) => {
+        const colour = style(e).backgroundColor;
         const [, , , a = 1] = numbers(colour);
         return a > 0.5 && luminance(colour) > 0.16 && !e.closest(".export-badge, .sd-btn, .copybtn") ? [`${colour}: ${where(e)}`] : [];
       }),
+  };
+
+  window.survey = (kinds) => {
+    forget();
+    return Object.fromEntries(kinds.map((kind) => [kind, measures[kind]()]));
   };
 })();

@@ -1,4 +1,6 @@
-"""Pages of the rendered book, each opened once in a browser by the tests of a file."""
+"""Pages of the rendered book, each opened once in a browser and looked at in two themes
+and three sizes.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,27 @@ HEIGHTS = {1440: 900, 1280: 800, 390: 844}
 MEASURES = (Path(__file__).parent / "measures.js").read_text(encoding="utf-8")
 GRAVE = ("serious", "critical")
 
+Look = tuple[str, int]
+# In the order in which a page is looked at: what costs is to set it wide or narrow.
+LOOKS: list[Look] = [
+    ("light", 1280),
+    ("light", 1440),
+    ("light", 390),
+    ("dark", 390),
+    ("dark", 1440),
+    ("dark", 1280),
+]
+AXE_LOOKS: list[Look] = [("light", 1280), ("dark", 390)]
+
 # Formulas and code are long, and axe is slow with them: it sees a letter instead, which
 # does not scroll (`measures.silentScrollers` is for what does). Of the reference, whose
 # entries are all made alike, and of the table of contents, which the first page shows
 # whole, it sees the beginning. Of texts that look alike all the way up to the page
-# (elements, classes, colours) it judges the contrast of one: most of its time.
-AXE = """async ([impacts, whole]) => {
+# (elements, classes, colours) it judges the contrast of one, and of none where it has
+# found nothing wrong with such a one on a page before: most of its time. So it
+# does with links, which must not differ from the text around them by their colour
+# alone. Rules whose breach is not grave are not asked.
+AXE = """async ([impacts, whole, known]) => {
     const undo = [];
     for (const box of document.querySelectorAll("mjx-container, article pre")) {
         const kept = [...box.childNodes];
@@ -40,11 +57,16 @@ AXE = """async ([impacts, whole]) => {
             undo.push(() => place.replaceWith(entry));
         }
     }
-    const numbers = new Map(), looks = new Map();
-    const number = (...parts) => {
-        const all = parts.join("|");
-        if (!numbers.has(all)) numbers.set(all, numbers.size);
-        return numbers.get(all);
+    const looks = new Map(), judged = new Set(known);
+    const number = (...parts) => {  // 53 bits that stand for all parts
+        let a = 0xdeadbeef, b = 0x41c6ce57;
+        for (const c of parts.join("|")) {
+            a = Math.imul(a ^ c.codePointAt(0), 2654435761);
+            b = Math.imul(b ^ c.codePointAt(0), 1597334677);
+        }
+        a = Math.imul(a ^ (a >>> 16), 2246822507) ^ (b >>> 13);
+        b = Math.imul(b ^ (b >>> 16), 3266489909) ^ (a >>> 13);
+        return 4294967296 * (2097151 & b) + (a >>> 0);
     };
     const look = (e) => {
         if (e && !looks.has(e)) {
@@ -54,33 +76,48 @@ AXE = """async ([impacts, whole]) => {
         }
         return looks.get(e);
     };
-    const kinds = new Map();
+    const judge = (e, mark, ...parts) => {
+        const kind = number(mark, ...parts, look(e));
+        if (judged.has(kind)) return;
+        judged.add(kind);
+        e.dataset[mark] = "";
+        undo.push(() => { delete e.dataset[mark]; });
+    };
+    const block = (e) =>
+        getComputedStyle(e).display.startsWith("inline") ? block(e.parentElement) : e;
     for (const e of document.querySelectorAll("body *")) {
-        if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
         if (!e.checkVisibility()) continue;
         const s = getComputedStyle(e);
-        const kind = number(s.color, s.fontSize, s.fontWeight, s.textShadow, look(e));
-        if (!kinds.has(kind)) kinds.set(kind, e);
-    }
-    for (const e of kinds.values()) {
-        e.dataset.oneOfItsKind = "";
-        undo.push(() => { delete e.dataset.oneOfItsKind; });
+        if ([...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) {
+            judge(e, "text", s.color, s.fontSize, s.fontWeight, s.textShadow);
+        }
+        if (e.matches("a[href]")) {
+            const around = block(e), said = e.textContent.trim();
+            judge(e, "link", s.color, s.fontWeight, s.textDecoration, s.borderBottom,
+                getComputedStyle(e.parentElement).color, getComputedStyle(around).color,
+                around.textContent.trim() === said);
+        }
     }
     axe.configure({
-        rules: [{ id: "color-contrast", selector: "[data-one-of-its-kind]" }],
+        rules: [
+            { id: "color-contrast", selector: "[data-text]" },
+            { id: "link-in-text-block", selector: "a[data-link]" },
+        ],
     });
+    const more = ["target-size", "label-content-name-mismatch"];
+    const grave = axe._audit.rules.filter((rule) => more.includes(rule.id)
+        || (rule.enabled && impacts.includes(rule.impact)
+            && !rule.tags.includes("experimental")));
     const { violations } = await axe.run(document, {
         resultTypes: ["violations"],
         preload: false,
-        rules: {
-            "target-size": { enabled: true },
-            "label-content-name-mismatch": { enabled: true },
-        },
+        runOnly: { type: "rule", values: grave.map((rule) => rule.id) },
     });
     undo.reverse().forEach((back) => back());
-    return violations.filter((v) => impacts.includes(v.impact)).flatMap((v) =>
+    const faults = violations.filter((v) => impacts.includes(v.impact)).flatMap((v) =>
         v.nodes.map((n) => `${v.id}: ${n.target.join(" ")}: ` +
             n.any.concat(n.all, n.none).map((x) => x.message).join("; ")));
+    return [faults, [...judged]];
 }"""
 
 
@@ -106,42 +143,27 @@ def the_server(book: Path) -> Iterator[str]:
         yield address
 
 
-@dataclass
-class Visit:
-    """An open page, with all that is folded unfolded, and what happened on the way."""
-
-    tab: Any
-    page: str
-    chapter: Chapter
-    source: str
-    complaints: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-    axe: bool = False
-
-    def resize(self, width: int) -> None:
-        """Make the window so wide; what watches sizes has then done its work."""
-        if self.tab.viewport_size["width"] != width:
-            self.tab.set_viewport_size({"width": width, "height": HEIGHTS[width]})
-            self.tab.evaluate(FRAMES)
-
-    def faults(self, *kinds: str) -> list[str]:
-        """What `measures.js` finds."""
-        found: list[str] = self.tab.evaluate(FAULTS, kinds)
-        return found
-
-    def violations(self) -> list[str]:
-        """What axe finds serious or critical."""
-        if not self.axe:
-            self.tab.evaluate(AXE_SCRIPT)
-            self.axe = True
-        found: list[str] = self.tab.evaluate(AXE, [GRAVE, self.page == PAGES[0]])
-        return found
+# What is measured. On a phone code and tables may scroll, and say that they do.
+ANYWHERE = [
+    "equations",
+    "captions",
+    "body",
+    "silentScrollers",
+    "tabStops",
+    "names",
+    "codeContrast",
+    "smallText",
+]
 
 
-FAULTS = """(kinds) => kinds.flatMap((kind) =>
-    measures[kind]().map((fault) => `${kind}: ${fault}`))"""
+def kinds(look: Look) -> list[str]:
+    """What `measures.js` is asked for, by theme and width."""
+    theme, width = look
+    wide = ["code", "tables"] if width > 1000 else []
+    return [*ANYWHERE, *wide, *(["slabs"] if theme == "dark" else [])]
 
-# Two frames later.
+
+# Two frames later what watches sizes and themes has done its work.
 FRAMES = """() => new Promise((done) =>
     requestAnimationFrame(() => requestAnimationFrame(done)))"""
 
@@ -152,6 +174,122 @@ SET = f"""async () => {{
     document.querySelectorAll("details").forEach((box) => {{ box.open = true; }});
     await ({FRAMES})();
 }}"""
+
+# The theme, by the page's own button.
+SWITCH = """(theme) => {
+    const button = [...document.querySelectorAll(".theme-switch-button")]
+        .find((e) => e.checkVisibility());
+    const now = document.documentElement.dataset;
+    for (let k = 0; k < 3 && now.theme !== theme; k += 1) button.click();
+    if (now.theme !== theme) throw Error(`the theme stays ${now.theme}`);
+}"""
+
+SURVEY = f"""async (kinds) => {{ await ({FRAMES})(); return survey(kinds); }}"""
+
+# What stands on a page.
+CONTENT = """async () => {
+    const all = (selector) => [...document.querySelectorAll(selector)];
+    const texts = (selector) => all(selector).map((e) => e.textContent);
+    const names = (selector) => all(selector).map((e) => e.id);
+    const images = all(
+        "article img, article object, article .cell_output svg:not(button svg)"
+    );
+    return {
+        title: document.title,
+        headings: all("article h1").length,
+        heading: document.querySelector("h1").innerText,
+        article: document.querySelector("article.bd-article").innerText,
+        prefaces: all("article .preface").map((e) => e.innerText),
+        figures: all("article figure[id^='fig-']").map((f) => ({
+            name: f.id,
+            caption: f.querySelector("figcaption")?.textContent.trim(),
+            inside: f.querySelectorAll("img, svg, .frame-player, table").length,
+        })),
+        images: await Promise.all(images.map(async (e) => {
+            const img = e.tagName === "IMG";
+            const shown = e.checkVisibility();
+            if (img && shown) {
+                e.loading = "eager";
+                await e.decode().catch(() => null);
+            }
+            const box = e.getBoundingClientRect();
+            return {
+                alt: e.getAttribute("alt") || e.getAttribute("aria-label") || "",
+                drawn: !shown || (box.width > 0 && box.height > 0
+                    && (!img || e.naturalWidth > 0)),
+                what: e.outerHTML.slice(0, 120),
+            };
+        })),
+        tables: all("article table[id]").map((e) =>
+            [e.id, e.querySelector("caption")?.textContent ?? ""]),
+        formulas: all("article mjx-container").length,
+        mistaken: all("mjx-merror, merror, [data-mjx-error]").length,
+        equations: names("[id^='equation-']"),
+        complaining: all(
+            ".output.traceback, .output.stderr, .cell_output .stderr").length,
+        starts: all("article p").map((p) => p.firstChild)
+            .filter((node) => node?.nodeType === Node.TEXT_NODE)
+            .map((node) => node.data),
+        printed: texts(".cell_output pre"),
+        inputs: all("article .cell_input").length,
+        badges: texts(".export-badge"),
+        links: all("article a[href]").map((a) => a.href),
+        players: all(".frame-player").length,
+    };
+}"""
+
+
+@dataclass
+class Visit:
+    """An open page, with all that is folded unfolded, and what happened on the way."""
+
+    tab: Any
+    page: str
+    chapter: Chapter
+    source: str
+    judged: dict[Look, set[int]]
+    complaints: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    content: dict[str, Any] = field(default_factory=dict)
+    axe: bool = False
+    look: Look = ("light", 1280)
+    found: dict[Look, dict[str, list[str]]] = field(default_factory=dict)
+
+    def at(self, look: Look) -> None:
+        """Make the window so wide, and the theme this one."""
+        (theme, width), (old, before) = look, self.look
+        if width != before:
+            size = {"width": width, "height": HEIGHTS[width]}
+            self.tab.set_viewport_size(size)
+        if theme != old:
+            self.tab.evaluate(SWITCH, theme)
+        self.look = look
+
+    def measure(self, look: Look) -> dict[str, list[str]]:
+        """What `measures.js` and axe find at a look, now."""
+        self.at(look)
+        found: dict[str, list[str]] = self.tab.evaluate(SURVEY, kinds(look))
+        if look in AXE_LOOKS:
+            found["axe"] = self.violations()
+        return found
+
+    def faults(self, look: Look) -> dict[str, list[str]]:
+        """What was found at a look; the first question has all of them looked at."""
+        if not self.found:
+            self.found = {one: self.measure(one) for one in LOOKS}
+        return self.found[look]
+
+    def violations(self) -> list[str]:
+        """What axe finds serious or critical."""
+        if not self.axe:
+            self.tab.evaluate(AXE_SCRIPT)
+            self.axe = True
+        known = self.judged.setdefault(self.look, set())
+        given = [GRAVE, self.page == PAGES[0], list(known)]
+        faults, judged = self.tab.evaluate(AXE, given)
+        if not any(fault.startswith(("color-", "link-in-")) for fault in faults):
+            known.update(judged)
+        return list(faults)
 
 
 class Tab:
@@ -164,6 +302,7 @@ class Tab:
         self.page = tab = context.new_page()
         self.complaints: list[str] = []
         self.elsewhere: list[str] = []
+        self.judged: dict[Look, set[int]] = {}
         local = (server, "data:", "blob:", "about:")
 
         def complain(text: str, of: bool = True) -> None:
@@ -178,11 +317,15 @@ class Tab:
         tab.on("pageerror", lambda error: complain(str(error)))
         tab.on("response", lambda r: complain(f"{r.status} {r.url}", r.status >= 400))
         tab.on("request", lambda r: ask(r.url))
+        # Each page begins with the theme that the reader's system asks for.
+        tab.add_init_script(
+            "if (location.protocol === 'http:') localStorage.removeItem('mode');"
+        )
 
     def open(self, address: str) -> Any:
         """Go to a page; what the one before has complained of is forgotten."""
+        self.page.goto("about:blank")  # first, or the old page would be set anew
         self.page.set_viewport_size({"width": 1280, "height": HEIGHTS[1280]})
-        self.page.goto("about:blank")
         self.complaints, self.elsewhere = [], []
         self.page.goto(f"{self.server}/{address}", wait_until="load")
         return self.page
@@ -195,25 +338,28 @@ class Tab:
         tab.evaluate(MEASURES)
         source = path.read_text(encoding="utf-8")
         chapter = read_chapter(path)
-        return Visit(tab, page, chapter, source, self.complaints, self.elsewhere)
+        content = tab.evaluate(CONTENT)
+        happened = (self.complaints, self.elsewhere)
+        return Visit(tab, page, chapter, source, self.judged, *happened, content)
 
 
 @pytest.fixture(name="tab", scope="module")
-def the_tab(request: pytest.FixtureRequest, browser: Any, server: str) -> Iterator[Tab]:
-    """A tab in the theme that the file of tests names."""
-    context = browser.new_context(
-        color_scheme=request.module.THEME, reduced_motion="reduce"
-    )
+def the_tab(browser: Any, server: str) -> Iterator[Tab]:
+    """A tab of a reader who prefers the light theme and no motion."""
+    context = browser.new_context(color_scheme="light", reduced_motion="reduce")
     yield Tab(context, server)
     context.close()
 
 
-@pytest.fixture(
-    name="visit", scope="module", params=PAGES, ids=lambda page: page.split("/")[-1]
-)
-def the_visit(request: pytest.FixtureRequest, tab: Tab) -> Visit:
-    visit = tab.visit(request.param)
-    assert visit.tab.evaluate("document.documentElement.dataset.theme") == (
-        request.module.THEME
+def the_visit(pages: list[str]) -> Any:
+    """A fixture that opens these pages, one after the other."""
+
+    @pytest.fixture(
+        name="visit", scope="module", params=pages, ids=lambda page: page.split("/")[-1]
     )
+    def visit(request: pytest.FixtureRequest, tab: Tab) -> Visit:
+        visit = tab.visit(request.param)
+        assert visit.tab.evaluate("document.documentElement.dataset.theme") == "light"
+        return visit
+
     return visit
