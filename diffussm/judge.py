@@ -5,8 +5,7 @@ Generated from book/92_judge.md by `make export`: edit there.
 
 import hashlib
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from diffussm.data import Dataset, generator
 from diffussm.guards import expect_indices, expect_int
 from diffussm.model import DiffuSSM
 from diffussm.neighbours import Pairs, nearer_than_held_out, nearest_pairs
-from diffussm.options import Recipe, diffusion_of
-from diffussm.pictures import computing_in
+from diffussm.options import Recipe
 from diffussm.plain_scores import against_real, as_images, named_features
 from diffussm.sample_options import Sampler
-from diffussm.sampling import draw
+from diffussm.watching import draw_finite
 
 __all__ = ["Judge", "train_judge", "agreement", "Jury", "jury_of", "judged"]
 
@@ -145,23 +143,21 @@ def jury_of(data: Dataset, held_out: Dataset, count: int) -> Jury:
     return Jury(data, held_out, count)
 
 
-@torch.no_grad()
 def _drawn(
     model: DiffuSSM, recipe: Recipe, labels: Tensor, cfg_scale: float
 ) -> Tensor | None:
     """Images of a model with these labels, uint8 (n, 3, H, W); None if not finite."""
-    device, sizes = next(model.parameters()).device, recipe.model
+    sizes, images = recipe.model, []
     sampler = Sampler(20, "ddim", cfg_scale=cfg_scale, clip_denoised=True)
-    take = partial(draw, sampler, model, diffusion_of(recipe), progress=False)
-    images = [torch.zeros(0, 3, sizes.height, sizes.width, dtype=torch.uint8)]
     for number, y in enumerate(torch.split(labels, _BATCH)):
         shape = len(y), sizes.in_channels, sizes.height, sizes.width
-        noise = generator(recipe.seed, "judged images", number)
-        start = torch.randn(shape, generator=noise).to(device)
-        with suppress(ValueError), computing_in(recipe.precision, device):
-            images.append(as_images(take(y.to(device), noise=start).float().cpu()))
-    found = torch.cat(images)
-    return found if len(found) == len(labels) else None
+        draws = generator(recipe.seed, "judged images", number)
+        noise = torch.randn(shape, generator=draws)
+        x = draw_finite(sampler, model, recipe, y, noise)
+        if x is None:
+            return None
+        images.append(as_images(x))
+    return torch.cat(images)
 
 
 def judged(

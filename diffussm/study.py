@@ -14,6 +14,7 @@ from typing import Any, Literal
 from yaml import YAMLError
 
 from diffussm.data import Dataset
+from diffussm.files import read_json
 from diffussm.guards import (
     bounded,
     check_fields,
@@ -39,6 +40,7 @@ __all__ = [
     "Study",
     "read_study",
     "Run",
+    "step_seconds",
     "runs_of",
     "images_of",
 ]
@@ -52,7 +54,7 @@ class Question:
         asks: The question, in words.
         runs: By name, the options in which a run differs, as `model.downsample: 1`.
         equal: What all its runs have as the first has it: "parameters", by the width,
-            or "operations", by the number of steps; "" leaves both as they are.
+            or "operations" or "seconds", by the number of steps; "" leaves both.
         claim: What is claimed, in words, and by whom.
         first, second: The claim is that the first of these is not worse ... A name such
             as `DiT *` is the best of all that begin so.
@@ -64,7 +66,9 @@ class Question:
 
     asks: str
     runs: dict[str, Any]
-    equal: Literal["", "parameters", "operations"] = ""
+    equal: Literal[
+        "", "parameters", "operations", "seconds", "parameters and seconds"
+    ] = ""
     claim: str = ""
     first: str = ""
     second: str = ""
@@ -129,6 +133,7 @@ class Study:
         seeds: Every run is trained so many times, with the seeds 0, 1, ...
         looks: So often a run's held-out loss is computed on the way.
         measure: How finished runs are measured.
+        seconds: A file that says how long a step takes; see eq-study-seconds.
     """
 
     recipe: str
@@ -137,6 +142,7 @@ class Study:
     seeds: int = bounded(3, least=1)
     looks: int = bounded(10, least=1)
     measure: Measure = Measure()
+    seconds: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -146,6 +152,9 @@ class Study:
         drawn = {one.by for one in self.questions.values()} - {"bits"}
         told = f"by {' and '.join(sorted(drawn))}: measure has no judged_images"
         refuse(drawn and not self.measure.judged_images, told)
+        timed = any("seconds" in one.equal for one in self.questions.values())
+        told = "equal: seconds needs a file of them, as 'seconds: seconds.json'"
+        refuse(timed and not self.seconds, told)
 
 
 def read_study(file: Path) -> Study:
@@ -164,7 +173,9 @@ def read_study(file: Path) -> Study:
             str(name): from_dict(Question, one, f"the question {name!r}")
             for name, one in asked.items()
         }
-        return from_dict(Study, {**values, "questions": questions}, "a study")
+        study = from_dict(Study, {**values, "questions": questions}, "a study")
+        beside = study.seconds and str(file.parent / study.seconds)
+        return replace(study, seconds=beside)
 
 
 @dataclass(frozen=True)
@@ -183,9 +194,24 @@ class Run:
     @property
     def digest(self) -> str:
         """The name of what is learned: the same for the same recipe."""
-        learned = asdict(self.recipe) | {"variant": self.variant}
-        text = json.dumps(learned, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(asdict(self.recipe) | {"variant": self.variant})
+
+    @property
+    def step(self) -> dict[str, Any]:
+        """All that decides how long a training step takes, on one machine."""
+        kept = ("model", "batch_size", "precision")
+        values = asdict(self.recipe)
+        return {"variant": self.variant} | {name: values[name] for name in kept}
+
+    @property
+    def step_name(self) -> str:
+        """The name of its step: the same for all seeds and learning rates."""
+        return _digest(self.step)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _run_of(base: dict[str, Any], options: dict[str, Any]) -> Run:
@@ -202,15 +228,34 @@ def _run_of(base: dict[str, Any], options: dict[str, Any]) -> Run:
     return Run(*from_flat(values), variant, guidance)
 
 
-def _equal(run: Run, first: Run, what: str) -> Run:
-    """The run with as many parameters, or operations, as the first of its question."""
-    recipe, ours, theirs = run.recipe, run.recipe.model, first.recipe.model
-    if what == "parameters":
-        wanted = count_parameters(first.variant, theirs)
-        variant, model = matched(run.variant, ours, wanted)
-        return replace(run, variant=variant, recipe=replace(recipe, model=model))
+def step_seconds(study: Study) -> dict[str, float]:
+    """Processor seconds of a training step, by its name; empty without a file."""
+    file = Path(study.seconds)
+    if not study.seconds or not file.exists():
+        return {}
+    found, kinds = read_json(file), (ValueError, LookupError, TypeError, AttributeError)
+    with explain(f"{file} has no seconds of steps", *kinds):
+        return {name: float(step["seconds"]) for name, step in found["steps"].items()}
+
+
+def _cost(run: Run, what: str, seconds: dict[str, float]) -> float:
+    """What a step of a run costs: operations for each image, or seconds."""
     if what == "operations":
-        share = image_macs(first.variant, theirs) / image_macs(run.variant, ours)
+        return image_macs(run.variant, run.recipe.model)
+    told = "no seconds of its step are known: --time measures them"
+    refuse(not seconds.get(run.step_name, 0) > 0, told)
+    return seconds[run.step_name]
+
+
+def _equal(run: Run, first: Run, what: str, seconds: dict[str, float]) -> Run:
+    """The run with as much of something as the first of its question."""
+    recipe = run.recipe
+    if what == "parameters":
+        wanted = count_parameters(first.variant, first.recipe.model)
+        variant, model = matched(run.variant, recipe.model, wanted)
+        return replace(run, variant=variant, recipe=replace(recipe, model=model))
+    if what:
+        share = _cost(first, what, seconds) / _cost(run, what, seconds)
         phases = ("steps", "warmup", "cooldown")
         longer: Any = {k: round(share * getattr(first.recipe, k)) for k in phases}
         return replace(run, recipe=replace(recipe, **longer))
@@ -241,13 +286,15 @@ def runs_of(
         ValueError: some cannot; the message names each of them.
     """
     base, found, wrong = flat(*read_recipe(study.recipe)), {}, []
+    seconds = step_seconds(study)
     for question, asked in study.questions.items():
         first: Run | None = None
         for name, own in asked.runs.items():
             try:
                 run = _run_of(base, {**study.options, **(own or {})})
                 first = first or run
-                run = _equal(run, first, asked.equal)
+                for what in asked.equal.split(" and "):
+                    run = _equal(run, first, what, seconds)
                 _check_run(run, study.measure, beside)
             except (ValueError, OSError) as error:
                 wrong.append(f"{question}, {name}: {error}")

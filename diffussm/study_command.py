@@ -26,7 +26,9 @@ def study(
     out: Path,
     workers: NonNegativeInt = 0,
     record: Path | None = None,
+    only: str = "",
     list_: bool = False,
+    time: bool = False,
     report: bool = False,
     device: str | None = None,
 ) -> int:
@@ -39,21 +41,27 @@ def study(
         out: folder of its runs, its rows and its report
         workers: processes; 0: one for each core, or a single one on a GPU
         record: a file of rows that gets those of this study as well
+        only: one "question, name" of the study: nothing but its seeds
         list_: print the runs with an estimate of their seconds, and train nothing
+        time: measure what a step of each run takes on this machine, into the file that
+            the study names as its seconds, and train nothing
         report: write OUT/report.md about the rows that are there, and train nothing
         device: DEVICE
     """
     from diffussm.study import read_study
 
-    refuse(list_ and report, "give --list or --report, not both")
+    refuse(list_ + time + report > 1, "give one of --list, --time and --report")
+    refuse(only and (time or report), "--only is for runs and --list")
     check_device(device)
     asked = read_study(file)
+    if time:
+        return _time(asked, out)
     if report:
         return _report(asked, out)
     workers = workers or _cores(device)
     if list_:
-        return _list(asked, out, workers)
-    return _carry_out(asked, out, workers, device, record)
+        return _list(asked, out, workers, only)
+    return _carry_out(asked, out, workers, device, record, only)
 
 
 def _cores(device: str | None) -> int:
@@ -65,12 +73,17 @@ def _cores(device: str | None) -> int:
 
 
 def _carry_out(
-    asked: "Study", out: Path, workers: int, device: str | None, record: Path | None
+    asked: "Study",
+    out: Path,
+    workers: int,
+    device: str | None,
+    record: Path | None,
+    only: str,
 ) -> int:
     from diffussm.study import runs_of
     from diffussm.study_runs import run_study
 
-    runs = {run.digest: run for each in runs_of(asked, out).values() for run in each}
+    runs = {run.digest for each in runs_of(asked, out).values() for run in each}
     number = itertools.count(1)
 
     def tell(row: "Row") -> None:
@@ -80,7 +93,7 @@ def _carry_out(
 
     goes_on = "finished runs are kept, the same command goes on"
     with interruptible(lambda: goes_on):
-        rows = run_study(asked, out, workers, device, tell)
+        rows = run_study(asked, out, workers, device, tell, only)
     if record is not None:
         _add_rows(record, rows)
     print(f"{len(rows)} of {len(runs)} runs are in {out / 'results.jsonl'}")
@@ -104,15 +117,15 @@ def _add_rows(record: Path, rows: list["Row"]) -> None:
     write_rows(record, (there | {row["digest"]: row for row in rows}).values())
 
 
-def _list(asked: "Study", out: Path, workers: int) -> int:
+def _list(asked: "Study", out: Path, workers: int, only: str) -> int:
     import torch
 
     from diffussm.study import runs_of
-    from diffussm.study_runs import row_there, seconds_needed
+    from diffussm.study_runs import chosen, row_there, seconds_needed
 
     torch.set_num_threads(1)  # as each process has
     left: dict[str, float] = {}
-    for (question, name), runs in runs_of(asked, out).items():
+    for (question, name), runs in chosen(runs_of(asked, out), only).items():
         missing = [r for r in runs if row_there(r, out, asked.measure) is None]
         each = seconds_needed(runs[0], out, asked.measure)
         left |= {run.digest: each for run in missing}
@@ -121,6 +134,14 @@ def _list(asked: "Study", out: Path, workers: int) -> int:
         print(f"{question}, {name}: {steps}, {each:.0f} s each, {there}", flush=True)
     hours = sum(left.values()) / workers / 3600
     print(f"{len(left)} runs are missing: {hours:.2f} h for {workers} processes")
+    return 0
+
+
+def _time(asked: "Study", out: Path) -> int:
+    from diffussm.study_runs import write_seconds
+
+    found = write_seconds(asked, out)
+    print(f"wrote {asked.seconds}: processor seconds of {len(found)} different steps")
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffussm.files import whole_file
 from diffussm.guards import explain
-from diffussm.study import Question, Study, runs_of
+from diffussm.study import Question, Study, runs_of, step_seconds
 from diffussm.study_runs import Row
 
 __all__ = [
@@ -119,11 +119,13 @@ _MEASURES = {
 def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
     """What the rows say to each question of a study."""
     there = {row["digest"]: row for row in rows if "failed" not in row}
+    seconds = step_seconds(study)
     found: dict[str, dict[str, dict[int, Row]]] = {}
     for (question, name), runs in runs_of(study).items():
         known = {run.recipe.seed: there.get(run.digest) for run in runs}
-        scale = runs[0].guidance
-        kept = {s: _drawn_with(scale, row) for s, row in known.items() if row}
+        scale, each = runs[0].guidance, seconds.get(runs[0].step_name)
+        timed = {"processor_seconds": each and each * runs[0].recipe.steps}
+        kept = {s: _drawn_with(scale, row) | timed for s, row in known.items() if row}
         found.setdefault(question, {})[name] = kept
     return {name: Answer(study.questions[name], rows) for name, rows in found.items()}
 
@@ -141,13 +143,19 @@ def _figures(row: Row) -> dict[str, float | None]:
     return {
         "parameters": row["parameters"],
         "operations / 10^12": row["operations"] / 1e12,
-        "seconds": row["seconds"],
+        **_timed(row),
         "bits/dim": _bits(row),
         **_shorter(row),
         **quartiles,
         "kernel distance": row.get("scores", {}).get("score_kid_pixels"),
         **(_of_images(row["drawn"]) if row["drawn"] else {}),
     }
+
+
+def _timed(row: Row) -> dict[str, float | None]:
+    """Processor seconds of all steps, where those of one were measured."""
+    known = row.get("processor_seconds")
+    return {} if known is None else {"processor seconds": known}
 
 
 def _shorter(row: Row) -> dict[str, float | None]:
@@ -246,6 +254,8 @@ def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
     with explain("a figure needs matplotlib, the extra 'show'", ImportError):
         from matplotlib.figure import Figure
     text = ["# What the study says\n"]
+    if step_seconds(study):
+        text.append(f"{_SECONDS} {Path(study.seconds).name}.\n")
     for name, answer in answers(study, rows).items():
         figure = Figure(figsize=(6.0, 3.0), layout="constrained")
         if answer.guided:
@@ -260,6 +270,8 @@ def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
         draft.write_text("\n".join(text), encoding="utf-8")
     return out / "report.md"
 
+
+_SECONDS = "Processor seconds: steps times the seconds of one step alone, from"
 
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 

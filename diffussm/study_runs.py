@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffussm.data import Dataset
 from diffussm.distributed import own_device
 from diffussm.evaluation import versions
 from diffussm.files import read_json, whole_file, write_json
-from diffussm.guards import explain
+from diffussm.guards import expect_one_of, explain, refuse
 from diffussm.judge import judged, jury_of
 from diffussm.model import DiffuSSM
 from diffussm.options import diffusion_of
@@ -42,10 +42,17 @@ __all__ = [
     "processor",
     "Job",
     "row_there",
+    "Planned",
+    "chosen",
     "run_study",
     "write_rows",
     "read_rows",
     "seconds_needed",
+    "Rounds",
+    "apart",
+    "time_in_turns",
+    "steps_of",
+    "write_seconds",
 ]
 
 
@@ -122,7 +129,7 @@ _CURVES = ("step", "loss", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "held_out_los
 
 
 def _history(folder: Path) -> Row:
-    """The curves of a run, and the seconds that its steps took."""
+    """The curves of a run, and the seconds on the wall that its steps took."""
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     curves = {name: [_short(line.get(name)) for line in lines] for name in _CURVES}
@@ -178,25 +185,40 @@ def row_there(run: Run, out: Path, measure: Measure) -> Row | None:
     return row if as_asked(row, measure) else None
 
 
+Planned = dict[tuple[str, str], list[Run]]  # by question and name
+
+
+def chosen(planned: Planned, only: str = "") -> Planned:
+    """All runs of a study, or those of one "question, name"."""
+    named = {f"{question}, {name}": (question, name) for question, name in planned}
+    if not only:
+        return planned
+    key = named[expect_one_of("only", only, named)]
+    return {key: planned[key]}
+
+
 def run_study(
     study: Study,
     out: Path,
     workers: int = 1,
     device: str | None = "cpu",
     on_row: Callable[[Row], object] = lambda row: None,
+    only: str = "",
 ) -> list[Row]:
     """Carry out what is missing of a study; OUT/results.jsonl has a line for each run.
 
     Args:
         on_row: gets each row that is new.
+        only: "question, name": nothing but the seeds of this one.
 
     Raises:
         ValueError: a configuration cannot work; nothing was started.
     """
-    planned = runs_of(study, out).values()
-    runs = {run.digest: run for each in planned for run in each}
+    planned = runs_of(study, out)
+    runs = {run.digest: run for each in planned.values() for run in each}
+    wanted = {run.digest for each in chosen(planned, only).values() for run in each}
     rows = {name: row_there(run, out, study.measure) for name, run in runs.items()}
-    missing = [run for name, run in runs.items() if rows[name] is None]
+    missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
     jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
     out.mkdir(parents=True, exist_ok=True)
     for row in _carried_out(jobs, workers):
@@ -222,22 +244,28 @@ def read_rows(file: Path) -> list[Row]:
         return [json.loads(line) for line in lines]
 
 
+def _stepper(run: Run, out: Path) -> Callable[[], float]:
+    """What makes a training step of a run, and returns its processor seconds."""
+    recipe, device = run.recipe, own_device("cpu")
+    state = create_state(recipe, run.execution, device, partial(network, run.variant))
+    batch = training_batch(images_of(run, out)[0], state.model, recipe, 0)
+    batch, diffusion = batch.part(slice(None), device), diffusion_of(recipe)
+
+    def step() -> float:
+        start = time.process_time()
+        training_step(state, diffusion, batch, recipe)
+        return time.process_time() - start
+
+    step()  # the first is slower
+    return step
+
+
 def seconds_needed(run: Run, out: Path, measure: Measure, steps: int = 3) -> float:
     """An estimate of what a run takes on this machine, from a few of its steps."""
-    recipe, device = run.recipe, own_device("cpu")
-    build = partial(network, run.variant)
-    state = create_state(recipe, run.execution, device, build)
-    data, held_out = images_of(run, out)
-    times = []
-    for step in range(steps + 1):
-        batch = training_batch(data, state.model, recipe, step)
-        start = time.perf_counter()
-        moved = batch.part(slice(None), device)
-        training_step(state, diffusion_of(recipe), moved, recipe)
-        times.append(time.perf_counter() - start)
-    each = min(times[1:])  # the first is slower
+    step, (_, held_out) = _stepper(run, out), images_of(run, out)
+    each = min(step() for _ in range(steps))
     passes = _passes(run, measure, min(len(held_out), 512))
-    return each * (recipe.steps + passes / (3 * recipe.batch_size))
+    return each * (run.recipe.steps + passes / (3 * run.recipe.batch_size))
 
 
 def _passes(run: Run, measure: Measure, images: int) -> int:
@@ -247,3 +275,64 @@ def _passes(run: Run, measure: Measure, images: int) -> int:
     chains = sum(1 if scale == 1 else 2 for scale in measure.guidance)
     drawn = measure.score_images + chains * measure.judged_images
     return 2 * images * (looks + 1) + bound + 20 * drawn
+
+
+Rounds = list[dict[str, float]]  # in each, seconds by name
+
+
+def apart(rounds: Rounds) -> float:
+    """How much the least seconds of even and odd rounds differ at most, relatively."""
+    halves = [_least(rounds[start::2]) for start in (0, 1)]
+    pairs = [[half[name] for half in halves] for name in rounds[0]]
+    return max(max(pair) / min(pair) - 1 for pair in pairs)
+
+
+def _least(rounds: Rounds) -> dict[str, float]:
+    return {name: min(each[name] for each in rounds) for name in rounds[0]}
+
+
+def time_in_turns(
+    steps: dict[str, Callable[[], float]],
+    few: int = 20,
+    many: int = 200,
+    allowed: float = 0.03,
+) -> tuple[Rounds, dict[str, float]]:
+    """Rounds in which each step is made, and the least seconds of each.
+
+    Raises:
+        ValueError: after `many` rounds the halves differ by more than is allowed.
+    """
+    rounds: Rounds = []
+    while len(rounds) < few or apart(rounds) > allowed:
+        told = f"after {many} rounds both halves differ by more than {allowed:.0%}: "
+        told += "nothing was written; try again when less runs beside it"
+        refuse(len(rounds) >= many, told)
+        rounds.append({name: step() for name, step in steps.items()})
+    return rounds, _least(rounds)
+
+
+_UNTIMED: dict[str, Any] = {"seconds": "", "parameters and seconds": "parameters"}
+
+
+def steps_of(study: Study) -> dict[str, Run]:
+    """A run for each step that a study makes, by `Run.step_name`."""
+    free = {
+        name: replace(asked, equal=_UNTIMED.get(asked.equal, asked.equal))
+        for name, asked in study.questions.items()
+    }
+    runs = runs_of(replace(study, questions=free)).values()
+    return {each[0].step_name: each[0] for each in runs}
+
+
+def write_seconds(study: Study, out: Path) -> dict[str, float]:
+    """Measure the steps of a study; its file `seconds` gets them, with the machine."""
+    refuse(not study.seconds, "the study names no file for it, as 'seconds: FILE.json'")
+    torch.set_num_threads(1)  # as each process has
+    runs = steps_of(study)
+    rounds, found = time_in_turns({k: _stepper(run, out) for k, run in runs.items()})
+    steps = {
+        k: run.step | {"seconds": float(f"{found[k]:.4g}")} for k, run in runs.items()
+    }
+    how = {"rounds": len(rounds), "apart": round(apart(rounds), 4)}
+    write_json(Path(study.seconds), {**_environment(), **how, "steps": steps})
+    return found

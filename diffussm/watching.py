@@ -5,7 +5,6 @@ Generated from book/59_watching.md by `make export`: edit there.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from diffussm.plain_scores import FEATURES, as_images, named_features
 from diffussm.sample_options import Sampler
 from diffussm.sampling import draw
 
-__all__ = ["watched_loss", "held_out_bits", "Watch"]
+__all__ = ["watched_loss", "held_out_bits", "Watch", "draw_finite"]
 
 
 _PART = 32
@@ -176,21 +175,17 @@ class Watch:
     def _drawn(self, model: DiffuSSM) -> Tensor:
         """Features of samples (n, d), those of all views side by side."""
         (real, labels), recipe = self._real, self.recipe
-        device, table = next(model.parameters()).device, torch.zeros_like(real)
+        table = torch.zeros_like(real)
         steps = min(_STEPS, recipe.timesteps)
         sampler = Sampler(steps, "ddim", clip_denoised=self.pixels)
         for number, part in _mine(len(labels)):
-            y = labels[part].to(device) if recipe.model.num_classes else None
             noise = _normal(recipe, "watched samples", number, len(labels[part]))
-            how: dict[str, Any] = {"noise": noise.to(device), "progress": False}
-            table[part] = math.nan
-            with suppress(ValueError), computing_in(recipe.precision, device):
-                x = draw(sampler, model, diffusion_of(recipe), y, **how)
-                table[part] = self._seen(x.float().cpu())
+            x = draw_finite(sampler, model, recipe, labels[part], noise)
+            table[part] = math.nan if x is None else self._seen(x)
         return all_reduce(table)
 
     def _seen(self, x: Tensor) -> Tensor:
-        """Features (B, d) of all views side by side; ValueError if x is not finite."""
+        """Features (B, d) of finite images, those of all views side by side."""
         return torch.cat([view(x) for view in self.views.values()], 1).double()
 
     def _known(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -211,6 +206,19 @@ class Watch:
     @cached_property
     def _trained_on(self) -> tuple[Tensor, Tensor]:
         return self._known(self.data)
+
+
+@torch.no_grad()
+def draw_finite(
+    sampler: Sampler, model: DiffuSSM, recipe: Recipe, labels: Tensor, noise: Tensor
+) -> Tensor | None:
+    """Images (n, C, H, W) drawn from this noise, on the CPU; None if not finite."""
+    device = next(model.parameters()).device
+    y = labels.to(device) if recipe.model.num_classes else None
+    how: dict[str, Any] = {"noise": noise.to(device), "progress": False}
+    with computing_in(recipe.precision, device):
+        x = draw(sampler, model, diffusion_of(recipe), y, **how).float().cpu()
+    return x if bool(x.isfinite().all()) else None
 
 
 def _distance(x: Tensor, y: Tensor) -> float | None:

@@ -1,9 +1,11 @@
 """What a study says, and the runs that it makes of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from diffussm.files import write_json
 from diffussm.options import Execution
 from diffussm.study import (
     Measure,
@@ -14,7 +16,9 @@ from diffussm.study import (
     images_of,
     read_study,
     runs_of,
+    step_seconds,
 )
+from diffussm.study_runs import steps_of
 
 DIGESTS = ["23664ddb8ec7", "d33e450777ea"]  # rows of 2026-11 have such names
 TWO = {"wide": {"model.d_model": 32}, "narrow": {"model.d_model": 16}}
@@ -181,3 +185,93 @@ def test_runs_of_the_same_images_share_them(tmp_path):
     assert images_of(one, tmp_path)[0] is images_of(two, tmp_path)[0]
     other = replace(one, recipe=replace(one.recipe, flip=True))
     assert images_of(other, tmp_path)[0] is not images_of(one, tmp_path)[0]
+
+
+def timed(tmp_path, equal="seconds", **seconds):
+    """A study of equal seconds, and its file: by name, what a step takes."""
+    file = tmp_path / "seconds.json"
+    plain = runs_of(asked(TWO))
+    steps = {
+        plain["q", name][0].step_name: {"seconds": each}
+        for name, each in seconds.items()
+    }
+    write_json(file, {"steps": steps})
+    questions = {"q": Question("?", TWO, equal=equal)}
+    return replace(STUDY, questions=questions, seconds=str(file))
+
+
+def test_equal_seconds_are_steps_from_the_file(tmp_path):
+    study = timed(tmp_path, wide=0.3, narrow=0.1)
+    wide, narrow = (runs[0] for runs in runs_of(study).values())
+    assert wide.digest == runs_of(STUDY)["width", "wide"][0].digest
+    recipe = narrow.recipe
+    assert (recipe.steps, recipe.warmup, recipe.cooldown) == (24, 6, 12)
+    elsewhere = runs_of(timed(tmp_path, wide=0.6, narrow=0.2))  # a slower machine
+    assert elsewhere["q", "narrow"][0].digest == narrow.digest
+    other = runs_of(timed(tmp_path, wide=0.3, narrow=0.2))["q", "narrow"][0]
+    assert other.digest != narrow.digest and other.recipe.steps == 12
+
+
+def test_a_step_is_the_same_for_all_seeds_and_rates(tmp_path):
+    run = runs_of(STUDY)["width", "wide"][0]
+    for same in ({"seed": 5}, {"lr": 0.1}, {"steps": 90}):
+        assert replace(run, recipe=replace(run.recipe, **same)).step_name == (
+            run.step_name
+        )
+    for other in ({"batch_size": 4}, {"precision": "bf16"}):
+        changed = replace(run, recipe=replace(run.recipe, **other))
+        assert changed.step_name != run.step_name
+    assert replace(run, variant="taps:9").step_name != run.step_name
+
+
+def test_equal_parameters_and_seconds_hold_both(tmp_path):
+    study = timed(tmp_path, "parameters and seconds", wide=0.3)
+    wide, narrow = runs_of(study).values()  # the same width is the same network
+    assert wide == narrow and narrow[0].recipe.model.d_model == 32
+
+
+def test_seconds_that_are_not_known_are_refused(tmp_path):
+    study = timed(tmp_path, wide=0.3)
+    with pytest.raises(
+        ValueError, match="q, narrow: no seconds of its step"
+    ) as refused:
+        runs_of(study)
+    assert "--time" in str(refused.value) and "q, wide" not in str(refused.value)
+    with pytest.raises(ValueError, match="q, narrow: no seconds"):
+        runs_of(timed(tmp_path, wide=0.3, narrow=0.0))
+    (tmp_path / "seconds.json").unlink()
+    assert step_seconds(study) == {}
+    with pytest.raises(ValueError, match="q, wide: no seconds"):
+        runs_of(study)
+    for damaged in ("[]", "{}", '{"steps": {"a": {}}}', '{"steps": 3}', "{"):
+        (tmp_path / "seconds.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"seconds\.json"):
+            runs_of(study)
+    with pytest.raises(ValueError, match="needs a file of them"):
+        replace(study, seconds="")
+
+
+def test_the_file_of_seconds_lies_beside_the_study(tmp_path):
+    text = "recipe: digits\nquestions: {a: {asks: Why, runs: {x: {}}}}\n"
+    (tmp_path / "study.yaml").write_text(text + "seconds: kept/s.json\n")
+    study = read_study(tmp_path / "study.yaml")
+    assert study.seconds == str(tmp_path / "kept" / "s.json")
+
+
+STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_committed_seconds_are_of_all_steps_of_their_study(file):
+    study = read_study(file)
+    seconds = step_seconds(study)
+    if not study.seconds:
+        return
+    assert seconds.keys() == steps_of(study).keys()
+    found = runs_of(study)
+    for (question, _), (run, *_) in found.items():
+        asked = study.questions[question]
+        if "seconds" in asked.equal:
+            first = found[question, next(iter(asked.runs))][0]
+            both = [seconds[r.step_name] * r.recipe.steps for r in (run, first)]
+            assert both[0] == pytest.approx(both[1], rel=0.01)

@@ -41,6 +41,12 @@ def test_a_study_is_listed_carried_out_kept_and_reported(tmp_path):
     assert "held-out loss" not in said
     assert kept.read_text() == '{"digest": "another"}\n' + lines
     assert "0 runs are missing: 0.00 h" in diffussm(f"{study} --list", t=tmp_path)
+    one = "down-sampling, M = 2"
+    said = diffussm(f"{study} --list --only {{one}}", t=tmp_path, one=one)
+    assert "down-sampling, M = 2: 6 steps," in said and "M = 1" not in said
+    told = diffussm(f"{study} --only M", 1, t=tmp_path)
+    assert "down-sampling, M = 1" in told
+    assert "names no file" in diffussm(f"{study} --time", 1, t=tmp_path)
     said = diffussm(f"{study} --report", t=tmp_path)
     assert "Does it cost quality?" in (tmp_path / "out" / "report.md").read_text()
 
@@ -50,7 +56,9 @@ def test_what_cannot_work_is_refused(tmp_path):
     study = "study {t}/study.yaml --out {t}/out"
     assert "no run was started: " in diffussm(study, 1, t=tmp_path)
     assert not (tmp_path / "out").exists()
-    assert "not both" in diffussm(f"{study} --list --report", 1, t=tmp_path)
+    assert "give one of" in diffussm(f"{study} --list --report", 1, t=tmp_path)
+    told = diffussm(f"{study} --time --only x", 1, t=tmp_path)
+    assert "--only is for runs and --list" in told
     assert "--device gpux" in diffussm(f"{study} --device gpux", 1, t=tmp_path)
     assert "there is no" in diffussm("study nothing.yaml --out {t}/x", 1, t=tmp_path)
     assert "--out OUT is missing" in diffussm("study x.yaml", 2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from diffussm.files import write_json
 from diffussm.study import Measure, Question, Study, runs_of
 from diffussm.study_report import (
     answers,
@@ -104,6 +105,21 @@ def test_a_table_has_means_and_spreads():
     assert first["run"] == "a" and first["bits/dim"] == "2 ± 1"
     assert second["bits/dim"] == "4" and second["parameters"] == "1,234"
     assert first["loss 3/4"] == "0.3" and first["kernel distance"] == "–"
+    assert not any("seconds" in title for title in first)
+
+
+def test_seconds_of_a_table_are_those_of_the_file_not_of_the_row(tmp_path):
+    rows = made((1, 2, 3), (4, 4, 4))
+    run = runs_of(STUDY)["the question", "a"][0]
+    file = tmp_path / "seconds.json"
+    write_json(file, {"steps": {run.step_name: {"seconds": 0.5}}})
+    study = replace(STUDY, seconds=str(file))
+    first, second = summary(answers(study, rows)["the question"])
+    assert first["processor seconds"] == f"{run.recipe.steps / 2:.4g}"
+    assert second.get("processor seconds", "–") == "–"
+    text = write_report(study, rows, tmp_path).read_text()
+    assert "steps times the seconds of one step alone, from seconds.json." in text
+    assert "Processor seconds" not in write_report(STUDY, rows, tmp_path).read_text()
 
 
 def images(frechet, agreement):

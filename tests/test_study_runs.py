@@ -1,5 +1,6 @@
 """A study is carried out, killed, and carried out to the same end."""
 
+import itertools
 import os
 import signal
 import time
@@ -11,13 +12,16 @@ from processes import FORKS
 from diffussm import study_runs
 from diffussm.files import read_json, write_json
 from diffussm.resources import parameter_count
-from diffussm.study import Measure, Question, Study, runs_of
+from diffussm.study import Measure, Question, Study, runs_of, step_seconds
 from diffussm.study_runs import (
     read_rows,
     row_there,
     run_study,
     seconds_needed,
+    steps_of,
+    time_in_turns,
     write_rows,
+    write_seconds,
 )
 
 TWO = {"two blocks": {"model.n_blocks": 2}, "one block": {}}
@@ -211,3 +215,71 @@ def test_rows_are_written_whole_and_damage_is_refused(tmp_path):
     file.write_text('{"digest": "a"}\n{"dig')
     with pytest.raises(ValueError, match=r"rows\.jsonl has no JSON lines"):
         read_rows(file)
+
+
+def clock(*rounds):
+    """A step that takes these seconds, over and over."""
+    return itertools.cycle(rounds).__next__
+
+
+def test_steps_are_timed_in_turns_until_both_halves_agree():
+    order = []
+
+    def step(name, took):
+        return lambda: order.append(name) or took()
+
+    times = {"a": clock(3.0, 1.0, 1.02), "b": clock(2.0, 2.0, 9.0)}
+    steps = {name: step(name, took) for name, took in times.items()}
+    rounds, least = time_in_turns(steps, few=3, many=9)
+    assert order == ["a", "b"] * len(rounds) and least == {"a": 1.0, "b": 2.0}
+    assert len(rounds) == 3  # the first and third have 1.02, the second 1.0
+
+
+def test_noise_is_refused():
+    got = clock(1.0, 2.0)  # every other round is slower: the halves never agree
+    with pytest.raises(ValueError, match="after 8 rounds the halves differ by more"):
+        time_in_turns({"quiet": clock(1.0), "noisy": got}, few=3, many=8)
+    rounds, _ = time_in_turns({"noisy": clock(1.0, 1.02)}, few=3, many=8)
+    assert len(rounds) == 3
+
+
+def test_seconds_are_written_once_for_each_step_with_the_machine(tmp_path, monkeypatch):
+    rates = {"slow": {"lr": 1e-4}, "again": {"lr": 2e-4}, "deep": {"model.n_blocks": 2}}
+    asked = {"q": Question("?", rates, equal="parameters and seconds")}
+    asked["other"] = Question("?", {"taps": {"variant": "taps:3"}}, equal="seconds")
+    file = tmp_path / "seconds.json"
+    study = replace(STUDY, questions=asked, seconds=str(file))
+    with pytest.raises(ValueError, match="no seconds of its step"):
+        run_study(study, tmp_path)
+    assert len(steps_of(study)) == 3
+    monkeypatch.setattr(study_runs, "time_in_turns", unsteady)
+    with pytest.raises(ValueError, match="nothing was written"):
+        write_seconds(study, tmp_path)
+    assert not file.exists()
+    monkeypatch.setattr(study_runs, "time_in_turns", once)
+    found = write_seconds(study, tmp_path)
+    assert step_seconds(study) == pytest.approx(found, rel=1e-3)
+    kept = read_json(file, "seconds")
+    assert kept["rounds"] == 2 and kept["processor"] and kept["torch"]
+    assert {step["variant"] for step in kept["steps"].values()} == {"", "taps:3"}
+    assert {run.recipe.steps for run in runs_of(study)["q", "slow"]} == {10}
+    with pytest.raises(ValueError, match="names no file"):
+        write_seconds(STUDY, tmp_path)
+
+
+def unsteady(steps):
+    return time_in_turns(dict.fromkeys(steps, clock(1.0, 2.0)), many=20)
+
+
+def once(steps):
+    return time_in_turns(steps, few=2, allowed=1e9)
+
+
+def test_one_line_of_a_study_is_run_alone(tmp_path, done):
+    (first, second) = run_study(STUDY, tmp_path, only="depth, one block")
+    assert table([first, second]) == table(done[1][2:])
+    assert read_rows(tmp_path / "results.jsonl") == [first, second]
+    found = run_study(replace(STUDY, seeds=1), tmp_path, only="depth, two blocks")
+    assert table(found) == table(done[1][::2])
+    with pytest.raises(ValueError, match="only='depth, two': .*depth, two blocks"):
+        run_study(STUDY, tmp_path, only="depth, two")
