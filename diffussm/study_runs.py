@@ -49,7 +49,6 @@ __all__ = [
     "read_rows",
     "seconds_needed",
     "Rounds",
-    "apart",
     "time_in_turns",
     "steps_of",
     "write_seconds",
@@ -280,7 +279,7 @@ def _passes(run: Run, measure: Measure, images: int) -> int:
 Rounds = list[dict[str, float]]  # in each, seconds by name
 
 
-def apart(rounds: Rounds) -> float:
+def _apart(rounds: Rounds) -> float:
     """How much the least seconds of even and odd rounds differ at most, relatively."""
     halves = [_least(rounds[start::2]) for start in (0, 1)]
     pairs = [[half[name] for half in halves] for name in rounds[0]]
@@ -303,8 +302,8 @@ def time_in_turns(
         ValueError: after `many` rounds the halves differ by more than is allowed.
     """
     rounds: Rounds = []
-    while len(rounds) < few or apart(rounds) > allowed:
-        told = f"after {many} rounds both halves differ by more than {allowed:.0%}: "
+    while len(rounds) < few or _apart(rounds) > allowed:
+        told = f"after {many} rounds the halves differ by more than {allowed:.0%}: "
         told += "nothing was written; try again when less runs beside it"
         refuse(len(rounds) >= many, told)
         rounds.append({name: step() for name, step in steps.items()})
@@ -333,6 +332,6 @@ def write_seconds(study: Study, out: Path) -> dict[str, float]:
     steps = {
         k: run.step | {"seconds": float(f"{found[k]:.4g}")} for k, run in runs.items()
     }
-    how = {"rounds": len(rounds), "apart": round(apart(rounds), 4)}
+    how = {"rounds": len(rounds), "apart": round(_apart(rounds), 4)}
     write_json(Path(study.seconds), {**_environment(), **how, "steps": steps})
     return found

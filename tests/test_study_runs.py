@@ -245,7 +245,7 @@ def test_noise_is_refused():
 
 def test_seconds_are_written_once_for_each_step_with_the_machine(tmp_path, monkeypatch):
     rates = {"slow": {"lr": 1e-4}, "again": {"lr": 2e-4}, "deep": {"model.n_blocks": 2}}
-    asked = {"q": Question("?", rates, equal="parameters and seconds")}
+    asked = {"q": Question("?", rates, equal="seconds")}
     asked["other"] = Question("?", {"taps": {"variant": "taps:3"}}, equal="seconds")
     file = tmp_path / "seconds.json"
     study = replace(STUDY, questions=asked, seconds=str(file))
