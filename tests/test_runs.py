@@ -525,14 +525,19 @@ def test_a_write_that_fails_in_the_background_stops_all(tmp_path):
 
 def signalled(command, run, number):
     """Send a command a signal once it trains; its exit code and what it said."""
-    job = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    job.send_signal(number)
-    said, _ = job.communicate(timeout=400)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # as from a terminal: what a shell starts in the background is deaf to Ctrl-C
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as job:
+        deadline = time.monotonic() + 120
+        while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(number)
+        try:
+            said, _ = job.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            raise
     return job.returncode, said
 
 

@@ -45,8 +45,8 @@ def run_slow(run, seconds, steps, **options):
 
 @pytest.mark.slow
 def test_the_log_names_the_process_that_all_wait_for(tmp_path):
-    """The images are read while a step is computed: what is left of half a second."""
-    together(2, run_slow, tmp_path / "run", 0.5, ())
+    """The images are read while a step is computed: what is left of two seconds."""
+    together(2, run_slow, tmp_path / "run", 2.0, ())
     rows = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     row = json.loads(rows[-1])
     assert row["slowest_process"] == 1
