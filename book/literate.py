@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -92,4 +93,4 @@ def shell(line: str) -> None:
     from diffussm.cli import main
 
     print(f"$ diffussm {line}")
-    assert main(line.split()) == 0
+    assert main(shlex.split(line)) == 0
