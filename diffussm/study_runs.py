@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -280,23 +281,23 @@ Rounds = list[dict[str, float]]  # in each, seconds by name
 
 
 def _apart(rounds: Rounds) -> float:
-    """How much the least seconds of even and odd rounds differ at most, relatively."""
-    halves = [_least(rounds[start::2]) for start in (0, 1)]
+    """How much the medians of even and odd rounds differ at most, relatively."""
+    halves = [_medians(rounds[start::2]) for start in (0, 1)]
     pairs = [[half[name] for half in halves] for name in rounds[0]]
     return max(max(pair) / min(pair) - 1 for pair in pairs)
 
 
-def _least(rounds: Rounds) -> dict[str, float]:
-    return {name: min(each[name] for each in rounds) for name in rounds[0]}
+def _medians(rounds: Rounds) -> dict[str, float]:
+    return {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
 
 
 def time_in_turns(
     steps: dict[str, Callable[[], float]],
     few: int = 20,
     many: int = 200,
-    allowed: float = 0.03,
+    allowed: float = 0.05,
 ) -> tuple[Rounds, dict[str, float]]:
-    """Rounds in which each step is made, and the least seconds of each.
+    """Rounds in which each step is made, and the median seconds of each.
 
     Raises:
         ValueError: after `many` rounds the halves differ by more than is allowed.
@@ -307,7 +308,7 @@ def time_in_turns(
         told += "nothing was written; try again when less runs beside it"
         refuse(len(rounds) >= many, told)
         rounds.append({name: step() for name, step in steps.items()})
-    return rounds, _least(rounds)
+    return rounds, _medians(rounds)
 
 
 _UNTIMED: dict[str, Any] = {"seconds": "", "parameters and seconds": "parameters"}
