@@ -5,6 +5,7 @@ Generated from book/59_watching.md by `make export`: edit there.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -216,9 +217,11 @@ def draw_finite(
     device = next(model.parameters()).device
     y = labels.to(device) if recipe.model.num_classes else None
     how: dict[str, Any] = {"noise": noise.to(device), "progress": False}
-    with computing_in(recipe.precision, device):
+    with suppress(ValueError), computing_in(recipe.precision, device):
         x = draw(sampler, model, diffusion_of(recipe), y, **how).float().cpu()
-    return x if bool(x.isfinite().all()) else None
+        if bool(x.isfinite().all()):
+            return x
+    return None  # or the sampler has refused a step that is not finite
 
 
 def _distance(x: Tensor, y: Tensor) -> float | None:
