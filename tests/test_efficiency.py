@@ -282,6 +282,7 @@ NAMES = (
     "checkpoint",
     "guidance",
     "solvers",
+    "ways",
 )
 
 
