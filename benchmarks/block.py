@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import command, keep_freed_memory, quiet_runs, report
+from benchmarks.common import (
+    command,
+    keep_freed_memory,
+    quiet_runs,
+    report,
+    share_outside,
+)
 from benchmarks.references import awake, require_right
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs
 from diffussm.hourglass import HourglassBlock
@@ -64,12 +70,6 @@ def operations(block: nn.Module, d_model: int, batch: int, length: int) -> float
     )
 
 
-def outside_products(job: Callable[[], object]) -> float:
-    """The share of a job that is no matrix product."""
-    kinds = time_by_kind(job)
-    return 1 - kinds["matrix products"] / sum(kinds.values())
-
-
 def compare(
     blocks: dict[str, nn.Module], d_model: int, case: tuple[int, int, float], runs: int
 ) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def compare(
     seconds, spread = quiet_runs(what, jobs, runs=runs)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     slow, fast = (median[name] for name in blocks)
-    outside = outside_products(jobs["DiffuSSM block"])
+    outside = share_outside(time_by_kind(jobs["DiffuSSM block"]))
     return {
         "what": what,
         **{name: f"{1e3 * median[name]:,.1f} ms" for name in blocks},

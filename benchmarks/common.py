@@ -214,6 +214,16 @@ def speed_row(
     }
 
 
+def share_outside(seconds: Mapping[str, float]) -> float:
+    """The share of a job, in seconds by kind, that is no matrix product or attention.
+
+    Kinds are those of `diffussm.profiling.time_by_kind`, perhaps divided further.
+    """
+    inside = ("matrix products", "attention")
+    products = sum(s for kind, s in seconds.items() if kind.endswith(inside))
+    return 1 - products / sum(seconds.values())
+
+
 def peak_memory(function: str, *arguments: object) -> int:
     """Bytes by which a job raised the resident memory of its process, at the peak.
 

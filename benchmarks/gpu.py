@@ -32,6 +32,7 @@ from benchmarks.common import (
     environment,
     quiet_runs,
     require_agreement,
+    share_outside,
 )
 from benchmarks.references import awake, require_right
 from benchmarks.sampling import Uncached
@@ -414,9 +415,7 @@ def one_training(
             facts["mfu"] = round(6 * macs * batch / median / peak, 4)
     kinds = time_by_kind(step)
     facts["profile"] = kinds
-    facts["share_outside"] = 1 - (kinds["matrix products"] + kinds["attention"]) / sum(
-        kinds.values()
-    )
+    facts["share_outside"] = share_outside(kinds)
     return facts
 
 

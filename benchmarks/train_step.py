@@ -28,6 +28,7 @@ from benchmarks.common import (
     peak_memory,
     report,
     require_agreement,
+    share_outside,
     speed_row,
 )
 from benchmarks.references import awake, require_right
@@ -142,12 +143,6 @@ def where_time_goes(model: DiffuSSM, batch: int, runs: int) -> dict[str, float]:
         kind: statistics.median(sample[kind] for sample in samples)
         for kind in samples[0]
     }
-
-
-def share_outside(seconds: dict[str, float]) -> float:
-    """The share that is no matrix product."""
-    products = seconds["matrix products"] + seconds["kernels, matrix products"]
-    return 1 - products / sum(seconds.values())
 
 
 def optimizer_pair(model: nn.Module) -> tuple[Callable, Callable, float]:

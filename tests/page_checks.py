@@ -3,6 +3,10 @@
 `test_pages_odd.py` and `test_pages_even.py` take a half of the pages each, so that two
 cores have something to do. Whatever has a look (theme, width) as its parameter holds
 in both themes at three sizes.
+
+`make test` builds the book first. A plain `pytest` skips these tests where the book is
+not built or is older than its text, or where there is no Chromium;
+DIFFUSSM_REQUIRE_BOOK and DIFFUSSM_REQUIRE_BROWSER forbid that.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from visits import AXE_LOOKS, LOOKS, Look, Visit
+from visits import AXE_LOOKS, LOOKS, Look, Visit, the_book, the_server, the_tab  # noqa: F401 (the three fixtures)
 
 from tools.book import ROOT
 from tools.preface import preface
+
+pytestmark = pytest.mark.end_to_end
 
 
 def prose(visit: Visit) -> str:

@@ -270,6 +270,13 @@ def test_alternate_takes_the_sides_in_turns():
     assert order == ["a", "b"] * 4 and [len(seconds[name]) for name in "ab"] == [3, 3]
 
 
+def test_what_is_no_product_is_outside():
+    seconds = {"matrix products": 3.0, "kernels, matrix products": 1.0}
+    seconds |= {"attention": 2.0, "convolution": 1.0, "kernels, the rest": 1.0}
+    assert common.share_outside(seconds) == 0.25
+    assert common.share_outside({"other": 1.0}) == 1
+
+
 NAMES = (
     "kernel",
     "bidirectional",
