@@ -70,7 +70,8 @@ class Sizes:
     places: tuple[int, ...] = (
         2**15,
         2**16,
-    )  # positions in a training batch: 32 and 64 images of L = 1024
+        2**17,
+    )  # positions in a training batch: 32, 64 and 128 images of L = 1024
     batches: tuple[int, ...] = (8, 64)  # of guided images
     steps: int = 20
     steps_computed: int = 3  # of the sampler that computes its kernels at every step

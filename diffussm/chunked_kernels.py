@@ -55,10 +55,10 @@ def padded(n):
 
 @triton.jit
 def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
-    """Of one row of modes (2D, 4N + 1): (2D, T + 1, 2N) and (2D, T), N the modes."""
-    row, lag = tl.program_id(0), tl.arange(0, 2 * T)[:, None]
-    n = tl.arange(0, padded(N))[None, :]
-    at, exists = modes + row * (4 * N + 1) + n, n < N
+    """Of one row of modes (2D, 4N + 1), 16 lags: (2D, T + 1, 2N) and (2D, T)."""
+    row, n = tl.program_id(0), tl.arange(0, padded(N))[None, :]
+    lags = tl.program_id(1) * 16 + tl.arange(0, 16)
+    lag, at, exists = lags[:, None], modes + row * (4 * N + 1) + n, n < N
     size = tl.exp(tl.load(at, exists, 0.0) * lag)
     angle = tl.load(at + N, exists, 0.0) * lag
     zr, zi = size * tl.cos(angle), size * tl.sin(angle)
@@ -67,9 +67,8 @@ def _powers_kernel(modes, powers, kernel, N: tl.constexpr, T: tl.constexpr):
     to = powers + (row * (T + 1) + lag) * 2 * N + n
     tl.store(to, zr, exists & (lag <= T))
     tl.store(to + N, zi, exists & (lag <= T))
-    lag = tl.arange(0, 2 * T)
     skip = tl.load(modes + row * (4 * N + 1) + 4 * N)
-    tl.store(kernel + row * T + lag, tl.where(lag == 0, k + skip, k), lag < T)
+    tl.store(kernel + row * T + lags, tl.where(lags == 0, k + skip, k), lags < T)
 
 
 def decay_powers(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,8 @@ def decay_powers(modes: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     D, n = modes.shape[1], modes.shape[2] // 4
     powers = modes.new_empty(2, D, chunk + 1, 2 * n)
     kernel = modes.new_empty(2, D, chunk)
-    _powers_kernel[(2 * D,)](modes, powers, kernel, n, chunk, num_warps=1)
+    grid = 2 * D, triton.cdiv(chunk + 1, 16)
+    _powers_kernel[grid](modes, powers, kernel, n, chunk, num_warps=1)
     return powers, kernel
 
 
@@ -233,7 +233,8 @@ def modes_kernel(
     way = tl.program_id(2)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
-    (vr, vi), share = _power(powers, row, age, LAGS, N), (age / T)[None, :, None]
+    vr, vi = _power(powers, row, age, LAGS, N)
+    share = (age / T)[None, :, None]
     fr, fi = _operand(share * vr, PRECISION), _operand(share * vi, PRECISION)
     vr, vi = _operand(vr, PRECISION), _operand(vi, PRECISION)
     zr, zi = _power(powers, row, T + tl.arange(0, 1), LAGS, N)

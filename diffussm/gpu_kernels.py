@@ -33,14 +33,15 @@ def both_in_one(spectra: Tensor) -> Tensor:
 
     Source: ch. "GPU kernels", eq-on-chip-both.
     """
-    forward, backward = torch.cat([spectra, spectra[..., 1:-1].flip(-1).conj()], dim=-1)
+    mirrored = torch.conj_physical(spectra[..., 1:-1].flip(-1))
+    forward, backward = torch.cat([spectra, mirrored], dim=-1)
     return forward + 1j * backward
 
 
 def _taken_apart(s: Tensor) -> Tensor:
     """The gradient of the half spectra from that of H: (D, 2L) -> (2, D, L + 1)."""
     length = s.shape[1] // 2
-    mirrored = s.roll(-1, 1).flip(1).conj()  # at f: the conjugate of s at -f
+    mirrored = torch.conj_physical(s.roll(-1, 1).flip(1))  # at f: that of s at -f
     both = torch.stack([s + mirrored, (s - mirrored) / 1j])  # (2, D, 2L)
     half = both[..., : length + 1] / 2
     half[..., 1:-1] *= 2  # all frequencies but two stand for their mirror image too

@@ -71,13 +71,15 @@ def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row
         row |= _measured(state.ema, run, measure, data, held_out)
     except FloatingPointError as diverged:
         row |= {"failed": str(diverged)}
-    row |= _history(folder) | {"environment": _environment()}
+    row |= _history(folder) | {"environment": _environment(device)}
     write_json(folder / "result.json", row)
     return row
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: str | None) -> dict[str, Any]:
     machine = {"processor": processor(), "cores": os.cpu_count()}
+    if (own := own_device(device)).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(own)
     return machine | {"python": platform.python_version(), **versions()}
 
 
@@ -334,5 +336,5 @@ def write_seconds(study: Study, out: Path) -> dict[str, float]:
         k: run.step | {"seconds": float(f"{found[k]:.4g}")} for k, run in runs.items()
     }
     how = {"rounds": len(rounds), "apart": round(_apart(rounds), 4)}
-    write_json(Path(study.seconds), {**_environment(), **how, "steps": steps})
+    write_json(Path(study.seconds), {**_environment("cpu"), **how, "steps": steps})
     return found

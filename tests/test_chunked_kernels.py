@@ -1,5 +1,8 @@
 """Ch. "A recurrence for tensor cores": the chunked kernels, in Triton's interpreter."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from machine_code import compile_elsewhere
@@ -297,6 +300,30 @@ print("compiled")
 def test_kernels_fit_the_gpus_of_two_generations(tmp_path):
     """Down to machine code: tensor cores, nothing spilt, 100 kB of shared memory."""
     compile_elsewhere(COMPILE, tmp_path, str(tmp_path))
+
+
+def nested_targets(source):
+    """Assignments to a tuple in a tuple, in the functions that Triton translates."""
+    functions = (x for x in ast.walk(source) if isinstance(x, ast.FunctionDef))
+    for function in functions:
+        if any("jit" in ast.unparse(mark) for mark in function.decorator_list):
+            for line in (x for x in ast.walk(function) if isinstance(x, ast.Assign)):
+                inside = [y for x in line.targets for y in getattr(x, "elts", [])]
+                if any(isinstance(x, ast.Tuple) for x in inside):
+                    yield ast.unparse(line)
+
+
+def test_kernels_assign_as_the_oldest_triton_reads():
+    """Triton 3.6, which comes with PyTorch 2.11, refuses `(a, b), c = ...`."""
+    told = ast.parse("@triton.jit\ndef f(): (a, b), c = g(), 1")
+    assert list(nested_targets(told)) == ["(a, b), c = (g(), 1)"]
+    package = Path(chunked_triton.__code__.co_filename).parent
+    found = {
+        file.name: list(nested_targets(ast.parse(file.read_text("utf-8"))))
+        for file in package.glob("*.py")
+    }
+    assert found.pop("segments.py") == found.pop("chunked_kernels.py") == []
+    assert not any(found.values()), found
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from clear_sums import random_inputs, two_sums
+from clear_sums import Operations, random_inputs, two_sums
 
 from diffussm import fft_convolution
 from diffussm.bidirectional import convolve_reference, kernel_spectra
@@ -187,6 +187,15 @@ def test_is_the_clear_convolution_with_its_gradients():
     probe = torch.randn_like(clear)
     gradients = [torch.autograd.grad(y, inputs, probe) for y in (fast, clear)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+def test_conjugates_inside_the_operators_are_computed_not_marked():
+    """A GPU's compiled code lost the marks of PyTorch 2.11."""
+    u, spectra = torch.randn(2, 8, 3), torch.randn(2, 3, 9, dtype=torch.complex64)
+    with Operations() as seen:
+        fft_convolution._convolve(u, spectra)
+        fft_convolution._convolve_backward(torch.randn(2, 8, 6), u, spectra)
+    assert "_fft_r2c" in seen.names and "_conj" not in seen.names
 
 
 def test_operands_that_do_not_fit_are_refused():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from clear_sums import Operations
 from machine_code import compile_elsewhere
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
@@ -15,6 +16,7 @@ if not GPU:
         "1"  # read when the kernels are defined and when they are called
     )
 
+from diffussm import gpu_kernels  # noqa: E402
 from diffussm.autotuning import relative_errors  # noqa: E402
 from diffussm.bidirectional import BidirectionalSSM, kernel_spectra  # noqa: E402
 from diffussm.fft_convolution import convolve  # noqa: E402
@@ -228,6 +230,23 @@ def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path):
     compile_elsewhere(COMPILE, tmp_path)
 
 
+def test_conjugates_inside_the_operators_are_computed_not_marked():
+    """Compiled for an H200 by PyTorch 2.11, outputs were off by 65 percent."""
+    spectra = torch.randn(2, 3, 257, dtype=torch.complex64)
+    with Operations() as seen:
+        gpu_kernels._tiles(spectra)
+        gpu_kernels._taken_apart(torch.randn(3, 512, dtype=torch.complex64))
+    assert "flip" in seen.names and "_conj" not in seen.names
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu_it_computes_the_same():
+    u = torch.randn(2, 256, 32, device="cuda")
+    spectra = kernel_spectra(*kernels_of(32, 256).cuda())
+    compiled = torch.compile(triton_convolve, dynamic=False)
+    torch.testing.assert_close(compiled(u, spectra), triton_convolve(u, spectra))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 @pytest.mark.parametrize("length", LENGTHS)
@@ -236,4 +255,6 @@ def test_on_a_gpu_errors_are_those_of_the_precision(length, precision):
     errors = relative_errors(
         convolution, length, 64, 4, torch.device("cuda"), torch.float32
     )
-    assert max(errors.values()) < (5e-3 if precision == "tf32" else 1e-5)
+    short = precision == "tf32"
+    assert errors["output"] < (5e-3 if short else 1e-5), errors
+    assert max(errors.values()) < (5e-3 if short else 1e-4), errors
