@@ -40,7 +40,7 @@ def study(
         file: YAML file of the study
         out: folder of its runs, its rows and its report
         workers: processes; 0: one for each core, or a single one on a GPU
-        record: a file of rows that gets those of this study as well
+        record: a file of rows, which are not run again; it gets the new ones
         only: one "question, name" of the study: nothing but its seeds
         list_: print the runs with an estimate of their seconds, and train nothing
         time: measure what a step of each run takes on this machine, into the file that
@@ -60,7 +60,7 @@ def study(
         return _report(asked, out)
     workers = workers or _cores(device)
     if list_:
-        return _list(asked, out, workers, only)
+        return _list(asked, out, workers, only, record)
     return _carry_out(asked, out, workers, device, record, only)
 
 
@@ -81,7 +81,7 @@ def _carry_out(
     only: str,
 ) -> int:
     from diffussm.study import runs_of
-    from diffussm.study_runs import run_study
+    from diffussm.study_runs import read_rows, run_study
 
     runs = {run.digest for each in runs_of(asked, out).values() for run in each}
     number = itertools.count(1)
@@ -92,8 +92,9 @@ def _carry_out(
             _add_rows(record, [row])
 
     goes_on = "finished runs are kept, the same command goes on"
+    known = read_rows(record) if record else []
     with interruptible(lambda: goes_on):
-        rows = run_study(asked, out, workers, device, tell, only)
+        rows = run_study(asked, out, workers, device, tell, only, known)
     if record is not None:
         _add_rows(record, rows)
     print(f"{len(rows)} of {len(runs)} runs are in {out / 'results.jsonl'}")
@@ -117,21 +118,25 @@ def _add_rows(record: Path, rows: list["Row"]) -> None:
     write_rows(record, (there | {row["digest"]: row for row in rows}).values())
 
 
-def _list(asked: "Study", out: Path, workers: int, only: str) -> int:
+def _list(
+    asked: "Study", out: Path, workers: int, only: str, record: Path | None
+) -> int:
     import torch
 
     from diffussm.study import runs_of
-    from diffussm.study_runs import chosen, row_there, seconds_needed
+    from diffussm.study_runs import chosen, read_rows, row_there, seconds_needed
 
     torch.set_num_threads(1)  # as each process has
     left: dict[str, float] = {}
+    known = read_rows(record) if record else []
     for (question, name), runs in chosen(runs_of(asked, out), only).items():
-        missing = [r for r in runs if row_there(r, out, asked.measure) is None]
+        there = [row_there(run, out, asked.measure, known) for run in runs]
+        missing = [r for r, row in zip(runs, there, strict=True) if row is None]
         each = seconds_needed(runs[0], out, asked.measure)
         left |= {run.digest: each for run in missing}
-        there = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
+        done = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
         steps = f"{runs[0].recipe.steps:,} steps"
-        print(f"{question}, {name}: {steps}, {each:.0f} s each, {there}", flush=True)
+        print(f"{question}, {name}: {steps}, {each:.0f} s each, {done}", flush=True)
     hours = sum(left.values()) / workers / 3600
     print(f"{len(left)} runs are missing: {hours:.2f} h for {workers} processes")
     return 0

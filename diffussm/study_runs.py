@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -178,13 +178,14 @@ def _carried_out(jobs: list[Job], workers: int) -> Iterator[Row]:
         pool.shutdown(cancel_futures=True)
 
 
-def row_there(run: Run, out: Path, measure: Measure) -> Row | None:
-    """The row of a run that is finished and was measured in this way."""
+def row_there(
+    run: Run, out: Path, measure: Measure, known: Sequence[Row] = ()
+) -> Row | None:
+    """The row of a run that is finished and was measured so, beside it or `known`."""
     file = out / "runs" / run.digest / "result.json"
-    if not file.exists():
-        return None
-    row: Row = read_json(file, "the result of a run")
-    return row if as_asked(row, measure) else None
+    beside = [read_json(file, "the result of a run")] if file.exists() else []
+    rows = [*beside, *(row for row in known if row["digest"] == run.digest)]
+    return next((row for row in rows if as_asked(row, measure)), None)
 
 
 Planned = dict[tuple[str, str], list[Run]]  # by question and name
@@ -206,12 +207,14 @@ def run_study(
     device: str | None = "cpu",
     on_row: Callable[[Row], object] = lambda row: None,
     only: str = "",
+    known: Sequence[Row] = (),
 ) -> list[Row]:
     """Carry out what is missing of a study; OUT/results.jsonl has a line for each run.
 
     Args:
         on_row: gets each row that is new.
         only: "question, name": nothing but the seeds of this one.
+        known: rows of runs that need not be carried out again.
 
     Raises:
         ValueError: a configuration cannot work; nothing was started.
@@ -219,7 +222,7 @@ def run_study(
     planned = runs_of(study, out)
     runs = {run.digest: run for each in planned.values() for run in each}
     wanted = {run.digest for each in chosen(planned, only).values() for run in each}
-    rows = {name: row_there(run, out, study.measure) for name, run in runs.items()}
+    rows = {k: row_there(run, out, study.measure, known) for k, run in runs.items()}
     missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
     jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
     out.mkdir(parents=True, exist_ok=True)

@@ -283,3 +283,13 @@ def test_one_line_of_a_study_is_run_alone(tmp_path, done):
     assert table(found) == table(done[1][::2])
     with pytest.raises(ValueError, match="only='depth, two': .*depth, two blocks"):
         run_study(STUDY, tmp_path, only="depth, two")
+
+
+def test_rows_that_are_known_are_not_run_again(done, tmp_path):
+    rows, new = done[1], []
+    told = {"known": rows, "on_row": new.append}
+    assert run_study(STUDY, tmp_path, **told) == rows and not new
+    assert not (tmp_path / "runs").exists()
+    (one, *others), other = rows, {**rows[0], "measure": {"bits_steps": [3]}}
+    assert run_study(STUDY, tmp_path, **told | {"known": [other, *others]})
+    assert [row["digest"] for row in new] == [one["digest"]]
