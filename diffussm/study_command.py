@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse.typing import NonNegativeInt
 
 from diffussm.command_line import check_device, interruptible
-from diffussm.guards import refuse
+from diffussm.guards import expect_there, refuse
 
 if TYPE_CHECKING:
     from diffussm.study import Study
@@ -26,6 +26,7 @@ def study(
     out: Path,
     workers: NonNegativeInt = 0,
     record: Path | None = None,
+    known: Path | None = None,
     only: str = "",
     list_: bool = False,
     time: bool = False,
@@ -40,11 +41,11 @@ def study(
         file: YAML file of the study
         out: folder of its runs, its rows and its report
         workers: processes; 0: one for each core, or a single one on a GPU
-        record: a file of rows, which are not run again; it gets the new ones
+        record: a file of rows that gets those of this study as well
+        known: a file of rows, as --record wrote; their runs are not carried out again
         only: one "question, name" of the study: nothing but its seeds
         list_: print the runs with an estimate of their seconds, and train nothing
-        time: measure what a step of each run takes on this machine, into the file that
-            the study names as its seconds, and train nothing
+        time: write the seconds of a step of each run into the study's file of them
         report: write OUT/report.md about the rows that are there, and train nothing
         device: DEVICE
     """
@@ -60,8 +61,17 @@ def study(
         return _report(asked, out)
     workers = workers or _cores(device)
     if list_:
-        return _list(asked, out, workers, only, record)
-    return _carry_out(asked, out, workers, device, record, only)
+        return _list(asked, out, workers, only, _known(known))
+    return _carry_out(asked, out, workers, device, record, only, _known(known))
+
+
+def _known(file: Path | None) -> list["Row"]:
+    from diffussm.study_runs import read_rows
+
+    if file is None:
+        return []
+    expect_there(file, "a file of rows, as --record writes")
+    return read_rows(file)
 
 
 def _cores(device: str | None) -> int:
@@ -79,9 +89,10 @@ def _carry_out(
     device: str | None,
     record: Path | None,
     only: str,
+    known: list["Row"],
 ) -> int:
     from diffussm.study import runs_of
-    from diffussm.study_runs import read_rows, run_study
+    from diffussm.study_runs import run_study
 
     runs = {run.digest for each in runs_of(asked, out).values() for run in each}
     number = itertools.count(1)
@@ -92,7 +103,6 @@ def _carry_out(
             _add_rows(record, [row])
 
     goes_on = "finished runs are kept, the same command goes on"
-    known = read_rows(record) if record else []
     with interruptible(lambda: goes_on):
         rows = run_study(asked, out, workers, device, tell, only, known)
     if record is not None:
@@ -119,16 +129,15 @@ def _add_rows(record: Path, rows: list["Row"]) -> None:
 
 
 def _list(
-    asked: "Study", out: Path, workers: int, only: str, record: Path | None
+    asked: "Study", out: Path, workers: int, only: str, known: list["Row"]
 ) -> int:
     import torch
 
     from diffussm.study import runs_of
-    from diffussm.study_runs import chosen, read_rows, row_there, seconds_needed
+    from diffussm.study_runs import chosen, row_there, seconds_needed
 
     torch.set_num_threads(1)  # as each process has
     left: dict[str, float] = {}
-    known = read_rows(record) if record else []
     for (question, name), runs in chosen(runs_of(asked, out), only).items():
         there = [row_there(run, out, asked.measure, known) for run in runs]
         missing = [r for r, row in zip(runs, there, strict=True) if row is None]

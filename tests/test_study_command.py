@@ -41,6 +41,10 @@ def test_a_study_is_listed_carried_out_kept_and_reported(tmp_path):
     assert "held-out loss" not in said
     assert kept.read_text() == '{"digest": "another"}\n' + lines
     assert "0 runs are missing: 0.00 h" in diffussm(f"{study} --list", t=tmp_path)
+    other = study.replace("/out", "/elsewhere") + " --known {t}/kept/rows.jsonl"
+    assert "4 of 4 runs are in" in diffussm(other, t=tmp_path)
+    assert not (tmp_path / "elsewhere" / "runs").exists()
+    assert "0 runs are missing: 0.00 h" in diffussm(f"{other} --list", t=tmp_path)
     one = "down-sampling, M = 2"
     said = diffussm(f"{study} --list --only {{one}}", t=tmp_path, one=one)
     assert "down-sampling, M = 2: 6 steps," in said and "M = 1" not in said
@@ -56,6 +60,8 @@ def test_what_cannot_work_is_refused(tmp_path):
     study = "study {t}/study.yaml --out {t}/out"
     assert "no run was started: " in diffussm(study, 1, t=tmp_path)
     assert not (tmp_path / "out").exists()
+    told = diffussm(f"{study} --known {{t}}/rows.jsonl", 1, t=tmp_path)
+    assert "rows.jsonl: expected a file of rows, as --record writes" in told
     assert "give one of" in diffussm(f"{study} --list --report", 1, t=tmp_path)
     told = diffussm(f"{study} --time --only x", 1, t=tmp_path)
     assert "--only is for runs and --list" in told
