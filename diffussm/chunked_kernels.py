@@ -230,8 +230,7 @@ def modes_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u (B, L, D), g (B, L, 2D) -> the gradient of the modes for each 16 images."""
-    way = tl.program_id(2)
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    way, d = tl.program_id(2), tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row, age = way * D + tl.minimum(d, D - 1), T - 1 - tl.arange(0, T)
     vr, vi = _power(powers, row, age, LAGS, N)
     share = (age / T)[None, :, None]
