@@ -165,6 +165,13 @@ def _resident(pid: int) -> float:
     return 0.0
 
 
+def _size(folder: Path) -> float:
+    """The bytes of a checkpoint; no process goes on before all have asked."""
+    files = folder.rglob("*") if rank() == 0 else ()
+    own = sum(file.stat().st_size for file in files if file.is_file())
+    return float(all_reduce(torch.tensor(float(own), dtype=torch.float64)))
+
+
 def _card(device: torch.device) -> float:
     """The memory (bytes) of a GPU; 0 for a CPU."""
     if device.type != "cuda":
@@ -184,8 +191,7 @@ def try_out(plan: Plan, program: Sequence[str] = _TRAIN) -> Trial:
     try:
         first, resident = _until_killed(plan, folder, program)
         second, _ = _until_killed(plan, folder, program)
-        files = [file for file in first.saved.rglob("*") if file.is_file()]
-        size = float(sum(file.stat().st_size for file in files))
+        size = _size(first.saved)
         parts = size, first.written, resident, _card(plan.device)
         return Trial(plan, first.rows, second.rows, *parts)
     finally:
