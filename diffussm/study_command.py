@@ -53,6 +53,7 @@ def study(
 
     refuse(list_ + time + report > 1, "give one of --list, --time and --report")
     refuse(only and (time or report), "--only is for runs and --list")
+    refuse(known and (time or report), "--known is for runs and --list")
     check_device(device)
     asked = read_study(file)
     if time:
@@ -139,13 +140,12 @@ def _list(
     torch.set_num_threads(1)  # as each process has
     left: dict[str, float] = {}
     for (question, name), runs in chosen(runs_of(asked, out), only).items():
-        there = [row_there(run, out, asked.measure, known) for run in runs]
-        missing = [r for r, row in zip(runs, there, strict=True) if row is None]
+        missing = [r for r in runs if row_there(r, out, asked.measure, known) is None]
         each = seconds_needed(runs[0], out, asked.measure)
         left |= {run.digest: each for run in missing}
-        done = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
+        there = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
         steps = f"{runs[0].recipe.steps:,} steps"
-        print(f"{question}, {name}: {steps}, {each:.0f} s each, {done}", flush=True)
+        print(f"{question}, {name}: {steps}, {each:.0f} s each, {there}", flush=True)
     hours = sum(left.values()) / workers / 3600
     print(f"{len(left)} runs are missing: {hours:.2f} h for {workers} processes")
     return 0

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LENGTHS = [1, 2, 3, 5, 16, 31, 64, 100, 257]
 
@@ -42,15 +41,3 @@ def random_inputs(B, D, L, dtype=torch.float64):
         torch.randn(shape, dtype=dtype, requires_grad=True)
         for shape in ((B, L, D), (D, L), (D, L))
     ]
-
-
-class Operations(TorchDispatchMode):
-    """The names of all operations that are carried out within it."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.names.add(operation.overloadpacket.__name__)
-        return operation(*args, **(kwargs or {}))

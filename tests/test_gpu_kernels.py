@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from clear_sums import Operations
 from machine_code import compile_elsewhere
+from operations import Operations
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
 GPU = torch.cuda.is_available()
@@ -236,7 +236,7 @@ def test_conjugates_inside_the_operators_are_computed_not_marked():
     with Operations() as seen:
         gpu_kernels._tiles(spectra)
         gpu_kernels._taken_apart(torch.randn(3, 512, dtype=torch.complex64))
-    assert "flip" in seen.names and "_conj" not in seen.names
+    assert "flip.default" in seen.names and "_conj.default" not in seen.names
 
 
 @pytest.mark.gpu
@@ -255,6 +255,9 @@ def test_on_a_gpu_errors_are_those_of_the_precision(length, precision):
     errors = relative_errors(
         convolution, length, 64, 4, torch.device("cuda"), torch.float32
     )
-    short = precision == "tf32"
-    assert errors["output"] < (5e-3 if short else 1e-5), errors
-    assert max(errors.values()) < (5e-3 if short else 1e-4), errors
+    if precision == "tf32":
+        assert max(errors.values()) < 5e-3, errors
+        return
+    assert max(errors["output"], errors["grad_u"]) < 1e-5, errors
+    # that of the worst parameter, of which the FFT itself has 1.2e-5 in float32
+    assert errors["grad_parameters"] < 1e-4, errors

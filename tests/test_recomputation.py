@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import PRESETS, DiffuSSMConfig
@@ -39,20 +39,14 @@ def test_gradients_are_those_of_the_plain_block_bit_for_bit(recompute, bf16):
 
 def test_only_products_and_convolutions_are_kept_or_computed_once():
     """A hand count of what one block runs: seven maps, two kernels, one convolution."""
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), options=None):
-            seen.append(operation.__name__)
-            return operation(*args, **(options or {}))
-
     counts = {}
     for recompute in get_args(Recompute):
-        block, seen = awake_block(), []
-        x = torch.randn(2, 8, 16, requires_grad=True)
-        with Count():
+        block, x = awake_block(), torch.randn(2, 8, 16, requires_grad=True)
+        with Operations() as first:
             y = block(x, torch.randn(2, 16), recompute=recompute)
-            forward, _ = list(seen), seen.clear()
+        with Operations() as second:
             y.sum().backward()
+        forward, seen = first.names, second.names
         convolutions = forward.count("convolve.default"), seen.count("convolve.default")
         # addmm: six linear maps; none of them is in a backward pass
         counts[recompute] = (

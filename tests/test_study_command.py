@@ -65,6 +65,8 @@ def test_what_cannot_work_is_refused(tmp_path):
     assert "give one of" in diffussm(f"{study} --list --report", 1, t=tmp_path)
     told = diffussm(f"{study} --time --only x", 1, t=tmp_path)
     assert "--only is for runs and --list" in told
+    told = diffussm(f"{study} --report --known x", 1, t=tmp_path)
+    assert "--known is for runs and --list" in told
     assert "--device gpux" in diffussm(f"{study} --device gpux", 1, t=tmp_path)
     assert "there is no" in diffussm("study nothing.yaml --out {t}/x", 1, t=tmp_path)
     assert "--out OUT is missing" in diffussm("study x.yaml", 2)
