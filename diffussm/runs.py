@@ -206,7 +206,8 @@ def train(
         OSError: a checkpoint cannot be written.
         Preempted: the process was asked to stop.
     """
-    run, own = Path(run), own_device(None) if device is None else torch.device(device)
+    run, name = Path(run), str(device)  # "cuda" is the process's own, "cuda:1" that one
+    own = torch.device(name) if ":" in name else own_device(device)
     micro_batch_of(recipe, execution, world_size())
     data = load_dataset(recipe) if dataset is None else dataset
     check_data(data, recipe)

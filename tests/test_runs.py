@@ -83,6 +83,26 @@ def test_lines_logged_after_the_last_checkpoint_are_written_again(tmp_path):
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "killed")
 
 
+def test_a_device_without_a_number_is_the_process_s_own(tmp_path, monkeypatch):
+    """Threads of the loader need its number: `torch.cuda.set_device` refuses "cuda"."""
+    asked, (recipe, execution) = [], changed({"steps": 1})
+
+    def own(device):
+        asked.append(device)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(runs, "own_device", own)
+    train(recipe, tmp_path / "run", execution, "cuda", progress=False)
+    assert asked == ["cuda"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_a_number_trains(tmp_path):
+    recipe, execution = changed({"steps": 2})
+    state = train(recipe, tmp_path / "run", execution, "cuda", progress=False)
+    assert next(state.model.parameters()).is_cuda
+
+
 def test_a_diverged_run_stops_and_leaves_what_led_to_it(tmp_path):
     run_tiny(tmp_path / "run", steps=4, save_every=4)
     checkpoint = find_checkpoint(tmp_path / "run")
