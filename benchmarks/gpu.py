@@ -75,6 +75,7 @@ class Sizes:
     batches: tuple[int, ...] = (8, 64)  # of guided images
     steps: int = 20
     steps_computed: int = 3  # of the sampler that computes its kernels at every step
+    passes: int = 8  # of a block in a row
     runs: int = 5
     compile: bool = True
     convolution: str = "auto"
@@ -90,6 +91,7 @@ REHEARSAL = Sizes(
     (128, 256),
     (2, 4),
     3,
+    2,
     2,
     2,
     False,
@@ -220,9 +222,12 @@ def chosen(
 
 
 def block_job(
-    block: nn.Module, batch: int, places: int, device: torch.device
+    block: nn.Module, batch: int, places: int, passes: int, device: torch.device
 ) -> Callable[[], object]:
-    """Forward and backward of a block under bfloat16, from what is prepared."""
+    """Forward and backward of a block under bfloat16, from what is prepared.
+
+    Some in a row, as those of a network: the host launches while the GPU computes.
+    """
     d_model = block.modulation.in_features
     x = torch.randn(batch, places, d_model, device=device, requires_grad=True)
     given = [x, torch.randn(batch, d_model, device=device, requires_grad=True)]
@@ -233,7 +238,12 @@ def block_job(
         learned = {k: p for k, p in learned.items() if not k.startswith("ssm.")}
     inputs, probe = [*given, *learned.values()], torch.randn(x.shape, device=device)
     forward = autocast(lambda: block(*given), device)
-    return lambda: torch.autograd.grad(forward(), inputs, probe)
+
+    def job() -> None:
+        for _ in range(passes):
+            torch.autograd.grad(forward(), inputs, probe)
+
+    return job
 
 
 def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -254,16 +264,18 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for length, batch in sizes.block_cases:
         ours.ssm.convolution, convolution = chosen(sizes, length, batch, device)
         facts = {"length": length, "batch": batch, "convolution": convolution}
-        job = block_job(ours, batch, length // 2, device)
+        facts["passes"] = sizes.passes
+        job = block_job(ours, batch, length // 2, sizes.passes, device)
         for name, block in (
             ("fused attention", theirs),
             ("unfused attention", unfused),
         ):
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
-            sides = {"DiT": block_job(block, batch, length, device), "DiffuSSM": job}
+            other = block_job(block, batch, length, sizes.passes, device)
+            sides = {"DiT": other, "DiffuSSM": job}
             yield attempt(what, ratio, what, sides, sizes.runs, attention=name, **facts)
     seconds = alternate(
-        {str(n): block_job(ours, 2, n // 2, device) for n in sizes.curve},
+        {str(n): block_job(ours, 2, n // 2, sizes.passes, device) for n in sizes.curve},
         runs=sizes.runs,
         warmup=2,
     )
