@@ -1,8 +1,8 @@
 """What is asserted of every page of the rendered book, in a real browser.
 
 `test_pages_odd.py` and `test_pages_even.py` take a half of the pages each, so that two
-cores have something to do. Whatever has a look (theme, width) as its parameter holds
-in both themes at three sizes.
+cores have something to do. What is asked `everywhere` holds in both themes at three
+sizes.
 
 `make test` builds the book first. A plain `pytest` skips these tests where the book is
 not built or is older than its text, or where there is no Chromium;
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from visits import AXE_LOOKS, LOOKS, Look, Visit, the_book, the_server, the_tab  # noqa: F401 (the three fixtures)
+from visits import Visit, the_book, the_server, the_tab  # noqa: F401 (the fixtures)
 
 from tools.book import ROOT
 from tools.preface import preface
@@ -168,54 +168,36 @@ def test_players_move(visit: Visit) -> None:
         assert before
 
 
-def named(look: Look) -> str:
-    theme, width = look
-    return f"{theme}-{width}"
-
-
-at_each_look = pytest.mark.parametrize("look", LOOKS, ids=named)
-
-
-@at_each_look
-def test_nothing_is_cut(visit: Visit, look: Look) -> None:
+def test_nothing_is_cut(visit: Visit) -> None:
     """No formula, no caption, nor the page itself; no code and no table but on a phone.
 
     What scrolls there shows that it does and can be reached without a mouse.
     """
-    found = visit.faults(look)
-    for kind in ("equations", "captions", "body", "silentScrollers"):
-        assert found[kind] == [], kind
-    assert found.get("code", []) == [] and found.get("tables", []) == []
+    kinds = "equations", "captions", "body", "silentScrollers", "code", "tables"
+    assert visit.everywhere(*kinds) == {}
 
 
-@at_each_look
-def test_what_one_uses_has_a_name(visit: Visit, look: Look) -> None:
-    assert visit.faults(look)["names"] == []
-    assert visit.faults(look)["tabStops"] == []
+def test_what_one_uses_has_a_name(visit: Visit) -> None:
+    assert visit.everywhere("names", "tabStops") == {}
 
 
-@at_each_look
-def test_code_can_be_read(visit: Visit, look: Look) -> None:
-    assert visit.faults(look)["codeContrast"] == []
+def test_code_can_be_read(visit: Visit) -> None:
+    assert visit.everywhere("codeContrast") == {}
 
 
-@at_each_look
-def test_figures_can_be_read(visit: Visit, look: Look) -> None:
-    assert visit.faults(look)["smallText"] == []
+def test_figures_can_be_read(visit: Visit) -> None:
+    assert visit.everywhere("smallText") == {}
 
 
-@pytest.mark.parametrize("look", [x for x in LOOKS if x[0] == "dark"], ids=named)
-def test_nothing_is_light_in_the_dark(visit: Visit, look: Look) -> None:
-    assert visit.faults(look)["slabs"] == []
+def test_nothing_is_light_in_the_dark(visit: Visit) -> None:
+    assert visit.everywhere("slabs") == {}
 
 
-@pytest.mark.parametrize("look", AXE_LOOKS, ids=named)
-def test_axe_finds_nothing_grave(visit: Visit, look: Look) -> None:
-    assert visit.faults(look)["axe"] == []
+def test_axe_finds_nothing_grave(visit: Visit) -> None:
+    assert visit.everywhere("axe") == {}
 
 
 def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
-    for look in LOOKS:
-        visit.faults(look)
+    visit.everywhere("body")  # it has been looked at
     assert visit.complaints == []
     assert visit.elsewhere == []

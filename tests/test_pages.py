@@ -45,6 +45,7 @@ def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
     for _ in range(2):  # what is wrong is not taken for judged
         (fault,) = visit.violations()
         assert fault.startswith("color-contrast: #pale: ")
+    assert list(visit.everywhere("axe")) == ["axe, light, 1280"]
 
 
 def test_page_is_dark_from_the_start_for_who_prefers_that(

@@ -279,6 +279,15 @@ class Visit:
             self.found = {one: self.measure(one) for one in LOOKS}
         return self.found[look]
 
+    def everywhere(self, *kinds: str) -> dict[str, list[str]]:
+        """Where something of these kinds is wrong, and what; {} is as it should be."""
+        seen = {
+            f"{kind}, {theme}, {width}": self.faults((theme, width)).get(kind, [])
+            for theme, width in LOOKS
+            for kind in kinds
+        }
+        return {where: what for where, what in seen.items() if what}
+
     def violations(self) -> list[str]:
         """What axe finds serious or critical."""
         if not self.axe:
