@@ -25,6 +25,7 @@ __all__ = [
     "expect_real",
     "readable",
     "expect_indices",
+    "NotFinite",
     "expect_finite",
     "refuse",
     "expect_there",
@@ -233,8 +234,12 @@ def expect_indices(name: str, x: Any, count: int) -> None:
         )
 
 
+class NotFinite(ValueError):
+    """Numbers that are NaN or infinite, as a model draws that has diverged."""
+
+
 def expect_finite(
-    name: str, x: Any, advice: str, error: type[Exception] = ValueError
+    name: str, x: Any, advice: str, error: type[Exception] = NotFinite
 ) -> None:
     """Refuse a batch (B, ...) with NaN or infinite values; say in which of its B."""
     if not bool(x.isfinite().all()):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from diffussm.batches import Batch
 from diffussm.data import Dataset, generator, random_bits
 from diffussm.distributed import all_reduce, rank, world_size
-from diffussm.guards import refuse
+from diffussm.guards import NotFinite, refuse
 from diffussm.meter import Meter
 from diffussm.metrics import kernel_distance
 from diffussm.model import DiffuSSM
@@ -217,7 +217,7 @@ def draw_finite(
     device = next(model.parameters()).device
     y = labels.to(device) if recipe.model.num_classes else None
     how: dict[str, Any] = {"noise": noise.to(device), "progress": False}
-    with suppress(ValueError), computing_in(recipe.precision, device):
+    with suppress(NotFinite), computing_in(recipe.precision, device):
         x = draw(sampler, model, diffusion_of(recipe), y, **how).float().cpu()
         if bool(x.isfinite().all()):
             return x

@@ -15,7 +15,8 @@ from diffussm.model import DiffuSSM
 from diffussm.parallel import create_state
 from diffussm.recipes import open_held_out, read_recipe
 from diffussm.runs import train
-from diffussm.watching import Watch, watched_loss
+from diffussm.sample_options import Sampler
+from diffussm.watching import Watch, draw_finite, watched_loss
 
 
 def held_out(n=40):
@@ -115,6 +116,13 @@ def test_what_is_not_finite_is_none_and_stops_nothing():
     assert told["held_out_loss"] is None and told["score_kid_pixels"] is None
     assert told["score_kid_pixels_real"] is not None
     json.dumps(told, allow_nan=False)
+
+
+def test_a_mistake_is_not_taken_for_images_that_are_not_finite():
+    given, noise = (Sampler(2, "ddim"), model(), TINY), torch.randn(2, 1, 8, 8)
+    assert draw_finite(*given, torch.tensor([0, 1]), noise).isfinite().all()
+    with pytest.raises(ValueError, match="expected"):
+        draw_finite(*given, torch.tensor([0, 1, 2]), noise)
 
 
 class Latents(Dataset):
