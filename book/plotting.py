@@ -342,10 +342,11 @@ def image_grid(
     scale = max(1, round(cell * 120 / width))
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     step_y, step_x, space = (height + gap) * scale, (width + gap) * scale, gap * scale
-    canvas = np.ones((rows * step_y - space, columns * step_x - space, 3))
+    canvas = np.zeros((rows * step_y - space, columns * step_x - space, 4))
     for i, image in enumerate(pixels):
         top, left = (i // columns) * step_y, (i % columns) * step_x
-        canvas[top : top + height * scale, left : left + width * scale] = image
+        place = canvas[top : top + height * scale, left : left + width * scale]
+        place[..., :3], place[..., 3] = image, 1  # around them one sees the page
 
     inches = cell * columns + (1.0 if row_labels else 0.0)
     fig, ax = plt.subplots(

@@ -99,6 +99,13 @@
         .slice(0, 5).map((e) => `${Math.round(e.getBoundingClientRect().right)} px: ${where(e)}`);
     },
 
+    // What is no figure begins where the text does.
+    edges: () =>
+      all("article section > :is(.admonition, .sd-card, .math, div[class*=highlight-], .cell > .cell_input)").filter(seen).flatMap((e) => {
+        const off = e.getBoundingClientRect().left - e.closest("section").getBoundingClientRect().left;
+        return Math.abs(off) > 2 ? [`${Math.round(off)} px beside the text: ${where(e)}`] : [];
+      }),
+
     // What scrolls says so, has a name and can be reached without a mouse.
     silentScrollers: () =>
       looks().filter((e) => scrolls(e) &&

@@ -122,6 +122,9 @@ def test_outputs_are_short_and_the_same_anywhere(visit: Visit) -> None:
         for path in (tempfile.gettempdir() + "/", str(ROOT)):
             assert path not in text, text[:400]
         assert not re.search(r" at 0x[0-9a-f]{8}", text), text[:400]
+        assert "it/s]" not in text, f"a bar that stands still: {text[:200]}"
+    for text in visit.content["echoed"]:
+        assert not text.strip().isdigit(), f"a number that says nothing: {text}"
 
 
 def test_code_cells_are_on_the_page(visit: Visit) -> None:
@@ -130,6 +133,12 @@ def test_code_cells_are_on_the_page(visit: Visit) -> None:
         for cell in visit.chapter.cells
     )
     assert visit.content["inputs"] == len(visit.chapter.cells) - hidden
+
+
+def test_glued_figures_lead_to_their_code(visit: Visit) -> None:
+    """It is folded further down; a browser unfolds what a link leads to."""
+    glued = re.findall(r"\{glue:figure\} \S+\n:name: (\S+)", visit.source)
+    assert visit.content["leads"] == [[name, True] for name in glued]
 
 
 def test_exported_cells_carry_the_badge(visit: Visit) -> None:
@@ -175,6 +184,10 @@ def test_nothing_is_cut(visit: Visit) -> None:
     """
     kinds = "equations", "captions", "body", "silentScrollers", "code", "tables"
     assert visit.everywhere(*kinds) == {}
+
+
+def test_boxes_begin_where_the_text_does(visit: Visit) -> None:
+    assert visit.everywhere("edges") == {}
 
 
 def test_what_one_uses_has_a_name(visit: Visit) -> None:

@@ -47,6 +47,9 @@ def exercises(text: str) -> list[str]:
     boxes = re.findall(BOX, section, re.M | re.S)
     given = dict(re.findall(r"^(\d+)\. (.*)", section, re.M))
     faults = [f"more than one box: {title!r}" for _, title, _ in boxes[1:]]
+    outside = re.sub(BOX, "", section, flags=re.M | re.S)
+    opens = re.findall(r"(?:\A|\n\n)((?!\d+\. |[ *-])\S.*)", outside)
+    faults += [f"an answer stands open: {words[:40]!r}" for words in opens]
     if list(given) != [str(number + 1) for number in range(len(given))]:
         faults.append(f"exercises are numbered {list(given)}")
     answered: list[str] = []
@@ -121,6 +124,7 @@ ANSWER = "\n```{dropdown} Answer to 1\nThus.\n```\n"
         (exercises, ITEM, "exercise 1 has no answer"),
         (exercises, ITEM + ANSWER.replace("Answer to 1", "The proof"), "'The proof'"),
         (exercises, ITEM + ANSWER + ANSWER, "more than one"),
+        (exercises, f"{ITEM}\nIt is two.\n{ANSWER}", "stands open: 'It is two.'"),
         (
             exercises,
             ITEM.replace("**A proof.**", "*A proof.*") + ANSWER,

@@ -148,6 +148,7 @@ ANYWHERE = [
     "equations",
     "captions",
     "body",
+    "edges",
     "silentScrollers",
     "tabStops",
     "names",
@@ -231,8 +232,13 @@ CONTENT = """async () => {
             .filter((node) => node?.nodeType === Node.TEXT_NODE)
             .map((node) => node.data),
         printed: texts(".cell_output pre"),
+        echoed: texts(".cell_output .text_plain pre"),
         inputs: all("article .cell_input").length,
         badges: texts(".export-badge"),
+        leads: all(".fold-link a").map((a) => [
+            a.closest("p").previousElementSibling.id,
+            Boolean(document.querySelector(a.hash)?.closest(".fold")),
+        ]),
         links: all("article a[href]").map((a) => a.href),
         players: all(".frame-player").length,
     };

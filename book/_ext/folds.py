@@ -1,7 +1,8 @@
 """Folded code says what it is, in one thin line, and stands where it does not disturb.
 
 - The code of a picture comes *under* it: "Code for this figure". A cell that prepares
-  one and shows nothing itself goes into the same fold.
+  one and shows nothing itself goes into the same fold. Where the code of a glued figure
+  stands further down, a line under the figure leads there.
 - What the package needs and the text does not: "Imports", "Guards", "Details".
 - The solution of an exercise: "Solution".
 
@@ -11,6 +12,8 @@ The notebook that one downloads has all cells where they were.
 from __future__ import annotations
 
 import ast
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -61,6 +64,9 @@ def parts(
 
 def title_of_output(output: nodes.Element) -> str:
     """What the code under a figure, a table or a text is called."""
+    names = [name for node in output.findall(nodes.figure) for name in node["names"]]
+    if any(name.startswith("fig-") for name in names):
+        return "Code for this figure"
     if next(output.findall(nodes.table), None):
         return "Code for this table"
     if next(output.findall(nodes.image), None) or next(
@@ -78,6 +84,7 @@ class NameFolds(SphinxPostTransform):
 
     def run(self, **_: Any) -> None:
         """Called by Sphinx, once a page."""
+        self.lead_to_code()
         for cell in list(self.document.findall(nodes.container)):
             fold, output = parts(cell)
             if fold is None or cell.parent is None:
@@ -93,9 +100,29 @@ class NameFolds(SphinxPostTransform):
                 cell.append(fold)
             elif self.joins_figure(cell, fold):
                 continue
+            elif fold["ids"]:
+                name, place = "Code for the figure above", "plumbing"
             else:
                 name, place = title_of_preparations(code), "plumbing"
             fold["prompt_show"], fold["classes"] = name, [f"fold-{place}"]
+
+    def lead_to_code(self) -> None:
+        """A line under each glued figure, to the code that glues it."""
+        text = Path(self.document["source"]).read_text(encoding="utf-8")
+        glued = re.findall(
+            r"^```\{glue:figure\} (\S+)\n:name: (\S+)", text, re.MULTILINE
+        )
+        cells = [
+            x for x in self.document.findall(nodes.container) if "cell" in x["classes"]
+        ]
+        figures = {f["names"][0]: f for f in self.document.findall(nodes.figure)}
+        for key, name in glued:
+            maker = next(x for x in cells if f'glue("{key}"' in x.astext())
+            (parts(maker)[0] or maker)["ids"].append(f"code-{key}")
+            line = nodes.paragraph(classes=["fold-link"])
+            line += nodes.reference("", "Code for this figure", refid=f"code-{key}")
+            parent = figures[name].parent
+            parent.insert(parent.index(figures[name]) + 1, line)
 
     def title_of_solution(self, cell: nodes.Element) -> str:
         """The second part of a solution, after its words, is its code."""
