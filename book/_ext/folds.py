@@ -148,6 +148,8 @@ def open_fold(self: Any, node: HideCodeCellNode) -> None:
     classes = " ".join(["fold", *node["classes"]])
     name = self.encode(node["prompt_show"])
     self.body.append(f'<details class="{classes}">\n<summary>{name}</summary>\n')
+    for place in node["ids"]:  # who follows a link to what is inside finds it open
+        self.body.append(f'<span id="{place}"></span>\n')
 
 
 def close_fold(self: Any, _: HideCodeCellNode) -> None:
