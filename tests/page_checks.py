@@ -136,7 +136,7 @@ def test_code_cells_are_on_the_page(visit: Visit) -> None:
 
 
 def test_glued_figures_lead_to_their_code(visit: Visit) -> None:
-    """It is folded further down; a browser unfolds what a link leads to."""
+    """It stands further down; a browser unfolds what a link leads to."""
     glued = re.findall(r"\{glue:figure\} \S+\n:name: (\S+)", visit.source)
     assert visit.content["leads"] == [[name, True] for name in glued]
 

@@ -237,7 +237,7 @@ CONTENT = """async () => {
         badges: texts(".export-badge"),
         leads: all(".fold-link a").map((a) => [
             a.closest("p").previousElementSibling.id,
-            Boolean(document.querySelector(a.hash)?.closest(".fold")),
+            Boolean(document.querySelector(a.hash)?.closest(".cell")),
         ]),
         links: all("article a[href]").map((a) => a.href),
         players: all(".frame-player").length,
