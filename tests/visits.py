@@ -292,6 +292,9 @@ class Visit:
             for theme, width in LOOKS
             for kind in kinds
         }
+        for kind in kinds:
+            looked = any(kind in found for found in self.found.values())
+            assert looked, f"nobody looks for {kind}"
         return {where: what for where, what in seen.items() if what}
 
     def violations(self) -> list[str]:
