@@ -285,17 +285,18 @@ class Visit:
             self.found = {one: self.measure(one) for one in LOOKS}
         return self.found[look]
 
-    def everywhere(self, *kinds: str) -> dict[str, list[str]]:
+    def everywhere(self, *asked: str) -> dict[str, list[str]]:
         """Where something of these kinds is wrong, and what; {} is as it should be."""
-        seen = {
-            f"{kind}, {theme}, {width}": self.faults((theme, width)).get(kind, [])
-            for theme, width in LOOKS
-            for kind in kinds
-        }
-        for kind in kinds:
-            looked = any(kind in found for found in self.found.values())
-            assert looked, f"nobody looks for {kind}"
-        return {where: what for where, what in seen.items() if what}
+        places = [
+            (kind, look) for look in LOOKS for kind in asked if kind in kinds(look)
+        ]
+        if "axe" in asked:
+            places += [("axe", look) for look in AXE_LOOKS]
+        assert {kind for kind, _ in places} == set(asked), (
+            "nobody looks for one of them"
+        )
+        seen = {(kind, *look): self.faults(look)[kind] for kind, look in places}
+        return {", ".join(map(str, at)): what for at, what in seen.items() if what}
 
     def violations(self) -> list[str]:
         """What axe finds serious or critical."""
