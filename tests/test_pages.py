@@ -48,6 +48,17 @@ def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
     assert list(visit.everywhere("axe")) == ["axe, light, 1280"]
 
 
+def test_a_caption_is_read_where_its_table_is_a_pixel_too_wide(tab: Tab) -> None:
+    visit = tab.visit("book/94_what_matters")
+    narrow = (
+        "table => { const width = table.offsetWidth; "
+        "table.style.minWidth = `${width}px`; "
+        "table.parentElement.style.width = `${width - 1.2}px`; }"
+    )
+    visit.tab.locator("article caption").first.locator("..").evaluate(narrow)
+    assert not visit.measure(("light", 1280))["captions"]
+
+
 def test_page_is_dark_from_the_start_for_who_prefers_that(
     browser: Any, server: str
 ) -> None:
