@@ -7,7 +7,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from visits import LOOKS, PAGES, Look, Tab, the_book, the_server, the_tab  # noqa: F401
+from visits import (  # noqa: F401 (the fixtures)
+    LOOKS,
+    PAGES,
+    Look,
+    Tab,
+    asked_elsewhere,
+    the_book,
+    the_server,
+    the_tab,
+)
 
 pytestmark = pytest.mark.end_to_end
 
@@ -19,7 +28,7 @@ def test_search_finds_a_chapter(tab: Tab) -> None:
         text.strip()
         for text in page.locator("#search-results li a").all_text_contents()
     )
-    assert tab.complaints == [] and tab.elsewhere == []
+    assert tab.complaints == [] and asked_elsewhere(page) == []
 
 
 def test_front_page_leads_to_the_book(tab: Tab) -> None:
@@ -32,7 +41,7 @@ def test_front_page_leads_to_the_book(tab: Tab) -> None:
     assert [f"{tab.server}/{page}.html" in links for page in PAGES[1:]] == [True] * (
         len(PAGES) - 1
     )
-    assert tab.elsewhere == []
+    assert asked_elsewhere(page) == []
 
 
 def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
@@ -46,6 +55,20 @@ def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
         (fault,) = visit.violations()
         assert fault.startswith("color-contrast: #pale: ")
     assert list(visit.everywhere("axe")) == ["axe, light, 1280"]
+
+
+@pytest.mark.parametrize(
+    ("address", "elsewhere"),
+    [("https://example.invalid/a.png", True), ("_static/none.png", False)],
+)
+def test_what_is_not_there_is_noticed(tab: Tab, address: str, elsewhere: bool) -> None:
+    page = tab.visit("book/glossary").tab
+    fetch = f"document.querySelector('article').innerHTML += '<img src={address}>'"
+    with page.expect_event("console"):
+        page.evaluate(fetch)
+    (said,) = tab.complaints
+    assert said.startswith("Failed to load resource")
+    assert asked_elsewhere(page) == [address] * elsewhere
 
 
 def test_a_caption_is_read_where_its_table_is_a_pixel_too_wide(tab: Tab) -> None:
