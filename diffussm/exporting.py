@@ -166,15 +166,15 @@ _TOLERANCE = 1e-4  # of the largest output
 @torch.no_grad()
 def _difference(read: Network, pipe: Any, batch: int | str) -> float:
     """The largest difference of what was read, as a share of the largest output."""
-    model, worst = pipe.denoiser, 0.0
+    model, shares = pipe.denoiser, []
     if model.dtype != torch.float32:  # the weights are rounded, the sums are not
         model = copy.deepcopy(model).float()
     for count in (1, 3) if batch == "dynamic" else (int(batch),):
         inputs = _inputs(model, count)
         expected, found = model(*inputs), read(*inputs)  # (B, 2C, H, W)
         scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        worst = max(worst, ((found - expected).abs().max() / scale).item())
-    return worst
+        shares.append((found - expected).abs().max() / scale)
+    return torch.stack(shares).max().item()  # not a number if one of them is none
 
 
 def export_network(
@@ -238,7 +238,7 @@ The scheduler is not inside. The network was trained on a linear schedule of {T}
 beta from {first:g} to {end:g}, and predicts the noise in its first {C} channels; in the
 others where the variance lies between its bounds. In diffusers that is
 `DDPMScheduler({T}, {first}, {end}, variance_type="learned_range",
-clip_sample=False)`.
+clip_sample=False, timestep_spacing="linspace")`.
 {guidance}`export.json` has the sizes, the names of the classes and what is known of the
 training.
 

@@ -52,10 +52,12 @@ def vae(
         exif_rotate: turn photographs as their EXIF tag says (ADM does not)
     """
     expect_empty(out)
+    crop = min(32, size)
+    refuse(crop % 4, f"--size {size}: below 32, expected a multiple of 4")
     from diffussm import autoencoder, recipes
 
     source = recipes.images_at(images, out.parent, size, exif_rotate=exif_rotate)
-    sizes = {"batch_size": min(batch_size, len(source)), "crop": min(32, size)}
+    sizes = {"batch_size": min(batch_size, len(source)), "crop": crop}
     with interruptible(nothing_kept):
         trained = autoencoder.train_vae(source, steps=steps, lr=lr, seed=seed, **sizes)
         _save_vae(trained, out)

@@ -32,7 +32,7 @@ models instead of attention.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("<this folder>", trust_remote_code=True)
-image = pipe({{ call }}num_inference_steps=250).images[0]
+{{ made }} = pipe({{ call }}num_inference_steps=250{{ output }}).images[0]
 {{ fence }}
 
 `trust_remote_code` runs `pipeline.py`, which is in this folder to be read. With the \
@@ -97,7 +97,9 @@ def model_card(
 
 def _texts(pipe: Any) -> dict[str, Any]:
     """What the template says about the network and its training."""
-    model, pixels = pipe.denoiser.config, pipe.vae is None
+    model = pipe.denoiser.config
+    pixels = pipe.vae is None and model.in_channels in (1, 3)
+    images = pixels or pipe.vae is not None
     return {
         "fence": "`" * 3,
         "pipe": pipe,
@@ -105,7 +107,9 @@ def _texts(pipe: Any) -> dict[str, Any]:
         "kind": "class-conditional" if model.num_classes else "unconditional",
         "data": "inputs" if pixels else "latents",
         "call": _example(pipe),
-        "pixels": pixels and model.in_channels in (1, 3),
+        "made": "image" if images else "latent",
+        "output": "" if images else ', output_type="latent"',
+        "pixels": pixels,
         "classes": _table(("number", "name"), pipe.config.id2label),
         "architecture": _table(("what", "value"), {**_sizes(pipe), **asdict(model)}),
         "training": _table(("what", "value"), pipe.config.training),

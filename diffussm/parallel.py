@@ -24,7 +24,7 @@ from diffussm.bidirectional import BidirectionalSSM, Convolution, way
 from diffussm.chunked import Prepare
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import on_rank_zero, rank, world_size
-from diffussm.guards import explain
+from diffussm.guards import explain, refuse
 from diffussm.meter import Meter
 from diffussm.model import DiffuSSM, DiffuSSMConfig
 from diffussm.options import Execution, Recipe, warn
@@ -211,6 +211,7 @@ def convolution_for(
     """
     choose = chooser(asked)
     if choose is None:
+        _check_gpu(asked, device)
         return way(asked)
     sizes = model.seq_len, model.d_model, batch
     choice = on_rank_zero(lambda: choose(*sizes, device, dtype))
@@ -235,3 +236,9 @@ def chooser(convolution: str) -> Callable[..., Any] | None:
     ):
         choose = getattr(import_module(module), function) if named else way(convolution)
     return cast(Callable[..., Any], choose) if named else None
+
+
+def _check_gpu(convolution: str, device: torch.device) -> None:
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    told = f"convolution={convolution!r} is for a GPU, not for {device}: take 'auto'"
+    refuse("triton" in convolution and not runs, told)

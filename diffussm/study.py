@@ -82,13 +82,17 @@ class Question:
     def __post_init__(self) -> None:
         check_fields(self)
         refuse(not self.runs, f"{self.asks!r} has no runs to compare")
+        for name, own in self.runs.items():
+            told = f"run {name!r}: expected a name in quotes and options as name: value"
+            refuse(not isinstance(name, str) or not isinstance(own, dict | None), told)
         for name in filter(None, (self.first, self.second)):
             if not self.named(name):
                 expect_one_of(
                     "a claim is about runs of its question; run", name, self.runs
                 )
         told = f"{self.asks!r}: a claim has words, and two runs, a first and a second"
-        refuse(bool(self.claim) != (self.first != self.second), told)
+        given = self.claim, self.first, self.second
+        refuse(any(given) and (not all(given) or self.first == self.second), told)
 
 
 @dataclass(frozen=True)
@@ -216,15 +220,12 @@ def _digest(values: dict[str, Any]) -> str:
 
 def _run_of(base: dict[str, Any], options: dict[str, Any]) -> Run:
     """The run with the options of a recipe and changes to them."""
-    changes = dict(options)
-    variant = str(changes.pop("variant", ""))
-    guidance = float(changes.pop("guidance", 1.0))
     values = {**base, "model": dict(base["model"])}
-    for name, value in changes.items():
-        section, key = values, name
-        if name.startswith("model."):
-            section, key = values["model"], name.removeprefix("model.")
-        section[key] = value
+    for name, value in options.items():
+        section = values["model"] if name.startswith("model.") else values
+        section[name.removeprefix("model.")] = value
+    variant = str(values.pop("variant", ""))
+    guidance = float(values.pop("guidance", 1.0))
     return Run(*from_flat(values), variant, guidance)
 
 
@@ -239,9 +240,9 @@ def step_seconds(study: Study) -> dict[str, float]:
 
 
 def _cost(run: Run, what: str, seconds: dict[str, float]) -> float:
-    """What a step of a run costs: operations for each image, or seconds."""
+    """What a step of a run costs: operations, or seconds."""
     if what == "operations":
-        return image_macs(run.variant, run.recipe.model)
+        return run.recipe.batch_size * image_macs(run.variant, run.recipe.model)
     told = "no seconds of its step are known: --time measures them"
     refuse(not seconds.get(run.step_name, 0) > 0, told)
     return seconds[run.step_name]
@@ -296,10 +297,9 @@ def runs_of(
                 for what in asked.equal.split(" and "):
                     run = _equal(run, first, what, seconds)
                 _check_run(run, study.measure, beside)
+                found[question, name] = _seeded(run, study)
             except (ValueError, OSError) as error:
                 wrong.append(f"{question}, {name}: {error}")
-            else:
-                found[question, name] = _seeded(run, study)
     refuse(wrong, "no run was started: " + "; ".join(wrong))
     return found
 

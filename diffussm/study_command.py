@@ -62,7 +62,7 @@ def study(
         return _report(asked, out)
     workers = workers or _cores(device)
     if list_:
-        return _list(asked, out, workers, only, _known(known))
+        return _list(asked, out, workers, device, only, _known(known))
     return _carry_out(asked, out, workers, device, record, only, _known(known))
 
 
@@ -80,7 +80,10 @@ def _cores(device: str | None) -> int:
     from diffussm.distributed import own_device
 
     gpu = (device or own_device(None).type) != "cpu"
-    return 1 if gpu else len(os.sched_getaffinity(0))
+    if gpu:
+        return 1
+    of_linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if of_linux else os.cpu_count() or 1
 
 
 def _carry_out(
@@ -130,7 +133,12 @@ def _add_rows(record: Path, rows: list["Row"]) -> None:
 
 
 def _list(
-    asked: "Study", out: Path, workers: int, only: str, known: list["Row"]
+    asked: "Study",
+    out: Path,
+    workers: int,
+    device: str | None,
+    only: str,
+    known: list["Row"],
 ) -> int:
     import torch
 
@@ -141,7 +149,7 @@ def _list(
     left: dict[str, float] = {}
     for (question, name), runs in chosen(runs_of(asked, out), only).items():
         missing = [r for r in runs if row_there(r, out, asked.measure, known) is None]
-        each = seconds_needed(runs[0], out, asked.measure)
+        each = seconds_needed(runs[0], out, asked.measure, device)
         left |= {run.digest: each for run in missing}
         there = f"{len(runs) - len(missing)} of {len(runs)} seeds finished"
         steps = f"{runs[0].recipe.steps:,} steps"

@@ -4,6 +4,7 @@ Generated from book/93_study_report.md by `make export`: edit there.
 """
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffussm.files import whole_file
-from diffussm.guards import explain
+from diffussm.guards import explain, refuse
 from diffussm.study import Question, Study, runs_of, step_seconds
 from diffussm.study_runs import Row
 
@@ -59,6 +60,7 @@ class Answer:
 
     question: Question
     rows: dict[str, dict[int, Row]]
+    diverged: frozenset[str] = frozenset()  # runs of which a seed did
 
     def measured(self, name: str) -> dict[int, float]:
         """What the question is decided by, of a run by seed; the less the better."""
@@ -68,9 +70,9 @@ class Answer:
 
     def best(self, pattern: str) -> str:
         """Of the runs that a name stands for, if all are there, that of the least."""
-        names = self.question.named(pattern)
+        names = [n for n in self.question.named(pattern) if n not in self.diverged]
         found = {name: self.measured(name).values() for name in names}
-        there = all(found.values())
+        there = bool(found) and all(found.values())
         return min(names, key=lambda n: statistics.mean(found[n])) if there else ""
 
     @property
@@ -88,7 +90,24 @@ class Answer:
     @property
     def verdict(self) -> str:
         """What the rule says."""
+        if self.lost:
+            return "diverged"
         return verdict(self.differences, self.question.margin)
+
+    @property
+    def unit(self) -> str:
+        """Of the differences; latents have a loss and no bits."""
+        every = [row for rows in self.rows.values() for row in rows.values()]
+        bits = self.question.by != "bits" or all(row["bits_per_dim"] for row in every)
+        return _MEASURES[self.question.by][1] if bits else "in held-out loss"
+
+    @property
+    def lost(self) -> list[str]:
+        """The sides of the claim of which every run has a seed that diverged."""
+        sides = filter(None, (self.question.first, self.question.second))
+        return [
+            one for one in sides if self.diverged.issuperset(self.question.named(one))
+        ]
 
 
 def _bits(row: Row) -> float:
@@ -118,16 +137,30 @@ _MEASURES = {
 
 def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
     """What the rows say to each question of a study."""
-    there = {row["digest"]: row for row in rows if "failed" not in row}
+    every = {row["digest"]: row for row in rows}
+    there = {digest: row for digest, row in every.items() if "failed" not in row}
+    _check_judges(there.values())
     seconds = step_seconds(study)
     found: dict[str, dict[str, dict[int, Row]]] = {}
+    lost: dict[str, set[str]] = {}
     for (question, name), runs in runs_of(study).items():
         known = {run.recipe.seed: there.get(run.digest) for run in runs}
+        if any(run.digest in every.keys() - there.keys() for run in runs):
+            lost.setdefault(question, set()).add(name)
         scale, each = runs[0].guidance, seconds.get(runs[0].step_name)
         timed = {"processor_seconds": each and each * runs[0].recipe.steps}
         kept = {s: _drawn_with(scale, row) | timed for s, row in known.items() if row}
         found.setdefault(question, {})[name] = kept
-    return {name: Answer(study.questions[name], rows) for name, rows in found.items()}
+    asked = study.questions
+    return {
+        k: Answer(asked[k], v, frozenset(lost.get(k, ()))) for k, v in found.items()
+    }
+
+
+def _check_judges(rows: Iterable[Row]) -> None:
+    judges = {row["drawn"]["classifier"] for row in rows if row.get("drawn")}
+    told = f"the drawn images were read by {len(judges)} different classifiers: measure"
+    refuse(len(judges) > 1, f"{told} all of these runs again on one machine")
 
 
 def _drawn_with(scale: float, row: Row) -> Row:
@@ -144,7 +177,7 @@ def _figures(row: Row) -> dict[str, float | None]:
         "parameters": row["parameters"],
         "operations / 10^12": row["operations"] / 1e12,
         **_timed(row),
-        "bits/dim": _bits(row),
+        "bits/dim" if row["bits_per_dim"] else "held-out loss": _bits(row),
         **_shorter(row),
         **quartiles,
         "kernel distance": row.get("scores", {}).get("score_kid_pixels"),
@@ -180,7 +213,8 @@ def summary(answer: Answer) -> list[dict[str, str]]:
     lines = []
     for name, rows in answer.rows.items():
         found = [_figures(row) for row in rows.values()]
-        lines.append({"run": name, "seeds": str(len(rows)), **_columns(found)})
+        seeds = f"{len(rows)}{', the others diverged' * (name in answer.diverged)}"
+        lines.append({"run": name, "seeds": seeds, **_columns(found)})
     real = [row["real"] for rows in answer.rows.values() for row in rows.values()]
     if any(real):
         floor = _columns([_of_images(one) for one in real if one])
@@ -207,13 +241,15 @@ def _told(values: list[float | None]) -> str:
 
 def draw_answer(axes: Any, answer: Answer, colors: Sequence[str]) -> None:
     """The held-out loss of each run: the mean, and the band from seed to seed."""
-    for (name, rows), color in zip(answer.rows.items(), colors, strict=False):
+    looks = itertools.product(("-", "--", ":"), colors)
+    for (name, rows), (line, color) in zip(answer.rows.items(), looks, strict=False):
         curves = [_curve(row) for row in rows.values()]
         if not curves:
             continue
-        steps, values = curves[0][0], np.array([curve[1] for curve in curves])
+        steps = sorted(set[int]().union(*(curve[0] for curve in curves)))
+        values = np.array([np.interp(steps, *curve) for curve in curves])
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.25)
-        axes.plot(steps, values.mean(0), color=color, label=name)
+        axes.plot(steps, values.mean(0), line, color=color, label=name)
     axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
     if axes.lines:
         axes.legend()
@@ -262,7 +298,7 @@ def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
             draw_guidance(figure.subplots(1, 3), answer, _COLORS)
         else:
             draw_answer(figure.subplots(), answer, _COLORS)
-        picture = out / f"{'-'.join(name.split())}.png"
+        picture = out / (re.sub(r"[^-,.\w]+", "-", name) + ".png")
         with whole_file(picture) as draft:
             figure.savefig(draft, format="png", dpi=120)
         text += [f"## {answer.question.asks}\n", *_section(answer, picture.name)]
@@ -290,11 +326,12 @@ def _section(answer: Answer, picture: str) -> list[str]:
 def effect_of(answer: Answer) -> str:
     """The verdict on a claim, with the effect and its interval, as a sentence."""
     asked, found = answer.question, answer.differences
+    if answer.lost:
+        return f"diverged: {' and '.join(answer.lost)}, with a seed of each run"
     if len(found) < 3:
         return f"{answer.verdict}: {len(found)} of at least 3 seeds are there"
     (low, high), mean = bootstrap(found), statistics.mean(found)
-    unit = _MEASURES[asked.by][1]
-    effect = f"{mean:+.3f} {unit}, 95% from {low:+.3f} to {high:+.3f}"
+    effect = f"{mean:+.3f} {answer.unit}, 95% from {low:+.3f} to {high:+.3f}"
     return (
         f"{answer.verdict}: {answer.best(asked.first)} minus "
         f"{answer.best(asked.second)} is {effect} "

@@ -225,12 +225,14 @@ def run_study(
     rows = {k: row_there(run, out, study.measure, known) for k, run in runs.items()}
     missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
     jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
+    there, file = {k: row for k, row in rows.items() if row}, out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
+    write_rows(file, there.values())  # also of runs that ended just before a kill
     for row in _carried_out(jobs, workers):
-        rows[row["digest"]] = row
-        write_rows(out / "results.jsonl", filter(None, rows.values()))
+        there[row["digest"]] = row
+        write_rows(file, there.values())
         on_row(row)
-    return [row for row in rows.values() if row is not None]
+    return [there[name] for name in runs if name in there]
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -249,26 +251,31 @@ def read_rows(file: Path) -> list[Row]:
         return [json.loads(line) for line in lines]
 
 
-def _stepper(run: Run, out: Path) -> Callable[[], float]:
+def _stepper(run: Run, out: Path, asked: str | None = "cpu") -> Callable[[], float]:
     """What makes a training step of a run, and returns its processor seconds."""
-    recipe, device = run.recipe, own_device("cpu")
+    recipe, device = run.recipe, own_device(asked)
     state = create_state(recipe, run.execution, device, partial(network, run.variant))
     batch = training_batch(images_of(run, out)[0], state.model, recipe, 0)
     batch, diffusion = batch.part(slice(None), device), diffusion_of(recipe)
 
+    gpu = device.type == "cuda"
+    wait = partial(torch.cuda.synchronize, device) if gpu else int
+    clock = time.perf_counter if gpu else time.process_time
+
     def step() -> float:
-        start = time.process_time()
+        start = clock()
         training_step(state, diffusion, batch, recipe)
-        return time.process_time() - start
+        wait()
+        return clock() - start
 
     step()  # the first is slower
     return step
 
 
-def seconds_needed(run: Run, out: Path, measure: Measure, steps: int = 3) -> float:
-    """An estimate of what a run takes on this machine, from a few of its steps."""
-    step, (_, held_out) = _stepper(run, out), images_of(run, out)
-    each = min(step() for _ in range(steps))
+def seconds_needed(run: Run, out: Path, measure: Measure, device: str | None) -> float:
+    """An estimate of what a run takes on a device, from a few of its steps."""
+    step, (_, held_out) = _stepper(run, out, device), images_of(run, out)
+    each = min(step() for _ in range(3))
     passes = _passes(run, measure, min(len(held_out), 512))
     return each * (run.recipe.steps + passes / (3 * run.recipe.batch_size))
 

@@ -15,7 +15,6 @@ from commands import diffussm
 from pipelines import network, piped
 
 import diffussm as package
-from diffussm import exporting
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.exporting import DepthwiseSSM, export_network, fixed_length, traced
 from diffussm.schedulers import ancestral_scheduler
@@ -176,7 +175,8 @@ def test_the_page_and_the_record_say_what_is_inside(exported):
         told = eval(named, {"DDPMScheduler": diffusers.DDPMScheduler})
         ours = ancestral_scheduler(1000)
         assert torch.equal(told.alphas_cumprod, ours.alphas_cumprod)
-        for key in ("variance_type", "clip_sample", "prediction_type"):
+        choices = "variance_type", "clip_sample", "prediction_type", "timestep_spacing"
+        for key in choices:
             assert told.config[key] == ours.config[key]
 
 
@@ -188,9 +188,11 @@ def test_what_differs_is_not_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(DepthwiseSSM, "forward", forgetful)
     with pytest.raises(ValueError, match="was not kept"):
         export_network(piped(), tmp_path / "new", "torch")
-    monkeypatch.setattr(exporting, "_difference", lambda *_: float("nan"))
-    with pytest.raises(ValueError, match="was not kept"):
-        export_network(piped(), tmp_path / "new", "safetensors")
+    monkeypatch.undo()
+    broken = piped()
+    broken.denoiser.embed_x.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="differs by nan .* was not kept"):
+        export_network(broken, tmp_path / "new", "safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -62,6 +62,8 @@ def test_verify_names_a_flipped_byte(work, tmp_path):
 def test_the_vae_command_writes_what_load_vae_reads(work):
     vae = load_vae(work / "vae")
     assert vae.config.scaling_factor > 0 and not list(work.glob(".*.tmp"))
+    told = diffussm("vae {w}/images {w}/odd --size 30", 1, w=work)
+    assert "--size 30: below 32, expected a multiple of 4" in told
 
 
 def test_an_lmdb_has_no_classes_to_leave_out(work, tmp_path):

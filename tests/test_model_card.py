@@ -51,10 +51,11 @@ def test_model_card_does_not_invent_figures(tmp_path):
     card = (tmp_path / "bare" / "README.md").read_text()
     assert "Not measured." in card and "Not recorded." in card and "not stated" in card
     assert "clip_denoised" not in card  # which latents cannot be
+    assert 'num_inference_steps=250, output_type="latent").images[0]' in card
     piped(network(in_channels=1)).save_pretrained(tmp_path / "pixels")
-    assert (
-        "pass `clip_denoised=True`" in (tmp_path / "pixels" / "README.md").read_text()
-    )
+    pixels = (tmp_path / "pixels" / "README.md").read_text()
+    assert "pass `clip_denoised=True`" in pixels
+    assert "image = pipe(" in pixels and "output_type" not in pixels
     assert "license:" not in card
 
 

@@ -126,8 +126,9 @@ def test_a_claim_is_about_two_runs_of_its_question():
             Question("?", TWO, **claim)
     with pytest.raises(ValueError, match="narrow"):
         Question("?", TWO, claim="so", first="wide", second="narow")
-    with pytest.raises(ValueError, match="a first and a second"):
-        Question("?", TWO, claim="so")
+    for half in ({"first": "wide"}, {"second": "wide"}, {}):
+        with pytest.raises(ValueError, match="a first and a second"):
+            Question("?", TWO, claim="so", **half)
     Question("?", TWO, claim="so", first="wide", second="narrow")
 
 
@@ -139,6 +140,21 @@ def test_guidance_is_of_what_is_drawn_and_changes_no_digest():
     assert [run.digest for run in plain] == [run.digest for run in guided]
     assert {run.guidance for run in plain} == {1.0}
     assert {run.guidance for run in guided} == {1.5}
+
+
+@pytest.mark.parametrize("runs", [{"a": "lr 0.001"}, {"b": 5}, {0.001: {"lr": 1e-3}}])
+def test_runs_have_names_and_options(runs):
+    (name,) = runs
+    with pytest.raises(ValueError, match=f"run {name!r}: expected a name in"):
+        Question("?", runs)
+
+
+def test_equal_operations_are_of_steps_with_all_their_images():
+    runs = {"a": {}, "b": {"batch_size": 16}}
+    study = replace(STUDY, questions={"q": Question("?", runs, equal="operations")})
+    first, second = (each[0].recipe for each in runs_of(study).values())
+    assert (first.steps, first.batch_size) == (8, 8)
+    assert (second.steps, second.batch_size) == (4, 16)
 
 
 def test_digests_stay_what_they_were():

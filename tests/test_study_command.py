@@ -43,6 +43,8 @@ def test_a_study_is_listed_carried_out_kept_and_reported(tmp_path):
     assert "0 runs are missing: 0.00 h" in diffussm(f"{study} --list", t=tmp_path)
     other = study.replace("/out", "/elsewhere") + " --known {t}/kept/rows.jsonl"
     assert "4 of 4 runs are in" in diffussm(other, t=tmp_path)
+    there = tmp_path / "elsewhere" / "results.jsonl"
+    assert sorted(there.read_text().splitlines()) == sorted(lines.splitlines())
     assert not (tmp_path / "elsewhere" / "runs").exists()
     assert "0 runs are missing: 0.00 h" in diffussm(f"{other} --list", t=tmp_path)
     one = "down-sampling, M = 2"

@@ -11,6 +11,7 @@ from diffussm.study import Measure, Question, Study, runs_of
 from diffussm.study_report import (
     answers,
     bootstrap,
+    draw_answer,
     draw_guidance,
     effect_of,
     summary,
@@ -89,8 +90,6 @@ def test_seeds_are_paired_and_missing_rows_are_left_out():
     found = answers(STUDY, rows[1:])["the question"]
     assert found.differences == pytest.approx([-0.6, -0.7])
     assert effect_of(found) == "not yet run: 2 of at least 3 seeds are there"
-    rows[0] = {"digest": rows[0]["digest"], "failed": "diverged"}
-    assert len(answers(STUDY, rows)["the question"].differences) == 2
     assert answers(STUDY, [])["the question"].verdict == "not yet run"
 
 
@@ -98,6 +97,64 @@ def test_latents_are_compared_by_their_loss():
     rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7), bits_per_dim={})
     found = answers(STUDY, rows)["the question"]
     assert found.differences == pytest.approx([-0.5, -0.6, -0.7])
+    assert "-0.600 in held-out loss" in effect_of(found)
+    first, _ = summary(found)
+    assert first["held-out loss"] == "2 ± 1" and "bits/dim" not in first
+
+
+def failed(row):
+    return {"digest": row["digest"], "failed": "the loss is nan"}
+
+
+def test_a_side_of_which_every_run_diverged_is_no_missing_one():
+    first, *rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7))
+    found = answers(STUDY, [failed(first), *rows])["the question"]
+    assert found.verdict == "diverged" and found.differences == []
+    assert effect_of(found) == "diverged: a, with a seed of each run"
+    assert summary(found)[0]["seeds"] == "2, the others diverged"
+    assert summary(found)[1]["seeds"] == "3"
+
+
+def test_a_rate_that_diverged_is_not_the_best_of_several():
+    runs = {"a 1": {"lr": 1e-3}, "a 2": {"lr": 2e-3}, "b": {"lr": 3e-3}}
+    asked = replace(ASKED, runs=runs, first="a *")
+    study = Study("digits", {"the question": asked})
+    kept, lucky, other = [
+        [row(run, bits) for run, bits in zip(each, values, strict=True)]
+        for each, values in zip(
+            runs_of(study).values(), ([2, 2, 2], [1, 1, 1], [3, 3, 4]), strict=True
+        )
+    ]
+    found = answers(study, kept + lucky + other)["the question"]
+    assert found.best("a *") == "a 2"
+    lucky[1:] = map(failed, lucky[1:])
+    found = answers(study, kept + lucky + other)["the question"]
+    assert found.best("a *") == "a 1" and found.differences == [-1, -1, -2]
+    assert found.verdict == "supported at this scale"
+    kept[0] = failed(kept[0])
+    assert answers(study, kept + lucky + other)["the question"].verdict == "diverged"
+    assert answers(study, lucky + other)["the question"].verdict == "not yet run"
+
+
+def test_images_that_two_judges_read_are_not_compared():
+    rows = [*judged_rows((3.0, 4.0, 5.0), (1.0, 1.5, 2.0))]
+    rows[1]["drawn"]["classifier"] = "another"
+    with pytest.raises(ValueError, match="2 different classifiers: measure all"):
+        answers(JUDGED, rows)
+
+
+def test_seeds_with_other_looks_and_many_runs_are_drawn():
+    from matplotlib.figure import Figure
+
+    runs = {f"run {k}": {"lr": 1e-3 * (k + 1)} for k in range(8)}
+    study = Study("digits", {"q": Question("?", runs)})
+    rows = [row(run, 1.0) for each in runs_of(study).values() for run in each]
+    rows[0]["curves"] = {"step": [15, 30], "held_out_loss": [0.4, 0.2]}
+    ax = Figure().subplots()
+    draw_answer(ax, answers(study, rows)["q"], [f"C{k}" for k in range(7)])
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 8
+    assert list(ax.lines[0].get_xdata()) == [15, 20, 30]
+    assert ax.lines[0].get_ydata()[0] == pytest.approx((0.4 + 0.5 + 0.5) / 3)
 
 
 def test_a_table_has_means_and_spreads():
@@ -148,7 +205,8 @@ def judged_rows(plain, guided):
     runs = runs_of(JUDGED)["w", "w = 1"]
     for run, a, b in zip(runs, plain, guided, strict=True):
         scales = {"1": a and images(a, 0.5), "2": images(b, 0.75)}
-        drawn = {"guidance": scales, "real": images(0.25, 0.97)}
+        real = images(0.25, 0.97)
+        drawn = {"classifier": "one", "guidance": scales, "real": real}
         yield row(run, 4.0, drawn=drawn)
 
 
@@ -209,5 +267,7 @@ def test_a_report_is_written_with_and_without_rows(tmp_path):
     assert "**supported at this scale: a minus b" in text
     assert "![](the-question.png)" in text
     assert (tmp_path / "the-question.png").read_bytes().startswith(b"\x89PNG")
+    named = replace(STUDY, questions={"both/at once": ASKED})
+    assert "![](both-at-once.png)" in write_report(named, [], tmp_path).read_text()
     text = write_report(STUDY, [], tmp_path).read_text()
     assert "| a | 0 |" in text and "not yet run: 0 of at least 3" in text

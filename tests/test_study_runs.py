@@ -196,12 +196,17 @@ def test_processes_give_the_rows_that_one_gives_and_end_with_their_parent(
     assert table(found) == table(done[1][::2])
 
 
-def test_seconds_are_estimated_and_grow_with_the_steps(done):
+def test_seconds_are_estimated_and_grow_with_the_steps(done, monkeypatch):
     out, _ = done
     run = runs_of(STUDY)["depth", "one block"][0]
     longer = replace(run, recipe=replace(run.recipe, steps=10_000))
     measure = Measure((2,), 2, 0)
-    assert 0 < seconds_needed(run, out, measure) < seconds_needed(longer, out, measure)
+    short, long = (seconds_needed(one, out, measure, "cpu") for one in (run, longer))
+    assert 0 < short < long
+    triton = replace(run, execution=replace(run.execution, convolution="triton"))
+    with pytest.raises(ValueError, match="'triton' is for a GPU, not for cpu"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        seconds_needed(triton, out, measure, "cpu")
     judging = replace(measure, judged_images=8, guidance=(1.0, 1.5))
     more = study_runs._passes(run, judging, 9) - study_runs._passes(run, measure, 9)
     assert more == 20 * 8 * (1 + 2)  # guidance asks the network twice
@@ -290,6 +295,7 @@ def test_rows_that_are_known_are_not_run_again(done, tmp_path):
     told = {"known": rows, "on_row": new.append}
     assert run_study(STUDY, tmp_path, **told) == rows and not new
     assert not (tmp_path / "runs").exists()
+    assert read_rows(tmp_path / "results.jsonl") == rows
     (one, *others), other = rows, {**rows[0], "measure": {"bits_steps": [3]}}
     assert run_study(STUDY, tmp_path, **told | {"known": [other, *others]})
     assert [row["digest"] for row in new] == [one["digest"]]
