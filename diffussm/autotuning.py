@@ -108,11 +108,12 @@ def _right_ones(
         except Exception as error:  # Triton raises many kinds
             faults.append(f"{name}: {type(error).__name__}")
             continue
-        if all(found[key] <= allowed[key] for key in allowed):
-            right[name] = candidate
+        wrong = {k: v for k, v in found.items() if not v <= allowed[k]}  # also NaN
+        told = (f"{k} {v:.1e}, allowed {allowed[k]:.1e}" for k, v in wrong.items())
+        if wrong:
+            faults.append(f"{name}: errors: {'; '.join(told)}")
         else:
-            worst = max(found[key] / allowed[key] for key in allowed)
-            faults.append(f"{name}: errors {worst:.1f} times what is allowed")
+            right[name] = candidate
     return right, errors, faults
 
 
