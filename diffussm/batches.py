@@ -22,6 +22,7 @@ from diffussm.data import (
     generator,
     random_bits,
 )
+from diffussm.guards import refuse
 from diffussm.model import DiffuSSM
 from diffussm.options import Recipe
 
@@ -99,8 +100,12 @@ def training_batch(
     """The part of process `rank` of `size` in the batch of a step.
 
     Source: eq-batches-stream. `fetch` may do the work of `map` in several threads.
+
+    Raises:
+        ValueError: `size` processes cannot share the batch.
     """
     B, cfg, share = recipe.batch_size, model.config, recipe.batch_size // size
+    refuse(B % size, f"batch_size={B}: expected a multiple of {size}, the processes")
     mine = slice(rank * share, (rank + 1) * share)
     draw = partial(generator, recipe.seed, number=step)
     shape = (cfg.in_channels, cfg.height, cfg.width)
@@ -145,6 +150,8 @@ def training_batches(
     """
     threads = workers if hasattr(dataset, "read") else 1
     gpu = device if device is not None and device.type == "cuda" else None
+    if gpu is not None and gpu.index is None:
+        gpu = torch.device("cuda", torch.cuda.current_device())  # of this thread
     maker = ThreadPoolExecutor(1, initializer=partial(_use, gpu))
     with maker, ThreadPoolExecutor(threads) as readers:
         fetch = readers.map if threads > 1 else map

@@ -210,7 +210,12 @@ def from_flat(values: dict[str, Any]) -> tuple[Recipe, Execution]:
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
     for old in RENAMED.keys() & values.keys():
-        warn(f"the option {old} is called {RENAMED[old]} now; write {RENAMED[old]}")
+        new, value = RENAMED[old], values[old]
+        warn(f"the option {old} is called {new} now; write {new}")
+        told = (
+            f"{old}={value!r} and {new}={values.get(new)!r} are one option: omit {old}"
+        )
+        refuse(values.get(new, value) != value, told)
     named = {RENAMED.get(key, key): value for key, value in values.items()}
     if named.get("convolution") == "diffussm.gpu_kernels:choose_convolution":
         warn("the convolution that measures and chooses is called 'auto' now")

@@ -3,7 +3,9 @@
 import threading
 from dataclasses import replace
 from functools import partial
+from threading import get_ident
 
+import pytest
 import torch
 from tiny import TINY, write_images
 
@@ -46,6 +48,8 @@ def test_parts_of_processes_make_the_batch():
             torch.equal(torch.cat(a), b)
             for a, b in zip(zip(*parts, strict=True), whole, strict=True)
         )
+    with pytest.raises(ValueError, match="batch_size=8: expected a multiple of 3"):
+        training_batch(data, model, TINY, 3, rank=0, size=3)
     ahead = list(training_batches(data, model, TINY, 7))
     assert len(ahead) == 3 and torch.equal(
         ahead[1].x0, training_batch(data, model, TINY, 8).x0
@@ -198,12 +202,16 @@ def test_batches_for_a_gpu_are_pinned_and_copied_without_waiting(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: caller[get_ident()])
     two, gpu = replace(TINY, steps=2), torch.device("cuda", 1)
     batches = partial(training_batches, data, DiffuSSM(TINY.model), two)
     plain = list(batches())
     assert not pinned and not used
     made = list(batches(device=gpu))
     assert used == [gpu]
+    caller = {get_ident(): 1}  # which GPU each thread uses
+    assert len(list(batches(device=torch.device("cuda")))) == 2
+    assert used == [gpu, gpu]
     for a, b in zip(plain, made, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     monkeypatch.setattr(torch.Tensor, "to", to)

@@ -50,13 +50,6 @@ def test_every_image_is_seen_equally_often_across_epoch_ends():
     assert set(seen.values()) == {5 * batch_size}
 
 
-def test_order_does_not_depend_on_the_number_of_ranks():
-    whole = batch_indices(100, 12, 17, 1)
-    for ranks in (1, 2, 3, 4, 6):
-        parts = [batch_indices(100, 12, 17, 1)[rank::ranks] for rank in range(ranks)]
-        assert torch.equal(torch.stack(parts, 1).flatten(), whole)
-
-
 def test_order_is_the_same_in_another_process_and_touches_no_global_generator():
     code = (
         "from diffussm.data import batch_flips, batch_indices;"

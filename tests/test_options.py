@@ -57,6 +57,18 @@ def test_old_names_are_read_with_a_warning_that_says_the_new(capsys):
     assert "recompute is called activation_checkpointing" in said
 
 
+def test_an_option_under_both_names_with_two_values_is_refused():
+    both = {"strategy": "ddp", "parallel": "fsdp"}
+    for order in (list(both), list(reversed(both))):
+        values = {**asdict(TINY), **{name: both[name] for name in order}}
+        with pytest.raises(
+            ValueError, match="parallel='fsdp' and strategy='ddp' are one"
+        ):
+            from_flat(values)
+    _, execution = from_flat({**asdict(TINY), "strategy": "fsdp", "parallel": "fsdp"})
+    assert execution.strategy == "fsdp"
+
+
 def test_the_recipes_are_the_presets():
     from diffussm.model import PRESETS
 
@@ -87,13 +99,25 @@ def test_recipes_at_full_scale_clip_and_keep_the_papers_other_row():
     for name in recipes.recipe_files():
         config, _ = recipes.read_recipe(name)
         if config.model.d_model == 1152:
-            assert config.clip == 1.0 and not config.ema_warmup, name
+            assert config.clip == 1.0, name
     config, execution = recipes.read_recipe("imagenet256")
     (step,) = execution.keep_steps(config.batch_size)
     assert (
         (step - 1) * config.batch_size < 338_000_000 <= step * config.batch_size
         and step < config.steps
     )
+
+
+def test_the_defaults_that_are_ours_are_the_papers_at_full_scale():
+    from diffussm import recipes
+
+    def three(config):
+        return config.ema_warmup, config.flip, config.precision
+
+    assert three(TINY) == (True, False, "float32")
+    for name in recipes.recipe_files():
+        if name.startswith("imagenet"):
+            assert three(recipes.read_recipe(name)[0]) == (False, True, "bf16"), name
 
 
 def test_misfits_are_named_as_one_would_type_them():
