@@ -232,6 +232,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
     wrong = (KeyError, TypeError, RuntimeError, ValueError)
     with explain(f"{folder} is no checkpoint of this run", *wrong):
         record = read_json(folder / "state.json")
+        _refuse_another(folder, state.model)
         for name, file in WEIGHTS.items():
             _fill(getattr(state, name), read_tensors(folder / file), file)
         _fill_moments(state, read_tensors(folder / _OPTIMIZER))
@@ -239,6 +240,14 @@ def load_checkpoint(folder: Path, state: TrainState) -> None:
         state.meter.sums.copy_(sums.view_as(state.meter.sums))
         state.step = int(record["step"])
         state.skipped = [int(step) for step in record.get("skipped", [])]
+
+
+def _refuse_another(folder: Path, model: DiffuSSM) -> None:
+    """ValueError if a checkpoint says that it is of another variant than the model."""
+    ours = getattr(model.config, "variant", "")
+    theirs = read_json(folder / "model" / "config.json").get("variant", ours)
+    told = f"it is of the variant {theirs!r}, not of {ours or 'the plain DiffuSSM'!r}"
+    refuse(theirs != ours, told)
 
 
 def _fill(network: nn.Module, tensors: dict[str, Tensor], file: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from diffussm.bidirectional import BidirectionalSSM, Convolution
 from diffussm.convolution import without_autocast
-from diffussm.guards import expect, expect_int, expect_real
+from diffussm.guards import expect, expect_int, expect_real, refuse
 
 __all__ = ["modes", "chunked", "CHUNKED", "Prepare", "prepare_layers"]
 
@@ -21,13 +21,19 @@ __all__ = ["modes", "chunked", "CHUNKED", "Prepare", "prepare_layers"]
 def modes(layer: BidirectionalSSM, length: int = 0) -> Tensor:
     """The modes of both directions, forward first: real (2, D, 2N + 1).
 
-    In float32, or float64 after `.double()`; the same for every length. Source:
-    eq-chunked-modes.
+    In float32, or float64 after `.double()`; the same for every length.
+
+    Raises:
+        ValueError: a kernel is not of a state space model.
+
+    Source: eq-chunked-modes.
     """
     rows = []
     kernels = layer.forward_kernel, layer.backward_kernel
     with without_autocast(layer.skip.device):
         for kernel, skip in zip(kernels, layer.skip.chunk(2), strict=True):
+            told = f"{type(kernel).__name__} has no states: take convolution=fft"
+            refuse(not hasattr(kernel, "discrete"), told)
             log_dA, w = kernel.discrete()  # complex (D, n) each
             parts = [log_dA.real, log_dA.imag, w.real, w.imag]
             rows.append(torch.cat([*parts, skip[:, None].to(w.real.dtype)], dim=1))
@@ -151,11 +157,18 @@ class Prepare(nn.Module):
         return self.model.prepare(length)
 
 
+def _kind(layer: BidirectionalSSM) -> tuple[Any, ...]:
+    """What is the same in layers of which one may stand for the others."""
+    kernels = layer.forward_kernel, layer.backward_kernel
+    kinds = [(type(k), getattr(k, "discretization", None)) for k in kernels]
+    shapes = [(name, p.shape) for name, p in layer.named_parameters()]
+    return type(layer), layer.convolution, *kinds, *shapes
+
+
 def prepare_layers(layers: Sequence[BidirectionalSSM], length: int) -> list[Tensor]:
     """What `layer.prepare(length)` is for each layer; together where the way may."""
     way: Any = layers[0].convolution
-    alike = {(type(layer), layer.convolution) for layer in layers}
-    if len(alike) > 1 or not getattr(way, "together", False):
+    if len(set(map(_kind, layers))) > 1 or not getattr(way, "together", False):
         return [layer.prepare(length) for layer in layers]
     named = [dict(Prepare(layer).named_parameters()) for layer in layers]
     stacked = {name: torch.stack([one[name] for one in named]) for name in named[0]}

@@ -56,6 +56,8 @@ class DiffuSSM(nn.Module):
 
     def __init__(self, config: DiffuSSMConfig) -> None:
         super().__init__()
+        if hasattr(config, "variant"):  # of ch. "Variants": what it builds is another
+            raise ValueError(f"the variant {config.variant!r} is no plain DiffuSSM")
         self.config, D, M = config, config.d_model, config.downsample
         numbers = M * config.patch_size**2 * config.in_channels
         self.embed_x = nn.Linear(numbers, D)

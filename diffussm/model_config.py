@@ -109,4 +109,7 @@ CONFIG_FILE = "config.json"
 def read_config(path: Path) -> DiffuSSMConfig:
     """The configuration in a file; ValueError if there is another thing in it."""
     with explain(f"{path} is not the configuration of a DiffuSSM", ValueError):
-        return DiffuSSMConfig.from_dict(read_json(path))
+        values = read_json(path)
+        if isinstance(values, dict) and "variant" in values:
+            raise ValueError(f"it is of the variant {values['variant']!r}")
+        return DiffuSSMConfig.from_dict(values)

@@ -37,6 +37,7 @@ __all__ = [
     "accumulate_gradients",
     "create_state",
     "speed_up",
+    "check_way",
     "compiler_lacking",
     "convolution_for",
     "chooser",
@@ -149,7 +150,12 @@ def create_state(
 
     def prepare(model: DiffuSSM) -> None:
         model.activation_checkpointing = execution.activation_checkpointing
-        speed_up(model, convolution, execution.compile, device)
+        try:
+            speed_up(model, convolution, execution.compile, device)
+        except ValueError:  # a variant that cannot be run so
+            if chooser(asked) is None:
+                raise
+            speed_up(model, way("fft"), execution.compile, device)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
@@ -159,10 +165,16 @@ def create_state(
 def speed_up(
     model: DiffuSSM, convolution: Convolution, compiled: bool, device: torch.device
 ) -> None:
-    """Run the blocks with a convolution, and let torch.compile make each faster."""
+    """Run the blocks with a convolution, and let torch.compile make each faster.
+
+    Raises:
+        ValueError: a layer, of ch. "Variants", cannot be run so.
+    """
     for layer in model.modules():
         if isinstance(layer, BidirectionalSSM):
             layer.convolution = convolution
+            with torch.no_grad():
+                layer.prepare(1)  # it refuses a way that it cannot go
     if not compiled:
         return
     if lacking := compiler_lacking(device):
@@ -170,6 +182,17 @@ def speed_up(
         return
     for block in model.blocks:
         block.compile()  # at its first use
+
+
+def check_way(
+    network: Callable[[DiffuSSMConfig], DiffuSSM], recipe: Recipe, execution: Execution
+) -> None:
+    """Refuse a network that there cannot be, or not run as asked; allocates nothing."""
+    meta = torch.device("meta")
+    with meta:
+        model = network(recipe.model)
+    if chooser(execution.convolution) is None:
+        speed_up(model, way(execution.convolution), False, meta)
 
 
 def compiler_lacking(device: torch.device) -> str:

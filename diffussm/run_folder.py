@@ -336,6 +336,7 @@ def load_run(
 
     Raises:
         FileNotFoundError: no run, no valid checkpoint yet, or none of that step.
+        ValueError: its network is not a plain `DiffuSSM`, but a variant of it.
     """
     run = Path(run)
     if not (run / "config.json").is_file():

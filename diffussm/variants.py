@@ -6,7 +6,7 @@ Generated from book/76_variants.md by `make export`: edit there.
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -81,7 +81,8 @@ class OneWay(BidirectionalSSM):
     def prepare(self, length: int) -> Tensor:
         """As of the layer with two directions, but for a conjugate of spectra."""
         forward, backward = super().prepare(length)
-        refuse(not forward.is_complex(), "one direction needs a convolution by spectra")
+        told = "one direction needs a convolution by spectra: convolution=fft"
+        refuse(not forward.is_complex(), told)
         if self.from_end:
             return torch.stack([forward.conj(), backward])
         return torch.stack([forward, backward.conj()])
@@ -97,6 +98,11 @@ class _Same(nn.Module):
     def forward(self, length: int) -> Tensor:
         kernel: Tensor = self.other[0](length)
         return kernel
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """As of the other direction."""
+        system: tuple[Tensor, Tensor] = cast(Any, self.other[0]).discrete()
+        return system
 
 
 def _directed(config: DiffuSSMConfig, direction: str) -> DiffuSSM:
@@ -216,6 +222,13 @@ class _Transformer(DiT):
     drop_labels = DiffuSSM.drop_labels  # the trainer asks for both
 
 
+@dataclass(frozen=True)
+class _VariantConfig(DiffuSSMConfig):
+    """The sizes of a variant and its name; a `DiffuSSM` does not take them."""
+
+    variant: str = ""
+
+
 def network(variant: str, config: DiffuSSMConfig) -> DiffuSSM:
     """A new network, by the name of a variant.
 
@@ -223,12 +236,16 @@ def network(variant: str, config: DiffuSSMConfig) -> DiffuSSM:
         ValueError: there is no such variant, or not of this configuration.
     """
     kind, _, value = variant.partition(":")
-    build = _KINDS[expect_one_of("variant", kind, _KINDS)]
-    return build(config, value)
+    refuse(variant and not kind, f"variant={variant!r}: expected a kind before the :")
+    model = _KINDS[expect_one_of("variant", kind, _KINDS)](config, value)
+    if kind not in ("", "start"):
+        model.config = _VariantConfig(**asdict(config), variant=variant)
+    return model
 
 
 def _taps(config: DiffuSSMConfig, width: str) -> DiffuSSM:
-    count = _number("taps", width, 0)
+    count, L = _number("taps", width, 0), config.seq_len
+    refuse(count > L, f"variant=taps:{count}: expected {L} at most, as many as lags")
     return _with_kernels(config, lambda: Taps(config.d_model, count))
 
 
@@ -253,7 +270,8 @@ def _fixed(config: DiffuSSMConfig, variance: str) -> DiffuSSM:
 
 def _attention(config: DiffuSSMConfig, hidden: str) -> DiffuSSM:
     width = _number("attention", hidden, 1)
-    refuse(config.d_model % 4, f"d_model={config.d_model}: attention needs fours")
+    told = f"d_model={config.d_model}: expected a multiple of 4, for the 4 heads"
+    refuse(config.d_model % 4, told)
     return cast(DiffuSSM, _Transformer(config, width))
 
 
@@ -303,7 +321,8 @@ def matched(
     """
     if variant.startswith("attention:"):
         one, two = (count_parameters(f"attention:{h}", config) for h in (1, 2))
-        variant = f"attention:{1 + round((parameters - one) / (two - one))}"
+        more = round((parameters - one) / (two - one))
+        variant = f"attention:{1 + max(more, 0)}"
     else:
         config = _nearest(variant, config, parameters)
     found = count_parameters(variant, config)
@@ -314,7 +333,8 @@ def matched(
 
 def _nearest(variant: str, config: DiffuSSMConfig, parameters: int) -> DiffuSSMConfig:
     """The configuration with the width whose count is nearest."""
-    step = 4 if config.pos_embed == "sincos" else math.lcm(2, config.downsample) // 2
+    step = math.lcm(2, config.downsample) // 2  # of D, as M divides 2D
+    step = math.lcm(4, step) if config.pos_embed == "sincos" else step
 
     def sized(number: int) -> DiffuSSMConfig:
         return replace(config, d_model=step * number)

@@ -191,3 +191,15 @@ def test_layers_that_are_not_alike_are_prepared_one_by_one():
     for layer, one in zip(layers, ours, strict=True):
         torch.testing.assert_close(one, layer.prepare(20))
     assert [one.is_complex() for one in ours] == [True, False, True]
+
+
+def test_layers_of_other_settings_are_not_prepared_as_the_first():
+    torch.manual_seed(0)
+    first, other, larger = (BidirectionalSSM(3, n) for n in (4, 4, 8))
+    other.backward_kernel.discretization = "bilinear"
+    for layer in (first, other, larger):
+        layer.convolution = CHUNKED
+    for second in (other, larger):
+        for layers in ([first, second], [second, first]):
+            for found, layer in zip(prepare_layers(layers, 9), layers, strict=True):
+                torch.testing.assert_close(found, layer.prepare(9))

@@ -1,15 +1,23 @@
 """Networks to compare with: one thing differs, and it is the one that is named."""
 
+import json
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffussm import recomputation
-from diffussm.bidirectional import BidirectionalSSM
+from diffussm import autotuning, recomputation
+from diffussm.bidirectional import BidirectionalSSM, way
+from diffussm.cli import main
+from diffussm.denoiser import Denoiser
 from diffussm.efficiency import DiT
+from diffussm.files import sha256, write_json
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.options import RECIPES, Execution
+from diffussm.parallel import check_way, create_state
+from diffussm.run_folder import load_run
 from diffussm.runs import train
 from diffussm.variants import (
     OneWay,
@@ -59,6 +67,114 @@ def test_a_variant_is_trained_saved_and_resumed_by_the_trainer(variant, tmp_path
     again = train(recipe, tmp_path / "a", how, "cpu", **ways)
     for p, q in zip(whole.ema.parameters(), again.ema.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+OTHERS = [name for name in ALL if name and not name.startswith("start")]
+SHORT = replace(
+    RECIPES["digits"], model=CONFIG, steps=2, warmup=1, cooldown=1, batch_size=4
+)
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_a_variant_is_not_taken_for_the_model(variant, tmp_path):
+    model = network(variant, CONFIG)
+    with pytest.raises(ValueError, match=f"variant '{variant}'"):
+        DiffuSSM(model.config)
+    with pytest.raises(ValueError, match=f"variant '{variant}'"):
+        Denoiser.of(model)
+    if not isinstance(model, DiffuSSM):
+        return
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"variant '{variant}'"):
+        DiffuSSM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["", "start:legs"])
+def test_a_start_is_a_model_like_any_other(variant, tmp_path):
+    model = awake(variant)
+    model.save_pretrained(tmp_path)
+    for same in (DiffuSSM.from_pretrained(tmp_path), Denoiser.of(model)):
+        assert same.config == CONFIG
+        with torch.no_grad():
+            assert torch.equal(same(*inputs()), model(*inputs()))
+
+
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory):
+    """The folder of a run of a variant."""
+    run = tmp_path_factory.mktemp("runs") / "sum"
+    how = {"progress": False, "network": partial(network, "gate:sum")}
+    train(SHORT, run, Execution(), "cpu", **how)
+    return run
+
+
+def test_a_run_of_a_variant_is_not_drawn_from_as_if_it_were_the_model(
+    summed, tmp_path, capsys
+):
+    with pytest.raises(ValueError, match="variant 'gate:sum'"):
+        load_run(summed)
+    out = tmp_path / "out.png"
+    asked = ["sample", "--from", str(summed), "--out", str(out), "--device", "cpu"]
+    assert main(asked) == 1
+    assert "variant 'gate:sum'" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_run_of_a_variant_goes_on_as_that_variant_only(summed):
+    for other in (DiffuSSM, partial(network, "order:snake")):
+        with pytest.raises(ValueError, match="it is of the variant 'gate:sum', not of"):
+            train(SHORT, summed, Execution(), "cpu", progress=False, network=other)
+    own = partial(network, "gate:sum")
+    state = train(SHORT, summed, Execution(), "cpu", progress=False, network=own)
+    assert state.step == 2
+
+
+def test_a_run_that_did_not_record_its_variant_goes_on(summed):
+    (step,) = (summed / "checkpoints").iterdir()
+    record = json.loads((step / "state.json").read_text())
+    for name in ("model/config.json", "ema/config.json"):
+        known = json.loads((step / name).read_text())
+        assert known.pop("variant") == "gate:sum"
+        write_json(step / name, known)
+        record["sha256"][name] = sha256(step / name)
+    write_json(step / "state.json", record)
+    own = partial(network, "gate:sum")
+    assert train(SHORT, summed, Execution(), "cpu", network=own).step == 2
+
+
+CHUNKS = ["taps:5", "direction:forward", "direction:alternating"]
+
+
+@pytest.mark.parametrize("variant", CHUNKS)
+def test_a_layer_without_states_is_not_run_by_chunks(variant, monkeypatch):
+    build, cpu = partial(network, variant), torch.device("cpu")
+    for asked in ("chunked", "chunked_triton"):
+        for refused in (
+            lambda how: check_way(build, SHORT, how),
+            lambda how: create_state(SHORT, how, cpu, build),
+        ):
+            with pytest.raises(ValueError, match="convolution=fft"):
+                refused(Execution(convolution=asked))
+    won = SimpleNamespace(convolution=way("chunked"), reason="it won")
+    monkeypatch.setattr(autotuning, "autotune_convolution", lambda *_: won)
+    found = [
+        create_state(SHORT, Execution(convolution="auto"), cpu, one)
+        for one in (build, DiffuSSM)
+    ]
+    taken = [state.ema.blocks[1].ssm.convolution for state in found]
+    assert taken == [way("fft"), way("chunked")]
+    check_way(build, SHORT, Execution(convolution="auto"))
+
+
+def test_a_shared_kernel_is_run_by_chunks():
+    model = awake("direction:shared")
+    with torch.no_grad():
+        expected = model(*inputs())
+        for block in model.blocks:
+            block.ssm.convolution = way("chunked")
+        ready = model.prepare(64)
+        for prepared in (None, ready):
+            found = model(*inputs(), prepared)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ALL)
@@ -142,6 +258,33 @@ def test_an_order_visits_all_and_is_undone(order):
         assert torch.allclose(ordered(*inputs()), plain(*inputs()), atol=1e-5)
 
 
+PATHS = {  # of four rows of four, by hand
+    "snake": "0 1 2 3 7 6 5 4 8 9 10 11 15 14 13 12",
+    "hilbert": "0 4 5 1 2 3 7 6 10 11 15 14 13 9 8 12",
+}
+
+
+@pytest.mark.parametrize("order", PATHS)
+def test_the_sequence_is_the_path(order):
+    config = replace(CONFIG, input_size=4)
+    path = [int(place) for place in PATHS[order].split()]
+    assert sorted(path) == list(range(16))
+    ordered, plain = awake(f"order:{order}", config), DiffuSSM(config).eval()
+    plain.load_state_dict(ordered.state_dict())
+    x, t, y = inputs()
+    x = x[..., :4, :4]
+    walked, expected = torch.empty(2, 1, 16), torch.empty(2, 2, 16)
+    for place, pixel in enumerate(path):
+        walked[..., place] = x.flatten(2)[..., pixel]
+    with torch.no_grad():
+        out = plain(walked.view(2, 1, 4, 4), t, y).flatten(2)
+        for place, pixel in enumerate(path):
+            expected[..., pixel] = out[..., place]
+        found = ordered(x, t, y).flatten(2)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert not torch.allclose(found, plain(x, t, y).flatten(2), atol=1e-2)
+
+
 def test_rows_are_the_order_of_the_model():
     model = awake("order:row")
     plain = DiffuSSM(CONFIG).eval()
@@ -180,6 +323,30 @@ def test_the_transformer_starts_as_dit_does():
     )
 
 
+def test_the_sum_is_half_of_path_and_gate():
+    block = awake("gate:sum").blocks[0]
+    seen = {}
+    for name in ("w1", "w2"):
+        block.get_submodule(name).register_forward_hook(
+            lambda module, given, out, name=name: seen.update({name: out})
+        )
+    x, c = torch.randn(2, 32, 16), torch.randn(2, 16)
+    with torch.no_grad():
+        y = block(x, c)
+        path, gate = (torch.nn.functional.gelu(seen[name]) for name in ("w2", "w1"))
+        assert torch.allclose(y, x + block.w3((path + gate) / 2), atol=1e-5)
+        assert not torch.allclose(y, x + block.w3(path * gate), atol=1e-2)
+
+
+def test_widths_are_such_as_the_groups_and_the_positions_allow():
+    sizes = {"d_model": 12, "downsample": 3, "input_size": (8, 6)}
+    config = replace(CONFIG, **sizes, pos_embed="sincos")
+    wanted = count_parameters("", replace(config, d_model=24))
+    assert matched("", config, wanted)[1].d_model == 24
+    with pytest.raises(ValueError, match="attention:1: .* not 2,000 to one percent"):
+        matched("attention:1", CONFIG, 2000)
+
+
 @pytest.mark.slow
 def test_widths_match_to_one_percent_or_are_refused():
     digits = DiffuSSMConfig(**PRESETS["digits"])
@@ -206,6 +373,8 @@ def test_operations_are_those_of_what_is_computed():
         ("tabs:3", "did you mean 'taps'"),
         ("taps:x", "expected a number"),
         ("taps:", "expected a number"),
+        ("taps:65", "64 at most"),
+        (":9", "expected a kind"),
         ("attention:0", "expected a number"),
         ("direction:backward", "forward"),
         ("start:lins", "lin"),
@@ -219,6 +388,8 @@ def test_other_names_are_refused(variant, told):
         network(variant, CONFIG)
     with pytest.raises(ValueError, match="patch_size=1"):
         network("order:snake", replace(CONFIG, patch_size=2))
+    with pytest.raises(ValueError, match="multiple of 4, for the 4 heads"):
+        network("attention:9", replace(CONFIG, d_model=18))
     with pytest.raises(ValueError, match="power of 2"):
         network("order:hilbert", replace(CONFIG, input_size=(8, 6)))
 
