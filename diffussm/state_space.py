@@ -103,11 +103,12 @@ def scan(dA: Tensor, dB: Tensor, C: Tensor, u: Tensor) -> Tensor:
     Source: eq-state-space-recurrence (section 3.1 of the paper).
     """
     _check_system(dA, dB, C, u)
-    x, y = torch.zeros_like(dA * dB * u[..., :1]), []  # (..., N/2)
+    x = torch.zeros_like(dA * dB * u.sum(-1, keepdim=True))  # (..., N/2)
+    y = [(C * x).real[..., :0]]  # (..., 0)
     for k in range(u.shape[-1]):
         x = dA * x + dB * u[..., k : k + 1]  # (..., N/2)
-        y.append(2 * (C * x).sum(-1).real)  # (...)
-    return torch.stack(y, dim=-1)  # (..., L)
+        y.append(2 * (C * x).sum(-1, keepdim=True).real)  # (..., 1)
+    return torch.cat(y, dim=-1)  # (..., L)
 
 
 def hippo_legs(n_state: int) -> Tensor:

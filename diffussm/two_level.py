@@ -65,10 +65,11 @@ class _TwoLevel(torch.autograd.Function):
     def forward(
         ctx: Any, log_dA: Tensor, weights: Tensor, block: int, n_blocks: int
     ) -> Tensor:
-        E, Q_conj = _powers(log_dA, block, n_blocks)
-        ctx.save_for_backward(weights, E, Q_conj)
-        ctx.block = block
-        return _product(weights, E, Q_conj)
+        with without_autocast(log_dA.device):
+            E, Q_conj = _powers(log_dA, block, n_blocks)
+            ctx.save_for_backward(weights, E, Q_conj)
+            ctx.block = block
+            return _product(weights, E, Q_conj)
 
     @staticmethod
     @once_differentiable

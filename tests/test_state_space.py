@@ -172,6 +172,13 @@ def test_scan_broadcasts_over_batch_and_channels():
     torch.testing.assert_close(y[1, 2], scan(dA[2], dB[2], C3, u[1, 2]))
 
 
+def test_scan_of_nothing_is_nothing():
+    dA, dB = discretize_zoh(A3.repeat(4, 1), 1.0, 0.1)
+    y = scan(dA, dB, C3.expand(4, 3), torch.randn(2, 4, 0, dtype=torch.float64))
+    assert y.shape == (2, 4, 0) and y.dtype == torch.float64
+    assert scan(dA[0], dB[0], C3.expand(4, 3), torch.empty(0)).shape == (4, 0)
+
+
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("n_state", [0, -2, 3, 64.0, True, "64"])
 def test_odd_or_empty_states_are_refused(init, n_state):

@@ -64,3 +64,12 @@ def test_kernels_that_are_none_are_refused():
         vandermonde_two_level(log_dA, weights[:, :3], 8)
     with pytest.raises(ValueError, match="length=0: expected an integer of at least"):
         vandermonde_two_level(log_dA, weights, 0)
+
+
+def test_autocast_does_not_round_the_product():
+    log_dA, weights = (t.to(torch.complex64) for t in random_system())
+    plain = vandermonde_two_level(log_dA, weights, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = vandermonde_two_level(log_dA, weights, 100)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)

@@ -14,7 +14,7 @@ export function spring(stage, { omega, gamma }) {
 
   const swing = () => Math.sqrt(Math.max(omega ** 2 - gamma ** 2, 1e-6));
   const position = ([, imaginary]) => imaginary / swing();
-  const scale = () => omega / 2; // a push from rest swings by about a half
+  const scale = () => omega / 2; // an undamped push from rest swings to 1/2
 
   /** Let time pass: z turns and shrinks, by exp(lambda dt). */
   const pass = (seconds) => {
