@@ -96,7 +96,7 @@ def _lock(run: Path) -> Callable[[], None]:
         return handle.close
     except BlockingIOError:
         handle.close()
-        raise ValueError(f"another process trains {run}: wait, or stop it") from None
+        raise ValueError(f"another process holds {run}: wait, or stop it") from None
     except OSError as error:
         handle.close()
         return _lock_without_flock(run, error)

@@ -31,9 +31,10 @@ from diffussm.distributed import (
     together,
 )
 from diffussm.files import read_json, whole_file, write_json
-from diffussm.guards import expect_int, expect_same
+from diffussm.guards import expect_int, expect_same, expect_there, refuse
 from diffussm.model import DiffuSSM
 from diffussm.pictures import Decode, computing_in, image_shape, to_uint8
+from diffussm.run_folder import locked
 from diffussm.sample_options import SampleSet
 from diffussm.sampling import walk
 
@@ -111,7 +112,9 @@ def draw_samples(
         decode: latents (B, C, h, w) -> images (B, 3, H, W); None for a model of pixels.
 
     Raises:
-        ValueError: `out` holds something else; nothing is written.
+        ValueError: `out` holds something else, or another process draws it;
+            nothing is written.
+        FileNotFoundError: a batch that was drawn has vanished; the others are kept.
         Preempted: asked to stop; the batches that are done are kept.
     """
     wanted = wanted.of(model.config).on(device.type)
@@ -122,9 +125,11 @@ def draw_samples(
     if on_rank_zero(files.claim):
         return files.out
     draw = partial(draw_batch, model, diffusion, wanted, device=device, decode=decode)
-    _draw_missing(draw, files, wanted, progress)
     labels = labels_of(wanted, range(wanted.count), classes)
-    on_rank_zero(lambda: files.complete(wanted.count, labels))
+    with locked(files.parts):
+        batches = _draw_missing(draw, files, wanted, progress)
+        on_rank_zero(lambda: files.complete(batches, labels))
+    on_rank_zero(files.claim)  # a complete set: tidies up
     return files.out
 
 
@@ -133,10 +138,10 @@ def _draw_missing(
     files: "_SampleFiles",
     wanted: SampleSet,
     progress: bool,
-) -> None:
-    """Share the batches that are missing. Preempted if stopped."""
-    kept, missing = on_rank_zero(lambda: files.missing(wanted))
-    batches, drawn = kept + len(missing), 0
+) -> list[range]:
+    """Share the batches that are missing; returns all. Preempted if stopped."""
+    there, missing = on_rank_zero(lambda: files.missing(wanted))
+    kept, batches, drawn = len(there), len(there) + len(missing), 0
     how: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True}
     how["disable"] = rank() > 0 or not progress
     with tqdm(total=batches, **how) as bar:
@@ -153,6 +158,7 @@ def _draw_missing(
         raise together(
             Preempted(f"asked to stop: {done} of {batches} batches are kept")
         )
+    return sorted(there + missing, key=lambda one: one.start)
 
 
 @dataclass(frozen=True)
@@ -212,13 +218,16 @@ class _SampleFiles:
             (range(int(a), int(b)) for a, b in names), key=lambda one: one.start
         )
 
-    def missing(self, wanted: SampleSet) -> tuple[int, list[range]]:
-        """How many batches are done, and those that are not."""
+    def missing(self, wanted: SampleSet) -> tuple[list[range], list[range]]:
+        """The batches that are done, and those that are not."""
         done, size = self.done(), wanted.batch_size
         begins = [0, *(one.stop for one in done)]
         gaps = zip(begins, [*(one.start for one in done), wanted.count], strict=True)
         firsts = [(i, stop) for begin, stop in gaps for i in range(begin, stop, size)]
-        return len(done), [range(i, min(i + size, stop)) for i, stop in firsts]
+        missing = [range(i, min(i + size, stop)) for i, stop in firsts]
+        told = f"{self.parts} holds images twice; remove it, and all are drawn again"
+        refuse(sum(map(len, done + missing)) != wanted.count, told)
+        return done, missing
 
     def keep(self, indices: range, images: np.ndarray) -> None:
         """Write a batch, uint8 (n, H, W, 3)."""
@@ -229,20 +238,24 @@ class _SampleFiles:
         with whole_file(self.part(indices)) as draft, draft.open("wb") as file:
             np.save(file, images if self.packed else np.zeros(0, np.uint8))
 
-    def complete(self, count: int, labels: Tensor | None) -> None:
-        """All batches are done: put them together, with the labels, and tidy up."""
+    def complete(self, batches: list[range], labels: Tensor | None) -> None:
+        """All batches are done: put them together, with the labels."""
+        count = batches[-1].stop
+        parts = [
+            expect_there(self.part(one), "a batch that was drawn") for one in batches
+        ]
         if self.packed:
-            parts = [self.part(indices) for indices in self.done()]
             _write_npz(self.out, parts, count, labels)
         else:
             names = [f"{index:06d}.png" for index in range(count)]
+            for name in names:
+                expect_there(self.out / name, "an image that was drawn")
             if labels is not None:
                 of_each = dict(zip(names, labels.tolist(), strict=True))
                 write_json(self.out / "labels.json", of_each)
             for stale in self.out.glob(".*.tmp"):  # of a process that was killed
                 stale.unlink()
         write_json(self.record, {**self.how, "complete": True})
-        shutil.rmtree(self.parts)
 
     def _check_free(self) -> None:
         """ValueError unless nothing is there but what a start left that was killed."""
@@ -268,10 +281,14 @@ def _write_npz(out: Path, parts: list[Path], count: int, labels: Tensor | None) 
     shape = (count, *np.load(parts[0], allow_pickle=False).shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     classes = torch.zeros(count).long() if labels is None else labels
+    written = 0
     with whole_file(out) as draft, zipfile.ZipFile(draft, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for part in parts:
-                file.write(np.load(part, allow_pickle=False).tobytes())
+                images = np.load(part, allow_pickle=False)
+                file.write(images.tobytes())
+                written += len(images)
+        refuse(written != count, f"{parts[0].parent} holds {written} of {count} images")
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, classes.numpy())

@@ -119,9 +119,51 @@ def test_what_lies_between_the_batches_that_are_done_is_missing(tmp_path):
         files.part(done).touch()
     (files.parts / ".000000-000004.npy.1.tmp").touch()  # of a process that was killed
     kept, missing = files.missing(replace(FEW, count=20, batch_size=5))
-    assert kept == 2
+    assert kept == [range(4, 8), range(12, 13)]
     wanted = [(0, 4), (8, 12), (13, 18), (18, 20)]
     assert missing == [range(*ends) for ends in wanted]
+
+
+def test_batches_of_two_starts_that_overlap_are_no_set(tmp_path):
+    files = samples._SampleFiles(tmp_path / "set.npz", {})
+    files.parts.mkdir()
+    for done in (range(4), range(5)):
+        files.part(done).touch()
+    with pytest.raises(ValueError, match="set.parts holds images twice; remove it"):
+        files.missing(FEW)
+
+
+@pytest.mark.parametrize("name", ["set", "set.npz"])
+def test_a_second_start_waits_for_the_first(tmp_path, name, monkeypatch):
+    honest = samples.draw_batch
+
+    def draw_batch(*given, **options):
+        monkeypatch.setattr(samples, "draw_batch", honest)
+        with pytest.raises(ValueError, match="another process holds .*parts: wait"):
+            draw(tmp_path / name, replace(FEW, batch_size=5))
+        return honest(*given, **options)
+
+    monkeypatch.setattr(samples, "draw_batch", draw_batch)
+    draw(tmp_path / name)
+    assert not list(tmp_path.rglob("*parts"))
+
+
+@pytest.mark.parametrize("name", ["set", "set.npz"])
+def test_a_set_is_complete_only_if_all_its_files_are_there(tmp_path, name, monkeypatch):
+    honest, record = samples._draw_missing, tmp_path / "set.json"
+    record = record if name == "set.npz" else tmp_path / name / "samples.json"
+
+    def lose_one(draw, files, *others):
+        batches = honest(draw, files, *others)
+        lost = files.part(batches[1]) if files.packed else files.out / "000005.png"
+        lost.unlink()
+        return batches
+
+    monkeypatch.setattr(samples, "_draw_missing", lose_one)
+    with pytest.raises(FileNotFoundError, match="00000[45].*that was drawn"):
+        draw(tmp_path / name)
+    assert not json.loads(record.read_text())["complete"]
+    assert len(list(tmp_path.rglob("*.npy"))) == (2 if name == "set.npz" else 3)
 
 
 @pytest.mark.parametrize("name", ["set", "set.npz"])
@@ -241,7 +283,7 @@ def draw_until_stopped(out):
 def test_a_set_that_is_asked_to_stop_says_how_far_it_is_and_goes_on(tmp_path, size):
     out = tmp_path / "set.npz"
     stopped = together(size, draw_until_stopped, out)
-    done = len(list((tmp_path / "set.parts").iterdir()))
+    done = len(list((tmp_path / "set.parts").glob("*.npy")))
     for said, _ in stopped:
         assert said == f"asked to stop: {done} of 40 batches are kept"
     assert done == sum(begun for _, begun in stopped) - 1 < 40
