@@ -17,7 +17,7 @@ from torch.nn import functional
 from diffussm.batches import Batch
 from diffussm.data import Dataset, generator, random_bits
 from diffussm.distributed import all_reduce, rank, world_size
-from diffussm.guards import NotFinite, refuse
+from diffussm.guards import NotFinite, expect_same, refuse
 from diffussm.meter import Meter
 from diffussm.metrics import kernel_distance
 from diffussm.model import DiffuSSM
@@ -143,11 +143,16 @@ class Watch:
     Args:
         data, held_out: What the run is trained on, and what it never sees.
         images: So many are drawn at each call; 0: none, losses only.
+
+    Raises:
+        ValueError: the two sets differ in shape, or in the encoder of their latents.
     """
 
     def __init__(
         self, recipe: Recipe, data: Dataset, held_out: Dataset, images: int
     ) -> None:
+        told = "the held-out images are not of the run's"
+        expect_same(told, _kind(held_out), _kind(data), "Take others with --held_out")
         self.recipe, self.data, self.held_out = recipe, data, held_out
         self.count = min(images, len(data), len(held_out))
         self.pixels = data.levels is not None
@@ -207,6 +212,13 @@ class Watch:
     @cached_property
     def _trained_on(self) -> tuple[Tensor, Tensor]:
         return self._known(self.data)
+
+
+def _kind(dataset: Dataset) -> dict[str, Any]:
+    """What two sets must have in common to be compared."""
+    made_by = getattr(dataset, "vae", {})
+    encoder = {key: made_by.get(key) for key in ("encoder_sha256", "scaling_factor")}
+    return {"shape": tuple(dataset[0][0].shape), **encoder}
 
 
 @torch.no_grad()

@@ -150,6 +150,23 @@ def test_latents_are_seen_as_they_are():
     assert None not in told.values()
 
 
+def test_held_out_images_of_another_kind_are_refused():
+    def of(encoder, scale=0.18):
+        latents = Latents()
+        latents.vae = {"name": encoder, "encoder_sha256": encoder}
+        latents.vae["scaling_factor"] = scale
+        return latents
+
+    Watch(TINY, of("ours"), of("ours"), 0)
+    with pytest.raises(ValueError, match="the run's encoder_sha256 .*--held_out"):
+        Watch(TINY, of("ours"), of("theirs"), 0)
+    with pytest.raises(ValueError, match="the run's scaling_factor"):
+        Watch(TINY, of("ours"), of("ours", 1.0), 0)
+    larger = TensorData(torch.zeros(2, 1, 16, 16), torch.arange(2))
+    with pytest.raises(ValueError, match=r"the run's shape .*8, 8.*16, 16"):
+        Watch(TINY, fifty(), larger, 0)
+
+
 @pytest.mark.parametrize("count", [1, 31, 32, 33])
 def test_each_image_counts_once(count):
     network = model()
