@@ -6,9 +6,9 @@ Generated from book/50_images.md by `make export`: edit there.
 import errno
 import io
 import os
+import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 
 import numpy as np
@@ -63,16 +63,18 @@ def decode_image(
         ValueError: background is no colour.
     """
     check_colour(background)
-    with _every_error_as_bad_image():
+    _mute_pillow()
+    with explain("cannot be decoded", Exception, error=BadImage):
         image = _loaded(data)
         return _to_rgb(_upright(image) if exif_rotate else image, background)
 
 
-@contextmanager
-def _every_error_as_bad_image() -> Iterator[None]:
-    silence = warnings.catch_warnings(action="ignore")  # opinions on odd metadata
-    with silence, explain("cannot be decoded", Exception, error=BadImage):
-        yield
+_PILLOW = re.compile(r"PIL\.")
+
+
+def _mute_pillow() -> None:
+    if all(module != _PILLOW for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
 
 
 def _loaded(data: bytes | Image.Image) -> Image.Image:
@@ -80,6 +82,9 @@ def _loaded(data: bytes | Image.Image) -> Image.Image:
     w, h = image.size
     refuse(w * h > _MAX_PIXELS, f"{w} x {h} pixels; the limit is {_MAX_PIXELS}")
     image.load()
+    of_16_bits = image.mode == "I" and image.format in ("PNG", "PPM")
+    told = f"mode {image.mode} has no agreed range; save 8 or 16 bits"
+    refuse(image.mode in ("I", "F") and not of_16_bits, told)
     return image
 
 
@@ -100,19 +105,13 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return _eight_bits(image).convert("RGB")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         behind = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image).astype(np.float64)
-    if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-        raise BadImage(f"mode {image.mode} has no agreed range; save 8 or 16 bits")
-    return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,5 +1,8 @@
 """ADM's crop, odd files that are converted, and odd files that are refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -126,9 +129,12 @@ def test_size_zero_is_refused():
 def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     decoded = np.asarray(decode_image(encoded(Image.fromarray(levels), "PNG")))
-    np.testing.assert_array_equal(
-        decoded, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2)
-    )
+    expected = np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2)
+    np.testing.assert_array_equal(decoded, expected)
+    grey = b"P5 16 16 65535\n" + levels.astype(">u2").tobytes()  # PGM
+    for turned in (False, True):
+        decoded = np.asarray(decode_image(grey, exif_rotate=turned))
+        np.testing.assert_array_equal(decoded, expected)
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
@@ -230,11 +236,55 @@ def test_a_strip_one_pixel_wide_becomes_a_square(tmp_path):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.filterwarnings("error")
 def test_a_broken_file_is_refused_with_its_reason(name):
     content, reason = BROKEN[name]
     with pytest.raises(BadImage, match=reason):
         decode_image(content)
+
+
+def test_thirty_two_bits_are_refused_whatever_their_levels():
+    levels = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for image in (levels, levels * 100):
+        with pytest.raises(BadImage, match="mode I has no agreed range"):
+            decode_image(encoded(Image.fromarray(image), "TIFF"))
+
+
+THREADS = """
+import threading, warnings
+from io import BytesIO
+from PIL import Image
+from diffussm import images
+
+file = BytesIO()
+Image.new("RGB", (12, 12)).save(file, format="PNG")
+Image.MAX_IMAGE_PIXELS, honest = 100, images._loaded
+begun, second = [], threading.Event()
+
+def loaded(data):
+    begun.append(threading.current_thread())
+    if len(begun) == 1:  # the first to begin is the first to end
+        second.wait(60)
+    else:
+        second.set()
+        begun[0].join(60)
+    return honest(data)
+
+images._loaded = loaded
+with warnings.catch_warnings(record=True) as seen:
+    both = [
+        threading.Thread(target=images.decode_image, args=(file.getvalue(),))
+        for _ in range(2)
+    ]
+    [thread.start() for thread in both]
+    [thread.join() for thread in both]
+    warnings.warn("later")
+print([str(one.message) for one in seen])
+"""
+
+
+def test_pillow_is_muted_in_threads_and_nobody_else():
+    end = subprocess.run([sys.executable, "-c", THREADS], capture_output=True)
+    assert end.stdout.decode().strip() == "['later']", end.stderr.decode()
 
 
 def test_a_strip_that_would_grow_beyond_memory_is_refused():
