@@ -4,6 +4,7 @@ Generated from book/41_checkpoints.md by `make export`: edit there.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping
@@ -34,6 +35,7 @@ __all__ = [
     "snapshot",
     "write_checkpoint",
     "step_of",
+    "checkpoints_of",
     "find_checkpoint",
     "load_checkpoint",
     "whole_ema",
@@ -142,7 +144,7 @@ def write_checkpoint(
         if folder.exists():  # it is damaged: a valid one would have been resumed from
             shutil.rmtree(folder)
         _write(taken, folder)
-    _prune(folder, keep_last, keep_every, keep)
+    _prune(run, folder, keep_last, keep_every, keep)
     return folder
 
 
@@ -155,11 +157,19 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, by step; a copy `step_00000005.bak` is none."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(
+        (f for f in found if re.fullmatch(r"step_\d{8,}", f.name)), key=step_of
+    )
+
+
 def _prune(
-    newest: Path, keep_last: int = 2, keep_every: int = 0, keep: Collection[int] = ()
+    run: Path, newest: Path, keep_last: int, keep_every: int, keep: Collection[int]
 ) -> None:
     """Remove the checkpoints beside `newest` that nothing tells to keep."""
-    others = sorted(other for other in newest.parent.glob("step_*") if other != newest)
+    others = [other for other in checkpoints_of(run) if other != newest]
     for old in others[: max(len(others) + 1 - keep_last, 0)]:
         step = step_of(old)
         if step not in keep and (not keep_every or step % keep_every):
@@ -174,8 +184,9 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
     Raises:
         FileNotFoundError: there is none of that step.
         ValueError: it is damaged, or all are.
+        OSError: it cannot be read now.
     """
-    folders = sorted((run / "checkpoints").glob("step_*"), reverse=True)
+    folders = checkpoints_of(run)[::-1]
     if step is not None:
         return _named(run, step, folders)
     for folder in folders:
@@ -192,15 +203,22 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
+    name, wrong = "state.json", []
     try:
-        record = json.loads((folder / "state.json").read_text())
+        record = json.loads((folder / name).read_text())
         sums = record["sha256"]
         if set(sums) != _CHECKPOINT_FILES or record["step"] != step_of(folder):
             return "state.json is not that of this checkpoint"
         if odd := _files_in(folder) ^ {*_CHECKPOINT_FILES, "state.json"}:
             return f"files missing or foreign: {', '.join(sorted(odd))}"
-        wrong = [name for name in sorted(sums) if sha256(folder / name) != sums[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name in sorted(sums):
+            wrong += [name] if sha256(folder / name) != sums[name] else []
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        told = "the disk may be away; the same command goes on when it is back"
+        raise OSError(f"{folder / name} cannot be read: {error}; {told}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"state.json cannot be read: {str(error) or type(error).__name__}"
     return f"{', '.join(wrong)}: other content than state.json says" if wrong else None
 

@@ -309,7 +309,8 @@ def _preempted(out: Path, told: str) -> int:
 
 def _goes_on(run: Path) -> str:
     """From where an interrupted run will go on."""
-    saved = sorted(folder.name for folder in (run / "checkpoints").glob("step_*"))
-    if not saved:
+    from diffussm.checkpoints import checkpoints_of, step_of
+
+    if not (saved := checkpoints_of(run)):
         return "no checkpoint was saved, so the same command begins again"
-    return f"the same command goes on from step {int(saved[-1].removeprefix('step_'))}"
+    return f"the same command goes on from step {step_of(saved[-1])}"

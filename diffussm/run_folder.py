@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffussm.batches import BATCHES
-from diffussm.checkpoints import find_checkpoint, step_of
+from diffussm.checkpoints import checkpoints_of, find_checkpoint, step_of
 from diffussm.data import Dataset
 from diffussm.distributed import on_rank_zero
 from diffussm.files import UNSUPPORTED, read_json, write_json
@@ -244,7 +244,7 @@ def _compare_rates(run: Path, ours: Recipe, theirs: Recipe) -> None:
     now, then = ({name: getattr(r, name) for name in _PHASES} for r in (ours, theirs))
     if now == then:
         return
-    done = max(map(step_of, (run / "checkpoints").glob("step_*")), default=0)
+    done = max(map(step_of, checkpoints_of(run)), default=0)
     if (step := _first_other_rate(ours, theirs, done)) is None:
         return
     begun = done > theirs.steps - theirs.cooldown + 1

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffussm.batches import load_dataset, training_batch, training_batches
 from diffussm.checkpoints import (
     WEIGHTS,
+    checkpoints_of,
     find_checkpoint,
     full_tensor,
     load_checkpoint,
@@ -241,7 +242,7 @@ def _resume(
 
 
 def _tell_missed(run: Path, step: int, keep: frozenset[int]) -> None:
-    kept = {step_of(folder) for folder in (run / "checkpoints").glob("step_*")}
+    kept = set(map(step_of, checkpoints_of(run)))
     if missed := sorted(wanted for wanted in keep - kept if wanted <= step):
         warn(
             f"the run is at step {step}, too late to keep what keep names: "

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffussm.checkpoints import step_of
+from diffussm.checkpoints import checkpoints_of, step_of
 from diffussm.files import whole_file
 from diffussm.guards import expect_there, explain
 from diffussm.optimiser import learning_rate_factor
@@ -64,7 +64,7 @@ class History:
 
     def step(self) -> int:
         """How many steps are done, as far as the log and the checkpoints know."""
-        saved = [step_of(folder) for folder in self.run.glob("checkpoints/step_*")]
+        saved = [step_of(folder) for folder in checkpoints_of(self.run)]
         return max([row["step"] for row in self.rows[-1:]] + saved, default=0)
 
     def learning_rates(self) -> tuple[list[int], list[float]]:
@@ -80,7 +80,7 @@ class History:
     def last_alive(self) -> float:
         """When the run has written last, in seconds as of `time.time()`."""
         files = [self.run / "config.json", self.run / "log.jsonl", self.picture()]
-        files += [self.run / "heartbeat.json", *self.run.glob("checkpoints/step_*")]
+        files += [self.run / "heartbeat.json", *checkpoints_of(self.run)]
         return max(file.stat().st_mtime for file in files if file and file.exists())
 
     def losses(self) -> dict[str, _Curve]:
@@ -183,7 +183,7 @@ def summary(history: History, now: float) -> str:
 
 def _facts(history: History) -> dict[str, str]:
     """What else one asks of a run, in words."""
-    saved, picture = sorted(history.run.glob("checkpoints/step_*")), history.picture()
+    saved, picture = checkpoints_of(history.run), history.picture()
     facts = {"checkpoint": saved[-1].name if saved else "none yet"}
     facts["picture"] = str(picture.relative_to(history.run)) if picture else "none yet"
     facts |= _flights(history.run)

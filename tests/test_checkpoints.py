@@ -4,15 +4,18 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from processes import FORKS, SHARED
 from tiny import TINY, assert_same_state, reseal, run_tiny, steps_kept
 
-from diffussm import files
+from diffussm import checkpoints, files
 from diffussm.checkpoints import (
+    checkpoints_of,
     find_checkpoint,
     load_checkpoint,
     snapshot,
@@ -62,6 +65,43 @@ def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
         path.suffix for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()
     }
     assert suffixes == {".json", ".jsonl", ".safetensors"}
+
+
+@pytest.mark.parametrize("file", ["state.json", "ema/model.safetensors"])
+def test_a_disk_that_cannot_be_read_is_no_damage(tmp_path, file, monkeypatch):
+    run_tiny(tmp_path / "run", save_every=5)
+    newest, honest = find_checkpoint(tmp_path / "run"), (Path.read_text, files.sha256)
+
+    def fail(path, reader):
+        if path == newest / file:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return reader(path)
+
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: fail(path, honest[0]))
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: fail(path, honest[1]))
+    for step in (None, 10):
+        with pytest.raises(OSError, match=f"{newest / file} cannot be read: .*[Ss]tale"):
+            find_checkpoint(tmp_path / "run", step)
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path / "run") == newest
+    (newest / "state.json").unlink()
+    with pytest.raises(ValueError, match="state.json is missing"):
+        find_checkpoint(tmp_path / "run", 10)
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(tmp_path):
+    run_tiny(tmp_path / "run", save_every=5, keep_last=2)
+    folder = tmp_path / "run" / "checkpoints"
+    copies = [folder / name for name in ("step_00000005.bak", "step_00000005_2")]
+    for copy in copies:
+        shutil.copytree(folder / "step_00000005", copy)
+    shutil.copytree(folder / "step_00000005", folder / "step_100000000")  # by number
+    names = ["step_00000005", "step_00000010", "step_100000000"]
+    assert [path.name for path in checkpoints_of(tmp_path / "run")] == names
+    shutil.rmtree(folder / "step_100000000")
+    run_tiny(tmp_path / "run", steps=15, save_every=5, keep_last=1)
+    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["step_00000015"]
+    assert all(copy.is_dir() for copy in copies)
 
 
 @pytest.mark.parametrize("trick", ["foreign", "pickle", "path", "step"])
