@@ -3,7 +3,6 @@
 Generated from book/48_show.md by `make export`: edit there.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,27 +17,9 @@ from diffussm.guards import expect_there, explain
 from diffussm.optimiser import learning_rate_factor
 from diffussm.run_folder import RunConfig, read_run
 from diffussm.vital_signs import FLIGHT
+from diffussm.writers import read_log
 
 __all__ = ["History", "read_history", "curve", "duration", "summary", "draw_history"]
-
-
-def _rows_of(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a log, and how many lines of it are damaged."""
-    if not file.exists():
-        return [], 0
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    found = [_row(line) for line in lines if line.endswith("\n")]
-    rows = [row for row in found if row is not None]
-    return rows, len(found) - len(rows)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """A line of the log; None if it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 _Curve = tuple[str, list[int], list[float]]  # what it is, steps, values
@@ -108,7 +89,7 @@ def read_history(run: Path) -> History:
         FileNotFoundError, ValueError: no run, or its configuration is damaged.
     """
     expect_there(run / "config.json", "that of a training run")
-    return History(run, read_run(run), *_rows_of(run / "log.jsonl"))
+    return History(run, read_run(run), *read_log(run / "log.jsonl"))
 
 
 _BLOCKS = "▁▂▃▄▅▆▇█"

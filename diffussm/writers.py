@@ -20,11 +20,11 @@ from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.distributed import leaves_alone, on_rank_zero, rank
 from diffussm.files import whole_file
 from diffussm.optimiser import describe_groups
-from diffussm.options import Execution, Recipe
+from diffussm.options import Execution, Recipe, warn
 from diffussm.resources import utilisation
 from diffussm.training import TrainState
 
-__all__ = ["BackgroundWriter", "Clock", "in_short", "Log", "rewind_log"]
+__all__ = ["BackgroundWriter", "Clock", "in_short", "Log", "read_log", "rewind_log"]
 
 
 class BackgroundWriter:
@@ -166,11 +166,31 @@ class Log:
         self._bar.set_postfix_str(in_short(row))
 
 
+def read_log(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a log, and how many lines of it are damaged."""
+    if not file.exists():
+        return [], 0
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    found = [_row(line) for line in lines if line.endswith("\n")]
+    rows = [row for row in found if row is not None]
+    return rows, len(found) - len(rows)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of the log; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def rewind_log(path: Path, step: int) -> None:
-    """Drop the lines after a step, and what was left unfinished."""
+    """Drop the rows after a step, and what is unfinished or damaged."""
+    rows, damaged = read_log(path)
+    if damaged:
+        warn(f"{damaged} lines of {path} are damaged: they are dropped")
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        whole = (line for line in lines if line.endswith("\n"))
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         with whole_file(path) as draft:
-            draft.write_text(kept)
+            draft.write_text("".join(kept), encoding="utf-8")

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 from tiny import TINY
 
 from diffussm import writers
-from diffussm.writers import Clock
+from diffussm.writers import Clock, rewind_log
+
+
+def test_damaged_lines_of_the_log_do_not_stop_a_run_that_is_resumed(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    good = [f'{{"step": {step}, "loss": 0.1}}\n'.encode() for step in (4, 8, 12)]
+    log.write_bytes(good[0] + b"\n\x00\xff\n" + good[1] + good[2] + b'{"step"')
+    rewind_log(log, 8)
+    assert log.read_bytes() == good[0] + good[1]
+    assert f"2 lines of {log} are damaged" in capsys.readouterr().err
 
 
 def test_drawing_samples_does_not_count_as_training(monkeypatch):
