@@ -218,7 +218,11 @@ def train(
         with Log(run, recipe, execution, state, progress, on_log) as log:
             parts = recipe, execution, data, own, state, writer, log, Heartbeat(run)
             running = _Run(run, *parts, on_samples, on_scores)
-            _loop(running)
+            try:
+                _loop(running)
+            except (Preempted, FloatingPointError):  # it ends, and says why
+                running.heart.end()
+                raise
             running.heart.end()
     return state
 

@@ -165,6 +165,23 @@ def test_a_run_beats_between_steps_and_is_still_when_it_has_ended(
     assert not file.exists()
 
 
+@pytest.mark.parametrize("ended", [runs.Preempted, FloatingPointError])
+def test_a_run_that_stops_and_says_why_leaves_no_heartbeat(
+    tmp_path, monkeypatch, ended
+):
+    def stop(run):
+        run.heart.beat(run.state.step)
+        assert (tmp_path / "run" / "heartbeat.json").exists()
+        raise ended
+
+    monkeypatch.setattr(runs, "_loop", stop)
+    recipe, execution = changed({"steps": 4})
+    how = {"dataset": TensorData(*digits("train")), "progress": False}
+    with pytest.raises(ended):
+        train(recipe, tmp_path / "run", execution, "cpu", **how)
+    assert not (tmp_path / "run" / "heartbeat.json").exists()
+
+
 def test_a_heart_that_cannot_be_written_stops_nothing(tmp_path):
     Heartbeat(tmp_path / "gone").beat(1)
 
