@@ -171,6 +171,9 @@ def find_broken_images(images: StoredImages, workers: int = 0) -> list[Skipped]:
 
     Args:
         workers: number of processes; 0 stays in this one.
+
+    Raises:
+        OSError: the disk fails, which is no image's fault.
     """
     expect_int("workers", workers, least=0)
     if workers == 0:
@@ -197,6 +200,6 @@ def _broken_received(index: int) -> Skipped | None:
 def _broken(images: StoredImages, index: int) -> Skipped | None:
     try:
         images.read(index)
-    except (BadImage, OSError) as error:
+    except BadImage as error:
         return Skipped(images.path(index), str(error))
     return None

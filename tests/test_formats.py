@@ -1,5 +1,6 @@
 """What comes in LSUN's form, whatever lies there, and looking inside."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ from pictures import BROKEN, JPEG, encoded, write, write_lsun
 from PIL import Image, PngImagePlugin
 from stores import SIZE, draw_images
 
+from diffussm import folders
 from diffussm.folders import ImageFolder
 from diffussm.formats import LmdbImages, find_broken_images, images_from
 from diffussm.images import BadImage
@@ -260,6 +262,16 @@ def test_a_tree_of_awkward_files_is_read_pixel_by_pixel_or_refused_by_name(tmp_p
     for i in range(len(folder)):  # and [] steps over them
         assert folder[i][1] == folder.labels[i]
     assert {path for path, _ in folder.skipped[1:]} == refused.keys()
+
+
+def test_a_disk_that_fails_is_no_broken_image(root, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    folder = ImageFolder(root, SIZE)
+    monkeypatch.setattr(folders, "listed_content", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*png"):
+        find_broken_images(folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
