@@ -158,7 +158,7 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The folders of a run's checkpoints, by step; a copy `step_00000005.bak` is none."""
+    """Folders of a run's checkpoints, by step; a copy `step_00000005.bak` is none."""
     found = (run / "checkpoints").glob("step_*")
     return sorted(
         (f for f in found if re.fullmatch(r"step_\d{8,}", f.name)), key=step_of
