@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffussm.guards import explain
+from diffussm.guards import explain, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ _LOG = logging.getLogger("diffussm.files")
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A draft beside `path` that takes its place when the block ends well."""
+    refuse(path.is_dir(), f"{path} is a folder: name a file", IsADirectoryError)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield draft

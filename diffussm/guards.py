@@ -263,10 +263,12 @@ def expect_there(path: Path, what: str) -> Path:
 
 
 def expect_empty(folder: Path, what: str = "no empty folder") -> None:
-    """FileExistsError if something is there that a new folder would replace."""
+    """FileExistsError if a new folder would replace something, or where we work."""
     full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     told = f"{folder} exists and is {what}: nothing was written, take another name"
     refuse(full, told, FileExistsError)
+    left = f"{folder} is where this program works: nothing was written, name a new one"
+    refuse(folder.exists() and folder.samefile(Path.cwd()), left, FileExistsError)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffussm.data import RANDOM, stratified_split
 from diffussm.files import whole_folder, write_json
-from diffussm.guards import expect_empty, expect_int, explain
+from diffussm.guards import expect_empty, expect_int, expect_number, explain
 
 __all__ = ["OPENMOJI_CLASSES", "draw_openmoji"]
 
@@ -78,10 +78,11 @@ def draw_openmoji(
         val_share, seed: see `stratified_split`.
 
     Raises:
-        FileExistsError: root is a file or holds something else.
+        FileExistsError: root is a file, holds something else, or is where we are.
     """
     root, package = Path(root), _package()
     size = expect_int("size", size, least=8)
+    expect_number("val_share", val_share, above=0, below=1)
     options = {"size": size, "background": list(background)}
     split = {"val_share": val_share, "seed": seed}
     credit = {"credit": package.ATTRIBUTION, "version": package.VERSION}

@@ -19,7 +19,13 @@ from diffussm.diffusion import (
 )
 from diffussm.embeddings import Labels, as_labels
 from diffussm.forward_process import working_dtype
-from diffussm.guards import expect, expect_int, expect_number, expect_real
+from diffussm.guards import (
+    expect,
+    expect_indices,
+    expect_int,
+    expect_number,
+    expect_real,
+)
 from diffussm.reverse_process import ancestral_step, ddim_step
 from diffussm.sample_options import Sampler
 
@@ -114,6 +120,8 @@ def walk(
     predict = guided(model, sampler.cfg_scale, sampler.guidance_channels)
     chain = diffusion.respace(sampler.steps)
     x, labels = _start(model, y, generator, noise, shape)
+    if sampler.cfg_scale != 1 and (n := sampler.guidance_channels) is not None:
+        expect_int("guidance_channels", n, least=1, most=x.shape[1])
     return _steps_back(sampler, model, predict, chain, x, labels, generator)
 
 
@@ -129,10 +137,13 @@ def _start(
     labels = None if y is None else as_labels(y)
     if labels is not None:
         (sizes["B"],) = expect("y", labels, "B")
+        if (null_label := find_attribute(model, "null_label")) is not None:
+            expect_indices("y", labels, null_label + 1)
     if noise is None:
         noise = _drawn_noise(model, labels, generator, **sizes)
     expect_real(noise=noise)
     expect("noise", noise, "B C H W", **sizes)
+    noise = noise.to(_home(model, noise))
     return noise, None if labels is None else labels.to(noise.device)
 
 
@@ -144,10 +155,14 @@ def _drawn_noise(
 ) -> Tensor:
     if labels is None:
         raise ValueError("y=None without noise: pass noise (B, C, H, W)")
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    where = next(iter(weights), labels).device
     size = [sizes[letter] for letter in "BCHW"]
-    return standard_normal(size, generator, where, torch.float32)
+    return standard_normal(size, generator, _home(model, labels), torch.float32)
+
+
+def _home(model: Callable[..., Tensor], otherwise: Tensor) -> torch.device:
+    """The device of the model's weights; of a tensor, for a model that has none."""
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return next(iter(weights), otherwise).device
 
 
 def _image_shape(
@@ -208,7 +223,8 @@ def denoise(
         y: Labels, integers (B,): a tensor, an array or a list. None for an
             unconditional model; then `noise` says how many.
         generator: Source of all noise, or one for each image; default torch's own.
-        noise: Start of the chain, (B, C, H, W); default drawn from `generator`.
+        noise: Start of the chain, (B, C, H, W), moved to the device of the model;
+            default drawn from `generator`.
         shape: (C, H, W) of one image; default from `noise` or `model.config`.
         options: The fields of `Sampler`.
 
@@ -217,7 +233,8 @@ def denoise(
         image, (B, C, H, W) both.
 
     Raises:
-        ValueError, TypeError: options that cannot work, before the first step.
+        ValueError, TypeError: options, noise or labels that cannot work, before the
+            first step.
     """
     start: dict[str, Any] = {"generator": generator, "noise": noise, "shape": shape}
     return walk(Sampler(**_plain(options)), model, diffusion, y, **start)

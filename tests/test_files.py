@@ -64,6 +64,16 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["a.json"]
 
 
+def test_a_folder_is_not_replaced_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), tmp_path):
+        with pytest.raises(IsADirectoryError, match="is a folder"), whole_file(folder):
+            raise AssertionError("the work was begun")
+    assert listing(tmp_path) == []
+
+
 def test_an_error_leaves_no_part_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "step") as draft:
         (draft / "a").write_text("half")

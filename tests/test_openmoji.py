@@ -103,3 +103,14 @@ def test_openmoji_on_another_background(tmp_path):
     assert opened(next(drawn.glob("*/hearts/1F49A.png")))[0, 0].tolist() == [0, 0, 255]
     with pytest.raises(ValueError, match="size=4: expected an integer of at least 8"):
         draw_openmoji(tmp_path / "tiny", 4)
+    with pytest.raises(ValueError, match="val_share=0: expected a finite number above"):
+        draw_openmoji(tmp_path / "whole", 16, val_share=0)
+
+
+def test_the_folder_that_a_program_works_in_is_not_replaced(tmp_path, monkeypatch):
+    """Renaming over it would leave the program, and a shell, in one that is gone."""
+    monkeypatch.chdir(tmp_path)
+    for here in (".", tmp_path):
+        with pytest.raises(FileExistsError, match="is where this program works"):
+            draw_openmoji(here, 16)
+    assert not [*tmp_path.iterdir()]

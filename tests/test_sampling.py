@@ -354,6 +354,12 @@ def test_given_noise_is_the_start():
     assert draw(y=None, noise=noise.double()).dtype == torch.float64
 
 
+def test_given_noise_and_labels_go_where_the_model_is():
+    model, noise = small_model().to("meta"), torch.randn(2, 1, 4, 4)
+    for _, x, x0 in denoise(model, DIFFUSION, [0, 1], noise=noise, steps=2):
+        assert x.is_meta and x0.is_meta and x.shape == noise.shape
+
+
 def test_no_graph_is_kept_and_grad_mode_is_left_alone():
     model = DiffuSSM(
         DiffuSSMConfig(
@@ -672,6 +678,13 @@ def test_options_are_refused_before_the_first_step():
     for options in ({"steps": 5000}, {"method": "x"}, {"cfg_scale": 2.0}, {"eta": 0.1}):
         with pytest.raises(ValueError):
             denoise(never, DIFFUSION, torch.tensor([0]), shape=(1, 2, 2), **options)
+    never.null_label, guidance = 3, {"cfg_scale": 2.0, "guidance_channels": 2}
+    with pytest.raises(ValueError, match="guidance_channels=2: expected"):
+        denoise(never, DIFFUSION, torch.tensor([0]), shape=(1, 2, 2), **guidance)
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"y reaches from {wrong}"):
+            denoise(never, DIFFUSION, torch.tensor([wrong]), shape=(1, 2, 2))
+    assert denoise(never, DIFFUSION, torch.tensor([3]), shape=(1, 2, 2))
 
 
 def test_missing_labels_and_missing_null_class_are_explained():
