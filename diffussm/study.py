@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ from diffussm.guards import (
 )
 from diffussm.model_config import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, check_data, flat, from_flat
-from diffussm.parallel import micro_batch_of
+from diffussm.parallel import check_way, micro_batch_of
 from diffussm.recipes import open_data, open_held_out, read_recipe, read_yaml
 from diffussm.sample_options import Sampler
-from diffussm.variants import count_parameters, image_macs, matched
+from diffussm.variants import count_parameters, image_macs, matched, network
 
 __all__ = [
     "Question",
@@ -307,7 +307,7 @@ def runs_of(
 def _check_run(run: Run, measure: Measure, beside: Path | None) -> None:
     """Refuse what train, or a measurement, would refuse."""
     micro_batch_of(run.recipe, run.execution)
-    count_parameters(run.variant, run.recipe.model)
+    check_way(partial(network, run.variant), run.recipe, run.execution)
     for steps in measure.bits_steps:
         expect_int("bits_steps", steps, least=1, most=run.recipe.timesteps)
     _check_guidance(run, measure)

@@ -80,11 +80,13 @@ def test_all_that_cannot_work_is_named_before_the_first_run(tmp_path):
         "unknown": {"model.downsampel": 1},
         "images": {"model.in_channels": 3},
         "long": {"warmup": 9},
+        "chunks": {"variant": "taps:5", "convolution": "chunked"},
     }
     with pytest.raises(ValueError, match="no run was started") as refused:
         runs_of(asked(wrong), tmp_path)
-    for told in ("q, odd: d_state=3", "q, unknown: ", "q, images: ", "q, long: warmup"):
-        assert told in str(refused.value)
+    named = ("odd: d_state=3", "unknown: ", "images: ", "long: warmup", "chunks: Taps")
+    for told in named:
+        assert f"q, {told}" in str(refused.value)
     assert "q, good" not in str(refused.value) and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="bits_steps=2000"):
         measure = replace(STUDY.measure, bits_steps=(25, 2000))
