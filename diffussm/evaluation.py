@@ -55,7 +55,11 @@ def _score_set(
     setting = {"batch_size": batch_size, "device": str(place)}
     how = setting | how | {"differs_from_adm": differs}
     counted = row | {"count": found.count}
-    return _Scored(counted, how, _notes(found, known, how), found.record)
+    notes = _notes(found, known, how)
+    if kind == "moments":
+        unknown = "it is not known by which network the reference's moments were made"
+        notes.append(f"{unknown}: the scores hold if it was {extractor.name}")
+    return _Scored(counted, how, notes, found.record)
 
 
 def _differs_from_adm(
@@ -134,8 +138,8 @@ def evaluate(
     Raises ValueError, OSError as `ImageSet`, `load_reference`, `check_weights` do.
     """
     sources = _sources(samples)
-    sets = [ImageSet(one, size, exif_rotate) for one in sources]
     facts = [facts_of(one) | (how or {}) for one in sources]
+    sets = [ImageSet(one, size, exif_rotate) for one in sources]
     extractor = extractor or load_inception(weights, device)
     known, kind = load_reference(reference, extractor, batch_size, size, exif_rotate)
     how_to = (known, kind, extractor, batch_size, extrapolate)
@@ -199,7 +203,8 @@ def facts_of(source: Source) -> dict[str, Any]:
     if not isinstance(source, str | Path):
         return {"name": "given"}
     path = Path(source)
-    record = path.with_suffix(".json") if path.is_file() else path / "samples.json"
+    packed = path.is_file() or path.suffix == ".npz"
+    record = path.with_suffix(".json") if packed else path / "samples.json"
     facts: dict[str, Any] = {"name": path.name}
     if path.is_file():
         facts["sha256"] = sha256(path)

@@ -221,6 +221,8 @@ def load_reference(
 ) -> tuple[FeatureStatistics, str]:
     """A reference and its kind: "folder", "images" (.npz), "statistics", "adm", ...
 
+    "moments": of a file that does not say which extractor they are of.
+
     `size` crops images, and is refused for moments of images of another size. Raises
     ValueError for that, for statistics of another extractor, and for other files.
     """
@@ -231,7 +233,7 @@ def load_reference(
         return statistics(images, extractor, batch_size, keep=NEIGHBOURS), _kind(images)
     _check_reference(path, arrays, extractor, size)
     if not arrays["adm"]:
-        return _stored(arrays), "statistics"
+        return _stored(arrays), "statistics" if "extractor" in arrays else "moments"
     some = statistics(path, extractor, batch_size, keep=NEIGHBOURS)
     arrays |= {"count": 0, "pool": some.pool, "record": some.record}
     return _stored(arrays), "adm"

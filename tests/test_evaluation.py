@@ -377,6 +377,23 @@ def test_the_result_says_everything_and_several_seeds_give_a_spread(tmp_path):
     (tmp_path / "0.json").write_text(json.dumps({**facts, "complete": False}))
     with pytest.raises(ValueError, match="not complete"):
         evaluate(paths[0], tmp_path / "reference.npz", extractor=Colours())
+    paths[0].unlink()  # while it is drawn there is no file yet
+    with pytest.raises(ValueError, match="not complete; finish it with"):
+        evaluate(paths[0], tmp_path / "reference.npz", extractor=Colours())
+
+
+def test_moments_of_an_unknown_extractor_are_noted(tmp_path):
+    np.savez(tmp_path / "a.npz", some(40))
+    np.savez(tmp_path / "b.npz", some(40, 1))
+    save_statistics(tmp_path / "b.npz", tmp_path / "ours.npz", extractor=Colours())
+    with np.load(tmp_path / "ours.npz") as ours:
+        np.savez(tmp_path / "theirs.npz", mu=ours["mu"], sigma=ours["sigma"])
+    notes = [
+        evaluate(tmp_path / "a.npz", tmp_path / name, extractor=Colours())["notes"]
+        for name in ("ours.npz", "theirs.npz")
+    ]
+    assert notes[0] == [] and len(notes[1]) == 1
+    assert "not known by which network" in notes[1][0] and "colours" in notes[1][0]
 
 
 def test_too_few_images_are_noted(tmp_path):
