@@ -106,9 +106,9 @@ def kernel_distance(real: Tensor, fake: Tensor, block: int = _BLOCK) -> float:
     """
     _check_clouds(real, fake, least=2)
     size = min(block, len(real), len(fake))
-    pairs = zip(*(torch.split(z.double(), size) for z in (real, fake)), strict=False)
-    whole = [(x, y) for x, y in pairs if len(x) == len(y) == size]
-    return float(torch.stack([_squared_mmd(x, y) for x, y in whole]).mean())
+    x, y = (torch.split(z.double(), size)[: len(z) // size] for z in (real, fake))
+    pairs = ((x[i % len(x)], y[i % len(y)]) for i in range(max(len(x), len(y))))
+    return float(torch.stack([_squared_mmd(*pair) for pair in pairs]).mean())
 
 
 def _check_clouds(real: Tensor, fake: Tensor, least: int) -> None:
@@ -247,10 +247,9 @@ def _parts(logits: Tensor) -> dict[str, int]:
 def _pairs(real: Tensor, fake: Tensor, device: str | torch.device) -> dict[str, Any]:
     """Of which pairs the kernel distance, precision and recall were taken."""
     sets = {"reference": len(real), "samples": len(fake)}
-    fewest = min(sets.values())
-    block = min(_BLOCK, fewest)
+    block = min(_BLOCK, *sets.values())
     how = {"distances": f"{real.dtype} on {torch.device(device).type}"}
-    kid = {"block": block, "blocks": fewest // block}
+    kid = {"block": block, "blocks": max(sets.values()) // block}
     return {"kid": kid, "precision_recall": {"k": _NEAREST, **sets, **how}}
 
 

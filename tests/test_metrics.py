@@ -162,9 +162,21 @@ def test_kernel_distance_equals_a_loop_over_all_pairs():
 
 def test_the_smaller_set_gives_the_blocks_of_the_kernel_distance():
     x, y = features(20, 3, 1), features(9, 3, 2)
-    expected = np.mean([pair_by_pair(x[:9].tolist(), y.tolist())])
+    expected = np.mean(
+        [pair_by_pair(x[i : i + 9].tolist(), y.tolist()) for i in (0, 9)]
+    )
     found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
     assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_further_blocks_of_the_larger_set_count_in_the_kernel_distance():
+    x, y = torch.randn(2 * 7 + 3, 3).double(), torch.randn(5 * 7 + 1, 3).double()
+    pairs = [(i % 2, i) for i in range(5)]
+    alone = [
+        kernel_distance(x[7 * i : 7 * i + 7], y[7 * j : 7 * j + 7]) for i, j in pairs
+    ]
+    assert kernel_distance(x, y, block=7) == pytest.approx(sum(alone) / 5)
+    assert kernel_distance(y, x, block=7) == pytest.approx(sum(alone) / 5)
 
 
 def test_kernel_distance_has_no_bias_and_notices_a_difference():
