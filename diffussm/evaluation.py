@@ -55,10 +55,7 @@ def _score_set(
     setting = {"batch_size": batch_size, "device": str(place)}
     how = setting | how | {"differs_from_adm": differs}
     counted = row | {"count": found.count}
-    notes = _notes(found, known, how)
-    if kind == "moments":
-        unknown = "it is not known by which network the reference's moments were made"
-        notes.append(f"{unknown}: the scores hold if it was {extractor.name}")
+    notes = _unknown(kind, extractor) + _notes(found, known, how)
     return _Scored(counted, how, notes, found.record)
 
 
@@ -82,6 +79,13 @@ def _differs_from_adm(
         "ADM's file": pairs and kind != "adm",
     }
     return [difference for difference, holds in known.items() if holds]
+
+
+def _unknown(kind: str, extractor: Extractor) -> list[str]:
+    """What to tell of moments that do not say which extractor they are of."""
+    told = "it is not known by which network the reference's moments were made"
+    named = f"{told}: the scores hold if it was {extractor.name}"
+    return [named] if kind == "moments" else []
 
 
 def _notes(
