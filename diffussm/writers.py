@@ -189,7 +189,7 @@ def rewind_log(path: Path, step: int) -> None:
     """Drop the rows after a step, and what is unfinished or damaged."""
     rows, damaged = read_log(path)
     if damaged:
-        warn(f"{damaged} lines of {path} are damaged: they are dropped")
+        warn(f"damaged lines of {path} are dropped: {damaged}")
     if path.exists():
         kept = (json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         with whole_file(path) as draft:

@@ -179,13 +179,13 @@ def test_kernels_prepared_once_get_the_gradients_of_each_micro_batch(
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "all"])
 def test_a_kernel_is_built_once_in_a_step(monkeypatch, recompute):
     """Four micro-batches of two blocks with two kernels each."""
+    execution = Execution(micro_batch=2, activation_checkpointing=recompute)
+    model = create_state(SHARED, execution, CPU).model
+    batch = training_batch(fifty(), model, SHARED, 0)
     built, clear = [], S4DKernel.forward
     monkeypatch.setattr(
         S4DKernel, "forward", lambda *inputs: built.append(1) or clear(*inputs)
     )
-    execution = Execution(micro_batch=2, activation_checkpointing=recompute)
-    model = create_state(SHARED, execution, CPU).model
-    batch = training_batch(fifty(), model, SHARED, 0)
     options = diffusion_of(SHARED), batch, SHARED
     accumulate_gradients(model, *options, execution, CPU)
     assert len(built) == 2 * 2

@@ -15,7 +15,7 @@ def test_damaged_lines_of_the_log_do_not_stop_a_run_that_is_resumed(tmp_path, ca
     log.write_bytes(good[0] + b"\n\x00\xff\n" + good[1] + good[2] + b'{"step"')
     rewind_log(log, 8)
     assert log.read_bytes() == good[0] + good[1]
-    assert f"2 lines of {log} are damaged" in capsys.readouterr().err
+    assert f"damaged lines of {log} are dropped: 2" in capsys.readouterr().err
 
 
 def test_drawing_samples_does_not_count_as_training(monkeypatch):
