@@ -212,7 +212,8 @@ def _fault(folder: Path) -> str | None:
         if odd := _files_in(folder) ^ {*_CHECKPOINT_FILES, "state.json"}:
             return f"files missing or foreign: {', '.join(sorted(odd))}"
         for name in sorted(sums):
-            wrong += [name] if sha256(folder / name) != sums[name] else []
+            if sha256(folder / name) != sums[name]:
+                wrong.append(name)
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     except OSError as error:

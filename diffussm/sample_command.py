@@ -142,13 +142,13 @@ class _Found:
 
 def _find(run: Path, step: int | None, weights: str) -> _Found:
     """The weights of a checkpoint; None: the newest."""
-    from diffussm.checkpoints import find_checkpoint
+    from diffussm.checkpoints import find_checkpoint, step_of
     from diffussm.distributed import on_rank_zero
     from diffussm.run_folder import load_run, read_run
 
     is_run = (run / "config.json").is_file()
     found = on_rank_zero(lambda: find_checkpoint(run, step) if is_run else None)
-    step = int(found.name.removeprefix("step_")) if found else step
+    step = step_of(found) if found else step
     known = load_run(run, weights, step)
     return _Found(run, step, weights, *known, read_run(run).data["images"])
 

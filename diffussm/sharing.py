@@ -98,7 +98,7 @@ def _found_step(runs: Any, run: Path, step: int | None) -> int | None:
     if not (run / "config.json").is_file():
         return step
     found = runs.find_checkpoint(run, step)
-    return int(found.name.removeprefix("step_")) if found else step
+    return runs.step_of(found) if found else step
 
 
 def _identified(autoencoder: Any, vae: Any) -> tuple[Any, dict[str, Any] | None]:

@@ -140,12 +140,12 @@ def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
     every = {row["digest"]: row for row in rows}
     there = {digest: row for digest, row in every.items() if "failed" not in row}
     _check_judges(there.values())
-    seconds = step_seconds(study)
+    failed, seconds = every.keys() - there.keys(), step_seconds(study)
     found: dict[str, dict[str, dict[int, Row]]] = {}
     lost: dict[str, set[str]] = {}
     for (question, name), runs in runs_of(study).items():
         known = {run.recipe.seed: there.get(run.digest) for run in runs}
-        if any(run.digest in every.keys() - there.keys() for run in runs):
+        if failed.intersection(run.digest for run in runs):
             lost.setdefault(question, set()).add(name)
         scale, each = runs[0].guidance, seconds.get(runs[0].step_name)
         timed = {"processor_seconds": each and each * runs[0].recipe.steps}

@@ -37,6 +37,7 @@ from diffussm.study import Measure, Run, Study, as_asked, as_json, images_of, ru
 from diffussm.training import training_step
 from diffussm.variants import count_parameters, image_macs, network
 from diffussm.watching import Watch, held_out_bits, watched_loss
+from diffussm.writers import read_log
 
 __all__ = [
     "Row",
@@ -132,8 +133,7 @@ _CURVES = ("step", "loss", "mse_q1", "mse_q2", "mse_q3", "mse_q4", "held_out_los
 
 def _history(folder: Path) -> Row:
     """The curves of a run, and the seconds on the wall that its steps took."""
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines, _ = read_log(folder / "log.jsonl")
     curves = {name: [_short(line.get(name)) for line in lines] for name in _CURVES}
     images = [0, *(line["images"] for line in lines)]
     seconds = sum(
@@ -225,14 +225,14 @@ def run_study(
     rows = {k: row_there(run, out, study.measure, known) for k, run in runs.items()}
     missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
     jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
-    there, file = {k: row for k, row in rows.items() if row}, out / "results.jsonl"
+    file = out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(file, there.values())  # also of runs that ended just before a kill
+    write_rows(file, filter(None, rows.values()))  # what ended just before a kill, too
     for row in _carried_out(jobs, workers):
-        there[row["digest"]] = row
-        write_rows(file, there.values())
+        rows[row["digest"]] = row
+        write_rows(file, filter(None, rows.values()))
         on_row(row)
-    return [there[name] for name in runs if name in there]
+    return [row for row in rows.values() if row is not None]
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -252,7 +252,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def _stepper(run: Run, out: Path, asked: str | None = "cpu") -> Callable[[], float]:
-    """What makes a training step of a run, and returns its processor seconds."""
+    """What makes a training step of a run, and returns its seconds."""
     recipe, device = run.recipe, own_device(asked)
     state = create_state(recipe, run.execution, device, partial(network, run.variant))
     batch = training_batch(images_of(run, out)[0], state.model, recipe, 0)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from visits import Visit, asked_elsewhere, the_book, the_server, the_tab  # noqa: F401 (the fixtures)
+from visits import Visit, the_book, the_server, the_tab  # noqa: F401 (the fixtures)
 
 from tools.book import ROOT
 from tools.preface import preface
@@ -213,4 +213,4 @@ def test_axe_finds_nothing_grave(visit: Visit) -> None:
 def test_console_is_silent_and_no_other_host_is_asked(visit: Visit) -> None:
     visit.everywhere("body")  # it has been looked at
     assert visit.complaints == []
-    assert asked_elsewhere(visit.tab) == []
+    assert visit.elsewhere == []

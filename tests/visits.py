@@ -17,7 +17,7 @@ from tools.book import ROOT, Chapter, read_chapter, reading_order
 
 HTML = ROOT / "_build" / "html"
 PAGES = reading_order()
-HEIGHT = 300  # of the window; no page cares, and what is seen must be painted
+HEIGHTS = {1440: 900, 1280: 800, 390: 844}
 MEASURES = (Path(__file__).parent / "measures.js").read_text(encoding="utf-8")
 GRAVE = ("serious", "critical")
 
@@ -187,10 +187,6 @@ SWITCH = """(theme) => {
 
 SURVEY = f"""async (kinds) => {{ await ({FRAMES})(); return survey(kinds); }}"""
 
-# The addresses that a page has asked for, so far.
-ASKED = """() => ["navigation", "resource"].flatMap((kind) =>
-    performance.getEntriesByType(kind).map((entry) => entry.name))"""
-
 # What stands on a page.
 CONTENT = """async () => {
     const all = (selector) => [...document.querySelectorAll(selector)];
@@ -259,6 +255,7 @@ class Visit:
     source: str
     judged: dict[Look, set[int]]
     complaints: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     content: dict[str, Any] = field(default_factory=dict)
     axe: bool = False
     look: Look = ("light", 1280)
@@ -268,7 +265,8 @@ class Visit:
         """Make the window so wide, and the theme this one."""
         (theme, width), (old, before) = look, self.look
         if width != before:
-            self.tab.set_viewport_size({"width": width, "height": HEIGHT})
+            size = {"width": width, "height": HEIGHTS[width]}
+            self.tab.set_viewport_size(size)
         if theme != old:
             self.tab.evaluate(SWITCH, theme)
         self.look = look
@@ -313,12 +311,6 @@ class Visit:
         return list(faults)
 
 
-def asked_elsewhere(tab: Any) -> list[str]:
-    """What the open page has asked for that is not served by this machine."""
-    here = ("http://127.0.0.1:", "data:", "blob:", "about:")
-    return [url for url in tab.evaluate(ASKED) if not url.startswith(here)]
-
-
 class Tab:
     """A tab in which pages are opened one after the other, all in one process of the
     browser, which has then compiled the scripts and drawn the letters of the next page.
@@ -328,25 +320,32 @@ class Tab:
         self.server = server
         self.page = tab = context.new_page()
         self.complaints: list[str] = []
+        self.elsewhere: list[str] = []
         self.judged: dict[Look, set[int]] = {}
+        local = (server, "data:", "blob:", "about:")
 
         def complain(text: str, of: bool = True) -> None:
             if of:
                 self.complaints.append(text)
 
+        def ask(url: str) -> None:
+            if not url.startswith(local):
+                self.elsewhere.append(url)
+
         tab.on("console", lambda m: complain(m.text, m.type in ("error", "warning")))
         tab.on("pageerror", lambda error: complain(str(error)))
+        tab.on("response", lambda r: complain(f"{r.status} {r.url}", r.status >= 400))
+        tab.on("request", lambda r: ask(r.url))
         # Each page begins with the theme that the reader's system asks for.
         tab.add_init_script(
             "if (location.protocol === 'http:') localStorage.removeItem('mode');"
-            "performance.setResourceTimingBufferSize(10000);"
         )
 
     def open(self, address: str) -> Any:
         """Go to a page; what the one before has complained of is forgotten."""
         self.page.goto("about:blank")  # first, or the old page would be set anew
-        self.page.set_viewport_size({"width": 1280, "height": HEIGHT})
-        self.complaints = []
+        self.page.set_viewport_size({"width": 1280, "height": HEIGHTS[1280]})
+        self.complaints, self.elsewhere = [], []
         self.page.goto(f"{self.server}/{address}", wait_until="load")
         return self.page
 
@@ -359,8 +358,8 @@ class Tab:
         source = path.read_text(encoding="utf-8")
         chapter = read_chapter(path)
         content = tab.evaluate(CONTENT)
-        happened = self.judged, self.complaints
-        return Visit(tab, page, chapter, source, *happened, content)
+        happened = (self.complaints, self.elsewhere)
+        return Visit(tab, page, chapter, source, self.judged, *happened, content)
 
 
 @pytest.fixture(name="tab", scope="module")

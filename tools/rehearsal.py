@@ -77,6 +77,8 @@ def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
     """Train with two processes, and SIGKILL both while a checkpoint after step `after`
     is being written.
     """
+    from diffussm.checkpoints import checkpoints_of, step_of
+
     job = subprocess.Popen(
         command(*words, processes=2),
         stdout=subprocess.DEVNULL,
@@ -98,7 +100,7 @@ def kill_in_a_save(words: list[object], run_folder: Path, after: int) -> int:
         "being written",
         len(drafts) == 1,
     )
-    return max(int(folder.name[5:]) for folder in saves.glob("step_*"))
+    return max(map(step_of, checkpoints_of(run_folder)))
 
 
 def steps_logged(run_folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffussm.autoencoder import decode, load_vae, vae_identity
-from diffussm.checkpoints import find_checkpoint
+from diffussm.checkpoints import find_checkpoint, step_of
 from diffussm.command_line import call, preset_group
 from diffussm.files import apply_umask, write_json
 from diffussm.model import DiffuSSM
@@ -178,7 +178,7 @@ def main() -> int:
     options = parser().parse_args()
     out = BOX / options.name
     found = store(options.run, options.step, options.vae, out)
-    steps = int(found.name.removeprefix("step_"))
+    steps = step_of(found)
     path, seed = out / "record.json", read_run(options.run).recipe.seed
     earlier = json.loads(path.read_text()) if path.exists() else {}
     known = earlier | {"seed": seed, "steps": steps}
