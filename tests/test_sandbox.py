@@ -249,5 +249,5 @@ def test_it_is_painted_and_trained(opened: Any) -> None:
     tab.locator("canvas").click(position={"x": 150, "y": 100})
     assert changed()
     tab.get_by_role("button", name="train").click()
-    done = "() => document.querySelector('[role=status]').textContent.includes('done')"
-    tab.wait_for_function(done)
+    said = tab.get_by_role("status")
+    said.filter(has_text="done 4000 of 4000 steps").wait_for()
