@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["method_of", "shell"]
+__all__ = ["as_typed", "method_of", "shell"]
 
 Member = TypeVar("Member")
 
@@ -85,6 +86,19 @@ def _call_after_init(cls: Any) -> None:
     cls.__init__ = with_post_init
 
 
+def as_typed(line: str) -> str:
+    """A command as one types it; where it is long it goes on in the next line."""
+    return " \\\n".join(
+        textwrap.wrap(
+            f"$ diffussm {line}",
+            76,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
+
+
 def shell(line: str) -> None:
     """Type `diffussm` and a line, and show what is printed; it must succeed.
 
@@ -92,5 +106,5 @@ def shell(line: str) -> None:
     """
     from diffussm.cli import main
 
-    print(f"$ diffussm {line}")
+    print(as_typed(line))
     assert main(shlex.split(line)) == 0

@@ -279,9 +279,10 @@ def table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> None:
 
 
 def _cell(value: object) -> str:
-    """What stands in a cell: a number on one line with its unit, or with its factor."""
+    """What stands in a cell: a number on one line with its unit, factor or spread."""
     unit = r"(?<=\d) (?=(?:×|x|ms|s|dB|%|[kMGT]?i?B)(?: |$))"
-    return re.sub(rf"{unit}|(?<=\d [×x]) (?=\d)", "\u00a0", str(value))
+    pair = r"(?<=\d) (?=[±·] \d)|(?<=\d [×x±·]) (?=\d)"
+    return re.sub(rf"{unit}|{pair}", "\u00a0", str(value))
 
 
 def _as_array(image: Any) -> np.ndarray:

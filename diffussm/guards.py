@@ -329,11 +329,14 @@ def from_dict(cls: type[T], values: Any, what: str) -> T:
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """One entry for each key whose values differ, there and asked."""
-    return [
-        f"{key} (there {theirs.get(key)!r:.80}, asked {ours.get(key)!r:.80})"
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
+    found = []
+    for key in sorted({*ours, *theirs}):
+        asked, there = ours.get(key), theirs.get(key)
+        if isinstance(asked, Mapping) and isinstance(there, Mapping):
+            found += [f"{key}.{inner}" for inner in differences(asked, there)]
+        elif asked != there:
+            found.append(f"{key} (there {there!r:.80}, asked {asked!r:.80})")
+    return found
 
 
 def expect_same(

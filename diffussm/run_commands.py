@@ -288,8 +288,9 @@ def _draw_last(draw: Callable[..., None], out: Path, board: Any, state: Any) -> 
 def _say_begun(recipe: "Recipe", data: "Dataset") -> None:
     from diffussm.resources import parameter_count
 
-    millions = parameter_count(recipe.model) / 1e6
-    say(f"{millions:.1f} million parameters, {len(data)} images")
+    count = parameter_count(recipe.model)
+    size = f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+    say(f"{size} parameters, {len(data)} images")
 
 
 def _say_done(out: Path, step: int) -> None:

@@ -40,7 +40,7 @@ def evaluate(
     acceptance: Path | None = None,
     self_test: bool = False,
 ) -> int:
-    """score a set of samples: FID, sFID, IS, precision, recall; or without Inception
+    """score a set of samples: FID, sFID, IS, precision, recall, or others
 
     Compare samples with a reference: by ADM's protocol, or on --features that need no
     download. The latter come with the same scores of real images.

@@ -4,6 +4,7 @@ Generated from book/93_study_report.md by `make export`: edit there.
 """
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -229,14 +230,16 @@ def _columns(found: list[dict[str, float | None]]) -> dict[str, str]:
 
 
 def _told(values: list[float | None]) -> str:
-    """Mean and spread, in as many digits as the spread allows."""
+    """Mean and spread, both to the first digit of the spread."""
     known = [float(value) for value in values if value is not None]
     if not known:
         return "–"
     mean = statistics.mean(known)
     if len(set(known)) == 1:
         return f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}"
-    return f"{mean:.4g} ± {statistics.stdev(known):.1g}"
+    spread = float(f"{statistics.stdev(known):.1g}")
+    digits = -math.floor(math.log10(spread))
+    return f"{round(mean, digits):,.{max(digits, 0)}f} ± {spread:g}"
 
 
 def draw_answer(axes: Any, answer: Answer, colors: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The doctor: questions to a plan, and processes that may be killed."""
 
+import re
 import sys
 from dataclasses import replace
 from inspect import signature
@@ -161,6 +162,10 @@ def test_a_full_or_read_only_disk_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     finding = doctor.examine("disk", run)
     assert finding.verdict == "FAIL" and "10.0 GB free" in finding.told
+    few = doctor.examine(
+        "disk", plan(*recipes.read_recipe("digits"), out=tmp_path / "x")
+    )
+    assert re.search(r"[1-9]\d*\.\d MB needed", few.told)
     monkeypatch.setattr(doctor.os, "access", lambda path, how: False)
     assert "cannot be written" in doctor.examine("disk", run).told
 

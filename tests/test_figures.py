@@ -220,6 +220,8 @@ def test_a_number_in_a_table_stays_with_its_unit() -> None:
         "5,292.3\u00a0ms",
         "32\u00a0×\u00a032",
         "2\u00a0x\u00a02 pixels",
+        "12\u00a0±\u00a05",
+        "64\u00a0·\u00a0516",
         "L = 4 blocks",
     )
     assert tuple(plotting._cell(cell.replace("\u00a0", " ")) for cell in kept) == kept

@@ -18,6 +18,7 @@ import folds  # type: ignore[import-not-found]
         ("import math\nfrom torch import nn\n", "Imports"),
         ("from typing import TypeVar\nT = TypeVar('T')\n", "Imports"),
         ("_MOST = 3\n", "Constants"),
+        ('if __name__ == "__main__":\n    f()\n', "When it is run"),
         ("def _check_it(x):\n    pass\n", "Guards: _check_it"),
         ("def __post_init__(self):\n    pass\n", "Guards"),
         ("def check_a(): ...\ndef shown(): ...\n", "Details: check_a, shown"),

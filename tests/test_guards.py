@@ -176,6 +176,10 @@ def test_differences_name_both_sides() -> None:
         "b (there 3, asked 2)"
     ]
     assert differences({"a": 1}, {}) == ["a (there None, asked 1)"]
+    assert differences({"m": {"N": 4, "D": 8}}, {"m": {"N": 2, "D": 8}}) == [
+        "m.N (there 2, asked 4)"
+    ]
+    assert differences({"m": {}}, {"m": None}) == ["m (there None, asked {})"]
 
 
 def test_two_records_that_differ_are_refused() -> None:

@@ -13,7 +13,8 @@ CELL = "```{{code-cell}} ipython3\n:tags: [{tags}]\n\n{code}\n```\n"
 
 
 def page(root: Path, module: str, words: int, *cells: tuple[str, str]) -> None:
-    text = PAGE.format(module=module, words="word " * words)
+    box = "\n\n```{note}\n:class: dropdown\n\none\n```\n\n"
+    text = PAGE.format(module=module, words=f"word {box}" + "word " * words)
     text += "".join(CELL.format(tags=tags, code=code) for tags, code in cells)
     (root / "book" / f"{module}.md").write_text(text, encoding="utf-8")
 

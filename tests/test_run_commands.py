@@ -53,7 +53,7 @@ def test_training_on_latents_draws_decoded_pictures_and_remembers_the_autoencode
 def test_training_says_how_large_how_fast_and_how_long(tmp_path):
     said = diffussm(f"train digits --out {tmp_path}/run --steps 4 --no_grid {SMALL}")
     for words in (
-        "million parameters",
+        "10,084 parameters, ",
         "dynamics",
         "images/s",
         " s left",

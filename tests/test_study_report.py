@@ -102,6 +102,20 @@ def test_latents_are_compared_by_their_loss():
     assert first["held-out loss"] == "2 ± 1" and "bits/dim" not in first
 
 
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ((7.0, 12.57, 17.0), "12 ± 5"),
+        ((1.0, 1.04, 1.02), "1.02 ± 0.02"),
+        ((1000.0, 1240.0, 1100.0), "1,100 ± 100"),
+    ],
+)
+def test_a_mean_has_the_digits_of_its_spread(losses, told):
+    rows = made(losses, (1.0, 2.0, 3.0), bits_per_dim={})
+    first, _ = summary(answers(STUDY, rows)["the question"])
+    assert first["held-out loss"] == told
+
+
 def failed(row):
     return {"digest": row["digest"], "failed": "the loss is nan"}
 

@@ -165,7 +165,7 @@ def prose(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
         r"\$[^$\n]*(?:\n[^$\n]+)?\$",
         r"`[^`\n]+`",
         r"\]\([^)]*\)|https?://\S+|^\([\w-]+\)=$",
-        r"^:(?:class|color|name|ref-type):.*$",
+        r"^:(?:class|color|name|ref-type):[^\n]*$",
     ):
         text = re.sub(
             silent,

@@ -35,6 +35,8 @@ def names_of(code: str) -> tuple[list[str], bool]:
 def title_of_plumbing(code: str) -> str:
     """What a folded cell of the package is called."""
     names, imports = names_of(code)
+    if not names and isinstance(ast.parse(code).body[0], ast.If):
+        return "When it is run"
     if not names:
         return "Imports" if imports else "Constants"
     checks = ("check", "_check", "_refuse", "__post_init__")

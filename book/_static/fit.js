@@ -1,6 +1,6 @@
 // What is wider than its place. A formula breaks where its parts are apart, then before
-// its relations, then before its sums, then shrinks as far as one can read it. What is still too wide scrolls,
-// shows that it does, has a name and is reached by keyboard.
+// its relations, then before its sums, then within its brackets, then shrinks as far as one can read
+// it. What is still too wide scrolls, shows that it does, has a name and is reached by keyboard.
 (() => {
   "use strict";
   const SMALLEST = 0.6; // of the size of a formula
@@ -13,7 +13,7 @@
     ["relation", /[=<>≤≥≈∝∼≡⟺⟹≪≫]/],
     ["sum", /[+−]/],
   ];
-  const STAGES = ["broken", "broken-relation", "broken-sum"];
+  const STAGES = ["broken", "broken-relation", "broken-sum", "broken-inner"];
 
   const tooWide = (box) => box.scrollWidth > box.clientWidth + 1;
 
@@ -28,23 +28,33 @@
     return [...cells].flatMap(lines);
   }
 
+  // The brackets that are open behind an operator; a norm's bars open and close in turns.
+  function brackets(before, sign) {
+    if (/[([{⟨⌊⌈]/.test(sign)) return [...before, sign];
+    if (/[)\]}⟩⌋⌉]/.test(sign)) return before.slice(0, -1);
+    if (/[‖∥]/.test(sign)) return before.at(-1) === sign ? before.slice(0, -1) : [...before, sign];
+    return before;
+  }
+
   // Mark where a line may break: at a quad, and before a relation or a sum, but not
   // before the first of a line.
   function prepare(formula) {
     for (const line of lines(formula.querySelector("mjx-math"))) {
       let first = true;
+      let open = [];
       for (const part of [...line.children]) {
         if (part.querySelector(":scope > mjx-mspace")?.style.width === "2em") {
           part.classList.add("break");
           first = true;
         } else if (part.tagName === "MJX-MO") {
+          open = brackets(open, text(part));
           const [kind] = BREAKS.find(([, signs]) => signs.test(text(part))) ?? [];
-          if (kind && !first) {
+          if (kind && (open.length || !first)) {
             const spacer = document.createElement("mjx-mspace");
-            spacer.className = `may-break ${kind}`;
+            spacer.className = `may-break ${open.length ? "inner" : kind}`;
             part.before(spacer);
           }
-          if (kind === "relation") first = false;
+          if (kind === "relation" && !open.length) first = false;
         }
       }
     }
