@@ -57,7 +57,8 @@ def _numbered(table: dict[str, list[int]], name: str) -> int:
     """The number of the one class that bears a name."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=3) or [*table][:12]
-        raise ValueError(f"no class {name!r}; did you mean {', '.join(near)}?")
+        told = ", ".join(map(repr, near))
+        raise ValueError(f"no class {name!r}; did you mean {told}?")
     number, *others = table[name]
     if others:
         raise ValueError(f"{name!r} names the classes {table[name]}; give the number")

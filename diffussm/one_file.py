@@ -145,9 +145,9 @@ def self_contained_code(
 
 
 _HEAD = '''\
-"""DiffuSSM, diffusion models without attention: {name}, with all that it needs, in one
-file.
+"""{name}, with all that it needs, in one file.
 
+DiffuSSM: diffusion models without attention.
 Written out of modules of the package diffussm:
 {modules}.
 License: Apache-2.0.

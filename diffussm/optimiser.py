@@ -57,12 +57,12 @@ def parameter_groups(
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """One line per group: its tensors and numbers, its learning rate and decay."""
-    lines = [f"{'group':<10}{'tensors':>9}{'parameters':>13}{'lr':>10}{'decay':>8}"]
+    lines = [f"{'group':<10}{'tensors':>8}{'parameters':>12}{'lr':>9}{'decay':>6}"]
     for group in groups:
         numbers = sum(parameter.numel() for parameter in group["params"])
         lines.append(
-            f"{group['name']:<10}{len(group['params']):>9}{numbers:>13,}"
-            f"{group['base_lr']:>10.1e}{group['weight_decay']:>8g}"
+            f"{group['name']:<10}{len(group['params']):>8}{numbers:>12,}"
+            f"{group['base_lr']:>9.1e}{group['weight_decay']:>6g}"
         )
     return "\n".join(lines)
 

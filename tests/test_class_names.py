@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ("white shrak", ValueError, "no class 'white shrak'; did you mean white shark"),
+        ("white shrak", ValueError, "'white shrak'; did you mean 'white shark'"),
         ("crane", ValueError, r"classes \[1, 2\]; give the number"),
         (3, ValueError, "class label=3: expected an integer from 0 to 2"),
         ([0, -1], ValueError, "class label=-1"),

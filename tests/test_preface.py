@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
+from tools.book import ROOT, labels, reading_order
 from tools.overview import parts
 from tools.preface import builds_on, preface
 
@@ -72,6 +75,16 @@ def test_preface_tells_how_long_the_quick_mode_takes(tmp_path: Path) -> None:
     told = "1 min to read; 5 min to run, 40 s with `QUICK=1`."
     assert preface("book/alpha", tmp_path) == told
     assert preface("book/beta", tmp_path) == "1 min to read; 5 min to run."
+
+
+def test_what_is_next_is_the_next_page() -> None:
+    pages = [(ROOT / f"{page}.md").read_text("utf-8") for page in reading_order()]
+    found = 0
+    for page, following in pairwise(pages):
+        if told := re.search(r"^Next:.*?(?=To read on|\n\n)", page, re.M | re.S):
+            assert f"`{labels(following)[0]}`" in told[0], told[0]
+            found += 1
+    assert found > 100
 
 
 def test_no_chapter_builds_on_one_that_is_read_later() -> None:

@@ -101,6 +101,17 @@ def test_a_notebook_runs_in_another_folder(
     ]
 
 
+@pytest.mark.parametrize("page", CHAPTERS, ids=lambda page: page.stem)
+def test_the_modules_beside_a_chapter_come_along(page: Path) -> None:
+    if page.stem in AT_HOME:
+        return
+    beside = "|".join(module.stem for module in (ROOT / "book").glob("*.py"))
+    _, prelude, *cells = standalone(page).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    for name in set(re.findall(rf"^(?:from|import) ({beside})\b", code, re.M)):
+        assert f"bring({name!r}, " in prelude.source, name
+
+
 def test_records_come_along() -> None:
     prelude = standalone(ROOT / "book" / "39_does_the_choice_matter.md").cells[1].source
     space: dict[str, object] = {}

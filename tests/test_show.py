@@ -15,7 +15,7 @@ from tiny import TINY
 
 from diffussm.options import Execution
 from diffussm.run_folder import RunConfig
-from diffussm.show import curve, draw_history, read_history, summary
+from diffussm.show import curve, draw_history, duration, read_history, summary
 
 RECIPE = replace(TINY, steps=1000, warmup=200, cooldown=300)
 EVERY = Execution(log_every=100)
@@ -187,3 +187,11 @@ def test_without_matplotlib_the_lines_are_printed(tmp_path, monkeypatch):
     assert "mse_q1" in said and "no picture: a picture needs matplotlib" in said
     assert "'show'" in diffussm(f"show {run} --out {tmp_path}/x.png", 1)
     assert not list(tmp_path.glob("**/*.png"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (0.0412, "0.041 s"), (9.96, "10 s"), (90, "90 s"), (7200, "2.0 h")],
+)
+def test_a_duration_is_never_rounded_to_nothing(seconds, said):
+    assert duration(seconds) == said

@@ -26,8 +26,9 @@ from tools.readable import places, readable
 
 __all__ = ["main", "standalone"]
 
-HELPERS = ("plotting", "literate", "explorables", "quick")
-OURS = re.compile(rf"^from ({'|'.join(HELPERS)}) import|^import ({'|'.join(HELPERS)})$")
+# The modules beside the chapters, each after those that it takes.
+HELPERS = ("plotting", "literate", "explorables", "quick", "sheets", "page_model")
+OURS = re.compile(rf"^(?:from|import) ({'|'.join(HELPERS)})\b", re.MULTILINE)
 RECORDED = re.compile(r'\brecorded\("(\w+)"\)')
 CHECKOUT = re.compile(
     r'^(?:from|import) (?:tools|benchmarks)\b|Path\("\.\./', re.MULTILINE
@@ -100,15 +101,13 @@ def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
 
 def _prelude(code: str, root: Path) -> nbformat.NotebookNode:
     """The cell that brings the book's own helpers, and the records that are read."""
-    lines = [m for m in map(OURS.match, code.splitlines()) if m]
-    used = {m[1] or m[2] for m in lines}
-    if "explorables" in used or "plotting" in used:
+    texts = {
+        name: (root / "book" / f"{name}.py").read_text("utf-8") for name in HELPERS
+    }
+    used = set(OURS.findall(code))
+    if used & {"explorables", "sheets"}:  # both draw
         used.add("plotting")
-    modules = [
-        f"bring({name!r}, {(root / 'book' / f'{name}.py').read_text('utf-8')!r})"
-        for name in HELPERS
-        if name in used
-    ]
+    modules = [f"bring({name!r}, {texts[name]!r})" for name in HELPERS if name in used]
     names = sorted(set(RECORDED.findall(code)))
     if names:
         results = root / "benchmarks" / "results"

@@ -49,7 +49,7 @@ export function block_cost(stage, { log_length, width, downsample }) {
     };
     bar(16, "DiffuSSM", ours, [hue.blue, hue.sky]);
     bar(66, "transformer", theirs, [hue.blue, hue.orange]);
-    const key = [["linear maps", hue.blue], ["convolution", hue.sky], ["attention", hue.orange]];
+    const key = [["dense maps", hue.blue], ["convolution", hue.sky], ["attention", hue.orange]];
     let left = 12;
     for (const [name, tint] of key) {
       pen.fillStyle = tint;
