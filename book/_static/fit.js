@@ -13,6 +13,7 @@
     ["relation", /[=<>≤≥≈∝∼≡⟺⟹≪≫]/],
     ["sum", /[+−]/],
   ];
+  const BAR = /[‖∥]/; // of a norm, or of a divergence
   const STAGES = ["broken", "broken-relation", "broken-sum", "broken-inner"];
 
   const tooWide = (box) => box.scrollWidth > box.clientWidth + 1;
@@ -31,8 +32,8 @@
   // The brackets that are open behind an operator; a norm's bars open and close in turns.
   function brackets(before, sign) {
     if (/[([{⟨⌊⌈]/.test(sign)) return [...before, sign];
-    if (/[)\]}⟩⌋⌉]/.test(sign)) return before.slice(0, -1);
-    if (/[‖∥]/.test(sign)) return before.at(-1) === sign ? before.slice(0, -1) : [...before, sign];
+    if (/[)\]}⟩⌋⌉]/.test(sign)) return before.slice(0, Math.max(before.findLastIndex((open) => !BAR.test(open)), 0));
+    if (BAR.test(sign)) return before.at(-1) === sign ? before.slice(0, -1) : [...before, sign];
     return before;
   }
 
@@ -43,11 +44,12 @@
       let first = true;
       let open = [];
       for (const part of [...line.children]) {
+        const base = part.tagName === "MJX-MO" ? part : part.firstElementChild; // of a bracket with an exponent
+        if (base?.tagName === "MJX-MO") open = brackets(open, text(base));
         if (part.querySelector(":scope > mjx-mspace")?.style.width === "2em") {
           part.classList.add("break");
           first = true;
         } else if (part.tagName === "MJX-MO") {
-          open = brackets(open, text(part));
           const [kind] = BREAKS.find(([, signs]) => signs.test(text(part))) ?? [];
           if (kind && (open.length || !first)) {
             const spacer = document.createElement("mjx-mspace");
