@@ -95,6 +95,20 @@ def processor_time(browser: Any) -> float:
     return float(sum(p["cpuTime"] for p in processes if p["type"] == "renderer"))
 
 
+def row(what: str, seconds: list[float], limit: float) -> dict[str, Any]:
+    """A row of the report: the median of some processor times."""
+    spread = require_quiet(what, {"the page": seconds})
+    median = statistics.median(seconds)
+    return {
+        "what": what,
+        "result": f"{median:.2f} s of processor time",
+        "limit": f"below {limit:g} s",
+        "reached": median < limit,
+        "spread": f"{spread:.0%}",
+        "seconds": seconds,
+    }
+
+
 def timed(tab: Any, scale: float, network: DiffuSSM, runs: int) -> dict[str, Any]:
     """A row of the report: seconds of a digit at one scale of guidance."""
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -107,21 +121,11 @@ def timed(tab: Any, scale: float, network: DiffuSSM, runs: int) -> dict[str, Any
     what = f"a digit, {STEPS} DDIM steps, guidance {scale}"
     require_agreement(what, same_numbers(noise, scale, network), last, 1e-3)
     seconds = [b - a for a, b in itertools.pairwise(clock)][2:]  # the first compile
-    spread = require_quiet(what, {"the page": seconds})
-    median = statistics.median(seconds)
-    return {
-        "what": what,
-        "result": f"{median:.2f} s of processor time",
-        "limit": "below 1 s",
-        "reached": median < 1,
-        "spread": f"{spread:.0%}",
-        "seconds": seconds,
-    }
+    return row(what, seconds, limit=1)
 
 
 def trained(chromium: Any, runs: int) -> dict[str, Any]:
     """A row of the report: seconds until the little network has learned two moons."""
-    what = f"{TRAINED} steps of the little network"
     seconds = []
     for _ in range(runs):
         tab = chromium.new_page()
@@ -134,16 +138,7 @@ def trained(chromium: Any, runs: int) -> dict[str, Any]:
         tab.get_by_role("status").filter(has_text=done).wait_for()
         seconds.append(processor_time(chromium) - start)
         tab.close()
-    spread = require_quiet(what, {"the page": seconds})
-    median = statistics.median(seconds)
-    return {
-        "what": what,
-        "result": f"{median:.1f} s of processor time",
-        "limit": "below 10 s",
-        "reached": median < 10,
-        "spread": f"{spread:.0%}",
-        "seconds": seconds,
-    }
+    return row(f"{TRAINED} steps of the little network", seconds, limit=10)
 
 
 def recognised(network: DiffuSSM) -> dict[str, Any]:

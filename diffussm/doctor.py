@@ -24,7 +24,7 @@ from diffussm.resources import memory_needed, parameter_count
 from diffussm.run_folder import check_run
 from diffussm.warm_start import check_warm_start
 
-__all__ = ["Plan", "Finding", "examine", "QUESTIONS"]
+__all__ = ["Plan", "Finding", "examine", "amount", "QUESTIONS"]
 
 _T = TypeVar("_T")
 
@@ -117,13 +117,14 @@ def _ask_memory(plan: Plan) -> str:
     else:
         here = os.environ.get("LOCAL_WORLD_SIZE", count)
         free = _free_memory() / int(here)
-    each = f"{_bytes(need)} needed for each of {count} processes (computed)"
+    each = f"{amount(need)} needed for each of {count} processes (computed)"
     cure = "lower --micro_batch, or --activation_checkpointing all, --strategy fsdp"
-    return _judged(need <= free, f"{each}, {_bytes(free)} free", cure)
+    return _judged(need <= free, f"{each}, {amount(free)} free", cure)
 
 
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def amount(count: float) -> str:
+    """Bytes, as one reads them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _free_memory() -> float:
@@ -149,7 +150,7 @@ def _ask_disk(plan: Plan) -> str:
     need = kept * 4 * 4.0 * parameter_count(plan.recipe.model)
     there = _written_to(plan.out)
     free = shutil.disk_usage(there).free
-    both = f"{_bytes(need)} needed for {kept} checkpoints, {_bytes(free)} free"
+    both = f"{amount(need)} needed for {kept} checkpoints, {amount(free)} free"
     cure = "free some, raise --keep_every, or choose another --out"
     return _judged(need <= free, f"{both} for {plan.out}", cure)
 
@@ -239,7 +240,7 @@ def _ask_gpu(plan: Plan) -> str:
     _judged(mine < gpus, f"process {mine} has no GPU: there are {gpus}", "start fewer")
     seen = [mine] if "LOCAL_RANK" in os.environ else range(gpus)
     cards = (torch.cuda.get_device_properties(i) for i in seen)
-    return ", ".join(f"{c.name} with {_bytes(c.total_memory)}" for c in cards)
+    return ", ".join(f"{c.name} with {amount(c.total_memory)}" for c in cards)
 
 
 def _ask_bf16(plan: Plan) -> str:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 
 from diffussm.distributed import all_reduce, processes, rank
-from diffussm.doctor import QUESTIONS, Finding, Plan, examine
+from diffussm.doctor import QUESTIONS, Finding, Plan, amount, examine
 from diffussm.options import as_flags
 from diffussm.parallel import micro_batch_of
 from diffussm.recipes import open_data
@@ -98,7 +98,7 @@ def findings(trial: Trial) -> Iterator[Finding]:
     if held := _held(trial):
         yield Finding("memory", "pass", held)
     stood = f"training stood still for {_pause(trial):.1f} s"
-    told = f"{_amount(trial.size)}; {stood}, on the disk after {trial.written:.1f} s"
+    told = f"{amount(trial.size)}; {stood}, on the disk after {trial.written:.1f} s"
     yield Finding("checkpoint", "pass", told)
     yield Finding("whole run", "pass", _whole(trial))
     for what, change in CHANGES.items():
@@ -117,7 +117,7 @@ def _held(trial: Trial) -> str:
     """What a GPU has held at its peak, or a process without one; "": not known."""
     if of_gpu := [row["memory_gb"] for row in trial.before if "memory_gb" in row]:
         return f"{max(of_gpu):.1f} GB of a GPU at the peak"
-    return f"{_amount(trial.resident)} of main memory" if trial.resident else ""
+    return f"{amount(trial.resident)} of main memory" if trial.resident else ""
 
 
 def _whole(trial: Trial) -> str:
@@ -129,11 +129,6 @@ def _whole(trial: Trial) -> str:
     images = plan.recipe.steps * plan.recipe.batch_size
     takes = f"{duration(seconds)} on {n} {kind}{at}"
     return f"{images:,} images: {takes}, without pictures"
-
-
-def _amount(count: float) -> str:
-    """Bytes, as one reads them."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _wait_less(trial: Trial) -> str | None:
@@ -174,15 +169,15 @@ def _use_memory(trial: Trial) -> str | None:
     plan, held = trial.plan, 1e9 * max(_measured(trial, "memory_gb"), default=0)
     if not trial.card or not held:
         return None
-    room = f"of {_amount(trial.card)}"
+    room = f"of {amount(trial.card)}"
     if held > 0.92 * trial.card:
-        return f"nearly full, {_amount(held)} {room}: lower --micro_batch"
+        return f"nearly full, {amount(held)} {room}: lower --micro_batch"
     needed = partial(memory_needed, plan.recipe, processes=plan.processes)
     more = max(held / needed(plan.execution)["total"], 1.0)
     for change in _larger(plan):
         need = more * needed(replace(plan.execution, **change))["total"]
         if need < 0.92 * trial.card:
-            return f"{as_flags(change)} is faster; needs {_amount(need)} {room}"
+            return f"{as_flags(change)} is faster; needs {amount(need)} {room}"
     return None
 
 

@@ -101,13 +101,14 @@ def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
 
 def _prelude(code: str, root: Path) -> nbformat.NotebookNode:
     """The cell that brings the book's own helpers, and the records that are read."""
-    texts = {
-        name: (root / "book" / f"{name}.py").read_text("utf-8") for name in HELPERS
-    }
     used = set(OURS.findall(code))
     if used & {"explorables", "sheets"}:  # both draw
         used.add("plotting")
-    modules = [f"bring({name!r}, {texts[name]!r})" for name in HELPERS if name in used]
+    modules = [
+        f"bring({name!r}, {(root / 'book' / f'{name}.py').read_text('utf-8')!r})"
+        for name in HELPERS
+        if name in used
+    ]
     names = sorted(set(RECORDED.findall(code)))
     if names:
         results = root / "benchmarks" / "results"
