@@ -19,7 +19,10 @@ from tools.kernels import use_warm_kernels
 def outputs(*cells):
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    client = NotebookClient(book, kernel_name="python3", allow_errors=True)
+    client = NotebookClient(
+        book, kernel_name="python3", allow_errors=True,
+        coalesce_streams=True,  # a line comes in as many parts as it happens to
+    )
     client.execute(cwd=sys.argv[1])
     for output in (told := [cell.outputs for cell in book.cells])[-1]:
         output.pop("traceback", None)  # in which the process is named

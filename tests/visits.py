@@ -57,6 +57,9 @@ AXE = """async ([impacts, whole, known]) => {
             undo.push(() => place.replaceWith(entry));
         }
     }
+    // Boxes that no longer scroll say so a frame later, which moves what is below them.
+    await new Promise((done) =>
+        requestAnimationFrame(() => requestAnimationFrame(done)));
     const looks = new Map(), judged = new Set(known);
     const number = (...parts) => {  // 53 bits that stand for all parts
         let a = 0xdeadbeef, b = 0x41c6ce57;
