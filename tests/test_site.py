@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from browsers import absent
 from docutils.core import publish_doctree
+from sphinx.application import Sphinx
 from sphinx.config import Config
 
 from tools.book import ROOT, reading_order
@@ -160,6 +161,25 @@ def test_pages_are_light(pages: dict[str, Page]) -> None:
             (here / file.partition("?")[0]).stat().st_size for file in files
         )
         assert size < 2_000_000, f"{name}: {size / 1e6:.2f} MB"
+
+
+def test_pages_are_read_again_when_what_makes_them_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "book" / "_ext").mkdir(parents=True)
+    (tmp_path / "index.rst").write_text("A page\n======\n")
+    built = tmp_path / "_build"
+
+    def pages_read() -> list[str]:
+        settings = {"extensions": ["outdated"]}
+        app = Sphinx(tmp_path, None, built, built, "dummy", settings, status=None)
+        read: list[str] = []
+        app.connect("source-read", lambda app, page, source: read.append(page))
+        app.build()
+        return read
+
+    assert pages_read() == ["index"]
+    assert pages_read() == []
+    (tmp_path / "book" / "_ext" / "badge.py").write_text("colour = 'blue'\n")
+    assert pages_read() == ["index"]
 
 
 def test_full_stop_after_a_formula_stays_on_its_line() -> None:

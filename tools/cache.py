@@ -1,14 +1,16 @@
-"""Forget the outputs of chapters whose imported code has changed.
+"""Forget the outputs of chapters whose imported code or data have changed.
 
 The book's execution cache compares the code of a chapter, not the code that it imports.
 This compares the rest: the modules of the package that a chapter imports, directly or
-not, the book's plotting helpers, and the pinned requirements. Where they differ from
-the last time, the chapter's outputs are removed: it runs again.
+not, the book's plotting helpers, the records and data that they read, and the pinned
+requirements. Where they differ from the last time, the chapter's outputs are removed:
+it runs again.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -18,13 +20,13 @@ from tools.book import ROOT, Chapter, chapters
 __all__ = ["forget_changed", "fingerprint"]
 
 
-def _imported_files(root: Path, source: str, package: str | None = None) -> set[Path]:
-    """The files of this project that a piece of code imports, anywhere."""
-    found: set[Path] = set()
+def _needed_by(root: Path, source: str, package: str = "") -> set[Path]:
+    """This project's files that code names: what it imports, anywhere, and data."""
     try:
         tree = ast.parse(source)
     except SyntaxError:  # an IPython command in a chapter: what it needs is not known
         return set((root / "diffussm").glob("*.py"))
+    found = _data(root, tree)
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -33,9 +35,7 @@ def _imported_files(root: Path, source: str, package: str | None = None) -> set[
                 for alias in node.names
             }
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(
-                filter(None, [package if node.level else None, node.module])
-            )
+            base = ".".join(filter(None, [package * (node.level > 0), node.module]))
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     for name in names:
         here = [
@@ -52,20 +52,41 @@ def _imported_files(root: Path, source: str, package: str | None = None) -> set[
     return found
 
 
+def _data(root: Path, tree: ast.Module) -> set[Path]:
+    """The data of the package, the studies and the records that strings name."""
+    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    places = [*(root / "diffussm").iterdir(), root / "studies"]
+    found = {
+        file
+        for place in places
+        if place.name in strings
+        for file in (place, *place.rglob("*"))
+        if file.is_file()
+    }
+    if "recorded" in {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}:
+        records = (root / "benchmarks" / "results").glob("*.json")
+        found |= {record for record in records if record.stem in strings}
+    return found
+
+
+@functools.cache  # many chapters import the same modules
+def _needed_by_file(root: Path, path: Path) -> set[Path]:
+    if path.suffix != ".py":
+        return set()
+    return _needed_by(root, path.read_text(encoding="utf-8"), path.parent.name)
+
+
 def fingerprint(chapter: Chapter, root: Path = ROOT) -> str:
     """A digest of everything outside a chapter that its outputs depend on."""
     own = root / "diffussm" / f"{chapter.module}.py"
     pending = set[Path]().union(
-        *(_imported_files(root, cell.source) for cell in chapter.cells)
+        *(_needed_by(root, cell.source) for cell in chapter.cells)
     )
     files: set[Path] = set()
     while pending:
         path = pending.pop()
         files.add(path)
-        pending |= (
-            _imported_files(root, path.read_text(encoding="utf-8"), path.parent.name)
-            - files
-        )
+        pending |= _needed_by_file(root, path) - files
     digest = hashlib.sha256((root / "requirements.txt").read_bytes())
     for path in sorted(files - {own}):
         digest.update(path.name.encode() + path.read_bytes())
@@ -73,7 +94,7 @@ def fingerprint(chapter: Chapter, root: Path = ROOT) -> str:
 
 
 def forget_changed(root: Path = ROOT) -> list[str]:
-    """Remove the outputs of chapters whose imports have changed; returns names."""
+    """Remove the outputs of chapters that need what has changed; returns names."""
     build = root / "_build"
     ledger = build / "imported_code.json"
     old: dict[str, str] = json.loads(ledger.read_text()) if ledger.exists() else {}
@@ -97,4 +118,4 @@ def forget_changed(root: Path = ROOT) -> list[str]:
 
 if __name__ == "__main__":
     for name in forget_changed():
-        print(f"cache: what book/{name}.md imports has changed, it will run again")
+        print(f"cache: what book/{name}.md needs has changed, it will run again")
