@@ -3,10 +3,11 @@
 Generated from book/74_autotuning.md by `make export`: edit there.
 """
 
-import functools
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,18 +20,26 @@ from diffussm.fft_convolution import FFT
 __all__ = ["relative_errors", "Measured", "autotune_convolution"]
 
 
-_Problem = tuple[BidirectionalSSM, Tensor, Tensor]  # layer, u and the output's gradient
+# A layer, u and the output's gradient.
+_Problem = tuple[BidirectionalSSM, Tensor, Tensor | None]
 
 
 def _problem(
-    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_state: int = 64,
+    backward: bool = True,
 ) -> _Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = BidirectionalSSM(d_model)
-        u = torch.randn(batch, length, d_model)
-        grad = torch.randn(batch, length, 2 * d_model)
-    return layer.to(device), u.to(device, dtype), grad.to(device, dtype)
+        layer = BidirectionalSSM(d_model, d_state).to(device)
+    draws = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, device=device, dtype=dtype, generator=draws)
+    u = draw(batch, length, d_model)
+    return layer, u, draw(batch, length, 2 * d_model) if backward else None
 
 
 _TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_parameters": 1e-4}  # in float32
@@ -39,7 +48,7 @@ _TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_parameters": 1e-4}  # in flo
 def _run(convolution: Convolution, problem: _Problem) -> dict[str, Tensor]:
     layer, u, grad = problem
     layer.convolution, u = convolution, u.detach().requires_grad_()
-    y = layer(u)
+    y: Tensor = layer(u)
     inputs = dict(layer.named_parameters(prefix="grad")) | {"grad_u": u}
     gradients = torch.autograd.grad(y, list(inputs.values()), grad)
     return {"output": y.detach(), **dict(zip(inputs, gradients, strict=True))}
@@ -52,15 +61,16 @@ def relative_errors(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
+    d_state: int = 64,
 ) -> dict[str, float]:
     """How far a convolution is from float64: "output", "grad_u", "grad_parameters".
 
     Each is the largest difference relative to the largest entry, NaN if anything is
     not a number; the last that of the parameter in which it is largest.
     """
-    layer, u, grad = _problem(length, d_model, batch, device, dtype)
+    layer, u, grad = _problem(length, d_model, batch, device, dtype, d_state)
     ours = _run(convolution, (layer, u, grad))
-    true = _run(FFT, (layer.double(), u.double(), grad.double()))
+    true = _run(FFT, (layer.double(), u.double(), cast(Tensor, grad).double()))
     errors = {
         name: float((ours[name] - value).abs().max() / value.abs().max())
         for name, value in true.items()
@@ -83,21 +93,26 @@ def _candidates(length: int) -> dict[str, Convolution]:
 
     found = {}
     for precision in ("tf32", "tf32x3") if length in LENGTHS else ():
-        apply = functools.partial(triton_convolve, precision=precision)
+        apply = partial(triton_convolve, precision=precision)
         name = f"on the chip, {precision}"
         found[name] = Convolution(apply, BidirectionalSSM.spectra)
     kernels = later("segments:chunked_triton")
     for chunk, warps in _CHUNKS:
-        apply = functools.partial(kernels, chunk=chunk, warps=warps)
+        apply = partial(kernels, chunk=chunk, warps=warps)
         found[f"chunks of {chunk}, {warps} warps"] = Convolution(apply, modes, True)
     return found
 
 
 def _right_ones(
-    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_state: int,
 ) -> tuple[dict[str, Convolution], dict[str, dict[str, float]], list[str]]:
     """Those that may be timed, the errors of all, and why the others may not."""
-    case = length, min(d_model, 64), min(batch, 17), device, dtype
+    case = length, min(d_model, 64), min(batch, 17), device, dtype, d_state
     errors = {"FFT": relative_errors(FFT, *case)}
     allowed = _allowed(dtype, errors["FFT"])
     right = {"FFT": FFT}
@@ -118,14 +133,16 @@ def _right_ones(
 
 
 def _seconds(side: Convolution, problem: _Problem) -> float:
-    """One forward and backward pass, from what is prepared."""
+    """One forward pass, and a backward pass if asked for, from what is prepared."""
     layer, u, grad = problem
     prepared = side.prepare(layer, u.shape[1])
-    leaves = [x.detach().requires_grad_() for x in (u, prepared)]
+    leaves = [x.detach().requires_grad_(grad is not None) for x in (u, prepared)]
     wait = torch.cuda.synchronize if u.is_cuda else int
     wait()
     start = time.perf_counter()
-    torch.autograd.grad(side(*leaves), leaves, grad)
+    y = side(*leaves)
+    if grad is not None:
+        torch.autograd.grad(y, leaves, grad)
     wait()
     return time.perf_counter() - start
 
@@ -147,7 +164,7 @@ class Measured:
     Attributes:
         convolution: For `block.ssm.convolution`.
         reason: A sentence for the log.
-        seconds: Of forward and backward pass of what was timed, by name.
+        seconds: Of what was timed, by name.
         errors: Of what was compared, by name; see `relative_errors`.
     """
 
@@ -158,11 +175,18 @@ class Measured:
 
 
 def _try_all(
-    length: int, d_model: int, batch: int, device: torch.device, dtype: torch.dtype
+    length: int,
+    d_model: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    d_state: int = 64,
+    backward: bool = True,
 ) -> Measured:
+    case = length, d_model, batch, device, dtype, d_state
     try:
-        right, errors, faults = _right_ones(length, d_model, batch, device, dtype)
-        problem = _problem(length, d_model, batch, device, dtype)
+        right, errors, faults = _right_ones(*case)
+        problem = _problem(*case, backward)
         seconds = _median_seconds(right, problem)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
@@ -179,6 +203,8 @@ def autotune_convolution(
     batch: int,
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    d_state: int = 64,
+    backward: bool = True,
 ) -> Measured:
     """The fastest convolution that is right on this machine: run, compared and timed.
 
@@ -188,6 +214,8 @@ def autotune_convolution(
         batch: Images that one process takes through the network at once.
         device: Where; anything but a GPU stays with the FFT.
         dtype: Of the input of the convolution, bfloat16 under autocast.
+        d_state: N, on which the work of the chunks depends.
+        backward: Whether the backward pass is timed as well.
 
     Source: ch. "Chosen, not assumed".
     """
@@ -195,4 +223,4 @@ def autotune_convolution(
     if device.type != "cuda":
         why = f"the kernels on the chip are for a GPU, and this is a {device.type}"
         return Measured(FFT, f"FFT: {why}")
-    return _try_all(length, d_model, batch, device, dtype)
+    return _try_all(length, d_model, batch, device, dtype, d_state, backward)

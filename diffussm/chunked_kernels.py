@@ -30,7 +30,8 @@ def _operand(x, PRECISION: tl.constexpr):
         factor = x.to(tl.bfloat16)
     elif PRECISION == "tf32":
         bits = factor.to(tl.int32, bitcast=True)
-        factor = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        factor = tl.where(factor == factor, rounded, factor)  # a NaN would become 0
     return factor
 
 

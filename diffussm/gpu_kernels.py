@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
 from diffussm.bidirectional import BidirectionalSSM, Convolution
@@ -80,7 +81,8 @@ def dft_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
         angle = -2 * math.pi * product.double() / order
         return torch.stack([angle.cos(), angle.sin()]).float().to(device)
 
-    return roots(n1, n1 // 2, n1), roots(n1, n2, n1 * n2), roots(n2, n2, n2)
+    with unset_fake_temporarily():  # kept, and so real, also where work is only counted
+        return roots(n1, n1 // 2, n1), roots(n1, n2, n1 * n2), roots(n2, n2, n2)
 
 
 @triton.jit

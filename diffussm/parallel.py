@@ -37,6 +37,7 @@ __all__ = [
     "accumulate_gradients",
     "create_state",
     "speed_up",
+    "carry_out",
     "check_way",
     "compiler_lacking",
     "convolution_for",
@@ -150,12 +151,7 @@ def create_state(
 
     def prepare(model: DiffuSSM) -> None:
         model.activation_checkpointing = execution.activation_checkpointing
-        try:
-            speed_up(model, convolution, execution.compile, device)
-        except ValueError:  # a variant that cannot be run so
-            if chooser(asked) is None:
-                raise
-            speed_up(model, way("fft"), execution.compile, device)
+        carry_out(model, execution, convolution, device)
         if world_size() > 1 and execution.strategy == "fsdp":
             _shard(model)
 
@@ -182,6 +178,21 @@ def speed_up(
         return
     for block in model.blocks:
         block.compile()  # at its first use
+
+
+def carry_out(
+    model: DiffuSSM,
+    execution: Execution,
+    convolution: Convolution,
+    device: torch.device,
+) -> None:
+    """`speed_up` as asked; layers that cannot go the way of `auto` take the FFT."""
+    try:
+        speed_up(model, convolution, execution.compile, device)
+    except ValueError:
+        if chooser(execution.convolution) is None:
+            raise
+        speed_up(model, way("fft"), execution.compile, device)
 
 
 def check_way(
@@ -227,17 +238,20 @@ def convolution_for(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
+    backward: bool = True,
 ) -> Convolution:
     """The convolution that was asked for, by its name or by what measures it.
 
-    `batch` images go through the network at once, their streams in `dtype`.
+    `batch` images go through the network at once, their streams in `dtype`; where one
+    only samples, there is no backward pass.
     """
     choose = chooser(asked)
     if choose is None:
         _check_gpu(asked, device)
         return way(asked)
     sizes = model.seq_len, model.d_model, batch
-    choice = on_rank_zero(lambda: choose(*sizes, device, dtype))
+    work = {"d_state": model.d_state, "backward": backward}
+    choice = on_rank_zero(lambda: choose(*sizes, device, dtype, **work))
     if rank() == 0:
         print(f"convolution: {choice.reason}", file=sys.stderr)
     return cast(Convolution, choice.convolution)

@@ -15,12 +15,12 @@ from diffussm.diffusion import GaussianDiffusion
 from diffussm.distributed import all_reduce, rank, world_size
 from diffussm.model import DiffuSSM
 from diffussm.options import Execution
-from diffussm.parallel import convolution_for, speed_up
+from diffussm.parallel import carry_out, convolution_for
 from diffussm.pictures import Decode
 from diffussm.sample_options import SampleSet
 from diffussm.samples import draw_batch
 
-__all__ = ["make_ready", "replay", "largest_batch", "fitting_batch"]
+__all__ = ["make_ready", "replay", "largest_batch", "fitting_batch", "even_batch"]
 
 
 def make_ready(
@@ -33,21 +33,21 @@ def make_ready(
 ) -> SampleSet:
     """Prepare a network, in place, for drawing a set; the set, with a batch that fits.
 
-    All processes call it. Of `execution` it takes `convolution` and `compile`; on a GPU
+    No more images are drawn than a set needs: batches are as even as they can be. All
+    processes call it. Of `execution` it takes `convolution` and `compile`; on a GPU
     the latter also records a step as a CUDA graph. The set is one whose `of` and `on`
     have been called.
     """
-    if not wanted.batch_size:
-        batch = fitting_batch(model, diffusion, wanted, device, decode)
-        wanted = replace(wanted, batch_size=batch)
-    at_once = wanted.batch_size * (1 if wanted.sampler.cfg_scale == 1 else 2)
+    batch = wanted.batch_size
+    batch = batch or fitting_batch(model, diffusion, wanted, device, decode)
+    batch = even_batch(wanted.count, batch, world_size())
+    at_once = batch * (1 if wanted.sampler.cfg_scale == 1 else 2)
     dtype = torch.bfloat16 if wanted.precision == "bf16" else torch.float32
-    asked = execution.convolution
-    chosen = convolution_for(asked, model.config, at_once, device, dtype)
-    speed_up(model, chosen, execution.compile, device)
+    case = execution.convolution, model.config, at_once, device, dtype
+    carry_out(model, execution, convolution_for(*case, backward=False), device)
     if execution.compile and device.type == "cuda":
         replay(model)
-    return wanted
+    return replace(wanted, batch_size=batch)
 
 
 class _Replayed:
@@ -64,13 +64,18 @@ class _Replayed:
         self.output: Any = None
         self.graph: Any = None
 
-    def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Any = None, prepared: Any = None
+    ) -> Tensor:
         """What the model's forward pass returns."""
         inputs = [x, t] if y is None else [x, t, y]
-        kept = self._kept(x) if self._can_replay(inputs) else None
+        free = prepared is None and self._can_replay(inputs)
+        kept = self._kept(x) if free else None
         if kept is None:
-            return self.forward(x, t, y)
-        key = (torch.is_autocast_enabled(self.device), *(one.shape for one in inputs))
+            return self.forward(x, t, y, prepared)
+        half = torch.is_autocast_enabled(self.device)
+        rounding = half and torch.get_autocast_dtype(self.device)
+        key = (rounding, *((one.shape, one.dtype) for one in inputs))
         if kept is not self.kept or key != self.key:
             self._record(inputs, kept)
             self.key, self.kept = key, kept
@@ -167,3 +172,10 @@ def fitting_batch(
     found = torch.zeros(world_size(), dtype=torch.int64)
     found[rank()] = largest_batch(partial(_fits, draw))
     return int(all_reduce(found).min())
+
+
+def even_batch(count: int, most: int, processes: int) -> int:
+    """The images of a batch, at most `most`, such that all processes draw as few."""
+    share = -(-count // processes)  # of one process, rounded up
+    batches = -(-share // most)
+    return -(-share // batches)

@@ -86,16 +86,24 @@ def multiplying_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
 
     What was set before is set again afterwards.
     """
-    backends: Any = torch.backends  # no type checker knows its members
-    settings = backends.cuda.matmul, backends.cudnn.conv
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = precision
+    before = [setting.fp32_precision for setting in _SETTINGS]
+    _multiply_in(*[precision] * len(_SETTINGS))
     try:
         yield
     finally:
-        for setting, known in zip(settings, before, strict=True):
-            setting.fp32_precision = known
+        _multiply_in(*before)
+
+
+_BACKENDS: Any = torch.backends  # no type checker knows its members
+_SETTINGS = _BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn
+_OLDER = {"tf32": "high", "bf16": "medium"}
+
+
+def _multiply_in(products: str, *others: str) -> None:
+    torch.set_float32_matmul_precision(_OLDER.get(products, "highest"))
+    _BACKENDS.cudnn.allow_tf32 = others[0] == "tf32"
+    for setting, precision in zip(_SETTINGS, (products, *others), strict=True):
+        setting.fp32_precision = precision
 
 
 def vandermonde_two_level(log_dA: Tensor, weights: Tensor, length: int) -> Tensor:

@@ -15,6 +15,7 @@ if not GPU:
 
 from diffussm import autotuning, gpu_kernels, segments  # noqa: E402
 from diffussm.autotuning import Measured, autotune_convolution  # noqa: E402
+from diffussm.bidirectional import Convolution  # noqa: E402
 from diffussm.fft_convolution import FFT  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -202,6 +203,32 @@ def test_chunks_are_chosen_at_any_length_where_they_agreed_and_won(monkeypatch):
     )
     choice = choose(length=20)
     assert choice.convolution is FFT and ", allowed " in choice.reason
+
+
+@pytest.mark.slow
+def test_the_layer_that_is_tried_is_that_of_the_model(monkeypatch):
+    tried = []
+    plain = autotuning._problem
+    monkeypatch.setattr(autotuning, "_candidates", lambda length: {})
+
+    def problem(*case, **how):
+        tried.append(plain(*case, **how))
+        return tried[-1]
+
+    monkeypatch.setattr(autotuning, "_problem", problem)
+    assert choose(d_state=16).convolution is FFT
+    assert {layer.forward_kernel.C.shape[1] for layer, *_ in tried} == {8}
+
+
+def test_a_sampler_asks_for_no_backward_pass(monkeypatch):
+    def forward(u, prepared):
+        assert not u.requires_grad and not prepared.requires_grad
+        return FFT(u, prepared)
+
+    case = 64, 2, 2, torch.device("cpu"), torch.float32
+    problem = autotuning._problem(*case, backward=False)
+    assert autotuning._seconds(Convolution(forward, FFT.prepare), problem) > 0
+    assert problem[2] is None
 
 
 def test_without_triton_the_fft_stays(monkeypatch):

@@ -140,6 +140,14 @@ def test_factors_are_rounded_to_tf32_like_the_twins():
     assert 5e-5 < error(ours, exact) < 2e-3  # a rounding that is left out is seen
 
 
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])  # bf16: of the hardware
+def test_what_is_not_a_number_is_not_rounded_to_one(precision):
+    u = torch.zeros(1, 20, 2)
+    u.view(torch.int32)[0, 3, 1] = 0x7FFFFFFF  # the NaN that a GPU computes
+    y = chunked_triton(u, some_modes(2, 4), precision=precision)
+    assert y[0, 3, [1, 3]].isnan().all() and y[..., 0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "operand, bound", [(rounded_to_tf32, 3e-4), (rounded_to_bf16, 2.5e-3)]
 )

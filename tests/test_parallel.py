@@ -50,15 +50,16 @@ def doubled(u, spectra):
 def test_another_convolution_is_asked_for_and_used(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def choose(*question):
-        asked.append(question)
+    def choose(*question, **work):
+        asked.append((*question, work))
         return SimpleNamespace(convolution=doubled, reason="twice is better")
 
     monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace(choose=choose))
     config = Recipe(model=DiffuSSMConfig(**PRESETS["digits"]), batch_size=8)
     execution = Execution(micro_batch=4, convolution="elsewhere:choose")
     state = create_state(config, execution, CPU)
-    assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32)]
+    work = {"d_state": PRESETS["digits"]["d_state"], "backward": True}
+    assert asked == [(64, 96, 4, torch.device("cpu"), torch.float32, work)]
     assert "convolution: twice is better" in capsys.readouterr().err
     for model in (state.model, state.ema):
         assert all(block.ssm.convolution is doubled for block in model.blocks)

@@ -98,13 +98,13 @@ def test_nobody_draws_more_images_than_were_learnt_from_unless_they_say_so(
         and "--count" in said
         and not list(tmp_path.iterdir())
     )
-    # 3 batches of 4, 2 steps, with and without the class
+    # 3 batches of 4, the last one whole too, 2 steps, with and without the class
     said = diffussm(
-        f"sample --from {work}/digits --device cpu --out {tmp_path}/x --count 9 "
+        f"sample --from {work}/digits --device cpu --out {tmp_path}/x --count 10 "
         "--batch_size 4 --steps 2"
     )
     assert (
-        "9 images in 3 batches of 4, 2 steps" in said
+        "10 images in 3 batches of 4, 2 steps" in said
         and f" {12 * 2 * 2} passes" in said
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import diffussm
 
-from diffussm import sampling_at_scale
+from diffussm import autotuning, sampling_at_scale, variants
 from diffussm.bidirectional import way
 from diffussm.denoiser import Denoiser
 from diffussm.diffusion import GaussianDiffusion
@@ -20,7 +20,13 @@ from diffussm.pretrained import load_pretrained
 from diffussm.sample_options import SAMPLE_PRESETS, Sampler, SampleSet
 from diffussm.samples import draw_batch
 from diffussm.sampling import guided, sample
-from diffussm.sampling_at_scale import fitting_batch, largest_batch, make_ready, replay
+from diffussm.sampling_at_scale import (
+    even_batch,
+    fitting_batch,
+    largest_batch,
+    make_ready,
+    replay,
+)
 
 CPU = torch.device("cpu")
 SMALL = DiffuSSMConfig(
@@ -138,6 +144,18 @@ def test_a_set_for_a_gpu_takes_what_fits_and_a_cpu_the_default(monkeypatch):
     assert 28 <= found <= 36 and all(a == b and steps == 1 for a, b, steps in asked)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_no_process_draws_more_than_its_share(processes):
+    for count in (1, 7, 100, 5000):
+        for most in (1, 32, 921):
+            batch = even_batch(count, most, processes)
+            batches = -(-count // batch)
+            rounds = -(-batches // processes)
+            assert 1 <= batch <= most
+            fewest = -(-count // (most * processes))
+            assert rounds == fewest and (batch - 1) * rounds * processes < count
+
+
 def test_a_trial_is_a_batch_of_one_step():
     one = replace(FEW, sampler=replace(FEW.sampler, steps=1))
     images = draw_batch(network(), DIFFUSION, one, range(3), device=CPU)
@@ -205,6 +223,14 @@ def test_a_replayed_model_is_never_stale():
             half = model(x[:1], t[:1], y[:1])
             assert torch.equal(half, plain(x[:1], t[:1], y[:1]))
         assert played.recorded == 4
+        with torch.autocast("cpu", torch.float16):
+            assert not torch.equal(model(x[:1], t[:1], y[:1]), half)
+        model(x[:1], t[:1], y[:1])
+        between = model(x[:1], t[:1] + 0.5, y[:1])  # a time that is no integer
+        assert torch.equal(between, plain(x[:1], t[:1] + 0.5, y[:1]))
+        assert played.recorded == 7
+        ready = model.prepare(64)
+        assert torch.equal(model(x, t, y, prepared=ready), plain(x, t, y))
     count = played.replayed
     model(x, t, y)  # nothing is kept, and there are gradients
     with torch.no_grad():
@@ -219,11 +245,26 @@ def test_a_network_is_made_ready_as_it_is_for_training(monkeypatch):
     how = Execution(convolution="reference", compile=True)
     monkeypatch.setattr("diffussm.parallel.compiler_lacking", lambda device: "")
     ready = make_ready(model, DIFFUSION, replace(FEW, batch_size=0), how, CPU)
-    assert ready == replace(FEW, batch_size=64) and compiled == list(model.blocks)
+    assert ready == replace(FEW, batch_size=6) and compiled == list(model.blocks)
     assert all(block.ssm.convolution == way("reference") for block in model.blocks)
     assert "forward" not in vars(model)  # a graph is for a GPU
     with pytest.raises(ValueError, match="convolution='none'"):
         make_ready(model, DIFFUSION, FEW, Execution(convolution="none"), CPU)
+
+
+def test_a_variant_draws_by_the_fft_where_auto_has_chosen_what_it_cannot(monkeypatch):
+    asked = []
+
+    def choose(*question, **work):
+        asked.append(work)
+        return SimpleNamespace(convolution=way("chunked"), reason="it won")
+
+    monkeypatch.setattr(autotuning, "autotune_convolution", choose)
+    variant = variants.network("taps:5", SMALL)
+    how = Execution(convolution="auto")
+    assert make_ready(variant, DIFFUSION, FEW, how, CPU) == FEW
+    assert variant.blocks[0].ssm.convolution == way("fft")
+    assert asked == [{"d_state": SMALL.d_state, "backward": False}]
 
 
 def test_the_command_takes_the_words_of_training(work, tmp_path):

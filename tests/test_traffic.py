@@ -27,6 +27,19 @@ def test_counting_changes_no_result():
     assert torch.equal(y, convolve(u, spectra)) and len(seen.work) > 2
 
 
+def test_counting_spoils_no_table_that_is_kept():
+    kernels = pytest.importorskip("diffussm.gpu_kernels")
+    kernels.dft_tables.cache_clear()
+
+    def prepare():
+        u, spectra = torch.zeros(1, 256, 2), torch.zeros(2, 2, 257, dtype=torch.cfloat)
+        return lambda: kernels.triton_convolve(u, spectra)
+
+    work_of(prepare)
+    tables = kernels.dft_tables(256, torch.device("cpu"))
+    assert all(type(table) is torch.Tensor for table in tables)
+
+
 def test_views_move_nothing_and_copies_do():
     def prepare():
         x = torch.zeros(4, 6)

@@ -5,7 +5,7 @@ import torch
 from clear_sums import LENGTHS, loop_kernel, random_system
 
 from diffussm.convolution import S4DKernel, vandermonde
-from diffussm.two_level import vandermonde_two_level
+from diffussm.two_level import multiplying_in, vandermonde_two_level
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -17,6 +17,24 @@ def test_kernels_equal_powers_by_repeated_multiplication(length):
         rtol=1e-11,
         atol=1e-11,
     )
+
+
+def precisions():
+    """All that PyTorch says of products in float32, in its newer and older words."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    newer = [part.fp32_precision for part in (cuda, cudnn.conv, cudnn.rnn)]
+    return *newer, torch.get_float32_matmul_precision(), cudnn.allow_tf32
+
+
+def test_old_and_new_words_for_the_precision_agree_and_are_set_again():
+    before = precisions()
+    with multiplying_in("tf32"):
+        assert precisions() == ("tf32", "tf32", "tf32", "high", True)
+        with multiplying_in("ieee"):
+            assert precisions() == ("ieee", "ieee", "ieee", "highest", False)
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert precisions() == ("tf32", "tf32", "tf32", "high", True)
+    assert precisions() == before
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -155,7 +155,7 @@ def test_a_layer_without_states_is_not_run_by_chunks(variant, monkeypatch):
             with pytest.raises(ValueError, match="convolution=fft"):
                 refused(Execution(convolution=asked))
     won = SimpleNamespace(convolution=way("chunked"), reason="it won")
-    monkeypatch.setattr(autotuning, "autotune_convolution", lambda *_: won)
+    monkeypatch.setattr(autotuning, "autotune_convolution", lambda *_, **__: won)
     found = [
         create_state(SHORT, Execution(convolution="auto"), cpu, one)
         for one in (build, DiffuSSM)
