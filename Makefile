@@ -15,6 +15,8 @@ PAGE := $(CURDIR)/_build/html/index.html
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+
 # What a target took, printed at its end.
 define timed
 @start=$$SECONDS; { $(2); } && echo "$(1): $$((SECONDS - start)) s"
@@ -28,8 +30,10 @@ help: ## say what each command does
 venv: ## set up .venv if it is missing or not as requirements.txt and pyproject.toml say
 	@if ! cat requirements.txt pyproject.toml | cmp -s - $(VENV)/installed; then \
 	    echo "venv: installing into $(VENV)"; \
-	    test -x $(RUN) || "$(PYTHON)" -m venv $(VENV); \
-	    $(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'; \
+	    if ! $(RUN) -c $(NEW_ENOUGH) 2>/dev/null; then \
+	        "$(PYTHON)" -c $(NEW_ENOUGH); \
+	        "$(PYTHON)" -m venv --clear $(VENV); \
+	    fi; \
 	    $(RUN) -m pip install --quiet -r requirements.txt; \
 	    $(RUN) -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	    cat requirements.txt pyproject.toml > $(VENV)/installed; \

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, report, require_agreement, speed_row
+from benchmarks.common import command, report, require_agreement, speed_row, two_or_more
 from diffussm.bidirectional import BidirectionalSSM
 from diffussm.convolution import fft_conv, vandermonde
 from diffussm.two_level import vandermonde_two_level
@@ -65,12 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         help="D (default: 1152; less needs less memory)",
     )
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+        "--runs",
+        type=two_or_more,
+        default=3,
+        help="timed runs of each side (default: 3)",
     )
     arguments = parser.parse_args(argv)
     B, L, D = arguments.batch, arguments.length, arguments.width
-    if min(B, L, D, arguments.runs) < 1:
-        parser.error("--batch, --length, --width and --runs must be positive")
+    if min(B, L, D) < 1:
+        parser.error("--batch, --length and --width must be positive")
 
     torch.manual_seed(0)
     layer = BidirectionalSSM(D, D_STATE)

@@ -25,6 +25,7 @@ from benchmarks.common import (
     quiet_runs,
     report,
     share_outside,
+    two_or_more,
 )
 from benchmarks.references import awake, require_right
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs
@@ -113,7 +114,10 @@ def main(argv: list[str] | None = None) -> int:
         "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
     )
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+        "--runs",
+        type=two_or_more,
+        default=3,
+        help="timed runs of each side (default: 3)",
     )
     parser.add_argument(
         "--lengths",
@@ -132,10 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     D = arguments.width
     cases = [case for case in CASES if case[0] in arguments.lengths]
     known = {L for L, _, _ in CASES}
-    least = min(D, arguments.runs, *(arguments.threads or [1]))
+    least = min(D, *(arguments.threads or [1]))
     if least < 1 or D % 16 or not known.issuperset(arguments.lengths):
         parser.error(
-            "--width must be a multiple of 16, --runs and --threads positive, "
+            "--width must be a multiple of 16, --threads positive, "
             "--lengths among 1024, 4096, 16384"
         )
 

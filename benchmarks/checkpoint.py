@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Disagreement, command, report
+from benchmarks.common import Disagreement, command, report, require_quiet, two_or_more
 from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.model import PRESETS, DiffuSSMConfig
 from diffussm.options import Execution, Recipe
@@ -45,10 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="DiffuSSM-S")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=two_or_more, default=5)
     options = parser.parse_args(argv)
-    if options.runs < 1:
-        parser.error("--runs must be positive")
     seconds: dict[str, list[float]] = {"synchronous": [], "training waits": []}
     config, state = make_state(options.preset)
     with (
@@ -78,14 +76,17 @@ def main(argv: list[str] | None = None) -> int:
                     "the two ways wrote different checkpoints; nothing is reported"
                 )
         size = sum(file.stat().st_size for file in written.rglob("*.safetensors"))
+    what = f"checkpoint of {options.preset}, {size / 1e6:,.0f} MB"
+    spread = require_quiet(what, seconds)
     slow, fast = (statistics.median(values) for values in seconds.values())
     row: dict[str, Any] = {
-        "what": f"checkpoint of {options.preset}, {size / 1e6:,.0f} MB",
+        "what": what,
         "synchronous": f"{1e3 * slow:,.0f} ms",
         "training waits": f"{1e3 * fast:,.0f} ms",
         "ratio": round(slow / fast, 2),
         "limit": f"at least {LIMIT:g}",
         "reached": slow / fast >= LIMIT,
+        "spread": f"{spread:.0%}",
         "seconds": seconds,
     }
     return report("checkpoint", "Saving while training goes on", [row])

@@ -142,12 +142,12 @@ def require_quiet(what: str, seconds: Mapping[str, list[float]]) -> float:
     median.
 
     Raises Noise where it exceeds NOISE: something else was running, and a ratio of such
-    medians is luck.
+    medians is luck. One run has no spread: ValueError.
     """
     worst = 0.0
     for name, values in seconds.items():
         if len(values) < 2:
-            continue
+            raise ValueError(f"{what}: {name} ran once, and one run has no spread")
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
         spread = (high - low) / statistics.median(values)
         if not spread <= NOISE:
@@ -323,19 +323,30 @@ def report(
     return 0 if all(row.get("reached", True) for row in rows) else 1
 
 
+def two_or_more(text: str) -> int:
+    """The type of ``--runs`` wherever a spread is reported."""
+    runs = int(text)
+    if runs < 2:
+        raise argparse.ArgumentTypeError(
+            f"{runs}: one run has no spread, take 2 or more"
+        )
+    return runs
+
+
 def asked_runs(
     module: str,
     told: str | None,
     argv: list[str] | None,
     default: int = 5,
     what: str = "timed runs of each side",
+    kind: Callable[[str], int] = two_or_more,
 ) -> int:
     """The one option of a benchmark without any other: ``--runs``."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{module}", description=(told or "").splitlines()[0]
     )
     text = f"{what} (default: {default})"
-    parser.add_argument("--runs", type=int, default=default, help=text)
+    parser.add_argument("--runs", type=kind, default=default, help=text)
     runs: int = parser.parse_args(argv).runs
     if runs < 1:
         parser.error("--runs must be positive")

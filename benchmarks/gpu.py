@@ -14,6 +14,7 @@ import copy
 import gc
 import json
 import statistics
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,30 +23,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.bidirectional import make_job as layer_job
 from benchmarks.bidirectional import two_convolutions
 from benchmarks.common import (
     RESULTS,
-    alternate,
     environment,
     quiet_runs,
     require_agreement,
     share_outside,
 )
-from benchmarks.references import awake, require_right
+from benchmarks.references import awake, require_right, require_rounding
 from benchmarks.sampling import Uncached
 from benchmarks.sampling import make_job as sampling_job
-from benchmarks.train_step import make_loss, make_model, make_step
+from benchmarks.train_step import make_model, make_step
 from diffussm.autotuning import autotune_convolution
 from diffussm.bidirectional import WAYS, BidirectionalSSM, way
+from diffussm.chunked import prepare_layers
 from diffussm.convolution import S4DKernel, vandermonde
 from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs, explicit_attention
 from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.parallel import speed_up
 from diffussm.profiling import time_by_kind
+from diffussm.recomputation import RecomputingBlock
 from diffussm.resources import peak_flops
 from diffussm.sampling_at_scale import replay
 from diffussm.two_level import vandermonde_two_level
@@ -222,28 +225,111 @@ def chosen(
 
 
 def block_job(
-    block: nn.Module, batch: int, places: int, passes: int, device: torch.device
-) -> Callable[[], object]:
-    """Forward and backward of a block under bfloat16, from what is prepared.
+    block: nn.Module,
+    batch: int,
+    length: int,
+    passes: int,
+    device: torch.device,
+    half: bool = True,
+) -> Callable[[], list[Tensor]]:
+    """Forward and backward of a block under bfloat16; output and gradients of the last.
 
-    Some in a row, as those of a network: the host launches while the GPU computes.
+    Some in a row, as those of a network: the host launches while the GPU computes. As
+    in an optimiser step with one micro-batch the kernels of all are prepared first,
+    and their gradients go back to the weights together at the end.
     """
+    layers = [block.ssm] * passes if isinstance(block, HourglassBlock) else []
+    places = length // block.downsample if layers else length
+    # called as a network calls it, so that both share what was compiled
+    more = ["none"] if isinstance(block, RecomputingBlock) else []
     d_model = block.modulation.in_features
-    x = torch.randn(batch, places, d_model, device=device, requires_grad=True)
-    given = [x, torch.randn(batch, d_model, device=device, requires_grad=True)]
-    learned = dict(block.named_parameters())
-    if isinstance(block, HourglassBlock):  # made once in a step, for all blocks
-        prepared = block.ssm.prepare(places * block.downsample)
-        given.append(prepared.detach().requires_grad_())
-        learned = {k: p for k, p in learned.items() if not k.startswith("ssm.")}
-    inputs, probe = [*given, *learned.values()], torch.randn(x.shape, device=device)
-    forward = autocast(lambda: block(*given), device)
+    draws = torch.Generator(device).manual_seed(0)
+    x, c, probe = (
+        torch.randn(shape, device=device, generator=draws)
+        for shape in (
+            (batch, places, d_model),
+            (batch, d_model),
+            (batch, places, d_model),
+        )
+    )
+    named = block.named_parameters()
+    weights = [p for name, p in named if not name.startswith("ssm.")]
+    inputs = [x.requires_grad_(), c.requires_grad_(), *weights]
 
-    def job() -> None:
-        for _ in range(passes):
-            torch.autograd.grad(forward(), inputs, probe)
+    def job() -> list[Tensor]:
+        prepared = prepare_layers(layers, length) if layers else []
+        handed = [[one.detach().requires_grad_()] for one in prepared] or [[]] * passes
+        back = []
+        for leaf in handed:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                y = block(x, c, *leaf, *more)
+            found = torch.autograd.grad(y, [*inputs, *leaf], probe)
+            back += found[len(inputs) :]
+        result = [y.detach(), *found[: len(inputs)]]
+        if prepared:
+            result += torch.autograd.grad(prepared, [*block.ssm.parameters()], back)
+        return result
 
     return job
+
+
+def plain_twin(block: nn.Module) -> nn.Module:
+    """A copy that is not compiled, with the reference convolution, or the attention of
+    PyTorch.
+    """
+    twin = copy.deepcopy(block)
+    if isinstance(twin, HourglassBlock):
+        twin.ssm.convolution = way("reference")
+    else:
+        twin.attention = F.scaled_dot_product_attention
+    return twin
+
+
+def require_right_as_timed(
+    what: str, block: nn.Module, batch: int, length: int, device: torch.device
+) -> None:
+    """Compare a block, compiled and with its convolution, at the sizes that are timed,
+    with its plain twin; or raise Disagreement.
+    """
+    twin = plain_twin(block)
+    sides = (twin, False), (twin, True), (block, True)
+    require_rounding(
+        what, *(block_job(b, batch, length, 1, device, half)() for b, half in sides)
+    )
+
+
+def two_blocks(
+    what: str,
+    sides: dict[str, nn.Module],
+    case: tuple[int, int],
+    sizes: Sizes,
+    device: torch.device,
+    **facts: Any,
+) -> Row:
+    """The row of two blocks that are right at a length and batch."""
+    length, batch = case
+    for name, block in sides.items():
+        require_right_as_timed(f"{what}, {name}", block, batch, length, device)
+    jobs = {
+        name: block_job(block, batch, length, sizes.passes, device)
+        for name, block in sides.items()
+    }
+    return ratio(what, jobs, sizes.runs, length=length, batch=batch, **facts)
+
+
+def curve_of(what: str, block: nn.Module, sizes: Sizes, device: torch.device) -> Row:
+    """The row of the exponent with which the cost of a block grows with the length."""
+    for n in sizes.curve:
+        require_right_as_timed(f"{what}, L = {n}", block, 2, n, device)
+    jobs = {str(n): block_job(block, 2, n, sizes.passes, device) for n in sizes.curve}
+    seconds, spread = quiet_runs(what, jobs, runs=sizes.runs, warmup=2)
+    medians = [statistics.median(seconds[str(n)]) for n in sizes.curve]
+    exponent = float(np.polyfit(np.log(sizes.curve), np.log(medians), 1)[0])
+    return {
+        "exponent": round(exponent, 3),
+        "spread": round(spread, 3),
+        "seconds": seconds,
+    }
 
 
 def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -263,30 +349,18 @@ def blocks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             block.compile(dynamic=False)  # each length and batch has a graph of its own
     for length, batch in sizes.block_cases:
         ours.ssm.convolution, convolution = chosen(sizes, length, batch, device)
-        facts = {"length": length, "batch": batch, "convolution": convolution}
-        facts["passes"] = sizes.passes
-        job = block_job(ours, batch, length // 2, sizes.passes, device)
+        facts = {"convolution": convolution, "passes": sizes.passes}
         for name, block in (
             ("fused attention", theirs),
             ("unfused attention", unfused),
         ):
             what = f"block against DiT's with {name}, L = {length}, B = {batch}"
-            other = block_job(block, batch, length, sizes.passes, device)
-            sides = {"DiT": other, "DiffuSSM": job}
-            yield attempt(what, ratio, what, sides, sizes.runs, attention=name, **facts)
-    seconds = alternate(
-        {str(n): block_job(ours, 2, n // 2, sizes.passes, device) for n in sizes.curve},
-        runs=sizes.runs,
-        warmup=2,
-    )
-    medians = [statistics.median(seconds[str(n)]) for n in sizes.curve]
-    exponent = float(np.polyfit(np.log(sizes.curve), np.log(medians), 1)[0])
-    yield {
-        "what": "exponent of the cost of a block",
-        "convolution": convolution,
-        "exponent": round(exponent, 3),
-        "seconds": seconds,
-    }
+            sides, facts["attention"] = {"DiT": block, "DiffuSSM": ours}, name
+            case = length, batch
+            yield attempt(what, two_blocks, what, sides, case, sizes, device, **facts)
+    what = "exponent of the cost of a block"
+    row = attempt(what, curve_of, what, ours, sizes, device)
+    yield row | {"convolution": convolution}
 
 
 def attempt(
@@ -326,9 +400,7 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
                 max(1, round(places / config.seq_len)) for places in sizes.places
             ]
             try:
-                model, convolution = checked_model(
-                    kind, config, batches[0], sizes, device
-                )
+                model, convolution = fast_model(kind, config, batches[0], sizes, device)
             except Exception as error:
                 yield facts | {
                     "what": name,
@@ -344,11 +416,11 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             del model
 
 
-def checked_model(
+def fast_model(
     kind: str, config: DiffuSSMConfig, batch: int, sizes: Sizes, device: torch.device
 ) -> tuple[nn.Module, str]:
-    """A network, compiled if `sizes` says so, whose loss and gradient are those that it
-    has uncompiled.
+    """A network as the trainer would run it, compiled if `sizes` says so, and the name
+    of its convolution.
     """
     free_memory(device)
     model = make_model(kind, config, str(device))
@@ -358,30 +430,9 @@ def checked_model(
         for block in model.blocks:
             block.ssm.convolution = convolution
     if sizes.compile:
-        before = loss_and_norm(model, 2, device)
         for block in model.blocks:
             block.compile(dynamic=False)
-        after = loss_and_norm(model, 2, device)
-        if not np.allclose(before, after, rtol=1e-2, atol=0):
-            raise RuntimeError(
-                f"loss and gradient norm are {after} compiled and {before} uncompiled"
-            )
     return model, name
-
-
-def loss_and_norm(
-    model: nn.Module, batch: int, device: torch.device
-) -> tuple[float, float]:
-    """Of one batch under bfloat16; the weights stay as they are and no gradient is
-    left.
-    """
-    loss = make_loss(model, batch, "bf16")()
-    loss.backward()
-    norm = nn.utils.get_total_norm(
-        [p.grad for p in model.parameters() if p.grad is not None]
-    )
-    model.zero_grad(set_to_none=True)
-    return float(loss.detach()), float(norm)
 
 
 def free_memory(device: torch.device) -> None:
@@ -396,13 +447,15 @@ def one_training(
     model: nn.Module, batch: int, sizes: Sizes, device: torch.device
 ) -> Row:
     """Images/s, memory, MFU and the share outside matrix products of one model at one
-    batch.
+    batch, whose first block is compared with its plain twin.
 
     The peak of memory is that of warmed-up steps: what compiling and checking took is
     forgotten.
     `held_bytes` is what lies in memory between two steps: weights, their average, the
     optimiser's moments.
     """
+    length = model.config.seq_len
+    require_right_as_timed("a block", model.blocks[0], batch, length, device)
     free_memory(device)
     step = make_step(model, batch, "bf16")
     step(), step()
@@ -453,6 +506,7 @@ def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         what = f"sampling, {size} x {size}, batch 1, {sizes.steps_computed} steps"
         require_agreement(what, *(side() for side in sides.values()), 0.0)
         yield attempt(what, ratio, what, sides, sizes.runs, size=size)
+        plain = {batch: plain_images(model, batch, sizes) for batch in sizes.batches}
         for batch in sizes.batches:
             convolution, name = chosen(sizes, config.seq_len, 2 * batch, device)
             speed_up(model, convolution, False, device)
@@ -460,19 +514,52 @@ def sampling(sizes: Sizes, device: torch.device) -> Iterator[Row]:
                 for block in model.blocks:
                     block.compile(dynamic=False)
                 replay(model)
-            what = f"sampling, {size} x {size}, batch {batch}, guided, as of 250 steps"
-            row = attempt(what, one_sampling, model, batch, sizes, device)
+            what = (
+                f"sampling, {size} x {size}, batch {batch}, guided, kernels and graph "
+                "kept, as of 250 steps"
+            )
+            row = attempt(what, one_sampling, what, model, plain[batch], sizes, device)
             yield row | {"batch": batch, "size": size, "convolution": name}
 
 
+def guided_job(model: DiffuSSM, batch: int, steps: int) -> Callable[[], Tensor]:
+    """A function that draws guided images."""
+    return sampling_job(model, steps, batch, 1.5)
+
+
+def plain_images(model: DiffuSSM, batch: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Images of few steps of a model as it is, in float32 and under bfloat16."""
+    job = guided_job(model, batch, sizes.steps_computed)
+    return job(), autocast(job, next(model.parameters()).device)()
+
+
 def one_sampling(
-    model: DiffuSSM, batch: int, sizes: Sizes, device: torch.device
+    what: str,
+    model: DiffuSSM,
+    plain: tuple[Tensor, Tensor],
+    sizes: Sizes,
+    device: torch.device,
 ) -> Row:
-    """Images/s of guided batches, if all 250 steps take what a few of them take."""
-    job = autocast(sampling_job(model, sizes.steps, batch, 1.5), device)
-    seconds = alternate({"guided": job}, runs=2)["guided"]
-    per_second = batch / statistics.median(seconds) * sizes.steps / 250
-    return {"images_per_second": per_second, "seconds": seconds, "steps": sizes.steps}
+    """Images/s of guided batches, if all 250 steps take what a few of them take.
+
+    As in a set of many batches: kernels are computed, and a step is recorded as a CUDA
+    graph, before the clock starts. Images of few steps are compared with `plain` first.
+    """
+    exact, rounded = plain
+    few, many = (
+        autocast(guided_job(model, len(exact), steps), device)
+        for steps in (sizes.steps_computed, sizes.steps)
+    )
+    with model.cached_kernels():  # of all runs
+        require_rounding(what, [exact], [rounded], [few()])
+        seconds, spread = quiet_runs(what, {"guided": many}, runs=2)
+    median = statistics.median(seconds["guided"])
+    return {
+        "images_per_second": len(exact) / median * sizes.steps / 250,
+        "spread": round(spread, 3),
+        "seconds": seconds["guided"],
+        "steps": sizes.steps,
+    }
 
 
 SECTIONS = {
@@ -494,6 +581,35 @@ def measured(name: str, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     except Exception as error:
         traceback.print_exc()
         yield {"what": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def commit() -> str:
+    """Of the code that runs, with "-dirty" if it has been changed since."""
+    told = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(told, cwd=RESULTS, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def kept_rows(record: dict[str, Any], machine: dict[str, str]) -> dict[str, list[Row]]:
+    """The rows of a record, by section, each with its date; none if they are of another
+    GPU or another PyTorch, for a record names one of each.
+    """
+    if not record:
+        return {}
+    before = record["environment"]
+    named = ("gpu", "torch")
+    if any(before.get(name) != machine.get(name) for name in named):
+        told = ", ".join(str(before.get(name)) for name in named)
+        print(f"the rows of {told} are not kept: this is another GPU or PyTorch")
+        return {}
+    sections = {name: record[name] for name in SECTIONS if name in record}
+    return {
+        name: [{"date": before["date"], **row} for row in rows]
+        for name, rows in sections.items()
+    }
 
 
 def summary(row: Row) -> str:
@@ -542,13 +658,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = REHEARSAL if arguments.rehearse else Sizes(sizes=tuple(arguments.sizes))
     sizes = replace(sizes, convolution=arguments.convolution)
     file = RESULTS / "gpu.json"
-    record = (
-        json.loads(file.read_text()) if file.exists() and not arguments.rehearse else {}
-    )
-    record |= {
-        "environment": environment(),
-        "precision": "bf16 autocast, blocks compiled",
-    }
+    machine, stored = environment(), file.exists() and not arguments.rehearse
+    before = kept_rows(json.loads(file.read_text()) if stored else {}, machine)
+    marks = {"commit": commit(), "date": machine["date"]}
+    precision = "bf16 autocast, blocks compiled"
+    record: dict[str, Any] = {"environment": machine, "precision": precision} | before
     failed = 0
     for name in arguments.sections:
         rows = [
@@ -557,7 +671,7 @@ def main(argv: list[str] | None = None) -> int:
             if "size" in row and row["size"] not in sizes.sizes
         ]
         for row in measured(name, sizes, device):
-            rows.append(row)
+            rows.append(row | marks)
             fault = row.get("error", "")
             failed += bool(fault) and not fault.startswith("Noise")
             print(f"{name}: {row['what']}: {fault or summary(row)}"[:400], flush=True)

@@ -18,7 +18,13 @@ import torch
 from torch import nn
 
 from benchmarks.block import make_job
-from benchmarks.common import command, keep_freed_memory, quiet_runs, report
+from benchmarks.common import (
+    command,
+    keep_freed_memory,
+    quiet_runs,
+    report,
+    two_or_more,
+)
 from benchmarks.references import awake, require_right
 from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
@@ -37,11 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=1, help="B (default: 1)")
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each length (default: 3)"
+        "--runs",
+        type=two_or_more,
+        default=3,
+        help="timed runs of each length (default: 3)",
     )
     arguments = parser.parse_args(argv)
     D, B = arguments.width, arguments.batch
-    if min(D, B, arguments.runs) < 1 or D % 16:
+    if min(D, B) < 1 or D % 16:
         parser.error("all options must be positive, and --width a multiple of 16")
 
     keep_freed_memory()

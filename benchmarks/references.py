@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import require_agreement
+from benchmarks.common import Disagreement, require_agreement
 from diffussm.bidirectional import convolve_reference
 from diffussm.convolution import vandermonde
 from diffussm.efficiency import DiTBlock, explicit_attention
@@ -70,6 +70,34 @@ def require_right(
         require_agreement(f"{what}, gradients", clear[1:], fast[1:], tolerance),
     ]
     return max(errors)
+
+
+def require_rounding(
+    what: str, exact: list[Tensor], rounded: list[Tensor], candidate: list[Tensor]
+) -> float:
+    """Compare what runs under bfloat16 with the plain way, in float32 and rounded.
+
+    The first tensor is the output, the others are gradients. An error is relative to
+    the norm of the exact tensor. Allowed is three times what rounding costs the plain
+    way, as in ch. "Chosen, not assumed": of the output, or of the gradient that it
+    costs most. Returns the largest share of that; or raises Disagreement.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    cost, found = (
+        [float((a - b).norm() / a.norm().clamp_min(tiny)) for a, b in pairs]
+        for pairs in (
+            list(zip(exact, side, strict=True)) for side in (rounded, candidate)
+        )
+    )
+    allowed = [3 * cost[0]] + [3 * max(cost[1:], default=0.0)] * len(cost[1:])
+    for index, (error, most) in enumerate(zip(found, allowed, strict=True)):
+        if not error <= most:  # also catches NaN
+            raise Disagreement(
+                f"{what}: tensor {index} is {error:.1e} of its norm from the plain "
+                f"way in float32, more than the {most:.1e} allowed in bfloat16; "
+                "nothing is reported"
+            )
+    return max(e / m for e, m in zip(found, allowed, strict=True) if m)
 
 
 def awake(block: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import command, quiet_runs, report
+from benchmarks.common import command, quiet_runs, report, two_or_more
 from diffussm.hourglass import HourglassBlock
 from diffussm.profiling import time_by_kind
 
@@ -32,11 +32,8 @@ def parts_of_a_block(L: int, D: int) -> dict[str, Part]:
     and the work itself.
     """
     torch.manual_seed(0)
-    stream, wide, weight = (
-        torch.randn(L, D),
-        torch.randn(L, 2 * D),
-        torch.randn(2 * D, D),
-    )
+    stream, weight = torch.randn(L, D), torch.randn(2 * D, D)
+    wide, gate = torch.randn(2, L, 2 * D)
     sequences = torch.randn(D, 2 * L)
     half_spectra, spectra = (
         torch.fft.rfft(sequences),
@@ -66,7 +63,7 @@ def parts_of_a_block(L: int, D: int) -> dict[str, Part]:
         ),
         "GELU": (20.0 * L * D, 16.0 * L * D, lambda: F.gelu(wide)),
         "layer norm": (8.0 * L * D, 8.0 * L * D, lambda: F.layer_norm(stream, (D,))),
-        "gate": (2.0 * L * D, 24.0 * L * D, lambda: wide * wide),
+        "gate": (2.0 * L * D, 24.0 * L * D, lambda: wide * gate),
     }
 
 
@@ -120,11 +117,14 @@ def main(argv: list[str] | None = None) -> int:
         "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
     )
     parser.add_argument(
-        "--runs", type=int, default=9, help="timed runs of each part (default: 9)"
+        "--runs",
+        type=two_or_more,
+        default=9,
+        help="timed runs of each part (default: 9)",
     )
     arguments = parser.parse_args(argv)
     L, D, runs = arguments.length, arguments.width, arguments.runs
-    if min(L, D, runs) < 1 or L % 2 or D % 16:
+    if min(L, D) < 1 or L % 2 or D % 16:
         parser.error(
             "all options must be positive, --length even and --width a multiple of 16"
         )

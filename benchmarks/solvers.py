@@ -51,7 +51,7 @@ def ends(
 
 
 def main(argv: list[str] | None = None) -> int:
-    runs = asked_runs("solvers", __doc__, argv, default=1, what="images of each class")
+    runs = asked_runs("solvers", __doc__, argv, 1, "images of each class", kind=int)
     box, count = load_pretrained("digits"), 10 * runs
     pipe = DiffuSSMPipeline(box.model(), ancestral_scheduler())
     pipe.set_progress_bar_config(disable=True)

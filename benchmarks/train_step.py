@@ -30,6 +30,7 @@ from benchmarks.common import (
     require_agreement,
     share_outside,
     speed_row,
+    two_or_more,
 )
 from benchmarks.references import awake, require_right
 from diffussm.batches import Batch, noise_at
@@ -247,15 +248,14 @@ def main(argv: list[str] | None = None) -> int:
         "--width", type=int, default=1152, help="D, a multiple of 16 (default: 1152)"
     )
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+        "--runs",
+        type=two_or_more,
+        default=3,
+        help="timed runs of each side (default: 3)",
     )
     arguments = parser.parse_args(argv)
     B, D = arguments.batch, arguments.width
-    if (
-        min(arguments.size, B, arguments.blocks, D, arguments.runs) < 1
-        or D % 16
-        or arguments.size % 2
-    ):
+    if min(arguments.size, B, arguments.blocks, D) < 1 or D % 16 or arguments.size % 2:
         parser.error(
             "all options must be positive, --width a multiple of 16 and --size even"
         )

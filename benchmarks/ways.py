@@ -23,6 +23,7 @@ from benchmarks.common import (
     quiet_runs,
     report,
     require_agreement,
+    two_or_more,
 )
 from diffussm.bidirectional import BidirectionalSSM, Convolution, way
 from diffussm.chunked import chunked, modes
@@ -111,7 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.ways", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--runs", type=int, default=3, help="timed runs of each side (default: 3)"
+        "--runs",
+        type=two_or_more,
+        default=3,
+        help="timed runs of each side (default: 3)",
     )
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(LENGTHS), help="default: all"
@@ -120,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         "--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2"
     )
     arguments = parser.parse_args(argv)
-    if min(arguments.runs, *arguments.lengths, *arguments.threads) < 1:
-        parser.error("--runs, --lengths and --threads must be positive")
+    if min(*arguments.lengths, *arguments.threads) < 1:
+        parser.error("--lengths and --threads must be positive")
     keep_freed_memory()
     rows = []
     for threads in arguments.threads:

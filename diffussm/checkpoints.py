@@ -26,6 +26,7 @@ from diffussm.files import (
 )
 from diffussm.guards import explain, refuse
 from diffussm.model import DiffuSSM, DiffuSSMConfig
+from diffussm.options import warn
 from diffussm.training import TrainState
 
 __all__ = [
@@ -110,6 +111,8 @@ _CHECKPOINT_FILES = {
 
 
 def _write(taken: Snapshot, folder: Path) -> None:
+    for draft in folder.parent.glob(".step_*.tmp"):  # of saves that were killed
+        shutil.rmtree(draft, ignore_errors=True)
     with whole_folder(folder) as draft:
         for file, tensors in taken.tensors.items():
             (draft / file).parent.mkdir(exist_ok=True)
@@ -129,6 +132,8 @@ def write_checkpoint(
     keep: Collection[int] = (),
 ) -> Path:
     """Write RUN/checkpoints/step_XXXXXXXX, then `_prune`; returns the folder.
+
+    Only one process may save in a run at a time: drafts that others left are removed.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -173,7 +178,10 @@ def _prune(
     for old in others[: max(len(others) + 1 - keep_last, 0)]:
         step = step_of(old)
         if step not in keep and (not keep_every or step % keep_every):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warn(f"{old} could not be removed: {error}; the next save tries again")
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
@@ -294,7 +302,7 @@ def whole_ema(state: TrainState) -> DiffuSSM:
     if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         return state.ema
     with torch.device("meta"):
-        ema = DiffuSSM(state.model.config)
+        ema = state.build()
     weights = {name: full_tensor(tensor) for name, tensor in tensors.items()}
     ema.load_state_dict(weights, assign=True)
     return ema.requires_grad_(False).eval()

@@ -19,12 +19,19 @@ from diffussm.latents import LatentStore, verify_store
 from diffussm.options import Execution, Recipe, check_data
 from diffussm.parallel import compiler_lacking
 from diffussm.probe import probe_all_reduce
-from diffussm.recipes import fit, open_data, open_decoder, open_held_out, takes_latents
+from diffussm.recipes import (
+    check_outside,
+    fit,
+    open_data,
+    open_decoder,
+    open_held_out,
+    takes_latents,
+)
 from diffussm.resources import memory_needed, parameter_count
 from diffussm.run_folder import check_run
 from diffussm.warm_start import check_warm_start
 
-__all__ = ["Plan", "Finding", "examine", "amount", "QUESTIONS"]
+__all__ = ["Plan", "Finding", "examine", "amount", "written_to", "QUESTIONS"]
 
 _T = TypeVar("_T")
 
@@ -59,7 +66,9 @@ class Plan:
         **others: Any,
     ) -> Self:
         """The plan for this machine; `others` are the other fields."""
-        asked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        with explain(f"--device {device}", RuntimeError):
+            asked = torch.device(device or usual)
         alone = asked.index is not None and "LOCAL_RANK" in os.environ
         refuse(alone, f"{asked} is one GPU for all processes; pass --device cuda")
         gpus = torch.cuda.device_count() if asked.type == "cuda" else 0
@@ -110,6 +119,7 @@ def examine(what: str, plan: Plan) -> Finding:
 
 def _ask_memory(plan: Plan) -> str:
     """Does what each process needs fit what is free for it?"""
+    _where_there_is_a_device(plan)
     count = plan.processes
     need = memory_needed(plan.recipe, plan.execution, count)["total"]
     if plan.device.type == "cuda":
@@ -148,15 +158,15 @@ def _ask_disk(plan: Plan) -> str:
     _first_process_only()
     kept = checkpoints_kept(plan.recipe, plan.execution)
     need = kept * 4 * 4.0 * parameter_count(plan.recipe.model)
-    there = _written_to(plan.out)
+    there = written_to(plan.out)
     free = shutil.disk_usage(there).free
     both = f"{amount(need)} needed for {kept} checkpoints, {amount(free)} free"
     cure = "free some, raise --keep_every, or choose another --out"
     return _judged(need <= free, f"{both} for {plan.out}", cure)
 
 
-def _written_to(out: Path) -> Path:
-    """The folder that is there already, at or above the one of a run."""
+def written_to(out: Path) -> Path:
+    """The folder that is there already, at or above `out`; OSError if read-only."""
     above = (out.absolute(), *out.absolute().parents)
     there = next(path for path in above if path.is_dir())
     writable = os.access(there, os.W_OK)
@@ -182,6 +192,7 @@ def _ask_folder(plan: Plan) -> str:
     _skip_unless(plan.out != Path("."), "say with --out where the run will be written")
     _first_process_only()
     data = open_data(plan.recipe, plan.free, plan.out.parent)
+    check_outside(plan.out, data, pictures=True)
     fitted = fit(plan.recipe, data, plan.free)
     known = check_run(plan.out, fitted, plan.execution, data, plan.other_data)
     return f"{plan.out} is {'free' if known is None else 'of this run: it goes on'}"
@@ -202,7 +213,9 @@ def _ask_held_out(plan: Plan) -> str:
     _skip_unless(execution.score_every, "the run is not scored on the way")
     data = open_data(plan.recipe, plan.free, place)
     named = execution.held_out, plan.recipe, data.classes
-    return f"{len(open_held_out(*named, place))} images"
+    held_out = open_held_out(*named, place)
+    check_outside(plan.out, held_out, pictures=True)
+    return f"{len(held_out)} images"
 
 
 def _ask_vae(plan: Plan) -> str:
@@ -213,6 +226,7 @@ def _ask_vae(plan: Plan) -> str:
     seen = not plan.execution.sample_every or plan.vae is not None
     _judged(seen, "--sample_every draws samples on the way", lacking)
     vae = _skip_unless(plan.vae, lacking)
+    _where_there_is_a_device(plan)
     known, place = plan.recipe.data, plan.out.parent
     found = open_data(plan.recipe, plan.free, place) if known else None
     decode, _ = open_decoder(vae, plan.device, getattr(found, "vae", None))
@@ -247,6 +261,7 @@ def _ask_bf16(plan: Plan) -> str:
     """Does the arithmetic of the recipe work here?"""
     precision, has_it = plan.recipe.precision, True
     _skip_unless(precision == "bf16", f"the recipe trains in {precision}")
+    _where_there_is_a_device(plan)
     if plan.device.type == "cuda":
         torch.cuda.set_device(plan.device)
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -283,9 +298,17 @@ def _first_process_only() -> None:
     _skip_unless(_rank() == 0, "the first process looks")
 
 
+def _where_there_is_a_device(plan: Plan) -> None:
+    """Skip what needs a GPU where torch sees none, which is said of "GPU"."""
+    there = plan.device.type != "cuda" or torch.cuda.device_count() > 0
+    _skip_unless(there, "torch sees no GPU")
+
+
 def _ask_processes(plan: Plan) -> str:
     """Can the processes talk to each other?"""
-    return probe_all_reduce(plan.device.type, plan.processes, plan.limit)
+    _where_there_is_a_device(plan)
+    kind = "cuda" if plan.device.type == "cuda" else "cpu"
+    return probe_all_reduce(kind, plan.processes, plan.limit)
 
 
 QUESTIONS: dict[str, Callable[[Plan], str]] = {

@@ -8,10 +8,11 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def encode(
     listed. `workers` threads read ahead.
 
     Returns the store, or None while other processes are still at work. Raises
-    ValueError when `out` holds something else.
+    ValueError when `out` holds something else, or another process makes these shards.
     """
     sizes = {"batch_size": batch_size, "shard_size": shard_size}
     for name, size in {**sizes, "workers": workers}.items():
@@ -167,6 +168,7 @@ def _encode_shard(
     skipped: list[Skipped] = []
     path = out / f"shard-{number:05d}.npy"
     with whole_file(path) as draft, draft.open("wb") as file:
+        _hold(file)
         file.write(npy_header(shard_shape(plan, len(indices))))
         for batch in _read_ahead(partial(_read, source), indices, size, workers):
             skipped += [item for item in batch if isinstance(item, Skipped)]
@@ -176,6 +178,7 @@ def _encode_shard(
                 labels += [label for _, label in good]
         file.seek(0)  # now that the number of good images is known
         file.write(npy_header(shard_shape(plan, len(labels))))
+        refuse(not draft.exists(), f"{draft} {_REMOVED}", FileNotFoundError)
     _write(path.with_suffix(".json"), _record(path, labels, skipped))
 
 
@@ -233,11 +236,33 @@ def _finished(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | 
     return record
 
 
+_REMOVED = "was removed while it was written, as another process does that starts here"
+
+
 def _remove_stale(out: Path, rank: int, world_size: int) -> None:
+    """ValueError if a shard of ours is being made by another process."""
     for stale in out.glob(".*.tmp*"):
-        number = re.search(r"shard-(\d{5})", stale.name)
-        if (int(number[1]) if number else 0) % world_size == rank:
-            stale.unlink(missing_ok=True)
+        found = re.search(r"shard-(\d{5})", stale.name)
+        number = int(found[1]) if found else 0
+        if number % world_size == rank:
+            with suppress(FileNotFoundError):
+                with stale.open("r+b") as file:
+                    busy = f"another process is making shard {number} of {out}"
+                    refuse(not _hold(file), f"{busy}: wait for it, or stop it")
+                stale.unlink()
+
+
+def _hold(file: BinaryIO) -> bool:
+    """Lock a draft until it is closed, or its process ends; False if it is locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # a system or a disk that has no such lock
+        pass
+    return True
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

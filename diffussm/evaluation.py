@@ -49,6 +49,8 @@ def _score_set(
     if extrapolate and found.pool is not None:
         row["fid_infinity"] = fid_infinity(found.pool, known.mu, known.sigma)
     how = protocol(found, known, row, place)
+    if "fid_infinity" in row:
+        how["fid_infinity"] = {"images_of_the_smallest_subset": found.count // 10}
     for name in how.keys() & {"inception_score", "precision_recall", "kid"}:
         how[name]["seed"] = SEED  # of the keys that order the images
     differs = _differs_from_adm(extractor, how, kind)
@@ -92,12 +94,19 @@ def _notes(
     found: FeatureStatistics, known: FeatureStatistics, how: dict[str, Any]
 ) -> list[str]:
     """What a reader of these scores must be told."""
-    notes = []
-    if found.count <= len(found.mu):
+    sets = {"": found.count, " of the reference": known.count}
+    notes = [
+        f"{count} images{which} for {len(found.mu)} features: the covariance is "
+        "singular and the distance far too high; compare it only with others of "
+        "the same count"
+        for which, count in sets.items()
+        if 0 < count <= len(found.mu)
+    ]
+    fewest = how.get("fid_infinity", {}).get("images_of_the_smallest_subset")
+    if fewest is not None and fewest <= len(found.mu):
         notes.append(
-            f"{found.count} images for {len(found.mu)} features: the covariance is "
-            "singular and the distance far too high; compare it only with others of "
-            "the same count"
+            f"fid_infinity: its smallest subset has {fewest} images for "
+            f"{len(found.mu)} features, where it is no line: take more images"
         )
     parts = how.get("inception_score", {"parts": 1})
     if parts["parts"] > 1 and parts["last_part"] < parts["part"]:

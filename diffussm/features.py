@@ -191,6 +191,8 @@ def save_statistics(
     `size` and `exif_rotate` as for `ImageSet`; they are recorded, with all else that
     was read or left out.
     """
+    told = f"{source} holds moments already, of more images: give it to `evaluate`"
+    refuse(_has_moments(source), told)
     images = ImageSet(source, size, exif_rotate)
     extractor = extractor or load_inception(weights, device)
     found = statistics(images, extractor, batch_size, keep=NEIGHBOURS)
@@ -198,6 +200,13 @@ def save_statistics(
     with whole_file(out) as draft, draft.open("wb") as file:
         np.savez(file, **_as_arrays(found, extractor))
     return out
+
+
+def _has_moments(source: Source) -> bool:
+    if not isinstance(source, str | Path) or not zipfile.is_zipfile(source):
+        return False
+    with zipfile.ZipFile(source) as archive:
+        return "mu.npy" in archive.namelist()
 
 
 _NUMBERS = ("mu", "sigma", "mu_s", "sigma_s", "pool", "count")

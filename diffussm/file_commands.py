@@ -57,6 +57,7 @@ def vae(
     from diffussm import autoencoder, recipes
 
     source = recipes.images_at(images, out.parent, size, exif_rotate=exif_rotate)
+    recipes.check_outside(out, source)
     sizes = {"batch_size": min(batch_size, len(source)), "crop": crop}
     with interruptible(nothing_kept):
         trained = autoencoder.train_vae(source, steps=steps, lr=lr, seed=seed, **sizes)
@@ -107,10 +108,11 @@ def encode(
         verify: read all of it again and compare checksums
         device: DEVICE
     """
-    from diffussm import autoencoder, encoding
+    from diffussm import autoencoder, encoding, recipes
     from diffussm.distributed import barrier, rank, world_size
 
     source = _open_images(data, out.parent, size, no_classes, exif_rotate, given)
+    recipes.check_outside(out, source)
     how: dict[str, Any] = {"flip": not no_flip, "workers": workers}
     how |= {"batch_size": batch_size, "shard_size": shard_size}
     with start("encode", device) as own, interruptible(partial(_shards_kept, out)):

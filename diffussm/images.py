@@ -66,7 +66,9 @@ def decode_image(
     _mute_pillow()
     with explain("cannot be decoded", Exception, error=BadImage):
         image = _loaded(data)
-        return _to_rgb(_upright(image) if exif_rotate else image, background)
+        rgb = _to_rgb(_upright(image) if exif_rotate else image, background)
+        tags = getattr(image, "tag_v2", {}) if image.mode.startswith("I;16") else {}
+        return ImageOps.invert(rgb) if tags.get(262) == 0 else rgb  # a TIFF's 0: white
 
 
 _PILLOW = re.compile(r"PIL\.")
@@ -85,6 +87,12 @@ def _loaded(data: bytes | Image.Image) -> Image.Image:
     of_16_bits = image.mode == "I" and image.format in ("PNG", "PPM")
     told = f"mode {image.mode} has no agreed range; save 8 or 16 bits"
     refuse(image.mode in ("I", "F") and not of_16_bits, told)
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # of a TIFF
+    of_12_bits = image.mode.startswith("I;16") and bits != (16,)
+    refuse(of_12_bits, f"grey of {bits[0]} bits has no agreed range; save 8 or 16")
+    key = image.info.get("transparency")
+    lost = isinstance(key, tuple) and max(key) > 255
+    refuse(lost, f"the transparent colour {key} has 16 bits; save an alpha channel")
     return image
 
 
@@ -107,7 +115,9 @@ def _opened(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.float64)
+        opaque = Image.fromarray(levels != image.info.get("transparency", -1))
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
+        image.putalpha(opaque)
     if image.has_transparency_data:
         behind = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))

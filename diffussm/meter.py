@@ -48,7 +48,7 @@ class Meter:
         step[1, 7] = 1.0
         before = finite[0] == self.steps
         fine = before & step.isfinite().all()
-        finite[1] = torch.where(before, step[0, 7], finite[1])
+        finite[1] = torch.where(before, grad_norm, finite[1])
         finite[0] += fine
         self.sums.add_(torch.where(fine, step, 0.0))
         self.steps += 1

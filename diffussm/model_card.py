@@ -118,8 +118,13 @@ def _texts(pipe: Any) -> dict[str, Any]:
 
 def _rows(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
+        several = isinstance(value, list) and all(isinstance(v, dict) for v in value)
         if isinstance(value, dict):
             yield from _rows(value, f"{prefix}{key}.")
+        elif several:
+            for number, one in enumerate(value, 1):
+                named = key if len(value) == 1 else f"{key}.{number}"
+                yield from _rows(one, f"{prefix}{named}.")
         elif value is not None and value != [] and value != "":
             text = f"{value:.6g}" if isinstance(value, float) else str(value)
             yield f"{prefix}{key}", text.replace("|", "\\|").replace("\n", " ")
@@ -131,13 +136,19 @@ def _table(head: tuple[str, str], values: dict[str, Any]) -> str:
     return "\n".join(f"| {left} | {right} |" for left, right in lines)
 
 
-_SCORES = "fid sfid is inception_score precision recall frechet_distance".split()
+_SCORES = {
+    *("fid", "sfid", "fid_infinity", "kid", "frechet_distance"),
+    *("is", "inception_score", "precision", "recall"),
+}
+_NOT_SCORES = {"protocol", "real", "versions"}  # settings, and what real images have
 
 
 def _measured(evaluation: dict[str, Any]) -> str:
     """Two tables: the scores, and what was measured, and how."""
     rows = dict(_rows(evaluation))
-    scores = {k: v for k, v in rows.items() if {*_SCORES} & {*k.lower().split(".")}}
+    parts = {key: set(key.lower().split(".")) for key in rows}
+    named = {k for k, of in parts.items() if of & _SCORES and not of & _NOT_SCORES}
+    scores = {key: value for key, value in rows.items() if key in named}
     how = {key: value for key, value in rows.items() if key not in scores}
     tables = [_table(("score", "value"), scores)] if scores else []
     if how:

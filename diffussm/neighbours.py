@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffussm.evaluation import facts_of
 from diffussm.features import Extractor
 from diffussm.guards import expect_int
 from diffussm.image_sets import FirstByKey, ImageSet, Source, digests_of, keys_of
@@ -101,8 +102,9 @@ def find_copies(
     """Pairs of samples and of held-out images with training images, and what they say.
 
     Of both sets as many are taken, `count` at the most, chosen by what they show.
-    Raises ValueError, OSError as `ImageSet` does.
+    Raises ValueError, OSError as `ImageSet` does, and for an unfinished set of samples.
     """
+    facts_of(samples)
     extractor = named_features(features)
     sets = [_chosen(ImageSet(one, size), count) for one in (samples, held_out)]
     fewest = min(map(len, sets))

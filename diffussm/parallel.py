@@ -42,6 +42,7 @@ __all__ = [
     "compiler_lacking",
     "convolution_for",
     "chooser",
+    "check_gpu",
 ]
 
 
@@ -247,7 +248,7 @@ def convolution_for(
     """
     choose = chooser(asked)
     if choose is None:
-        _check_gpu(asked, device)
+        check_gpu(asked, device)
         return way(asked)
     sizes = model.seq_len, model.d_model, batch
     work = {"d_state": model.d_state, "backward": backward}
@@ -275,7 +276,8 @@ def chooser(convolution: str) -> Callable[..., Any] | None:
     return cast(Callable[..., Any], choose) if named else None
 
 
-def _check_gpu(convolution: str, device: torch.device) -> None:
+def check_gpu(convolution: str, device: torch.device) -> None:
+    """ValueError for a convolution that is for a GPU on a device that is none."""
     runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     told = f"convolution={convolution!r} is for a GPU, not for {device}: take 'auto'"
     refuse("triton" in convolution and not runs, told)

@@ -50,9 +50,14 @@ def board_writer() -> Any:
     return SummaryWriter
 
 
-def board_in(writer: Callable[[str], Any] | None, out: Path) -> Any:
+def board_in(writer: Callable[..., Any] | None, out: Path) -> Any:
     """TensorBoard's folder, closed in the end; None for whom it is not."""
-    return closing(writer(str(out / "tensorboard"))) if writer else nullcontext()
+    from diffussm.checkpoints import checkpoints_of, step_of
+
+    if writer is None:
+        return nullcontext()
+    again = 1 + max(map(step_of, checkpoints_of(out)), default=-1)
+    return closing(writer(str(out / "tensorboard"), purge_step=again))
 
 
 def log_row(board: Any, tell_row: Callable[..., None], row: dict[str, Any]) -> None:

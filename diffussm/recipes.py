@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from diffussm.files import read_json
 from diffussm.guards import expect_same, expect_there, explain, nearest, refuse
 from diffussm.options import Execution, Recipe, flat, from_flat, misfits
 
@@ -31,6 +32,8 @@ __all__ = [
     "read_yaml",
     "open_data",
     "images_at",
+    "check_words",
+    "check_outside",
     "takes_latents",
     "open_held_out",
     "left_open",
@@ -114,9 +117,25 @@ def open_data(
         return _open_images(partial(_drawn, beside), recipe, free)
     path = Path(recipe.data)
     expect_there(zip_of(path) or path, "digits, openmoji, latents, or images")
-    if (path / "manifest.json").exists() or (path / "plan.json").exists():
+    if _holds_latents(path):
         return _open_latents(path, recipe, free)
     return _open_images(lambda size: path, recipe, free)
+
+
+def _holds_latents(path: Path) -> bool:
+    """Whether a latent store is there: whole, unfinished or damaged."""
+    records = [path / "manifest.json", path / "plan.json"]
+    there = [file for file in records if file.is_file()]
+    shards = there and any(path.glob("shard-*.npy"))
+    return bool(shards) or any(map(_is_of_latents, there))
+
+
+def _is_of_latents(file: Path) -> bool:
+    with suppress(ValueError):
+        record = read_json(file)
+        kind = record.get("format") if isinstance(record, dict) else None
+        return str(kind).startswith("diffussm-latents")
+    return False
 
 
 def _open_latents(path: Path, recipe: Recipe, free: Collection[str]) -> "LatentStore":
@@ -169,9 +188,54 @@ def _drawn(beside: Path, size: int) -> Path:
     return draw_openmoji(root, size) / "train"
 
 
+def check_words(out: Path, **typed: str) -> None:
+    """ValueError for an option that is a word for data, and a path as well.
+
+    Not for a run that has begun in `out`, nor for the folder of the run itself.
+    """
+    for option, word in typed.items():
+        known = word in ("digits", "openmoji") and Path(word).exists()
+        own = (out / "config.json").is_file() or _within(out, Path(word))
+        told = f"--{option} {word}: there is a {word} in this folder; type ./{word} "
+        told += f"for that, or rename it and have the {word} of the package"
+        refuse(known and not own, told)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
+
+
+def check_outside(out: Path, data: "Dataset", pictures: bool = False) -> None:
+    """ValueError if `out`, not begun yet, would be read with a folder of images.
+
+    That is as one of its classes or, if `pictures` will be in it, as images.
+    """
+    from diffussm.folders import ImageFolder
+    from diffussm.zips import ZipFolder
+
+    if not isinstance(data, ImageFolder) or isinstance(data, ZipFolder):
+        return
+    begun = any(out.glob("[!.]*"))  # as `check_run` does
+    if not begun and (data.num_classes or pictures):
+        told = "would be read as a class or as images of it; name a folder outside"
+        refuse(_seen_in(data.root, out), f"{out} lies inside {data.root} and {told}")
+
+
+def _seen_in(root: str, out: Path) -> bool:
+    """Whether who walks through `root` comes to `out`; see `folders.visible`."""
+    if not _within(out, Path(root)):
+        return False
+    parts = out.resolve().relative_to(Path(root).resolve()).parts
+    return not any(part.startswith(".") for part in parts)
+
+
 def takes_latents(model: "DiffuSSMConfig") -> bool:
     """Whether a model is of latents: an image has one channel or three."""
     return model.in_channels not in (1, 3)
+
+
+def _is(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def open_held_out(
@@ -190,7 +254,7 @@ def open_held_out(
         train = _drawn(beside, recipe.model.height)
         name = str(train.parent / "val")
     told = "say with --held_out which images the run does not see: others than --data"
-    refuse(name in ("", recipe.data), told)
+    refuse(name in ("", recipe.data) or _is(Path(name), Path(recipe.data)), told)
     with explain(f"--held_out {name}", ValueError, OSError):
         found = open_data(replace(recipe, data=name, flip=False), ("flip",))
         ours, theirs = {"classes": found.classes}, {"classes": tuple(classes)}

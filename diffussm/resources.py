@@ -4,15 +4,17 @@ Generated from book/44_resources.md by `make export`: edit there.
 """
 
 import re
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
+from diffussm.data import Dataset
 from diffussm.distributed import world_size
 from diffussm.hourglass import linear_macs
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.options import Execution, Recipe, warn
-from diffussm.parallel import micro_batch_of
+from diffussm.options import Execution, Recipe, check_data, warn
+from diffussm.parallel import check_gpu, check_way, chooser, micro_batch_of
 from diffussm.recomputation import Recompute, kept_by, kept_by_kernels
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "utilisation",
     "peak_flops",
     "PEAK_FLOPS",
+    "check_training",
 ]
 
 
@@ -76,9 +79,9 @@ def utilisation(
     """Figures of a GPU: peak of memory (GB) since the last call, and MFU."""
     if device.type != "cuda":
         return {}
-    figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-    torch.cuda.reset_peak_memory_stats()
-    card = torch.cuda.get_device_name()
+    figures = {"memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
+    torch.cuda.reset_peak_memory_stats(device)
+    card = torch.cuda.get_device_name(device)
     if (peak := peak_flops(card)) is not None:
         used = 6 * linear_macs(config) * images_per_second
         figures["mfu"] = round(used / (peak * world_size()), 4)
@@ -131,3 +134,18 @@ PEAK_FLOPS = {
     # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
     "RTX 4090": 165e12,
 }
+
+
+def check_training(
+    recipe: Recipe,
+    execution: Execution,
+    data: Dataset,
+    device: torch.device,
+    network: Callable[[DiffuSSMConfig], DiffuSSM] = DiffuSSM,
+) -> None:
+    """ValueError if all processes together cannot train so; allocates nothing."""
+    micro_batch_of(recipe, execution, world_size())
+    if chooser(execution.convolution) is None:
+        check_gpu(execution.convolution, device)
+    check_way(network, recipe, execution)
+    check_data(data, recipe)

@@ -33,6 +33,7 @@ def takes_latents(recipe: "Recipe") -> bool:
 
 def _claim(
     out: Path,
+    own: Any,
     recipe: "Recipe",
     execution: "Execution",
     data: "Dataset",
@@ -40,14 +41,11 @@ def _claim(
     init_from: Path | None,
 ) -> None:
     """Every reason to refuse comes before the first file."""
-    from diffussm.distributed import world_size
-    from diffussm.options import check_data
-    from diffussm.parallel import micro_batch_of
+    from diffussm.resources import check_training
     from diffussm.run_folder import open_run
     from diffussm.warm_start import warm_start
 
-    micro_batch_of(recipe, execution, world_size())
-    check_data(data, recipe)
+    check_training(recipe, execution, data, own)
     claim = out, recipe, execution, data
     if init_from is None:
         open_run(*claim, other_data)
@@ -55,7 +53,16 @@ def _claim(
         origin = warm_start(*claim, init_from, other_data)
         new = ", ".join(origin["new"]) or "nothing"
         tell(f"{len(origin['taken'])} tensors of {init_from}; new: {new}")
-    (out / "preempted").unlink(missing_ok=True)
+
+
+def _refuse_two_meanings(
+    given: set[str], recipe: "Recipe", execution: "Execution", out: Path
+) -> None:
+    """What was typed may not be a word for data and a path at once."""
+    from diffussm.recipes import check_words
+
+    named = {"data": recipe.data, "held_out": execution.held_out}
+    check_words(out, **{name: named[name] for name in named.keys() & given})
 
 
 def _decoder_of(recipe: "Recipe", vae: str | None, device: Any, data: "Dataset") -> Any:
@@ -133,6 +140,7 @@ def doctor(
     from diffussm.doctor import Plan
     from diffussm.verdict import report
 
+    _refuse_two_meanings(given, recipe, execution, out)
     with suppress(ValueError, OSError, ImportError):  # a question says what is wrong
         recipe, _ = _fitted(recipe, free, out)
     _refuse_idle_options(given, recipe, execution, no_grid)
@@ -175,12 +183,17 @@ def train(
         device: DEVICE
         no_grid: draw no samples at the end
     """
+    if os.environ.get("RANK", "0") == "0" and (asked := out / "preempted").is_file():
+        asked.unlink()  # first, or a queue would repeat a start that is refused
     tell(f"{recipe.steps:,} steps on {recipe.data or 'no data'}, in {out}")
     from diffussm.distributed import on_rank_zero
+    from diffussm.recipes import check_outside
     from diffussm.vital_signs import flights_in
 
     writer = board_writer() if tensorboard else None
+    _refuse_two_meanings(given, recipe, execution, out)
     recipe, data = _fitted(recipe, free, out)
+    check_outside(out, data, pictures=True)
     if execution.sample_every and takes_latents(recipe) and vae is None:
         raise ValueError(
             "--sample_every: say with --vae what decodes latents, or --sample_every 0"
@@ -196,7 +209,7 @@ def train(
     ):
         decode = _decoder_of(recipe, vae, own, data)
         on_rank_zero(
-            lambda: _claim(out, recipe, execution, data, other_data, init_from)
+            lambda: _claim(out, own, recipe, execution, data, other_data, init_from)
         )
         parts = recipe, execution, data, out, own, decode, watch, writer, no_grid
         return _carry_out(*parts)
@@ -208,11 +221,12 @@ def _watch(
     """What scores the run now and then, if anything does."""
     if not execution.score_every:
         return None
-    from diffussm.recipes import open_held_out
+    from diffussm.recipes import check_outside, open_held_out
     from diffussm.watching import Watch
 
     named = execution.held_out, recipe, data.classes
     held_out = open_held_out(*named, out.parent)
+    check_outside(out, held_out, pictures=True)
     return Watch(recipe, data, held_out, execution.score_images)
 
 
@@ -224,7 +238,7 @@ def _carry_out(
     own: Any,
     decode: Any,
     watch: Any,
-    writer: Callable[[str], Any] | None,
+    writer: Callable[..., Any] | None,
     no_grid: bool,
 ) -> int:
     """Train with all processes, on the device of this one; the exit code."""

@@ -9,7 +9,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from diffussm.parallel import chooser
 __all__ = [
     "RunConfig",
     "read_run",
+    "held",
     "locked",
     "open_run",
     "check_run",
@@ -73,15 +74,21 @@ def _in_parts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def held(run: Path) -> Iterator[None]:
     """Hold the run's folder; ValueError if another process does."""
-    release: list[Callable[[], None]] = []
-    on_rank_zero(lambda: release.append(_lock(run)))
+    release = _lock(run)
     try:
         yield
     finally:
-        for let_go in release:  # the first process has one, the others none
-            let_go()
+        release()
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The same for processes that work together: the first holds it for all."""
+    with ExitStack() as stack:
+        on_rank_zero(lambda: stack.enter_context(held(run)))
+        yield
 
 
 def _lock(run: Path) -> Callable[[], None]:
@@ -187,12 +194,14 @@ def open_run(
     Raises:
         ValueError: another run, a run of other data, or files that are no run.
     """
-    now = check_run(run, recipe, execution, dataset, other_data)
+    claim = run, recipe, execution, dataset, other_data
+    now = check_run(*claim)
     if now is None:
         run.mkdir(parents=True, exist_ok=True)
-        RunConfig(recipe, execution, dataset.identity).write(run)
-    else:
-        _record(run, read_run(run), now)
+    if now is None or now != read_run(run):
+        with held(run):
+            now = check_run(*claim)
+            (now or RunConfig(recipe, execution, dataset.identity)).write(run)
     if (encoder := getattr(dataset, "vae", None)) is not None:
         write_json(run / "vae.json", encoder_of(run) or encoder)
 
@@ -206,7 +215,7 @@ def check_run(
 ) -> RunConfig | None:
     """What the run in a folder becomes, None: none is there; refuses as `open_run`."""
     chooser(execution.convolution)
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists() or (run.is_dir() and not any(run.glob("[!.]*"))):
         return None
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no training run, but files: name another")
@@ -216,8 +225,8 @@ def check_run(
     _compare_encoder(run, getattr(dataset, "vae", None))
     _warn_of_age(run, ours, theirs)
     data = _compare_data(run, ours, theirs, other_data)
-    phases = {name: getattr(recipe, name) for name in _PHASES}
-    return theirs._replace(recipe=replace(theirs.recipe, **phases), data=data)
+    free = {name: getattr(recipe, name) for name in ("data", *_PHASES)}
+    return theirs._replace(recipe=replace(theirs.recipe, **free), data=data)
 
 
 _PHASES = ("steps", "warmup", "cooldown")
@@ -256,16 +265,6 @@ def _compare_rates(run: Path, ours: Recipe, theirs: Recipe) -> None:
     )
 
 
-def _record(run: Path, known: RunConfig, now: RunConfig) -> None:
-    """Write what has changed in a configuration, while nobody trains."""
-    if now != known:
-        release = _lock(run)
-        try:
-            now.write(run)
-        finally:
-            release()
-
-
 def _compare_data(
     run: Path, ours: RunConfig, theirs: RunConfig, other_data: bool
 ) -> dict[str, Any]:
@@ -294,7 +293,8 @@ def encoder_of(run: Path, data: str | Path | None = None) -> dict[str, Any] | No
     if (run / "vae.json").is_file():
         return dict(read_json(run / "vae.json"))
     if data and (manifest := Path(data) / "manifest.json").is_file():
-        return dict(read_json(manifest)["vae"])
+        with suppress(KeyError, TypeError):  # a manifest of something else
+            return dict(read_json(manifest)["vae"])
     return None
 
 

@@ -40,16 +40,9 @@ from diffussm.distributed import (
 from diffussm.files import read_json, read_tensors, write_json, write_tensors
 from diffussm.meter import Look
 from diffussm.model import DiffuSSM, DiffuSSMConfig
-from diffussm.options import (
-    Execution,
-    Recipe,
-    check_data,
-    diffusion_of,
-    flat,
-    from_flat,
-    warn,
-)
-from diffussm.parallel import accumulate_gradients, create_state, micro_batch_of, wrap
+from diffussm.options import Execution, Recipe, diffusion_of, flat, from_flat, warn
+from diffussm.parallel import accumulate_gradients, create_state, wrap
+from diffussm.resources import check_training
 from diffussm.run_folder import locked, open_run
 from diffussm.training import TrainState, update
 from diffussm.vital_signs import Heartbeat, WorkTimes, garbage_kept, recorded
@@ -105,6 +98,7 @@ def _go(run: _Run, network: nn.Module, times: WorkTimes) -> None:
     share = state.step, rank(), world_size(), execution.workers, run.device
     diffusion, how = diffusion_of(recipe), (recipe, execution, run.device)
     batches = training_batches(run.data, state.model, recipe, *share)
+    times.begin()
     for batch in run.log.clock.awaited(batches):
         with recorded(run.folder, state.step + 1, run.device, execution.profile):
             tally = accumulate_gradients(network, diffusion, batch, *how)
@@ -136,8 +130,9 @@ _UNSAVED = "another process could not write a checkpoint; see its message"
 
 def _due(run: _Run, stop: bool) -> _Due:
     step, recipe, execution = run.state.step, run.recipe, run.execution
+    every = execution.save_every, execution.keep_every or recipe.steps, recipe.steps
     save = stop or step in execution.keep_steps(recipe.batch_size)
-    save |= step % execution.save_every == 0 or step == recipe.steps
+    save |= any(step % number == 0 for number in every)
     often = execution.sample_every if run.on_samples is not None else 0
     draw = bool(often) and step % often == 0
     return _Due(step % execution.log_every == 0, save, draw)
@@ -209,9 +204,8 @@ def train(
     """
     run, name = Path(run), str(device)  # "cuda" is the process's own, "cuda:1" that one
     own = torch.device(name) if ":" in name else own_device(device)
-    micro_batch_of(recipe, execution, world_size())
     data = load_dataset(recipe) if dataset is None else dataset
-    check_data(data, recipe)
+    check_training(recipe, execution, data, own, network)
     on_rank_zero(lambda: open_run(run, recipe, execution, data, other_data))
     with locked(run), BackgroundWriter(run, recipe, execution) as writer:
         state = _resume(run, recipe, execution, own, network)

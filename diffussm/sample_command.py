@@ -3,6 +3,7 @@
 Generated from book/97_sample_command.md by `make export`: edit there.
 """
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -170,11 +171,20 @@ def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:
     facts = found.facts | {"weights": found.weights}
     facts["checkpoint"] = f"step_{found.step:08d}"
     facts["ema_decay"] = found.recipe.ema_decay
+    facts["weights_sha256"] = _checksum(found.model)
     decode, identity = _open_decoder(found, vae or found.vae, device)
     if identity:
         kept = ("name", "encoder_sha256", "decoder_sha256")
         facts["vae"] = {name: identity[name] for name in kept}
     return replace(found, model=model, facts=facts, decode=decode)
+
+
+def _checksum(model: "DiffuSSM") -> str:
+    """Of all weights, wherever they are and whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _open_decoder(found: _Found, vae: str | None, device: Any) -> tuple[Any, Any]:

@@ -202,7 +202,11 @@ class _SampleFiles:
         theirs = read_json(self.record, "the record of the set")
         complete = bool(theirs.get("complete"))
         ours = json.loads(json.dumps(self.how))
-        a, b = (_deciding(one, complete) for one in (ours, {"random": 1} | theirs))
+        older = {
+            "random": 1,
+            "weights_sha256": ours.get("weights_sha256"),
+        }  # unrecorded
+        a, b = (_deciding(one, complete) for one in (ours, older | theirs))
         what = f"{self.out} holds other samples, which differ in"
         expect_same(what, a, b, "Choose another name.")
         return complete
@@ -270,7 +274,8 @@ class _SampleFiles:
 def _deciding(how: dict[str, Any], complete: bool) -> dict[str, Any]:
     """What must be the same to go on with a set: an autoencoder may have moved."""
     free = {"complete", "batch_size"} | ({"random"} if complete else set())
-    kept = {key: value for key, value in how.items() if key not in free}
+    there = {key: value for key, value in how.items() if value is not None}
+    kept = {key: value for key, value in there.items() if key not in free}
     if isinstance(vae := kept.get("vae"), dict):
         kept["vae"] = {key: value for key, value in vae.items() if key != "name"}
     return kept

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffussm.files import whole_file
 from diffussm.guards import explain, refuse
-from diffussm.study import Question, Study, runs_of, step_seconds
+from diffussm.study import Question, Study, as_asked, runs_of, step_seconds
 from diffussm.study_runs import Row
 
 __all__ = [
@@ -62,6 +62,7 @@ class Answer:
     question: Question
     rows: dict[str, dict[int, Row]]
     diverged: frozenset[str] = frozenset()  # runs of which a seed did
+    seeds: int = 3  # of each run, when all are there
 
     def measured(self, name: str) -> dict[int, float]:
         """What the question is decided by, of a run by seed; the less the better."""
@@ -73,7 +74,8 @@ class Answer:
         """Of the runs that a name stands for, if all are there, that of the least."""
         names = [n for n in self.question.named(pattern) if n not in self.diverged]
         found = {name: self.measured(name).values() for name in names}
-        there = bool(found) and all(found.values())
+        asked = self.seeds if len(names) > 1 else 1  # there is nothing to choose
+        there = bool(found) and all(len(f) >= asked for f in found.values())
         return min(names, key=lambda n: statistics.mean(found[n])) if there else ""
 
     @property
@@ -137,8 +139,12 @@ _MEASURES = {
 
 
 def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
-    """What the rows say to each question of a study."""
-    every = {row["digest"]: row for row in rows}
+    """What those rows say to each question that were measured as the study asks."""
+    every = {
+        row["digest"]: row
+        for row in rows
+        if "failed" in row or as_asked(row, study.measure)
+    }
     there = {digest: row for digest, row in every.items() if "failed" not in row}
     _check_judges(there.values())
     failed, seconds = every.keys() - there.keys(), step_seconds(study)
@@ -152,9 +158,9 @@ def answers(study: Study, rows: Iterable[Row]) -> dict[str, Answer]:
         timed = {"processor_seconds": each and each * runs[0].recipe.steps}
         kept = {s: _drawn_with(scale, row) | timed for s, row in known.items() if row}
         found.setdefault(question, {})[name] = kept
-    asked = study.questions
     return {
-        k: Answer(asked[k], v, frozenset(lost.get(k, ()))) for k, v in found.items()
+        k: Answer(study.questions[k], v, frozenset(lost.get(k, ())), study.seeds)
+        for k, v in found.items()
     }
 
 
@@ -176,7 +182,7 @@ def _figures(row: Row) -> dict[str, float | None]:
     quartiles = {f"loss {n}/4": row["held_out"][f"mse_q{n}"] for n in range(1, 5)}
     return {
         "parameters": row["parameters"],
-        "operations / 10^12": row["operations"] / 1e12,
+        "multiply-adds / 10^12": row["operations"] / 1e12,
         **_timed(row),
         "bits/dim" if row["bits_per_dim"] else "held-out loss": _bits(row),
         **_shorter(row),

@@ -35,6 +35,7 @@ class TrainState:
     ema: DiffuSSM
     optimizer: torch.optim.Optimizer
     meter: Meter
+    build: Callable[[], DiffuSSM]  # another network of their kind
     step: int = 0
     skipped: list[int] = field(default_factory=list)
 
@@ -61,7 +62,7 @@ class TrainState:
         optimizer = torch.optim.AdamW(
             groups, **how, fused=True
         )  # one walk through memory
-        return cls(model, ema, optimizer, Meter(device))
+        return cls(model, ema, optimizer, Meter(device), lambda: network(recipe.model))
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffussm.distributed import all_reduce, on_rank_zero, rank, stopping, together
-from diffussm.doctor import Plan
+from diffussm.doctor import Plan, written_to
 from diffussm.options import Execution
 from diffussm.probe import ADVICE, Job, free_port, meeting, started
 from diffussm.recipes import open_data
@@ -31,7 +31,7 @@ def rehearsed(plan: Plan) -> Execution:
     every = max(plan.trial // 10, 1)
     middle = plan.trial // 2 // every * every
     how: Any = {"log_every": every, "keep": (str(middle),), "keep_every": 0}
-    how |= {"save_every": plan.recipe.steps, "sample_every": 0}
+    how |= {"save_every": plan.recipe.steps, "sample_every": 0, "score_every": 0}
     return replace(plan.execution, **how)
 
 
@@ -42,8 +42,8 @@ def middle_of(plan: Plan) -> int:
 
 def _claim(plan: Plan) -> Path:
     """A folder for the trial, beside that of the run."""
-    there = next(path for path in plan.out.absolute().parents if path.is_dir())
     data = open_data(plan.recipe, plan.free, plan.out.parent)
+    there = written_to(plan.out.parent)
     folder = Path(tempfile.mkdtemp(prefix=".diffussm-trial-", dir=there))
     open_run(folder, plan.recipe, rehearsed(plan), data)
     return folder
@@ -74,7 +74,7 @@ class _Watch:
         self.old = read_history(folder).rows
         self.saved = folder / "checkpoints" / f"step_{middle_of(plan):08d}"
         self.middle, self.limit = middle_of(plan), plan.limit
-        self.advice = ADVICE[plan.device.type]
+        self.advice = ADVICE.get(plan.device.type, ADVICE["cpu"])
         self.rows: list[dict[str, Any]] = []
         self.changed = self.asked = time.monotonic()
         self.patience, self.written = 10 * plan.limit, 0.0

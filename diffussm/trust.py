@@ -56,8 +56,9 @@ def growing_subsets(
 def fid_infinity(pool: Tensor, mu: np.ndarray, sigma: np.ndarray) -> float:
     """The Fréchet distance of features (n, d) extended to 1/n = 0, eq-trust-infinity.
 
-    The bias of the reference's own moments stays. May be slightly negative. Raises
-    ValueError for fewer than 100 features.
+    The bias of the reference's own moments stays. May be slightly negative, and is far
+    off where the smallest subset, n/10, has no more than d images. Raises ValueError
+    for fewer than 100 features.
 
     Source: Chong and Forsyth, CVPR 2020.
     """

@@ -56,7 +56,7 @@ def _pause(trial: Trial) -> float:
 
 
 def _seconds(trial: Trial) -> float:
-    """What the whole run will take: with its checkpoints, without pictures."""
+    """What the whole run will take, checkpoints too, without pictures and scores."""
     recipe, execution = trial.plan.recipe, trial.plan.execution
     saves = recipe.steps // execution.save_every
     return recipe.steps * recipe.batch_size / _rate(trial) + saves * _pause(trial)
@@ -128,7 +128,7 @@ def _whole(trial: Trial) -> str:
     at = f"{cost} at {plan.price:g} an hour of each" if cost else ""
     images = plan.recipe.steps * plan.recipe.batch_size
     takes = f"{duration(seconds)} on {n} {kind}{at}"
-    return f"{images:,} images: {takes}, without pictures"
+    return f"{images:,} images: {takes}, without pictures and scores"
 
 
 def _wait_less(trial: Trial) -> str | None:

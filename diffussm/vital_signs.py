@@ -26,7 +26,8 @@ class WorkTimes:
     """How long this process works in a step before it waits for others."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self._gpu, self._spans = device.type == "cuda", list[tuple[Any, Any]]()
+        self._device, self._spans = device, list[tuple[Any, Any]]()
+        self._gpu = device.type == "cuda"
         self._hook = network.register_forward_hook(lambda *_: self._worked())
         self.begin()
 
@@ -35,13 +36,6 @@ class WorkTimes:
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
-
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
     def begin(self) -> None:
         """A step begins."""
@@ -53,6 +47,13 @@ class WorkTimes:
     def end(self) -> None:
         """A step is done."""
         self._spans.append((self._began, self._last))
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def read(self) -> dict[str, float]:
         """Seconds for each step since the last call, of the fastest and the slowest."""
@@ -141,7 +142,7 @@ def recorded(run: Path, step: int, device: torch.device, wanted: int) -> Iterato
     with profile(activities=kinds, profile_memory=True) as trace:
         yield
         if gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
     trace.export_chrome_trace(str(folder / f"{name}.json.gz"))
     if gpu:
         memory: Any = torch.cuda.memory

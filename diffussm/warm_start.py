@@ -17,7 +17,7 @@ from diffussm.guards import expect_same
 from diffussm.model import DiffuSSM
 from diffussm.model_config import DiffuSSMConfig
 from diffussm.options import Execution, Recipe, as_flags
-from diffussm.run_folder import load_run, open_run
+from diffussm.run_folder import held, load_run, open_run
 from diffussm.training import TrainState
 
 __all__ = ["inherit", "warm_start", "check_warm_start"]
@@ -81,10 +81,11 @@ def warm_start(
     begun = _has_begun(run, other)
     first = None if begun else inherit(recipe, other)
     open_run(run, recipe, execution, data, other_data)
-    if first is not None:
-        state, origin = first
-        write_json(run / "init.json", origin)
-        write_checkpoint(run, snapshot(state))
+    with held(run):
+        if first is not None and not _has_begun(run, other):
+            state, origin = first
+            write_json(run / "init.json", origin)
+            write_checkpoint(run, snapshot(state))
     return dict(read_json(run / "init.json"))
 
 

@@ -7,6 +7,7 @@ import os
 import posixpath
 import stat
 import struct
+import threading
 import weakref
 import zlib
 from bisect import bisect_left
@@ -100,23 +101,33 @@ class _Packed:
         """The bytes of a file; BadImage where they are damaged."""
         start, packed, size, checksum, method = self.entry(name)
         with explain(f"{self.path} cannot be read", OSError, error=OSError):
-            head = os.pread(self._handle, _HEAD.size, start)
+            head = self._read(_HEAD.size, start)
             start += _HEAD.size + sum(_HEAD.unpack(head.ljust(_HEAD.size)))
-            data = os.pread(self._handle, packed, start)
+            data = self._read(packed, start)
         if method == ZIP_DEFLATED:
             data = _inflated(data, size)
         damaged = len(data) != size or zlib.crc32(data) != checksum
         refuse(damaged, "damaged in the zip: its checksum is another", BadImage)
         return data
 
+    def _read(self, size: int, start: int) -> bytes:
+        """So many bytes from a place on."""
+        if hasattr(os, "pread"):
+            return os.pread(self._handle, size, start)
+        with self._turn:
+            os.lseek(self._handle, start, os.SEEK_SET)
+            return os.read(self._handle, size)
+
     def _open(self) -> None:
         changed = f"{self.path} is not the file that was opened: its size has changed"
         refuse(os.path.getsize(self.path) != self.bytes, changed, OSError)
-        self._handle = os.open(self.path, os.O_RDONLY)
+        self._turn = threading.Lock()
+        self._handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._handle)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_handle"}
+        here_only = ("_handle", "_turn")
+        return {key: x for key, x in self.__dict__.items() if key not in here_only}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -179,7 +190,7 @@ class ZipFolder(ImageFolder):
         members = _members(path)
         self._files = _Packed(path, members)
         self._listing = _folders(path, members)
-        self._inner = self._top(os.path.relpath(root, path), conditional)
+        self._inner = self._top(_slashed(os.path.relpath(root, path)), conditional)
         if conditional is None:
             conditional = holds_classes(self._listing[self._inner].values())
         how: dict[str, Any] = {"background": background, "exif_rotate": exif_rotate}
@@ -201,7 +212,7 @@ class ZipFolder(ImageFolder):
         return "" if conditional and "folder" not in below else only.name
 
     def _visible(self, folder: str) -> list[Entry]:
-        inner = os.path.relpath(folder, self._files.path)
+        inner = _slashed(os.path.relpath(folder, self._files.path))
         return visible(self._listing["" if inner == "." else inner].values())
 
     def _place(self, folder: str) -> str:
@@ -215,13 +226,18 @@ class ZipFolder(ImageFolder):
 
     def _key(self, index: int) -> bytes:
         """What the zip itself calls image `index`."""
-        return os.fsencode(os.path.join(self._inner, self.name(index)))
+        return os.fsencode(_slashed(os.path.join(self._inner, self.name(index))))
 
 
 def zip_of(path: str | os.PathLike[str]) -> Path | None:
     """The zip that lies at a path, or into which it leads; None: there is none."""
     above = (Path(path), *Path(path).parents)
     return next((p for p in above if p.suffix.lower() == ".zip" and p.is_file()), None)
+
+
+def _slashed(path: str) -> str:
+    """As zips write it, on Windows as well."""
+    return path.replace(os.sep, "/")
 
 
 def holds_classes(entries: Iterable[Entry]) -> bool:

@@ -59,6 +59,37 @@ def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path):
     assert find_checkpoint(tmp_path / "run").name == "step_00000011"
 
 
+def test_a_save_removes_the_drafts_of_all_saves_that_were_killed(tmp_path):
+    state = run_tiny(tmp_path / "run", steps=2)
+    draft = tmp_path / "run" / "checkpoints" / ".step_00000001.tmp"
+    draft.mkdir()
+    (draft / "optimizer.safetensors").write_text("half")
+    state.step = 3
+    write_checkpoint(tmp_path / "run", snapshot(state))
+    assert steps_kept(tmp_path / "run") == [2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_tried_again(
+    tmp_path, monkeypatch, capsys
+):
+    honest, run = shutil.rmtree, tmp_path / "run"
+
+    def busy(path, **how):
+        if Path(path).name == "step_00000002":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        honest(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert run_tiny(run, save_every=2, keep_last=1).step == 10
+    assert steps_kept(run) == [2, 10]
+    assert f"{run}/checkpoints/step_00000002 could not be removed" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.undo()
+    run_tiny(run, steps=12, save_every=2, keep_last=1)
+    assert steps_kept(run) == [12]
+
+
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
     run_tiny(tmp_path / "run")
     suffixes = {
@@ -136,6 +167,11 @@ def test_every_hundredth_checkpoint_can_be_kept(tmp_path):
         folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()
     )
     assert kept == [f"step_{step:08d}" for step in (4, 8, 9, 10)]
+
+
+def test_what_is_kept_is_also_saved(tmp_path):
+    run_tiny(tmp_path / "run", save_every=5, keep_last=1, keep_every=4)
+    assert steps_kept(tmp_path / "run") == [4, 8, 10]
 
 
 def test_as_many_checkpoints_are_kept_as_was_asked(tmp_path):

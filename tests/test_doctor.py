@@ -217,6 +217,26 @@ def test_a_process_without_a_gpu_fails_before_it_takes_that_of_another(monkeypat
     assert finding.verdict == "FAIL" and "there are 2" in finding.told
 
 
+def test_a_device_that_is_not_there_is_said_and_not_asked(monkeypatch, work):
+    assert "--device gpu: " in diffussm("doctor digits --device gpu", 1)
+
+    def without(*_):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    for name in ("mem_get_info", "set_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, without)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    said = diffussm(
+        "doctor {w}/tiny.yaml --data {w}/latents --vae {w}/vae --precision bf16 "
+        "--device cuda --steps 40 --trial 10",
+        1,
+        w=work,
+    )
+    assert "FAIL  GPU: torch sees no GPU" in said and said.count("FAIL") == 1
+    for what in ("memory", "bf16", "processes", "autoencoder", "trial"):
+        assert f"skip  {what}: " in said
+
+
 @pytest.mark.slow
 def test_only_the_first_process_reads_data_disk_and_files(monkeypatch, work):
     from diffussm import features

@@ -2,20 +2,24 @@
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common, references
+from benchmarks import checkpoint, common, references, roofline
 from diffussm.efficiency import (
     DiT,
     DiTBlock,
@@ -198,6 +202,65 @@ def test_a_noisy_run_is_refused():
         common.require_quiet("x", {"a": [1.0, 1.0, 1.0], "b": [1.0, 2.0, 3.0]})
     with pytest.raises(common.Noise):
         common.require_quiet("x", {"a": [1.0, math.nan, 1.0]})
+
+
+def test_one_run_has_no_spread():
+    with pytest.raises(ValueError, match="x: a ran once, and one run has no spread"):
+        common.require_quiet("x", {"a": [1.0]})
+
+
+SPREADS = (
+    "bidirectional",
+    "block",
+    "checkpoint",
+    "kernel",
+    "length",
+    "loader",
+    "page_model",
+    "readers",
+    "roofline",
+    "sampling",
+    "train_step",
+    "ways",
+)
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_a_benchmark_that_reports_a_spread_refuses_one_run(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"benchmarks.{name}").main(["--runs", "1"])
+    assert "--runs: 1: one run has no spread" in capsys.readouterr().err
+
+
+def test_a_noisy_checkpoint_is_not_reported(monkeypatch):
+    ends = itertools.chain.from_iterable((0.0, s) for s in (9.0, 1.0, 9.0, 3.0))
+    clock = SimpleNamespace(perf_counter=ends.__next__)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    with pytest.raises(common.Noise, match="the runs of training waits took 1, 3 s"):
+        checkpoint.main(["--preset", "digits", "--runs", "2"])
+
+
+class Operands(TorchDispatchMode):
+    """Notes each tensor that is read or written, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in tree_leaves((args, out)):
+            if isinstance(x, torch.Tensor):
+                self.seen[x.data_ptr()] = x.nbytes
+        return out
+
+
+def test_a_part_of_the_roofline_moves_the_bytes_that_are_counted():
+    for name, (_, moved, job) in roofline.parts_of_a_block(64, 160).items():
+        with Operands() as operands:
+            result = job()  # lives until all are counted: no address comes twice
+        assert sum(operands.seen.values()) == pytest.approx(moved, rel=0.05), name
+        del result
 
 
 def test_disagreement_and_noise_end_a_benchmark_without_a_traceback(capsys):

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from stores import OPTIONS, SIZE, content, draw_images, make_vae
 
-from diffussm import files
+from diffussm import encoding, files
 from diffussm.autoencoder import check_encoder, vae_identity
 from diffussm.data import TensorData
 from diffussm.encoding import encode, make_plan
@@ -246,6 +246,50 @@ def test_killed_with_three_ranks_and_resumed_with_two_at_once(
     finally:
         other.close()
     assert content(out) == expected
+
+
+def begin_again_within(monkeypatch, begin) -> None:
+    """Let `begin` run in the middle of the first shard, once."""
+    plain, left = encoding._encoded, [begin]
+
+    def encoded(*arguments):
+        if left:
+            left.pop()()
+        return plain(*arguments)
+
+    monkeypatch.setattr(encoding, "_encoded", encoded)
+
+
+def test_second_process_leaves_the_shard_of_a_living_one_alone(
+    vae, root, whole, tmp_path, monkeypatch
+):
+    folder, out = ImageFolder(root, SIZE), tmp_path / "o"
+    refused = []
+
+    def again():
+        with pytest.raises(ValueError, match=r"making shard 0 of .*o: wait for it"):
+            encode(folder, out, vae, "test", **OPTIONS)
+        other = {"rank": 1, "world_size": 2}  # has shards of its own
+        assert encode(folder, out, vae, "test", **other, **OPTIONS) is None
+        refused.append(True)
+
+    begin_again_within(monkeypatch, again)
+    assert encode(folder, out, vae, "test", **OPTIONS) is not None and refused
+    assert content(out) == content(whole)
+
+
+def test_draft_that_was_removed_is_told_where_disks_have_no_locks(
+    vae, root, whole, tmp_path, monkeypatch
+):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    folder, out = ImageFolder(root, SIZE), tmp_path / "o"
+    begin_again_within(monkeypatch, lambda: encode(folder, out, vae, "test", **OPTIONS))
+    with pytest.raises(FileNotFoundError, match="was removed .* another process"):
+        encode(folder, out, vae, "test", **OPTIONS)
+    assert content(out) == content(whole)
 
 
 def test_impossible_ranks_and_sizes_are_refused(vae, root, tmp_path):

@@ -404,10 +404,16 @@ def test_too_few_images_are_noted(tmp_path):
         and result["inception_score"] is None
     )
     np.savez(tmp_path / "b.npz", some(11))
-    assert (
-        evaluate(tmp_path / "b.npz", tmp_path / "a.npz", extractor=Colours())["notes"]
-        == []
-    )
+    notes = evaluate(tmp_path / "b.npz", tmp_path / "a.npz", extractor=Colours())[
+        "notes"
+    ]
+    assert len(notes) == 1 and "8 images of the reference for 10" in notes[0]
+    b, many = tmp_path / "b.npz", tmp_path / "c.npz"
+    assert evaluate(b, b, extractor=Colours())["notes"] == []
+    for count, told in ((100, ["fid_infinity"]), (110, [])):
+        np.savez(many, some(count))
+        found = evaluate(many, many, extractor=Colours(), extrapolate=True)["notes"]
+        assert [note.partition(":")[0] for note in found] == told
 
 
 def test_scores_without_weights_say_where_to_get_them(tmp_path):

@@ -73,6 +73,13 @@ def test_every_kind_of_reference_gives_the_same_distance(tmp_path):
     assert results["statistics"]["recall"] == results["images"]["recall"]
 
 
+def test_statistics_are_not_made_of_a_file_that_has_them(tmp_path):
+    file = tmp_path / "adm.npz"
+    np.savez(file, arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=np.zeros(3))
+    with pytest.raises(ValueError, match="holds moments already"):
+        save_statistics(file, tmp_path / "out.npz", extractor=Colours())
+
+
 def test_statistics_of_another_extractor_are_refused(tmp_path):
     class Other(Colours):
         name = "other"

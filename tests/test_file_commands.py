@@ -1,12 +1,13 @@
 """Commands from files to files: vae, encode."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from commands import diffussm
+from commands import diffussm, listing
 
 from diffussm import file_commands
 from diffussm.autoencoder import load_vae
@@ -103,3 +104,15 @@ def test_many_skipped_images_are_counted_after_the_first(capsys):
     )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == file_commands.SHOWN + 1 and "5 more" in lines[-1]
+
+
+def test_what_would_become_a_class_of_the_images_is_refused(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    before = listing(tmp_path)
+    words = "encode {t}/images {t}/images/latents --vae {w}/vae --size 16 --device cpu"
+    assert "lies inside" in diffussm(words, 1, w=work, t=tmp_path)
+    said = diffussm("vae {t}/images {t}/images/vae --size 16 --steps 2", 1, t=tmp_path)
+    assert "lies inside" in said and listing(tmp_path) == before
+    for _ in range(2):  # where no sub-folder is a class there is no harm
+        said = diffussm(f"{words} --no_classes", w=work, t=tmp_path)
+        assert "12 images in 0 classes" in said

@@ -5,9 +5,11 @@ well formed.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,8 @@ def test_hooks_are_local_and_run_what_is_here() -> None:
         for hook in repository["hooks"]:
             module = hook["entry"].split(" -m ")[1].split()[0]
             if module.startswith("tools."):
-                assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+                file = ROOT / f"{module.replace('.', '/')}.py"
+                assert 'if __name__ == "__main__":' in file.read_text("utf-8"), module
             else:
                 assert module in ("ruff", "mypy")
 
@@ -75,11 +78,54 @@ def test_oldest_versions_are_the_lower_bounds(tmp_path: Path) -> None:
     bounds = oldest()
     assert "torch==2.11" in bounds and "torchvision==0.26" in bounds
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert len(bounds) >= len(project["dependencies"])
-    text = (ROOT / "pyproject.toml").read_text().replace('"numpy>=1.26"', '"numpy"')
-    (tmp_path / "pyproject.toml").write_text(text)
-    with pytest.raises(ValueError, match="numpy: expected a lower bound"):
-        oldest(tmp_path / "pyproject.toml")
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "book"}
+    assert {"data", "full", "show", "hub", "export", "demo"} <= extras.keys()
+    for requirement in chain(project["dependencies"], *extras.values()):
+        name, least = re.sub(r"\[.*\]", "", requirement).split(">=")
+        assert bounds.count(f"{name}=={least}") == 1, requirement
+    text = (ROOT / "pyproject.toml").read_text()
+    for before, after, said in (
+        ('"numpy>=1.26"', '"numpy"', "numpy: expected a lower bound"),
+        ('"diffusers>=0.35", "g', '"diffusers>=1", "g', "diffusers: expected one"),
+    ):
+        assert before in text
+        (tmp_path / "pyproject.toml").write_text(text.replace(before, after))
+        with pytest.raises(ValueError, match=said):
+            oldest(tmp_path / "pyproject.toml")
+
+
+FAKE_PYTHON = """#!/bin/bash
+if [ "$1" = -c ]; then
+    [ {version} -ge 11 ] || {{ echo "Python 3.11 or newer is needed" >&2; exit 1; }}
+elif [ "$2" = venv ]; then
+    rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python
+fi
+"""
+
+
+def test_venv_of_an_old_python_is_made_again_and_never_made(tmp_path: Path) -> None:
+    """Interpreters that only know their version and how to copy themselves."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text("utf-8"), "utf-8")
+    for version in (10, 12):
+        (tmp_path / f"python{version}").write_text(FAKE_PYTHON.format(version=version))
+        (tmp_path / f"python{version}").chmod(0o755)
+
+    def make(version: int) -> subprocess.CompletedProcess[str]:
+        command = ["make", "venv", f"PYTHON=./python{version}"]
+        how = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+        return subprocess.run(command, **how)
+
+    old = make(10)
+    assert old.returncode and "3.11 or newer is needed" in old.stderr
+    assert not (tmp_path / ".venv" / "bin").exists()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)  # of an earlier version of us
+    shutil.copy(tmp_path / "python10", tmp_path / ".venv" / "bin" / "python")
+    assert make(10).returncode and not (tmp_path / ".venv" / "installed").exists()
+    new = make(12)
+    assert new.returncode == 0, new.stderr
+    assert "-ge 11" in (made := (tmp_path / ".venv" / "bin" / "python").read_text())
+    assert "[ 12" in made and (tmp_path / ".venv" / "installed").exists()
 
 
 def test_version_is_said_once() -> None:

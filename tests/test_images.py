@@ -1,5 +1,7 @@
 """ADM's crop, odd files that are converted, and odd files that are refused."""
 
+import io
+import struct
 import subprocess
 import sys
 
@@ -137,6 +139,29 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
         np.testing.assert_array_equal(decoded, expected)
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("exif_rotate", [False, True])
+def test_sixteen_bit_grey_that_counts_from_white_is_inverted(compression, exif_rotate):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    rising = np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2)
+    for white, expected in ((0, 255 - rising), (1, rising)):
+        how = {"tiffinfo": {262: white}, "compression": compression}
+        content = encoded(Image.fromarray(levels), "TIFF", **how)
+        with Image.open(io.BytesIO(content)) as opened:
+            for source in (content, opened, opened):  # what was opened stays as it is
+                decoded = decode_image(source, exif_rotate=exif_rotate)
+                np.testing.assert_array_equal(np.asarray(decoded), expected)
+
+
+def test_sixteen_bit_grey_keeps_its_transparent_level():
+    """That level alone, and not others that become the same eight bits."""
+    levels = np.array([[5140, 5141, 0, 65535]], np.uint16)
+    content = encoded(Image.fromarray(levels), "PNG", transparency=5140)
+    for turned in (False, True):
+        decoded = np.asarray(decode_image(content, (1, 2, 3), exif_rotate=turned))
+        assert decoded[0].tolist() == [[1, 2, 3], [20] * 3, [0] * 3, [255] * 3]
+
+
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
 def test_transparency_shows_the_background(background):
     rgba = noise_image(16, 16).convert("RGBA")
@@ -247,6 +272,25 @@ def test_thirty_two_bits_are_refused_whatever_their_levels():
     for image in (levels, levels * 100):
         with pytest.raises(BadImage, match="mode I has no agreed range"):
             decode_image(encoded(Image.fromarray(image), "TIFF"))
+
+
+def test_twelve_bits_are_refused_in_grey():
+    """As Pillow reads them: 0 to 4095, in what it calls 16 bits."""
+    content = encoded(Image.new("I;16", (8, 8), 4095), "TIFF")
+    tag = struct.pack("<HHLL", 258, 3, 1, 16)  # bits for each pixel
+    assert content.count(tag) == 1
+    content = content.replace(tag, struct.pack("<HHLL", 258, 3, 1, 12))
+    with pytest.raises(BadImage, match="grey of 12 bits has no agreed range"):
+        decode_image(content)
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused():
+    """Pillow keeps eight bits of each pixel, and does not find the colour."""
+    content = encoded(noise_image(8, 8), "PNG", transparency=(4660, 4660, 4660))
+    with pytest.raises(BadImage, match="transparent colour .4660.* has 16 bits"):
+        decode_image(content)
+    low = encoded(Image.new("RGB", (8, 8), "red"), "PNG", transparency=(255, 0, 0))
+    assert decode_image(low).getpixel((4, 4)) == (255, 255, 255)
 
 
 THREADS = """

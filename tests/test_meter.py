@@ -1,5 +1,7 @@
 """What is tallied, on the device."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,3 +46,10 @@ def test_a_short_loop_is_told_of_a_step_that_is_not_finite():
     meter.add(torch.full((2, 8), torch.nan), torch.tensor(1.0))
     with pytest.raises(FloatingPointError, match="step 1 of 1 was not finite"):
         meter.read_and_reset()
+
+
+@pytest.mark.parametrize("norm", [math.inf, 5.0])
+def test_the_norm_of_a_step_that_is_not_finite_is_told_as_it_was(norm):
+    meter = Meter()  # the tally tells all processes by a column that is not a number
+    meter.add(torch.full((2, 8), torch.nan), torch.tensor(norm))
+    assert meter.look().grad_norm == norm

@@ -46,6 +46,22 @@ def test_model_card_has_the_figures(saved):
     assert call.startswith("'great white shark, white shark', guidance_scale=1.5")
 
 
+def test_scores_are_those_of_the_samples_and_no_settings(tmp_path):
+    measured = {
+        "samples": [{"name": "set", "frechet_distance": {"mean": 93.25}}],
+        "real": {"frechet_distance": {"mean": 7.5}},
+        "kid": {"mean": 0.125},
+        "protocol": {"kid": {"seed": 3}},
+    }
+    piped().save_pretrained(tmp_path, evaluation=measured)
+    card = (tmp_path / "README.md").read_text()
+    scores, how = card.split("What was measured, and how:")
+    for line in ("samples.frechet_distance.mean | 93.25 |", "kid.mean | 0.125 |"):
+        assert line in scores
+    for line in ("real.frechet_distance.mean | 7.5 |", "protocol.kid.seed | 3 |"):
+        assert line in how and line not in scores
+
+
 def test_model_card_does_not_invent_figures(tmp_path):
     piped().save_pretrained(tmp_path / "bare")
     card = (tmp_path / "bare" / "README.md").read_text()

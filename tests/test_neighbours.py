@@ -48,6 +48,13 @@ def test_mirrored_copies_are_found_if_asked_for():
     assert found.distance == 0 and torch.equal(found.nearest, image)
 
 
+def test_an_unfinished_set_is_refused(tmp_path):
+    (tmp_path / "samples.json").write_text('{"complete": false}')
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
+    with pytest.raises(ValueError, match="not complete"):
+        find_copies(tmp_path, [pictures(3)], [pictures(3, 1)])
+
+
 def test_other_sizes_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match="--size"):
         nearest_pairs(pictures(2), [pictures(2, size=16)], PIXELS)

@@ -333,6 +333,43 @@ def test_page_draws_by_itself_and_as_asked(
     tab.close()
 
 
+FIRST_MESSAGE = """() => {
+    const post = Worker.prototype.postMessage;
+    Worker.prototype.postMessage = function (message) {
+        Worker.prototype.postMessage = post;
+        %s;
+    };
+}"""
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    "first, reason",
+    [
+        ("", "live_model.js is missing"),
+        ("post.call(this, { id: 1 })", "TypeError"),  # no weights: drawing fails
+        ("post.call(this, { packed: {} })", "TypeError"),  # damaged: unpacking fails
+        ("this.dispatchEvent(new MessageEvent('messageerror'))", "cannot be read"),
+    ],
+)
+def test_page_says_that_the_model_failed_and_asks_anew(
+    browser: Any, served: str, first: str, reason: str
+) -> None:
+    tab = opened(browser, f"{served}/quiet.html")
+    if first:
+        tab.evaluate(FIRST_MESSAGE % first)
+    else:
+        tab.route("**/live_model.js", lambda route: route.abort())
+    tab.click("[data-class='5']")
+    tab.wait_for_selector("[data-state=failed]", timeout=10_000)
+    assert reason in tab.inner_text(".live-model-status")
+    tab.unroute_all()
+    tab.click("[data-class='5']")
+    assert max(done(tab)) > 200
+    assert tab.inner_text(".live-model-status") == "A 5."
+    tab.close()
+
+
 @pytest.fixture
 def quiet(browser: Any, site: Path) -> Iterator[Any]:
     """A page that waits, for someone who asked for less motion."""

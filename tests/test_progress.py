@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffussm.progress import Told, board_in, log_row, pin
+from diffussm.progress import Told, board_in, board_writer, log_row, pin
 
 ROW = {"loss": 0.5, "images_per_second": 600.0, "seconds_left": 7200.0}
 
@@ -60,6 +61,17 @@ def test_the_board_gets_every_row_and_the_pictures(tmp_path):
     assert pixels.shape == (4, 6, 3) and np.all(pixels == 200)
 
 
+def test_a_board_drops_what_the_log_of_a_resumed_run_drops(tmp_path):
+    for last in (4, 3):  # killed, then begun again from the checkpoint of step 2
+        with board_in(board_writer(), tmp_path) as board:
+            for step in range(1 if last == 4 else 3, last + 1):
+                row = {"loss": float(last), "step": step}
+                log_row(board, lambda row: None, row)
+        (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True, exist_ok=True)
+    seen = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(one.step, one.value) for one in seen] == [(1, 4.0), (2, 4.0), (3, 3.0)]
+
+
 def test_without_a_board_nothing_is_written(tmp_path):
     with board_in(None, tmp_path) as board:
         log_row(board, lambda row: None, ROW | {"step": 1})
@@ -70,6 +82,6 @@ def test_without_a_board_nothing_is_written(tmp_path):
 def test_a_board_is_closed_whatever_happens(tmp_path):
     closed = []
     board = SimpleNamespace(close=lambda: closed.append(1))
-    with pytest.raises(OSError), board_in(lambda folder: board, tmp_path):
+    with pytest.raises(OSError), board_in(lambda folder, **_: board, tmp_path):
         raise OSError
     assert closed == [1]

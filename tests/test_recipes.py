@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
@@ -236,6 +237,35 @@ def test_a_folder_without_classes_is_refused_with_the_option_to_add(zoo):
     with pytest.raises(ValueError, match=r"14 classes, or --model\.num_classes 0"):
         recipes.open_data(recipe)
     assert recipes.open_data(recipe, {"model.num_classes"}).num_classes == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+@pytest.mark.parametrize(
+    "content", ['{"images": 9}', "[]", "no JSON", '{"format": "coco"}']
+)
+def test_a_manifest_of_something_else_makes_no_latents(zoo, name, content):
+    (zoo / name).write_text(content)
+    recipe, _ = recipes.read_recipe("pixels")
+    data = recipes.open_data(replace(recipe, data=str(zoo)), EVERYTHING_OPEN)
+    assert isinstance(data, ImageFolder) and len(data) == 9
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": "diffussm-latents-9"}'])
+def test_a_damaged_store_is_not_taken_for_images(work, tmp_path, content):
+    shutil.copytree(work / "latents", tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").write_text(content)
+    (tmp_path / "store" / "plan.json").unlink()
+    recipe, _ = recipes.read_recipe("latents")
+    with pytest.raises(ValueError, match="manifest"):
+        recipes.open_data(replace(recipe, data=str(tmp_path / "store")))
+
+
+def test_a_store_that_is_being_written_is_said_to_be_unfinished(work, tmp_path):
+    plan = (work / "latents" / "plan.json").read_bytes()
+    (tmp_path / "plan.json").write_bytes(plan)
+    recipe, _ = recipes.read_recipe("latents")
+    with pytest.raises(FileNotFoundError, match="if unfinished"):
+        recipes.open_data(replace(recipe, data=str(tmp_path)))
 
 
 def test_a_run_is_read_as_the_recipe_that_it_was(tmp_path):

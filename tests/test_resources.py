@@ -116,21 +116,21 @@ def test_the_peak_is_that_of_the_very_card(name, teraflops):
 
 
 def test_a_card_without_a_figure_gets_a_sentence_and_no_neighbours(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 Ultra")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 1e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda gpu: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA H100 Ultra")
     assert "mfu" not in utilisation(SHARED.model, 100.0, torch.device("cuda", 0))
     assert "peak of 'NVIDIA H100 Ultra' is not known" in capsys.readouterr().err
 
 
 def test_the_peak_of_memory_is_that_of_one_line_of_the_log(monkeypatch):
-    peak = [3e9]
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    peak, gpu = [0, 3e9], torch.device("cuda", 1)  # by the number of the GPU
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda g: peak[g.index])
     monkeypatch.setattr(
-        torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1e9)
+        torch.cuda, "reset_peak_memory_stats", lambda g: peak.__setitem__(g.index, 1e9)
     )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
-    gpu = torch.device("cuda", 0)
+    names = ["an other", "NVIDIA H100 PCIe"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda g: names[g.index])
     first, second = (utilisation(SHARED.model, 100.0, gpu) for _ in range(2))
     assert (first["memory_gb"], second["memory_gb"]) == (3.0, 1.0) and first[
         "mfu"

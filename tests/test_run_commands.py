@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from commands import ALONE, SMALL, diffussm
+from commands import ALONE, SMALL, diffussm, listing
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -80,7 +81,7 @@ def test_a_step_that_was_left_out_is_said_and_reaches_the_board_as_numbers(
         add_scalar=lambda name, value, step: seen.append(float(value)),
         close=lambda: None,
     )
-    monkeypatch.setattr(run_commands, "board_writer", lambda: lambda folder: board)
+    monkeypatch.setattr(run_commands, "board_writer", lambda: lambda *_, **__: board)
     monkeypatch.setattr(recipes, "open_data", lambda *given: TooLarge(*digits("train")))
     said = diffussm(
         f"train digits --out {tmp_path}/run --steps 3 --no_grid --tensorboard "
@@ -195,8 +196,6 @@ def test_a_line_of_output_does_not_stick_to_the_bar():
 
 
 def test_a_run_goes_on_with_other_pictures_only_when_told(plain, tmp_path):
-    import shutil
-
     shutil.copytree(plain.run, tmp_path / "run")
     shutil.copytree(plain.folder / "images", tmp_path / "images")
     (tmp_path / "images" / "0.png").rename(tmp_path / "images" / "7.png")
@@ -306,3 +305,97 @@ def test_emoji_are_drawn_beside_the_run_in_its_size(tmp_path):
     assert stored["recipe"]["data"] == "openmoji"
     drawn = list((tmp_path / "runs/openmoji-8/train").glob("*/*.png"))
     assert stored["data"]["images"] == len(drawn) > 500
+
+
+def test_a_word_that_is_also_a_folder_is_refused_with_what_to_type(
+    work, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").symlink_to(work / "images")
+    (tmp_path / "openmoji").symlink_to(work / "images")
+    words = f"pixels --out run --steps 2 {NARROW} --data"
+    for data in ("digits", "openmoji"):
+        said = diffussm(f"train {words} {data}", 1)
+        assert f"--data {data}: " in said and f"type ./{data} for" in said
+        assert said.splitlines()[-1] in diffussm(
+            f"doctor {words} {data} --processes 1", 1
+        ).replace("diffussm doctor", "diffussm train")
+    assert not (tmp_path / "run").exists()
+    assert "12 images" in diffussm(f"train {words} ./digits")
+    held = "--score_every 50 --score_images 0 --held_out openmoji"
+    said = diffussm(f"train digits --out b --steps 2 {NARROW} {held}", 1)
+    assert "--held_out openmoji: " in said
+
+
+def test_a_run_that_has_begun_or_has_such_a_name_takes_the_word(
+    work, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = f"train digits --data digits {SMALL} --no_grid --out"
+    for steps in (1, 2):  # the run's own folder is no data
+        said = diffussm(f"{words} digits --steps {steps}")
+        assert f"{steps} steps done" in said
+    words = f"train digits {SMALL} --no_grid --out"  # a recipe's data are not typed
+    assert "1 steps done" in diffussm(f"{words} run --steps 1")
+    said = diffussm(f"{words} run --steps 2 --data digits")  # this run began with them
+    assert "2 steps done" in said
+
+
+def test_a_folder_inside_the_images_is_refused_before_anything_is_written(
+    work, plain, tmp_path
+):
+    shutil.copytree(work / "images", tmp_path / "images")
+    (tmp_path / "images/kept").mkdir()  # a class, by then
+    before = listing(tmp_path)
+    words = f"train pixels --data {tmp_path}/images --steps 2 {NARROW} --out {tmp_path}"
+    for out in ("images/run", "images/cats/run", "images/kept"):
+        said = diffussm(f"{words}/{out}", 1)
+        assert "lies inside" in said and "name a folder outside" in said
+        said = diffussm(f"{words}/{out} --processes 1".replace("train", "doctor"), 1)
+        assert "FAIL  folder" in said and "lies inside" in said
+    words = words.replace("/images --", "/pictures --")
+    shutil.copytree(plain.folder / "images", tmp_path / "pictures")
+    assert "lies inside" in diffussm(f"{words}/pictures/run", 1)
+    assert "2 steps done" in diffussm(f"{words}/pictures/.run")  # not looked into
+    assert "2 steps done" in diffussm(f"{words}/pictures-run")
+    assert "2 steps done" in diffussm(f"{words}/pictures-run")
+    assert before.items() <= listing(tmp_path).items()
+
+
+def test_a_folder_inside_the_held_out_images_is_refused(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "val")
+    words = f"pixels --data {work}/images --held_out {tmp_path}/val --score_every 50 "
+    words += f"--score_images 0 --steps 2 {NARROW} --out {tmp_path}/val/run"
+    assert "lies inside" in diffussm(f"train {words}", 1)
+    assert "FAIL  held-out: " in diffussm(f"doctor {words} --processes 1", 1)
+    assert not (tmp_path / "val/run").exists()
+
+
+def test_a_run_goes_on_in_a_zip_or_a_store_that_its_folder_lies_in(work, tmp_path):
+    shutil.copytree(work / "latents", tmp_path / "latents")
+    words = f"train latents --data {tmp_path}/latents --out {tmp_path}/latents/run"
+    for _ in range(2):
+        assert "2 steps done" in diffussm(f"{words} --steps 2 {NARROW}")
+
+
+@pytest.mark.parametrize(("rank", "left"), [("0", False), ("1", True)])
+def test_a_start_that_is_refused_leaves_no_word_to_a_queue(
+    tmp_path, monkeypatch, rank, left
+):
+    """Or the queue would start it again, for ever."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "preempted").write_text("asked to stop\n")
+    monkeypatch.setenv("RANK", rank)
+    diffussm(f"train digits --data {tmp_path}/absent --out {out} {SMALL}", code=1)
+    assert (out / "preempted").exists() == left
+
+
+def test_a_convolution_for_a_gpu_is_refused_before_the_first_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = diffussm(
+        f"train digits --out {tmp_path}/run --convolution triton {SMALL}", code=1
+    )
+    assert "is for a GPU" in said and not (tmp_path / "run").exists()

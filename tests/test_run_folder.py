@@ -132,6 +132,9 @@ def test_a_run_has_one_encoder_whatever_its_data(tmp_path):
     assert encoder_of(tmp_path / "run")["name"] == "one"
     (tmp_path / "run" / "vae.json").unlink()  # as a run of an older version has none
     assert encoder_of(tmp_path / "run", tmp_path / "nowhere") is None
+    for content in ('{"images": 9}', "[]"):  # of something else than latents
+        (tmp_path / "manifest.json").write_text(content)
+        assert encoder_of(tmp_path / "run", tmp_path) is None
 
 
 def test_a_lock_that_is_new_already_is_not_taken(tmp_path, monkeypatch):
@@ -164,6 +167,7 @@ def test_the_same_data_may_move_and_other_data_may_not(tmp_path):
     here, there, more = folder("here", 8), folder("there", 8), folder("more", 9)
     run_tiny(tmp_path / "run", model=model, data=here, steps=2)
     assert run_tiny(tmp_path / "run", model=model, data=there, steps=4).step == 4
+    assert read_run(tmp_path / "run").recipe.data == there
     with pytest.raises(ValueError, match="other data"):
         run_tiny(tmp_path / "run", model=model, data=more, steps=6)
 
@@ -215,6 +219,7 @@ def test_other_pictures_of_the_same_number_are_refused_unless_told(tmp_path):
     config = replace(TINY, model=model, data=two, steps=4)
     told = {"dataset": ImageFolder(two, 8), "other_data": True}
     assert train(config, run, SELDOM, "cpu", progress=False, **told).step == 4
+    assert read_run(run).recipe.data == two
     facts = json.loads((run / "config.json").read_text())["data"]
     assert facts["earlier"] == [
         json.loads(before)["data"]
@@ -379,10 +384,43 @@ def test_training_is_imported_without_fcntl_and_sigusr1():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"convolution": "fast"}, {"micro_batch": 3}, {"batch_size": 2000}]
-)
-def test_a_refused_run_leaves_no_folder(tmp_path, changes):
+def test_a_run_that_was_killed_while_its_folder_was_made_begins(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.77.tmp").write_text("{")
+    assert run_tiny(tmp_path / "run", steps=2).step == 2
+
+
+def test_of_two_first_starts_the_second_finds_the_run_of_the_first(
+    tmp_path, monkeypatch
+):
+    """Both have looked, and found no run, before either writes."""
+    data, run = TensorData(*digits("train")), tmp_path / "run"
+    honest, looks = run_folder.check_run, []
+
+    def look(*claim):
+        looks.append(honest(*claim))
+        if len(looks) == 1:  # now the other is faster
+            open_run(run, replace(TINY, lr=2e-3), SELDOM, data)
+            return None
+        return looks[-1]
+
+    monkeypatch.setattr(run_folder, "check_run", look)
+    with pytest.raises(ValueError, match=r"holds another run.*lr"):
+        open_run(run, TINY, SELDOM, data)
+    assert read_run(run).recipe.lr == 2e-3
+
+
+REFUSED = [
+    {"convolution": "fast"},
+    {"convolution": "triton"},
+    {"micro_batch": 3},
+    {"batch_size": 2000},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED)
+def test_a_refused_run_leaves_no_folder(tmp_path, changes, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=next(iter(changes))):
         run_tiny(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

@@ -252,6 +252,26 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(tmp_path):
     } == good  # the means are those of the four good steps
 
 
+def test_the_time_of_a_step_begins_with_it_after_one_that_was_left_out(
+    tmp_path, monkeypatch
+):
+    called = []
+
+    class Noted(runs.WorkTimes):
+        def begin(self):
+            called.append("begin")
+            super().begin()
+
+        def end(self):
+            called.append("end")
+            super().end()
+
+    monkeypatch.setattr(runs, "WorkTimes", Noted)
+    run_poisoned(tmp_path / "run", 2, steps=4, log_every=2)
+    ends = [place for place, what in enumerate(called) if what == "end"]
+    assert len(ends) == 4 and {called[place - 1] for place in ends} == {"begin"}
+
+
 class _Reads:
     """Counts how often the thread that trains waits for a number of a tensor."""
 

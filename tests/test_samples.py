@@ -342,6 +342,14 @@ def test_a_folder_says_of_each_image_which_class_it_is(tmp_path):
         assert np.array_equal(packed["arr_0"], pictures(tmp_path / "set"))
 
 
+def test_a_set_is_of_the_same_weights(tmp_path):
+    draw(tmp_path / "old")  # from before they were recorded
+    draw(tmp_path / "old", facts={"weights_sha256": "a"})
+    draw(tmp_path / "set", facts={"weights_sha256": "a"})
+    with pytest.raises(ValueError, match="differ in weights_sha256"):
+        draw(tmp_path / "set", facts={"weights_sha256": "b"})
+
+
 def test_an_autoencoder_may_have_moved_but_must_be_the_same(tmp_path):
     vae = {"name": "here", "encoder_sha256": "e", "decoder_sha256": "d"}
     draw(tmp_path / "set", facts={"vae": vae})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffussm.files import write_json
-from diffussm.study import Measure, Question, Study, runs_of
+from diffussm.study import Measure, Question, Study, as_json, runs_of
 from diffussm.study_report import (
     answers,
     bootstrap,
@@ -36,6 +36,7 @@ def row(run, bits, **changes):
         "parameters": 1234,
         "operations": 2e12,
         "seconds": 3.0,
+        "measure": as_json(STUDY.measure),
         "held_out": {"loss": bits} | {f"mse_q{i}": 0.1 * i for i in range(1, 5)},
         "bits_per_dim": {"5": {"bits_per_dim": 99.0}, "25": {"bits_per_dim": bits}},
         "curves": curves,
@@ -93,6 +94,14 @@ def test_seeds_are_paired_and_missing_rows_are_left_out():
     assert answers(STUDY, [])["the question"].verdict == "not yet run"
 
 
+def test_rows_that_were_measured_in_another_way_do_not_answer():
+    longer = as_json(replace(STUDY.measure, bits_steps=(250,)))
+    rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7))
+    other = [one | {"measure": longer} for one in rows[:3]] + rows[3:]
+    assert answers(STUDY, rows)["the question"].verdict == "supported at this scale"
+    assert answers(STUDY, other)["the question"].verdict == "not yet run"
+
+
 def test_latents_are_compared_by_their_loss():
     rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7), bits_per_dim={})
     found = answers(STUDY, rows)["the question"]
@@ -141,6 +150,10 @@ def test_a_rate_that_diverged_is_not_the_best_of_several():
     ]
     found = answers(study, kept + lucky + other)["the question"]
     assert found.best("a *") == "a 2"
+    found = answers(study, kept + lucky[:1] + other)["the question"]
+    assert (
+        found.best("a *") == "" and found.verdict == "not yet run"
+    )  # a search goes on
     lucky[1:] = map(failed, lucky[1:])
     found = answers(study, kept + lucky + other)["the question"]
     assert found.best("a *") == "a 1" and found.differences == [-1, -1, -2]
@@ -221,7 +234,7 @@ def judged_rows(plain, guided):
         scales = {"1": a and images(a, 0.5), "2": images(b, 0.75)}
         real = images(0.25, 0.97)
         drawn = {"classifier": "one", "guidance": scales, "real": real}
-        yield row(run, 4.0, drawn=drawn)
+        yield row(run, 4.0, drawn=drawn, measure=as_json(JUDGED.measure))
 
 
 def test_a_run_of_a_question_takes_its_own_guidance():

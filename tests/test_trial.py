@@ -141,6 +141,25 @@ def test_under_torchrun_one_that_fails_fails_all(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_trial_works_beside_the_run_or_in_the_current_folder(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    folder = trial._claim(replace(plan(tmp_path), out=Path(".")))
+    assert folder.parent == here and list(tmp_path.iterdir()) == [here]
+    assert trial._claim(plan(Path("runs"))).parent == here
+    small = replace(LONG.model, in_channels=3, num_classes=14)
+    emoji = replace(LONG, model=small, data="openmoji")
+    folder = trial._claim(plan(Path("runs"), emoji))  # the first to need the folder
+    assert (folder.parent / "openmoji-8").is_dir()
+
+
+def test_a_run_that_is_scored_is_tried_without_scores(tmp_path):
+    scored = Execution(log_every=250, score_every=500)
+    how = trial.rehearsed(replace(plan(tmp_path, trial=300), execution=scored))
+    assert (how.log_every, how.score_every) == (30, 0)
+
+
 @pytest.mark.slow
 def test_the_very_run_is_tried_and_its_folder_removed(tmp_path):
     words = f"doctor digits --out {tmp_path}/run --quick --steps 200 {SMALL} --trial"

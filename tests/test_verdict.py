@@ -101,5 +101,8 @@ def test_the_hours_hold_the_pauses_for_checkpoints():
         how = replace(BEST, save_every=every)
         said = told(how=how, pause=pause)
         days = steps + pause * (RECIPE.steps // every) / 86400
-        assert f"{days:.1f} days on 8 GPUs, without pictures" in said["whole run"]
+        assert (
+            f"{days:.1f} days on 8 GPUs, without pictures and scores"
+            in said["whole run"]
+        )
         assert f"training stood still for {pause:.1f} s" in said["checkpoint"]

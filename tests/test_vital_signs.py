@@ -119,19 +119,23 @@ def test_a_gpu_stamps_its_own_clock(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "the stream of cuda:1"
             self.at = next(stamps)
 
         def elapsed_time(self, later):
             return later.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: f"the stream of {device}"
+    )
     monkeypatch.setattr(vital_signs, "world_size", lambda: 2)
     monkeypatch.setattr(
         vital_signs, "all_reduce", lambda x: x + torch.tensor([0.0, 9.0])
     )
     network = torch.nn.Linear(1, 1)
-    with WorkTimes(network, torch.device("cuda")) as times:
+    with WorkTimes(network, torch.device("cuda:1")) as times:
         times.begin()
         for _ in range(2):  # micro-batches
             network(torch.ones(1))

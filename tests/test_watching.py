@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from processes import fifty, together
 from tiny import TINY, assert_same_state, changed, log_of
 
+from diffussm import variants
 from diffussm.checkpoints import whole_ema
 from diffussm.data import Dataset, TensorData
 from diffussm.distributed import processes as cluster
@@ -16,6 +18,7 @@ from diffussm.parallel import create_state
 from diffussm.recipes import open_held_out, read_recipe
 from diffussm.runs import train
 from diffussm.sample_options import Sampler
+from diffussm.training import TrainState
 from diffussm.watching import Watch, draw_finite, watched_loss
 
 
@@ -78,6 +81,22 @@ def scores_of_a_process(strategy):
 def test_two_processes_give_the_numbers_of_one(strategy):
     alone = watch(TINY)(whole_ema(create_state(*changed({}), torch.device("cpu"))))
     assert together(2, scores_of_a_process, strategy) == [alone, alone]
+
+
+def average_of_a_variant(variant):
+    with cluster("cpu"):
+        build = partial(variants.network, variant)
+        recipe, execution = changed({"strategy": "fsdp"})
+        state = create_state(recipe, execution, torch.device("cpu"), build)
+        alone = TrainState.create(recipe, network=build).ema.state_dict()
+        ema = whole_ema(state)
+        same = [torch.equal(p, alone[name]) for name, p in ema.state_dict().items()]
+        inputs = torch.zeros(1, 1, 8, 8), torch.zeros(1).long(), torch.zeros(1).long()
+        return len(same) == len(alone), all(same), ema(*inputs).shape[1]
+
+
+def test_the_average_of_a_variant_is_gathered_as_that_variant():
+    assert together(2, average_of_a_variant, "gate:sum") == [(True, True, 2)] * 2
 
 
 def model():
@@ -196,5 +215,8 @@ def test_without_held_out_images_the_option_is_named(tmp_path):
         open_held_out("", recipe, fifty().classes)
     with pytest.raises(ValueError, match="others than --data"):
         open_held_out(str(tmp_path), recipe, fifty().classes)
+    again = tmp_path / ".." / tmp_path.name  # the same, in other words
+    with pytest.raises(ValueError, match="others than --data"):
+        open_held_out(str(again), recipe, fifty().classes)
     with pytest.raises(ValueError, match="--held_out .*nowhere"):
         open_held_out(str(tmp_path / "nowhere"), recipe, fifty().classes)

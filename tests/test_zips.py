@@ -1,5 +1,6 @@
 """A zip is its folder: same images, order, labels, fingerprint; never unpacked."""
 
+import ntpath
 import os
 import pickle
 import random
@@ -110,6 +111,44 @@ def test_many_threads_read_one_zip(zoo):
         found = list(pool.map(packed.__getitem__, list(range(9)) * 60))
     for i, (image, label) in enumerate(found):
         assert torch.equal(image, folder[i % 9][0]) and label == i % 9 // 3
+
+
+def test_zip_is_read_where_a_system_has_no_pread(zoo, monkeypatch):
+    """One place in the file for all threads: they take turns."""
+    folder, archive = ImageFolder(zoo, 16), zipped(zoo)
+    expected = [folder[i][0] for i in range(9)]
+    monkeypatch.delattr(os, "pread")
+    sent = pickle.loads(pickle.dumps(ZipFolder(archive, 16)))
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(sent.read, list(range(9)) * 60))
+    assert all(torch.equal(image, expected[i % 9]) for i, image in enumerate(found))
+
+
+def test_zip_is_opened_as_bytes_where_systems_have_text(zoo, monkeypatch):
+    asked, plain = [], os.open
+    monkeypatch.setattr(os, "O_BINARY", 1 << 30, raising=False)
+
+    def opening(path, flags, *rest):
+        asked.append(flags)
+        return plain(path, flags & ~(1 << 30), *rest)
+
+    archive = zipped(zoo)
+    monkeypatch.setattr(os, "open", opening)
+    ZipFolder(archive, 16)
+    assert asked == [os.O_RDONLY | 1 << 30]
+
+
+def test_zip_is_its_folder_where_paths_have_backslashes(zoo, monkeypatch):
+    archive = zipped(zoo)
+    whole = ZipFolder(archive, 16)
+    expected = [whole[i] for i in range(len(whole))]
+    monkeypatch.setattr(os, "path", ntpath)
+    monkeypatch.setattr(os, "sep", "\\")
+    for root in (archive, archive / "zoo"):
+        packed = ZipFolder(root, 16)
+        assert packed.classes == whole.classes and packed.name(0) == "a_first\\0.JPEG"
+        for i, (image, label) in enumerate(expected):
+            assert torch.equal(packed[i][0], image) and packed[i][1] == label
 
 
 def sum_of(images: ZipFolder, i: int) -> float:

@@ -21,7 +21,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
   };
 
   /** Ask for a digit, or for what the drawing becomes; `change` is what is new. */
-  const ask = async (change) => {
+  const ask = (change) => {
     Object.assign(asked, change);
     if ("label" in change) drawing = null;
     for (const key of digits.children) {
@@ -29,11 +29,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
     }
     say("asked", "The model is asked …");
     columns = [];
-    try {
-      await model.ask(drawing ? { ...asked, image: drawing, noisiest } : asked);
-    } catch (error) {
-      say("failed", `The model cannot be loaded: ${error.message}`);
-    }
+    model.ask(drawing ? { ...asked, image: drawing, noisiest } : asked);
   };
 
   const goOn = () => {
@@ -55,7 +51,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
     const what = drawing ? "going on from the drawing" : `drawing a ${asked.label}`;
     say("drawing", `${what}, at noise level t = ${t}`);
     if (last) say("done", drawing ? "What the drawing became." : `A ${asked.label}.`);
-  });
+  }, ({ message }) => say("failed", `The model failed: ${message}. Ask again to restart it.`));
 
   stage.classList.add("live-model");
   const digits = digitKeys(stage, ask);

@@ -51,6 +51,6 @@ export function start() {
 
   self.onmessage = ({ data }) => {
     if (data.packed) network = new Network(data.packed);
-    else draw(data);
+    else draw(data).catch(reportError); // or nobody would hear of it
   };
 }
