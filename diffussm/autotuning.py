@@ -7,7 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,26 +20,28 @@ from diffussm.fft_convolution import FFT
 __all__ = ["relative_errors", "Measured", "autotune_convolution"]
 
 
+class _Case(NamedTuple):
+    length: int
+    d_model: int
+    batch: int
+    device: torch.device
+    dtype: torch.dtype
+    d_state: int = 64
+
+
 # A layer, u and the output's gradient.
 _Problem = tuple[BidirectionalSSM, Tensor, Tensor | None]
 
 
-def _problem(
-    length: int,
-    d_model: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    d_state: int = 64,
-    backward: bool = True,
-) -> _Problem:
+def _problem(case: _Case, backward: bool = True) -> _Problem:
+    L, D, B, device, dtype, d_state = case
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = BidirectionalSSM(d_model, d_state).to(device)
+        layer = BidirectionalSSM(D, d_state).to(device)
     draws = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, device=device, dtype=dtype, generator=draws)
-    u = draw(batch, length, d_model)
-    return layer, u, draw(batch, length, 2 * d_model) if backward else None
+    u = draw(B, L, D)
+    return layer, u, draw(B, L, 2 * D) if backward else None
 
 
 _TOLERANCE = {"output": 1e-5, "grad_u": 1e-4, "grad_parameters": 1e-4}  # in float32
@@ -68,7 +70,8 @@ def relative_errors(
     Each is the largest difference relative to the largest entry, NaN if anything is
     not a number; the last that of the parameter in which it is largest.
     """
-    layer, u, grad = _problem(length, d_model, batch, device, dtype, d_state)
+    case = _Case(length, d_model, batch, device, dtype, d_state)
+    layer, u, grad = _problem(case)
     ours = _run(convolution, (layer, u, grad))
     true = _run(FFT, (layer.double(), u.double(), cast(Tensor, grad).double()))
     errors = {
@@ -104,22 +107,17 @@ def _candidates(length: int) -> dict[str, Convolution]:
 
 
 def _right_ones(
-    length: int,
-    d_model: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    d_state: int,
+    case: _Case,
 ) -> tuple[dict[str, Convolution], dict[str, dict[str, float]], list[str]]:
     """Those that may be timed, the errors of all, and why the others may not."""
-    case = length, min(d_model, 64), min(batch, 17), device, dtype, d_state
-    errors = {"FFT": relative_errors(FFT, *case)}
-    allowed = _allowed(dtype, errors["FFT"])
+    few = case._replace(d_model=min(case.d_model, 64), batch=min(case.batch, 17))
+    errors = {"FFT": relative_errors(FFT, *few)}
+    allowed = _allowed(case.dtype, errors["FFT"])
     right = {"FFT": FFT}
     faults = []
-    for name, candidate in _candidates(length).items():
+    for name, candidate in _candidates(case.length).items():
         try:
-            found = errors[name] = relative_errors(candidate, *case)
+            found = errors[name] = relative_errors(candidate, *few)
         except Exception as error:  # Triton raises many kinds
             faults.append(f"{name}: {type(error).__name__}")
             continue
@@ -174,19 +172,10 @@ class Measured:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def _try_all(
-    length: int,
-    d_model: int,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    d_state: int = 64,
-    backward: bool = True,
-) -> Measured:
-    case = length, d_model, batch, device, dtype, d_state
+def _try_all(case: _Case, backward: bool = True) -> Measured:
     try:
-        right, errors, faults = _right_ones(*case)
-        problem = _problem(*case, backward)
+        right, errors, faults = _right_ones(case)
+        problem = _problem(case, backward)
         seconds = _median_seconds(right, problem)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
@@ -223,4 +212,5 @@ def autotune_convolution(
     if device.type != "cuda":
         why = f"the kernels on the chip are for a GPU, and this is a {device.type}"
         return Measured(FFT, f"FFT: {why}")
-    return _try_all(length, d_model, batch, device, dtype, d_state, backward)
+    case = _Case(length, d_model, batch, device, dtype, d_state)
+    return _try_all(case, backward)

@@ -171,7 +171,6 @@ def _with_decoder(found: _Found, vae: str | None, device: Any) -> _Found:
     facts = found.facts | {"weights": found.weights}
     facts["checkpoint"] = f"step_{found.step:08d}"
     facts["ema_decay"] = found.recipe.ema_decay
-    facts["weights_sha256"] = _checksum(found.model)
     decode, identity = _open_decoder(found, vae or found.vae, device)
     if identity:
         kept = ("name", "encoder_sha256", "decoder_sha256")
@@ -267,7 +266,7 @@ def _draw_set(
     run: _Found, wanted: "SampleSet", out: Path, own: Any, execution: "Execution"
 ) -> int:
     from diffussm import samples
-    from diffussm.distributed import EXIT_PREEMPTED, Preempted, rank
+    from diffussm.distributed import EXIT_PREEMPTED, Preempted, on_rank_zero, rank
     from diffussm.options import diffusion_of
     from diffussm.sampling_at_scale import make_ready
 
@@ -276,7 +275,8 @@ def _draw_set(
     wanted = make_ready(*network, wanted, execution, own, decode)
     if rank() == 0:
         print(how_many(wanted.count, wanted.batch_size, wanted.sampler), flush=True)
-    how = {"device": own, "facts": run.facts, "decode": decode}
+    facts = run.facts | on_rank_zero(lambda: {"weights_sha256": _checksum(run.model)})
+    how = {"device": own, "facts": facts, "decode": decode}
     try:
         with run.model.cached_kernels():  # of all batches
             samples.draw_samples(*network, wanted, out, **how)

@@ -75,12 +75,13 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
         "_median_seconds",
         lambda sides, problem: {n: -len(n) for n in sides},
     )
-    single = autotuning._try_all(1024, 4, 2, DEVICE, torch.float32)
+    case = autotuning._Case(1024, 4, 2, DEVICE, torch.float32)
+    single = autotuning._try_all(case)
     assert "tf32: errors" in single.reason and single.convolution.apply.keywords == {
         "precision": "tf32x3"
     }
     assert 1e-5 < single.errors["on the chip, tf32"]["output"] < 2e-3
-    mixed = autotuning._try_all(1024, 4, 2, DEVICE, torch.bfloat16)
+    mixed = autotuning._try_all(case._replace(dtype=torch.bfloat16))
     assert (
         1e-5
         < mixed.errors["on the chip, tf32"]["grad_parameters"]
@@ -93,7 +94,7 @@ def test_single_tf32_products_are_right_under_bf16_and_wrong_in_float32(monkeypa
         lambda sides, problem: {n: single_wins[n] for n in sides},
     )
     assert autotuning._try_all(
-        1024, 4, 2, DEVICE, torch.bfloat16
+        case._replace(dtype=torch.bfloat16)
     ).convolution.apply.keywords == {"precision": "tf32"}
 
 
@@ -104,16 +105,8 @@ def the_four_steps_alone(monkeypatch):
 
 
 def choose(**options):
-    return autotuning._try_all(
-        **{
-            "length": 256,
-            "d_model": 2,
-            "batch": 2,
-            "device": DEVICE,
-            "dtype": torch.float32,
-        }
-        | options
-    )
+    case = autotuning._Case(256, 2, 2, DEVICE, torch.float32)
+    return autotuning._try_all(case._replace(**options))
 
 
 def test_a_cpu_stays_with_the_fft():
@@ -137,7 +130,8 @@ def test_the_fastest_of_those_that_are_right_is_chosen(monkeypatch):
         and choice.seconds["FFT"] == 0.3
     )
     assert choice.reason.startswith("on the chip, tf32x3: FFT 300.00 ms")
-    layer, u, _ = autotuning._problem(256, 2, 1, DEVICE, torch.float32)
+    case = autotuning._Case(256, 2, 1, DEVICE, torch.float32)
+    layer, u, _ = autotuning._problem(case)
     close(choice.convolution(u, layer.prepare(256)), layer(u).double(), 1e-5)
     times["FFT"] = 0.05
     assert choose().convolution is FFT
@@ -225,8 +219,8 @@ def test_a_sampler_asks_for_no_backward_pass(monkeypatch):
         assert not u.requires_grad and not prepared.requires_grad
         return FFT(u, prepared)
 
-    case = 64, 2, 2, torch.device("cpu"), torch.float32
-    problem = autotuning._problem(*case, backward=False)
+    case = autotuning._Case(64, 2, 2, torch.device("cpu"), torch.float32)
+    problem = autotuning._problem(case, backward=False)
     assert autotuning._seconds(Convolution(forward, FFT.prepare), problem) > 0
     assert problem[2] is None
 
