@@ -48,6 +48,21 @@ def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(
     assert list(visit.everywhere("axe")) == ["axe, light, 1280"]
 
 
+UNDER_THE_HEAD = """(rows) => {
+    const { top } = document.querySelector(".export-badge a").getBoundingClientRect();
+    scrollTo({ top: scrollY + top - rows, behavior: "instant" });
+}"""
+
+
+def test_axe_does_not_mind_where_a_page_stands(tab: Tab) -> None:
+    """The head of the page lies over what is scrolled under it."""
+    visit = tab.visit("book/32_reverse_process")
+    visit.at(("dark", 390))
+    for rows in (28, 36):
+        visit.tab.evaluate(UNDER_THE_HEAD, rows)
+        assert visit.violations() == []
+
+
 @pytest.mark.parametrize(
     ("address", "elsewhere"),
     [("https://example.invalid/a.png", True), ("_static/none.png", False)],

@@ -57,6 +57,9 @@ AXE = """async ([impacts, whole, known]) => {
             undo.push(() => place.replaceWith(entry));
         }
     }
+    // At the top nothing lies over the text: not the head of the page, nor the button
+    // that leads back there.
+    scrollTo({ top: 0, behavior: "instant" });
     // Boxes that no longer scroll say so a frame later, which moves what is below them.
     await new Promise((done) =>
         requestAnimationFrame(() => requestAnimationFrame(done)));
