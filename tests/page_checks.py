@@ -80,7 +80,7 @@ def test_tables_are_numbered(visit: Visit) -> None:
         captions = [text for one, text in visit.content["tables"] if one == name]
         assert len(captions) == 1, f"{name} is not on the page"
         (caption,) = captions
-        assert re.match(r"\s*Table [\d.]+ *\S", caption), f"{name}: {caption!r}"
+        assert re.match(r"\s*Table\s[\d.]+ *\S", caption), f"{name}: {caption!r}"
 
 
 def test_mathematics_is_typeset(visit: Visit) -> None:

@@ -15,8 +15,8 @@ import folds  # type: ignore[import-not-found]
 @pytest.mark.parametrize(
     ("code", "title"),
     [
-        ("import math\nfrom torch import nn\n", "Imports"),
-        ("from typing import TypeVar\nT = TypeVar('T')\n", "Imports"),
+        ("import math\nfrom torch import nn\n", "Imports of the module"),
+        ("from typing import TypeVar\nT = TypeVar('T')\n", "Imports of the module"),
         ("_MOST = 3\n", "Constants"),
         ('if __name__ == "__main__":\n    f()\n', "When it is run"),
         ("def _check_it(x):\n    pass\n", "Guards: _check_it"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
 
 # A heading without words is none; a list's items are not bibliographic entries, and a
 # role that is not allowed there hides what the element is.
@@ -22,6 +24,22 @@ UNBROKEN = (
 )
 
 
+GAP = re.compile(r"\S {2,}\S")
+
+
+class KeepColumns(SphinxPostTransform):
+    """Mark what a cell has printed in columns, which scrolls on a phone."""
+
+    default_priority = 500  # when what cells show is on the page
+
+    def run(self, **_: Any) -> None:
+        """Called by Sphinx, once a page."""
+        for block in self.document.findall(nodes.literal_block):
+            gaps = sum(bool(GAP.search(row)) for row in block.astext().splitlines())
+            if "output" in block["classes"] and gaps > 1:
+                block["classes"].append("columns")
+
+
 def mend(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
 ) -> None:
@@ -32,5 +50,6 @@ def mend(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.add_post_transform(KeepColumns)
     app.connect("html-page-context", mend, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -3,7 +3,8 @@
 - The code of a picture comes *under* it: "Code for this figure". A cell that prepares
   one and shows nothing itself goes into the same fold. Where the code of a glued figure
   stands further down, a line under the figure leads there.
-- What the package needs and the text does not: "Imports", "Guards", "Details".
+- What the package needs and the text does not: "Imports of the module", "Guards",
+  "Details".
 - The solution of an exercise: "Solution".
 
 The notebook that one downloads has all cells where they were.
@@ -38,7 +39,7 @@ def title_of_plumbing(code: str) -> str:
     if not names and isinstance(ast.parse(code).body[0], ast.If):
         return "When it is run"
     if not names:
-        return "Imports" if imports else "Constants"
+        return "Imports of the module" if imports else "Constants"
     checks = ("check", "_check", "_refuse", "__post_init__")
     title = "Guards" if all(name.startswith(checks) for name in names) else "Details"
     told = [name for name in names if not name.startswith("__")]
