@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import re
 import shlex
 import sys
 import textwrap
@@ -87,16 +88,16 @@ def _call_after_init(cls: Any) -> None:
 
 
 def as_typed(line: str) -> str:
-    """A command as one types it; where it is long it goes on in the next line."""
+    """A command as one types it; a long one goes on in the next line, at an option."""
     return " \\\n".join(
         textwrap.wrap(
-            f"$ diffussm {line}",
+            re.sub(" (?!--)", "\xa0", f"$ diffussm {line}"),
             76,
             subsequent_indent="    ",
             break_long_words=False,
             break_on_hyphens=False,
         )
-    )
+    ).replace("\xa0", " ")
 
 
 def shell(line: str) -> None:

@@ -29,7 +29,16 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from PIL import Image
 
-__all__ = ["COLORS", "frame_player", "image_grid", "recorded", "table", "use_style"]
+__all__ = [
+    "COLORS",
+    "frame_player",
+    "image_grid",
+    "recorded",
+    "sizes_as_math",
+    "table",
+    "told",
+    "use_style",
+]
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -144,6 +153,7 @@ def _keep_colours(fig: Figure) -> None:
 
 
 PHONE = 3.8  # inches; at 340 pixels a text of 9 points is then 11 pixels high
+BETWEEN = 0.1  # inches above and below a panel, so that a label ends before a title
 
 
 def narrow(fig: Figure) -> bool:
@@ -195,7 +205,7 @@ def narrow(fig: Figure) -> bool:
         letters = PHONE / abreast * 72 / (0.6 * title.get_fontsize())
         lines = title.get_text().split("\n")
         title.set_text("\n".join(_broken(line, int(letters)) for line in lines))
-    fig.set_layout_engine("constrained")
+    fig.set_layout_engine("constrained", h_pad=BETWEEN)
     for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)]:
         if legend is not None:
             _fit_legend(fig, legend)
@@ -218,7 +228,7 @@ def _restack(fig: Figure, panels: list[list[Axes]], abreast: int, tall: float) -
                 for ax in row
             )
         )
-    fig.set_size_inches(PHONE, sum(heights))
+    fig.set_size_inches(PHONE, sum(heights) + 2 * BETWEEN * (len(heights) - 1))
     grid = fig.add_gridspec(len(heights), abreast, height_ratios=heights)
     for k, axes in enumerate(panels):
         row, column = divmod(k, abreast)
@@ -271,17 +281,34 @@ def recorded(name: str) -> Any:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> None:
-    """Show a table with these columns."""
+def sizes_as_math(text: str) -> str:
+    """A text in which sizes such as D = 1152 are formulas."""
+    return re.sub(r"\b([A-Z] = [\d,]*\d)", r"$\1$", text)
+
+
+def told(record: dict[str, Any], command: str) -> str:
+    """What a record holds, and on which machine it was made, in two sentences."""
+    where = record["environment"]
+    date = where["date"].replace("-", "\N{NON-BREAKING HYPHEN}")
+    return (
+        f"{sizes_as_math(record['title'])}. Measured on an {where['processor']} with "
+        f"{where['cores']} cores, PyTorch {where['torch']}, {date} (`{command}`)."
+    )
+
+
+def table(
+    columns: Sequence[object], rows: Sequence[Sequence[object]], note: str = ""
+) -> None:
+    """Show a table with these columns, and a note under it."""
     lines = (columns, ["---"] * len(columns), *rows)
     text = ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
-    display(Markdown("\n".join(text)))
+    display(Markdown("\n".join([*text, "", note] if note else text)))
 
 
 def _cell(value: object) -> str:
     """What stands in a cell: a number on one line with its unit, factor or spread."""
     unit = r"(?<=\d) (?=(?:×|x|ms|s|dB|%|[kMGT]?i?B)(?: |$))"
-    pair = r"(?<=\d) (?=[±·] \d)|(?<=\d [×x±·]) (?=\d)"
+    pair = r"(?<=\d) (?=[±·] \d|\(\d)|(?<=\d [×x±·]) (?=\d)"
     return re.sub(rf"{unit}|{pair}", "\u00a0", str(value))
 
 

@@ -205,8 +205,8 @@ def _as_stored(picture: Any) -> bytes | Image.Image:
 
 def _told(picture: Any) -> str:
     """What was given for a picture, and what is expected."""
-    form = [str(getattr(picture, key, "")) for key in ("dtype", "shape")]
-    given = " ".join([type(picture).__name__, *filter(None, form)])
+    form = [getattr(picture, "dtype", ""), tuple(getattr(picture, "shape", ()))]
+    given = " ".join([type(picture).__name__, *(str(part) for part in form if part)])
     return f"{given}: expected one of Pillow's, bytes, or uint8 (H, W, 3)"
 
 

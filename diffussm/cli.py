@@ -96,7 +96,7 @@ _LOG = logging.getLogger("diffussm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `diffussm`; returns its exit code, as the table above has them."""
+    """The command `diffussm`; returns its exit code (tab-cli-codes)."""
     if not sys.stderr or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between two lines
         os.environ.setdefault("TQDM_MAXINTERVAL", "60")

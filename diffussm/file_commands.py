@@ -227,7 +227,8 @@ def export(
             check_decodes(pipe, run, ", or take another --format")
         pipe.to(getattr(torch, dtype))
         difference = exporting.export_network(pipe, folder, format, batch)
-    print(f"wrote {folder}: it differs by {difference:.1e} of the largest output")
+    by = f"{difference:.1e} of the largest output" if difference else "nothing"
+    print(f"wrote {folder}: its output differs by {by}")
     return 0
 
 

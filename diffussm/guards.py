@@ -194,7 +194,8 @@ def expect_one_of(name: str, value: T, allowed: Iterable[T]) -> T:
 def nearest(word: object, known: Iterable[object]) -> str:
     """What may have been meant, and all that there is."""
     words = [str(one) for one in known]
-    return f"{meant(word, words)}(known: {', '.join(words)})"
+    every, close = ", ".join(words), meant(word, words)
+    return f"{close}(known: {every})" if close else f"expected one of {every}"
 
 
 def meant(word: object, known: Iterable[str]) -> str:
@@ -335,8 +336,14 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         if isinstance(asked, Mapping) and isinstance(there, Mapping):
             found += [f"{key}.{inner}" for inner in differences(asked, there)]
         elif asked != there:
-            found.append(f"{key} (there {there!r:.80}, asked {asked!r:.80})")
+            found.append(f"{key} (there {_told(there)}, asked {_told(asked)})")
     return found
+
+
+def _told(value: object) -> str:
+    """Twelve digits of a SHA-256, the beginning of all else."""
+    checksum = isinstance(value, str) and len(value) == 64
+    return f"'{str(value)[:12]}...'" if checksum else f"{value!r:.80}"
 
 
 def expect_same(

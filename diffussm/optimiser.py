@@ -56,12 +56,12 @@ def parameter_groups(
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """One line per group: its tensors and numbers, its learning rate and decay."""
-    lines = [f"{'group':<10}{'tensors':>8}{'parameters':>12}{'lr':>9}{'decay':>6}"]
+    """One line per group: its parameters, its learning rate and decay."""
+    lines = [f"{'group':<9}{'parameters':>11}{'lr':>9}{'decay':>6}"]
     for group in groups:
         numbers = sum(parameter.numel() for parameter in group["params"])
         lines.append(
-            f"{group['name']:<10}{len(group['params']):>8}{numbers:>12,}"
+            f"{group['name']:<9}{numbers:>11,}"
             f"{group['base_lr']:>9.1e}{group['weight_decay']:>6g}"
         )
     return "\n".join(lines)

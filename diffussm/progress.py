@@ -40,7 +40,7 @@ class Told:
         unusual = row["loss"] is None or row.get("held_out_loss") is not None
         if self.clock() >= self.due or unusual or row["step"] == self.steps:
             self.due = self.clock() + 30
-            say(f"step {row['step']} of {self.steps}: {in_short(row)}")
+            say(f"step {row['step']:,} of {self.steps:,}: {in_short(row)}")
 
 
 def board_writer() -> Any:

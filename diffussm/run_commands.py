@@ -131,7 +131,7 @@ def doctor(
         limit: seconds that the processes may take to talk, or a trial to log a line
         quick: do not read all of the latents
         trial: carry out so many steps of the run, e.g. 200, kill it and resume it
-        price: of an hour of a GPU, for the cost of the run
+        price: of an hour of a GPU, in any currency, for the cost of the run
         other_data: go on with other images than the run began with
         init_from: begin with the averaged weights of this run (folder)
         tensorboard: write RUN/tensorboard besides the log
@@ -304,12 +304,12 @@ def _say_begun(recipe: "Recipe", data: "Dataset") -> None:
 
     count = parameter_count(recipe.model)
     size = f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
-    say(f"{size} parameters, {len(data)} images")
+    say(f"{size} parameters, {len(data):,} images")
 
 
 def _say_done(out: Path, step: int) -> None:
     weights = out / "checkpoints" / f"step_{step:08d}" / "ema"
-    log = f"{step} steps done; the log is {out / 'log.jsonl'}"
+    log = f"{step:,} steps done; the log is {out / 'log.jsonl'}"
     say(f"{log}, the averaged weights are in {weights}")
 
 

@@ -285,7 +285,7 @@ def _draw_set(
             print(f"{stop}; the same command draws the others", file=sys.stderr)
         return EXIT_PREEMPTED
     if rank() == 0:
-        print(f"wrote {wanted.count} images to {out}")
+        print(f"wrote {wanted.count:,} images to {out}")
     return 0
 
 

@@ -260,6 +260,9 @@ def draw_answer(axes: Any, answer: Answer, colors: Sequence[str]) -> None:
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.25)
         axes.plot(steps, values.mean(0), line, color=color, label=name)
     axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
+    axes.yaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 4, 6, 8))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     if axes.lines:
         axes.legend()
 
@@ -317,7 +320,6 @@ def write_report(study: Study, rows: Iterable[Row], out: Path) -> Path:
 
 
 _SECONDS = "Processor seconds: steps times the seconds of one step alone, from"
-
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 
 
@@ -339,8 +341,8 @@ def effect_of(answer: Answer) -> str:
         return f"diverged: {' and '.join(answer.lost)}, with a seed of each run"
     if len(found) < 3:
         return f"{answer.verdict}: {len(found)} of at least 3 seeds are there"
-    (low, high), mean = bootstrap(found), statistics.mean(found)
-    effect = f"{mean:+.3f} {answer.unit}, 95% from {low:+.3f} to {high:+.3f}"
+    told = [f"{n:+.3f}".replace("-", "−") for n in (np.mean(found), *bootstrap(found))]
+    effect = f"{told[0]} {answer.unit}, 95% from {told[1]}\xa0to\xa0{told[2]}"
     return (
         f"{answer.verdict}: {answer.best(asked.first)} minus "
         f"{answer.best(asked.second)} is {effect} "

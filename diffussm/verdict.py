@@ -125,7 +125,7 @@ def _whole(trial: Trial) -> str:
     plan, seconds = trial.plan, _seconds(trial)
     n, kind = plan.processes, "GPUs" if plan.device.type == "cuda" else "processes"
     cost = f", {seconds / 3600 * n * plan.price:,.2f}" if plan.price else ""
-    at = f"{cost} at {plan.price:g} an hour of each" if cost else ""
+    at = f"{cost} at {plan.price:g} an hour of each, in your currency" if cost else ""
     images = plan.recipe.steps * plan.recipe.batch_size
     takes = f"{duration(seconds)} on {n} {kind}{at}"
     return f"{images:,} images: {takes}, without pictures and scores"

@@ -240,7 +240,7 @@ def test_second_derivative_is_refused_rather_than_wrong():
 
 def test_what_does_not_fit_is_refused():
     u, modes = torch.zeros(1, 20, 2), some_modes(2, 2)
-    with pytest.raises(ValueError, match="precision='fp8': .*known: bf16, tf32"):
+    with pytest.raises(ValueError, match="precision='fp8': expected one of bf16, tf32"):
         chunked_triton(u, modes, "fp8")
     with pytest.raises(
         TypeError, match="u is torch.float64, modes .*: expected float32 or b"
@@ -252,9 +252,9 @@ def test_what_does_not_fit_is_refused():
         chunked_triton(u[..., :1], modes)
     with pytest.raises(ValueError, match="modes has 8 numbers .*expected 2N"):
         chunked_triton(u, modes[..., :-1])
-    with pytest.raises(ValueError, match="chunk=24: .*known: 16, 32, 64"):
+    with pytest.raises(ValueError, match="chunk=24: expected one of 16, 32, 64"):
         chunked_triton(u, modes, chunk=24)
-    with pytest.raises(ValueError, match="warps=3: .*known: 4, 8, 16"):
+    with pytest.raises(ValueError, match="warps=3: expected one of 4, 8, 16"):
         chunked_triton(u, modes, warps=3)
 
 

@@ -277,10 +277,13 @@ def test_kernel_on_the_meta_device_has_the_right_shape():
     [
         ({"d_model": 0}, "d_model=0: expected an integer of at least 1"),
         ({"d_model": 4, "d_state": 7}, "n_state=7.*even"),
-        ({"d_model": 4, "init": "hippo"}, r"init='hippo': \(known: lin, inv, legs\)"),
+        (
+            {"d_model": 4, "init": "hippo"},
+            r"init='hippo': expected one of lin, inv, legs",
+        ),
         (
             {"d_model": 4, "discretization": "euler"},
-            r"discretization='euler': \(known: zoh, bilinear\)",
+            r"discretization='euler': expected one of zoh, bilinear",
         ),
         ({"d_model": 4, "dt_min": 0.0}, "dt_min=0.0: expected a finite number above 0"),
         (

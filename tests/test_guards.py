@@ -180,6 +180,9 @@ def test_differences_name_both_sides() -> None:
         "m.N (there 2, asked 4)"
     ]
     assert differences({"m": {}}, {"m": None}) == ["m (there None, asked {})"]
+    assert differences({"s": "ab" * 32}, {"s": "cd" * 32}) == [
+        "s (there 'cdcdcdcdcdcd...', asked 'abababababab...')"
+    ]
 
 
 def test_two_records_that_differ_are_refused() -> None:

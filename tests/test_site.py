@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from browsers import absent
+from docutils import nodes
 from docutils.core import publish_doctree
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -224,6 +225,10 @@ def test_labels_in_docstrings_become_references() -> None:
     assert api_reference.linked(text, {"eq-a-b", "fig-a-b"}) == (
         "Source: {eq}`eq-a-b` ({numref}`fig-a-b`), eq-none, `eq-a-b`, seq-a-b."
     )
+    text = "The mean (equation eq-a-b), so (eq-a-b); (eq-none)."
+    assert api_reference.linked(text, {"eq-a-b"}) == (
+        "The mean {eq}`eq-a-b`, so {eq}`eq-a-b`; (eq-none)."
+    )
 
 
 def test_signatures_are_those_of_the_code() -> None:
@@ -234,13 +239,43 @@ def test_signatures_are_those_of_the_code() -> None:
     )
     a, b, f = ast.parse(source).body
     said = [api_reference.signature(node) for node in (a, b, f)]  # type: ignore[arg-type]
-    assert said == [
-        "(x: int, y: str = 'a')",
-        "(n: int)",
-        "(x: 'A', *, n=3) -> list[int]",
-    ]
+    assert said == ["(x: int, y: str = 'a')", "(n: int)", "(x: A, *, n=3) -> list[int]"]
     cell = "@method_of(A)\ndef g(self): ...\n\ndef _h(): ...\n\nclass C: ..."
     assert api_reference.definitions(cell) == ["C"]
+
+
+def test_signatures_show_the_defaults_that_a_caller_gets(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("WHITE = (255, 255)\nblack = 0\n")
+    (tmp_path / "a.py").write_text(
+        "from diffussm.b import WHITE\n_Part = str | int\nT = TypeVar('T')\n"
+        "_BEST = A(n=1)\n_LONG = '" + 60 * "x" + "'\n\n"
+        "@dataclass\nclass A:\n    m: float = bounded(MISSING, above=0)\n"
+        "    n: int = bounded(2, least=1)\n    k: dict = field(default_factory=dict)\n"
+        "    c: Literal['T'] | Sequence['B'] = 'a'\n\n"
+        "def f(a: _Part, b=_BEST, c=WHITE, d=_LONG) -> tuple[T, 'B']: ..."
+    )
+    values = api_reference.constants(tmp_path / "a.py")
+    *_, a, f = ast.parse((tmp_path / "a.py").read_text()).body
+    assert isinstance(a, ast.ClassDef)
+    assert isinstance(f, ast.FunctionDef)
+    assert api_reference.signature(a, values) == (
+        "(m: float, n: int = 2, k: dict = {}, c: Literal['T'] | Sequence[B] = 'a')"
+    )
+    assert api_reference.signature(f, values) == (
+        "(a: str | int, b=A(n=1), c=(255, 255), d=_LONG) -> tuple[T, B]"
+    )
+
+
+def test_long_names_may_break_and_are_copied_whole() -> None:
+    name = nodes.literal("", "", nodes.Text("diffussm.fft_convolution"))
+    api_reference.with_breaks(name)
+    assert name.astext() == "diffussm.fft_convolution"
+    assert [one.astext() for one in name.findall(nodes.Text)] == [
+        "diffussm.",
+        "fft_",
+        "convolution",
+    ]
+    assert sum(isinstance(one, api_reference.Break) for one in name.children) == 2
 
 
 def test_one_cell_of_the_notation_may_have_several_symbols() -> None:

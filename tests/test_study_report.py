@@ -87,7 +87,7 @@ def test_seeds_are_paired_and_missing_rows_are_left_out():
     found = answers(STUDY, rows)["the question"]
     assert found.differences == pytest.approx([-0.5, -0.6, -0.7])
     assert found.verdict == "supported at this scale"
-    assert "a minus b is -0.600" in effect_of(found) and "3 seeds" in effect_of(found)
+    assert "a minus b is −0.600" in effect_of(found) and "3 seeds" in effect_of(found)
     found = answers(STUDY, rows[1:])["the question"]
     assert found.differences == pytest.approx([-0.6, -0.7])
     assert effect_of(found) == "not yet run: 2 of at least 3 seeds are there"
@@ -106,7 +106,7 @@ def test_latents_are_compared_by_their_loss():
     rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7), bits_per_dim={})
     found = answers(STUDY, rows)["the question"]
     assert found.differences == pytest.approx([-0.5, -0.6, -0.7])
-    assert "-0.600 in held-out loss" in effect_of(found)
+    assert "−0.600 in held-out loss" in effect_of(found)
     first, _ = summary(found)
     assert first["held-out loss"] == "2 ± 1" and "bits/dim" not in first
 
@@ -241,7 +241,7 @@ def test_a_run_of_a_question_takes_its_own_guidance():
     rows = [*judged_rows((3.0, 4.0, 5.0), (1.0, 1.5, 2.0))]
     found = answers(JUDGED, rows)["w"]
     assert found.differences == pytest.approx([-2.0, -2.5, -3.0])
-    assert "w = 2 minus w = 1 is -2.500 in Fréchet distance" in effect_of(found)
+    assert "w = 2 minus w = 1 is −2.500 in Fréchet distance" in effect_of(found)
     plain, guided, real = summary(found)
     assert plain["Fréchet distance"] == "4 ± 1" and plain["agreement"] == "0.5"
     assert guided["Fréchet distance"] == "1.5 ± 0.5" and guided["bits/dim"] == "4"
@@ -250,7 +250,7 @@ def test_a_run_of_a_question_takes_its_own_guidance():
     by = replace(GUIDED, by="disagreement")
     found = answers(replace(JUDGED, questions={"w": by}), rows)["w"]
     assert found.differences == pytest.approx([-0.25] * 3)
-    assert "-0.250 of the images read as another class" in effect_of(found)
+    assert "−0.250 of the images read as another class" in effect_of(found)
 
 
 def test_images_that_were_not_drawn_are_not_compared():

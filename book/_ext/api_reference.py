@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from sphinx import addnodes
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # What a docstring names as its source, and the role that refers to it.
 ROLES = {"ch": "ref", "eq": "eq", "fig": "numref", "tab": "numref"}
+NAMES = (addnodes.desc_name, addnodes.desc_addname)
 HEADINGS = ("Args", "Attributes", "Raises", "Returns", "Yields")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -38,12 +39,33 @@ def public(tree: ast.Module) -> list[str]:
     return []
 
 
+class Break(nodes.inline):
+    """Where a long name may go on in the next line; a copy has nothing there."""
+
+
+def with_breaks(node: nodes.Element) -> None:
+    """Let a browser break the names in a node after each `_` and `.`."""
+    for text in list(node.findall(nodes.Text)):
+        first, *others = re.split(r"(?<=[_.])(?=\w)", text.astext())
+        pieces: list[nodes.Node] = [nodes.Text(first)]
+        for piece in others:
+            pieces += [Break(), nodes.Text(piece)]
+        text.parent.replace(text, pieces)
+
+
 def linked(text: str, known: set[str]) -> str:
-    """A text in which labels of the book are references."""
+    """A text in which labels of the book are references.
+
+    The number of an equation comes in brackets, so those around it go.
+    """
 
     def role(label: str) -> str:
         return f"{{{ROLES[label.partition('-')[0]]}}}`{label}`"
 
+    def bare(found: re.Match[str]) -> str:
+        return found[1] if found[1] in known else found[0]
+
+    text = re.sub(r"\((?:equation\s+)?(eq-[\w-]+)\)", bare, text)
     found = rf"(?<![\w`-])(?:{'|'.join(ROLES)})-[a-z][\w-]+"
     return re.sub(found, lambda m: role(m[0]) if m[0] in known else m[0], text)
 
@@ -72,19 +94,94 @@ def decorators(node: Definition) -> list[str]:
     return [ast.unparse(d).partition("(")[0] for d in node.decorator_list]
 
 
-def signature(node: Definition) -> str:
+class Plain(ast.NodeTransformer):
+    """A signature as a reader needs it: no quotes around types, and real defaults.
+
+    `values`: what private names of the module stand for.
+    """
+
+    def __init__(self, values: dict[str, ast.expr]) -> None:
+        self.values = values
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """A private name becomes what it stands for."""
+        return self.values.get(node.id, node)
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        """The default of a field with a range or a factory; None: it has none."""
+        match node:
+            case ast.Call(func=ast.Name("bounded"), args=[ast.Name("MISSING")]):
+                return None
+            case ast.Call(func=ast.Name("bounded"), args=[default]):
+                return self.visit(default)
+            case ast.Call(
+                func=ast.Name("field"),
+                keywords=[ast.keyword("default_factory", ast.Name(kind))],
+            ):
+                return ast.Name({"list": "[]", "dict": "{}"}.get(kind, f"{kind}()"))
+        return self.generic_visit(node)
+
+    def annotation(self, node: ast.expr | None) -> ast.expr | None:
+        """A type without quotes; the words of a Literal keep theirs."""
+        match node:
+            case ast.Constant(str(text)):
+                return self.annotation(ast.parse(text, mode="eval").body)
+            case ast.Subscript(ast.Name("Literal")):
+                return node
+            case ast.Subscript():
+                node.slice = self.annotation(node.slice) or node.slice
+            case ast.Tuple() | ast.List():
+                node.elts = [self.annotation(one) or one for one in node.elts]
+            case ast.BinOp():
+                node.left = self.annotation(node.left) or node.left
+                node.right = self.annotation(node.right) or node.right
+        return self.visit(node) if node else None
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        """A parameter with its type."""
+        node.annotation = self.annotation(node.annotation)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        """A field of a dataclass."""
+        node.annotation = self.annotation(node.annotation) or node.annotation
+        node.value = self.visit(node.value) if node.value else None
+        return node
+
+
+def constants(path: Path) -> dict[str, ast.expr]:
+    """What private names and constants in a module stand for, where that is short."""
+    found: dict[str, ast.expr] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(name)], value=value):
+                kept = name[0] == "_" or (name.isupper() and len(name) > 1)  # no T
+                if kept and len(ast.unparse(value)) <= 60:
+                    found[name] = value
+            case ast.ImportFrom(module=str(module)) if module.startswith("diffussm."):
+                if any(one.name.isupper() for one in node.names):
+                    other = constants(path.with_name(f"{module[9:]}.py"))
+                    names = {one.name for one in node.names} & other.keys()
+                    found |= {name: other[name] for name in names}
+    return found
+
+
+def signature(node: Definition, values: dict[str, ast.expr] | None = None) -> str:
     """What is written in brackets, and what comes back."""
+    plain = Plain(values or {})
     if isinstance(node, ast.ClassDef):
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and member.name == "__init__":
                 member.args.args = member.args.args[1:]
-                return f"({ast.unparse(member.args)})"
+                return f"({ast.unparse(plain.visit(member.args))})"
         if "dataclass" not in decorators(node):
             return ""
-        fields = (ast.unparse(f) for f in node.body if isinstance(f, ast.AnnAssign))
+        found = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+        fields = (ast.unparse(plain.visit(f)) for f in found)
         return f"({', '.join(f for f in fields if 'ClassVar' not in f)})"
-    back = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"({ast.unparse(node.args)}){back}"
+    returns = plain.annotation(node.returns)
+    back = f" -> {ast.unparse(returns)}" if returns else ""
+    return f"({ast.unparse(plain.visit(node.args))}){back}"
 
 
 def members(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
@@ -100,23 +197,25 @@ def members(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
             yield member
 
 
-def entry(node: Definition) -> str:
-    """One definition in MyST."""
+def entry(node: Definition, values: dict[str, ast.expr] | None = None) -> str:
+    """One definition in MyST; `values`: what private names stand for."""
     text = markdown(ast.get_docstring(node) or "")
     if not isinstance(node, ast.ClassDef):
-        return directive("function", node.name + signature(node), text)
+        return directive("function", node.name + signature(node, values), text)
     inner = []
     for member in members(node):
-        kind, said = "method", signature(member)
-        if {"property", "functools.cached_property"} & set(decorators(member)):
-            kind, said = "property", ""
-        elif not {"staticmethod", "classmethod"} & set(decorators(member)):
+        how = set(decorators(member))
+        if "staticmethod" not in how:  # self, or the class
             member.args.args = member.args.args[1:]
-            said = signature(member)
+        kind, said = "method", signature(member, values)
+        if {"property", "functools.cached_property"} & how:
+            kind, said = "property", ""
+        elif {"staticmethod", "classmethod"} & how:
+            kind = "staticmethod" if "staticmethod" in how else "classmethod"
         text_of = markdown(ast.get_docstring(member) or "")
         inner.append(directive(kind, f"{member.name}{said}", text_of, fence=4))
     whole = "\n\n".join([text, *inner])
-    return directive("class", node.name + signature(node), whole, fence=5)
+    return directive("class", node.name + signature(node, values), whole, fence=5)
 
 
 def directive(kind: str, argument: str, content: str, fence: int = 4) -> str:
@@ -148,6 +247,9 @@ class ApiReference(SphinxDirective):
         root = Path(self.env.srcdir)
         texts = [p.read_text(encoding="utf-8") for p in (root / "book").glob("*.md")]
         self.known = {label for text in texts for label in labels(text)}
+        # what the command line says for a word of its docstrings
+        parsing = constants(root / "diffussm" / "parsing.py")
+        self.words = {"DEVICE": ast.literal_eval(parsing["_DEVICE"])}
         found: list[nodes.Node] = []
         for caption, chapters in [*parts(root), *parts(root, numbered=False)]:
             part = nodes.section("", nodes.title("", caption))
@@ -164,17 +266,21 @@ class ApiReference(SphinxDirective):
     def module(self, path: Path, page: str) -> nodes.section:
         """One module's names, in the order of the file."""
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        name = f"diffussm.{path.stem}"
+        name, names, values = f"diffussm.{path.stem}", public(tree), constants(path)
         section = nodes.section("", nodes.title("", "", nodes.literal("", name)))
         section["ids"] = [nodes.make_id(f"api {name}")]
-        names = public(tree)
         shown = [
-            entry(node)
+            entry(node, values)
             for node in tree.body
             if isinstance(node, Definition) and node.name in names
         ]
         text = "\n\n".join([f"```{{py:module}} {name}\n```", *shown])
+        for word, said in self.words.items():
+            text = re.sub(rf"\b{word}\b", said, text)
         section += self.parse_text_to_nodes(linked(text, self.known))
+        with_breaks(section[0])
+        for label in list(section.findall(lambda node: isinstance(node, NAMES))):
+            with_breaks(label)
         for sign in section.findall(addnodes.desc_signature):
             if sign.parent["objtype"] in ("function", "class"):
                 cell = f"{page}.html#def-{sign['fullname']}"
@@ -203,7 +309,7 @@ class LinkNames(SphinxTransform):
         chapter = _chapters(Path(self.env.srcdir)).get(f"{self.env.docname}.md")
         if chapter is None:
             return
-        module_of = {}
+        module_of: dict[str, str] = {}
         for cell in chapter.cells:
             source = re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.MULTILINE)
             for node in ast.walk(ast.parse(source)):
@@ -247,9 +353,14 @@ def ancestors(node: nodes.Node) -> Iterator[nodes.Node]:
         yield node
 
 
+def pass_by(*_: object) -> None:
+    """There is nothing to close."""
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     sys.path.insert(0, str(app.srcdir))
     app.add_directive("api", ApiReference)
+    app.add_node(Break, html=(lambda page, _: page.body.append("<wbr>"), pass_by))
     app.add_transform(LinkNames)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

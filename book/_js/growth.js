@@ -22,16 +22,15 @@ export function growth(stage, { k, steps, losses, moments, pixels }) {
   let plot; // the axes as they were drawn last, for the hand
 
   const curves = canvas(stage, {
-    label: "The loss of the run, by quarter of the noise levels; a line marks the moment.",
+    label: "The loss of the run, by quartile of the noise levels; a line marks the moment.",
     height: () => 250,
     draw: (pen, width, height) => {
       pen.textAlign = "left";
       let left = 46;
       Object.keys(losses).forEach((name, i) => {
         pen.fillStyle = hues()[i];
-        const text = width < 480 ? name.replace("quarter ", "q") : name;
-        pen.fillText(text, left, 14);
-        left += pen.measureText(text).width + 14;
+        pen.fillText(name, left, 14);
+        left += pen.measureText(name).width + 14;
       });
       plot = axes(pen, {
         left: 46, top: 24, width: width - 66, height: height - 64, x: [0, last], y: [lowest, 0],
@@ -66,7 +65,7 @@ export function growth(stage, { k, steps, losses, moments, pixels }) {
     images.redraw();
   };
   const control = slider(row(stage), {
-    label: "moment of the run", min: 0, max: moments.length - 1, step: 1, value: k,
+    label: "moment", min: 0, max: moments.length - 1, step: 1, value: k,
     format: (moment) => `step ${moments[moment]}`, change: move,
   });
   drag(curves.element, (x) => {

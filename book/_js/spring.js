@@ -80,7 +80,7 @@ export function spring(stage, { omega, gamma }) {
     change: (value) => { gamma = value; view.redraw(); },
   });
   slider(controls, {
-    label: "frequency ω", min: 3.2, max: 12.6, step: 0.1, value: omega,
+    label: "frequency ω / 2π", min: 3.2, max: 12.6, step: 0.1, value: omega,
     format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} Hz`,
     change: (value) => { omega = value; view.redraw(); },
   });
