@@ -336,11 +336,11 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         if isinstance(asked, Mapping) and isinstance(there, Mapping):
             found += [f"{key}.{inner}" for inner in differences(asked, there)]
         elif asked != there:
-            found.append(f"{key} (there {_told(there)}, asked {_told(asked)})")
+            found.append(f"{key} (there {_in_brief(there)}, asked {_in_brief(asked)})")
     return found
 
 
-def _told(value: object) -> str:
+def _in_brief(value: object) -> str:
     """Twelve digits of a SHA-256, the beginning of all else."""
     checksum = isinstance(value, str) and len(value) == 64
     return f"'{str(value)[:12]}...'" if checksum else f"{value!r:.80}"
