@@ -156,7 +156,9 @@ def named(kind: Any) -> str:
 
 
 def _short(value: object) -> str:
-    """A value in at most 60 characters."""
+    """A value in at most 60 characters, a SHA-256 in twelve of its digits."""
+    if isinstance(value, str) and len(value) == 64:
+        return f"'{value[:12]}...'"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -336,14 +338,8 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         if isinstance(asked, Mapping) and isinstance(there, Mapping):
             found += [f"{key}.{inner}" for inner in differences(asked, there)]
         elif asked != there:
-            found.append(f"{key} (there {_in_brief(there)}, asked {_in_brief(asked)})")
+            found.append(f"{key} (there {_short(there)}, asked {_short(asked)})")
     return found
-
-
-def _in_brief(value: object) -> str:
-    """Twelve digits of a SHA-256, the beginning of all else."""
-    checksum = isinstance(value, str) and len(value) == 64
-    return f"'{str(value)[:12]}...'" if checksum else f"{value!r:.80}"
 
 
 def expect_same(
