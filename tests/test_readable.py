@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_rendered_book() -> None:
     checked = 0
     for label, place in places().items():
         rendered = ROOT / "_build" / "html" / "book" / f"{place.page}.html"
-        if not re.match(r"(Fig\.|Table) \d", place.words) or not rendered.exists():
+        if not re.match(r"(Fig\.|Table)\s\d", place.words) or not rendered.exists():
             continue
         html = rendered.read_text(encoding="utf-8")
         number = re.search(

@@ -50,7 +50,9 @@ def places(root: Path = ROOT) -> dict[str, Place]:
                 words = f"{KINDS[kind]} of “{words}”".strip()
                 if page.stem in numbered:
                     number = f"{numbered.index(page.stem) + 1}.{seen[kind]}"
-                    words = f"{KINDS[kind]} {number}" if kind != "eq" else f"({number})"
+                    words = (
+                        f"{KINDS[kind]}\xa0{number}" if kind != "eq" else f"({number})"
+                    )
             found[label] = Place(page.stem, words)
     return found
 
