@@ -157,9 +157,9 @@ def named(kind: Any) -> str:
 
 def _short(value: object) -> str:
     """A value in at most 60 characters, a SHA-256 in twelve of its digits."""
-    if isinstance(value, str) and len(value) == 64:
+    text, digits = repr(value), "0123456789abcdef"
+    if isinstance(value, str) and len(value) == 64 and not value.strip(digits):
         return f"'{value[:12]}...'"
-    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -183,6 +183,8 @@ def test_differences_name_both_sides() -> None:
     assert differences({"s": "ab" * 32}, {"s": "cd" * 32}) == [
         "s (there 'cdcdcdcdcdcd...', asked 'abababababab...')"
     ]
+    (said,) = differences({"path": "/data/" * 10 + "here"}, {"path": None})
+    assert "/data/" * 9 in said  # as long as a checksum, and none
 
 
 def test_two_records_that_differ_are_refused() -> None:
