@@ -131,7 +131,7 @@ def write_checkpoint(
     keep_every: int = 0,
     keep: Collection[int] = (),
 ) -> Path:
-    """Write RUN/checkpoints/step_XXXXXXXX, then `_prune`; returns the folder.
+    """Write RUN/checkpoints/step_XXXXXXXX, remove old ones; returns the folder.
 
     Only one process may save in a run at a time: drafts that others left are removed.
 

@@ -127,7 +127,7 @@ def _ask_memory(plan: Plan) -> str:
     else:
         here = os.environ.get("LOCAL_WORLD_SIZE", count)
         free = _free_memory() / int(here)
-    each = f"{amount(need)} needed for each of {count} processes (computed)"
+    each = f"each process needs {amount(need)} (computed; processes: {count})"
     cure = "lower --micro_batch, or --activation_checkpointing all, --strategy fsdp"
     return _judged(need <= free, f"{each}, {amount(free)} free", cure)
 

@@ -185,7 +185,8 @@ def export_network(
     Args:
         pipe: the pipeline, on the CPU; weights and pipelines keep its precision.
         folder: must not exist, or be empty. It appears complete or not at all.
-        format: one of _FORMATS; a graph is of float32 and for one size of images.
+        format: pipeline, safetensors, onnx or torch; a graph is of float32 and for one
+            size of images.
         batch: images at once in a graph, a number or "dynamic".
 
     Returns:
@@ -194,7 +195,7 @@ def export_network(
     Raises:
         FileExistsError: the folder holds something; nothing is written.
         ValueError: half precision for a graph, a package that is missing, or a
-            difference above _TOLERANCE.
+            difference above 1e-4.
     """
     write = _FORMATS[expect_one_of("format", format, _FORMATS)]
     check_target(folder, format, str(pipe.denoiser.dtype).removeprefix("torch."))

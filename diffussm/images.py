@@ -155,7 +155,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     comparable. Source: ch. "Images", eq-data-crop.
 
     Raises:
-        BadImage: the scaled image would hold more than `_MAX_PIXELS` (a strip, say).
+        BadImage: the scaled image would hold more than 2^27 pixels (a strip, say).
     """
     expect_int("size", size, least=1)
     image = _scaled(_halved(image, size), size)

@@ -102,7 +102,7 @@ def kernel_distance(real: Tensor, fake: Tensor, block: int = _BLOCK) -> float:
     Without bias, so that it may be slightly negative. Computed in float64; points that
     fill no block are left out. Raises ValueError as `precision_recall` does.
 
-    Source: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
+    Source: Bińkowski et al., "Demystifying MMD GANs", ICLR 2018.
     """
     _check_clouds(real, fake, least=2)
     size = min(block, len(real), len(fake))

@@ -61,7 +61,7 @@ def probe_all_reduce(
             if not done:
                 raise OSError(f"a process failed: {job.last_words()}; {ADVICE[kind]}")
     means = "NCCL" if kind == "cuda" else "gloo"
-    return f"{processes} processes added up a tensor with {means}"
+    return f"a tensor was added up with {means} (processes: {processes})"
 
 
 class Job(NamedTuple):

@@ -31,7 +31,8 @@ def test_a_process_that_fails_is_reported_with_its_last_words():
 
 
 def test_the_program_of_the_probe_adds_up_and_says_when_the_sum_is_wrong(monkeypatch):
-    assert probe.probe_all_reduce("cpu", 2) == "2 processes added up a tensor with gloo"
+    said = probe.probe_all_reduce("cpu", 2)
+    assert said == "a tensor was added up with gloo (processes: 2)"
     monkeypatch.setattr(probe.dist, "init_process_group", lambda backend: None)
     monkeypatch.setattr(probe.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(probe.dist, "get_rank", lambda: 0)

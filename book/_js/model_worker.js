@@ -16,12 +16,17 @@ function nextTask() {
   });
 }
 
-/** Where a request begins: with noise, or with an image and noise. */
+/**
+ * Where a request begins: with noise, or with an image and noise. Always typed: once the
+ * loops of the network have met a plain array, they are slow for all that come later.
+ */
 function beginning(request, size) {
   const normal = normals(request.seed);
-  const noise = request.noise ?? noiseOf(normal, size);
+  const noise = Float32Array.from(request.noise ?? noiseOf(normal, size));
   const chain = new Chain(request.steps, request.noisiest);
-  const x = request.image ? chain.noised(request.image, noise) : noise;
+  const x = request.image
+    ? chain.noised(Float32Array.from(request.image), noise)
+    : noise;
   return { chain, x, normal };
 }
 
