@@ -14,17 +14,16 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 NUMBER = re.compile(r"([+-]?)(\d[\d,]*)(\.\d+)?(?:e([+-]\d+))?( ?%)?")
-DATE = re.compile(r"\d{4}-\d\d-\d\d")
+DATE = re.compile(r"\b\d{4}-\d\d-\d\d\b")
+HYPHEN = "\N{NON-BREAKING HYPHEN}"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printed(text: str) -> str:
-    """A number or a date as it is printed; all else as it is."""
-    if DATE.fullmatch(text):
-        return text.replace("-", "\N{NON-BREAKING HYPHEN}")
+    """A number, or the dates in a text, as they are printed; all else as it is."""
     number = NUMBER.fullmatch(text)
     if number is None:
-        return text
+        return DATE.sub(lambda date: date[0].replace("-", HYPHEN), text)
     sign, whole, rest, power, unit = number.groups(default="")
     if "," not in whole and len(whole) > 3 and not whole.startswith("0"):
         whole = f"{int(whole):,}"
