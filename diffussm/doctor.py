@@ -179,7 +179,7 @@ def _ask_data(plan: Plan) -> str:
     found = open_data(plan.recipe, plan.free, plan.out.parent)
     check_data(found, fit(plan.recipe, found, plan.free))
     _first_process_only()
-    told = f"{len(found)} images in {found.num_classes} classes"
+    told = f"{len(found):,} images in {found.num_classes} classes"
     if not isinstance(found, LatentStore) or plan.quick:
         return told
     problems = "; ".join(verify_store(found.path))

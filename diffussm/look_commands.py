@@ -204,9 +204,8 @@ def _announce(look: Look, wanted: "SampleSet", known: int) -> None:
         at = f"cfg_scale {scale:g}: " if len(look.cfg_scales) > 1 else ""
         told = how_many(images, images, replace(wanted.sampler, cfg_scale=scale))
         if look.scheduler:  # some ask the network more than once in a step
-            told = (
-                f"{images:,} images, {wanted.sampler.steps} steps of {look.scheduler}"
-            )
+            these = f"{images:,} image{'s' * (images != 1)}"
+            told = f"{these}, {wanted.sampler.steps} steps of {look.scheduler}"
         print(f"{at}{told}", flush=True)
 
 

@@ -5,6 +5,7 @@ docutils have it wrong.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from docutils import nodes
@@ -22,6 +23,15 @@ UNBROKEN = (
     re.compile(r'(<span class="math[^"]*">\\\([^<]*\\\)</span>[.,;:!?)\]’”]+)'),
     r'<span class="unbroken">\1</span>',
 )
+# It also begins a line inside --steps and 1e-4, behind a hyphen.
+OUTPUT = re.compile(r'<div class="output .*?</pre>', re.DOTALL)
+HYPHENED = re.compile(r"(?<=[\s(])(?:--\w[\w-]*|[\d.]+e-\d+)(?![^<]*>)")
+
+
+def keep_hyphened(body: str) -> str:
+    """The HTML of a page, options and powers of ten in outputs unbroken."""
+    mark = partial(HYPHENED.sub, r'<span class="unbroken">\g<0></span>')
+    return OUTPUT.sub(lambda output: mark(output[0]), body)
 
 
 GAP = re.compile(r"\S {2,}\S")
@@ -46,6 +56,7 @@ def mend(
     """Called by Sphinx for each page, with its text as HTML."""
     for wrong, right in (*SPOKEN, UNBROKEN):
         context["body"] = wrong.sub(right, context.get("body", ""))
+    context["body"] = keep_hyphened(context["body"])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
