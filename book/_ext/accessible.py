@@ -25,7 +25,7 @@ UNBROKEN = (
 )
 # It also begins a line inside --steps and 1e-4, behind a hyphen.
 OUTPUT = re.compile(r'<div class="output .*?</pre>', re.DOTALL)
-HYPHENED = re.compile(r"(?<=[\s(])(?:--\w[\w-]*|[\d.]+e-\d+)(?![^<]*>)")
+HYPHENED = re.compile(r"(?<=[\s(;])(?:--\w[\w.-]*|[\d.]+e-\d+)(?![^<]*>)")
 
 
 def keep_hyphened(body: str) -> str:
