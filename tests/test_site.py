@@ -194,13 +194,13 @@ def test_full_stop_after_a_formula_stays_on_its_line() -> None:
 
 
 def test_an_option_in_an_output_is_not_torn_behind_its_hyphens() -> None:
-    printed = (
-        '<div class="output x"><pre title=" --b">a --c_d 1e-4 &#39;--g.h&#39;</pre>'
-    )
+    printed = "<pre title=' --b'>an --c_d 1e-4 &#39;--g.h&#39;</pre>"
+    printed = f'<div class="output x highlight-y">{printed}'
     kept = printed
     for word in ("--c_d", "1e-4", "--g.h"):
         kept = kept.replace(word, f'<span class="unbroken">{word}</span>')
-    body, wanted = (f"<p>--a</p>{part}<p>or --f" for part in (printed, kept))
+    script = '<div class="output text_html"><script>[0, 1e-6]</script>'
+    body, wanted = (f"<p>--a</p>{script}{x}<p>or --f" for x in (printed, kept))
     assert accessible.keep_hyphened(body) == wanted
 
 

@@ -24,14 +24,14 @@ UNBROKEN = (
     r'<span class="unbroken">\1</span>',
 )
 # It also begins a line inside --steps and 1e-4, behind a hyphen.
-OUTPUT = re.compile(r'<div class="output .*?</pre>', re.DOTALL)
+PRINTED = re.compile(r'<div class="output [^>]*highlight-.*?</pre>', re.DOTALL)
 HYPHENED = re.compile(r"(?<=[\s(;])(?:--\w[\w.-]*|[\d.]+e-\d+)(?![^<]*>)")
 
 
 def keep_hyphened(body: str) -> str:
-    """The HTML of a page, options and powers of ten in outputs unbroken."""
+    """The HTML of a page, options and powers of ten in what is printed unbroken."""
     mark = partial(HYPHENED.sub, r'<span class="unbroken">\g<0></span>')
-    return OUTPUT.sub(lambda output: mark(output[0]), body)
+    return PRINTED.sub(lambda output: mark(output[0]), body)
 
 
 GAP = re.compile(r"\S {2,}\S")
