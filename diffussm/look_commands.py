@@ -185,11 +185,16 @@ def how_many(images: int, at_once: int, sampler: "Sampler") -> str:
     """What is about to be drawn, in words; the last batch is whole too."""
     batches, guided = math.ceil(images / at_once), sampler.cfg_scale != 1
     passes = batches * at_once * sampler.steps * (2 if guided else 1)
-    these = f"{images:,} image{'s' * (images != 1)}"
-    drawn = f"{these} in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
+    drawn = (
+        f"{_number_of(images)} in {batches:,} batch{'es' * (batches > 1)} of {at_once}"
+    )
     both = ", each with and without the class" if guided else ""
     walk = f"{drawn}, {sampler.steps} steps{both}"
     return f"{walk}: {passes:,} passes of an image through the network"
+
+
+def _number_of(images: int) -> str:
+    return f"{images:,} image{'s' * (images != 1)}"
 
 
 def _announce(look: Look, wanted: "SampleSet", known: int) -> None:
@@ -204,8 +209,8 @@ def _announce(look: Look, wanted: "SampleSet", known: int) -> None:
         at = f"cfg_scale {scale:g}: " if len(look.cfg_scales) > 1 else ""
         told = how_many(images, images, replace(wanted.sampler, cfg_scale=scale))
         if look.scheduler:  # some ask the network more than once in a step
-            these = f"{images:,} image{'s' * (images != 1)}"
-            told = f"{these}, {wanted.sampler.steps} steps of {look.scheduler}"
+            steps = f"{wanted.sampler.steps} steps of {look.scheduler}"
+            told = f"{_number_of(images)}, {steps}"
         print(f"{at}{told}", flush=True)
 
 
