@@ -194,12 +194,14 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path | None:
         ValueError: it is damaged, or all are.
         OSError: it cannot be read now.
     """
-    folders = checkpoints_of(run)[::-1]
     if step is not None:
-        return _named(run, step, folders)
+        return _named(run, step)
+    folders = checkpoints_of(run)[::-1]
     for folder in folders:
         if (fault := _fault(folder)) is None:
             return folder
+        if checkpoints_of(run)[::-1] != folders:  # the run goes on: it saved another
+            return find_checkpoint(run)
         print(f"{folder} is damaged ({fault}); trying the one before", file=sys.stderr)
     if folders:  # to begin again would bury them
         raise ValueError(
@@ -237,8 +239,8 @@ def _files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def _named(run: Path, step: int, folders: list[Path]) -> Path:
-    steps = sorted(map(step_of, folders))
+def _named(run: Path, step: int) -> Path:
+    steps = list(map(step_of, checkpoints_of(run)))
     if step not in steps:
         there = ", ".join(map(str, steps)) or "none yet"
         raise FileNotFoundError(
@@ -246,6 +248,8 @@ def _named(run: Path, step: int, folders: list[Path]) -> Path:
         )
     folder = _folder_of(run, step)
     if fault := _fault(folder):
+        if list(map(step_of, checkpoints_of(run))) != steps:
+            return _named(run, step)
         raise ValueError(f"{folder} is damaged ({fault}); choose another step")
     return folder
 

@@ -90,6 +90,29 @@ def test_a_checkpoint_that_cannot_be_removed_is_told_and_tried_again(
     assert steps_kept(run) == [12]
 
 
+@pytest.mark.parametrize("asked", [None, 10])
+def test_what_a_run_in_training_removes_meanwhile_is_not_damaged(
+    tmp_path, asked, monkeypatch, capsys
+):
+    run, honest = tmp_path / "run", files.sha256
+    state = run_tiny(run, steps=10, keep_last=1)
+    (old,) = (run / "checkpoints").iterdir()
+
+    def late(path):
+        if state.step == 10:
+            state.step = 12
+            write_checkpoint(run, snapshot(state), keep_last=1)
+        return honest(path)
+
+    monkeypatch.setattr(checkpoints, "sha256", late)
+    if asked is None:
+        assert find_checkpoint(run).name == "step_00000012"
+    else:
+        with pytest.raises(FileNotFoundError, match="no checkpoint of step 10.* 12$"):
+            find_checkpoint(run, asked)
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_checkpoints_hold_safetensors_and_json_only(tmp_path):
     run_tiny(tmp_path / "run")
     suffixes = {
