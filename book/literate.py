@@ -10,11 +10,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import io
 import re
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = ["as_typed", "method_of", "shell"]
@@ -109,3 +112,17 @@ def shell(line: str) -> None:
 
     print(as_typed(line))
     assert main(shlex.split(line)) == 0
+
+
+def heard(line: str, work: Path) -> tuple[int, str, str]:
+    """The exit code of `diffussm` and a line, what it says, and what is wrong.
+
+    WORK stands for the folder `work` in all of them.
+    """
+    from diffussm.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(shlex.split(line.replace("WORK", str(work))))
+    said = [stream.getvalue().replace(str(work), "WORK") for stream in (out, err)]
+    return code, said[0], said[1]

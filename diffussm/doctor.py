@@ -134,7 +134,7 @@ def _ask_memory(plan: Plan) -> str:
 
 def amount(count: float) -> str:
     """Bytes, as one reads them."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _free_memory() -> float:

@@ -67,7 +67,12 @@ class Question:
     asks: str
     runs: dict[str, Any]
     equal: Literal[
-        "", "parameters", "operations", "seconds", "parameters and seconds"
+        "",
+        "parameters",
+        "operations",
+        "seconds",
+        "parameters and operations",
+        "parameters and seconds",
     ] = ""
     claim: str = ""
     first: str = ""
@@ -87,9 +92,7 @@ class Question:
             refuse(not isinstance(name, str) or not isinstance(own, dict | None), told)
         for name in filter(None, (self.first, self.second)):
             if not self.named(name):
-                expect_one_of(
-                    "a claim is about runs of its question; run", name, self.runs
-                )
+                expect_one_of("a claim is about its runs; run", name, self.runs)
         told = f"{self.asks!r}: a claim has words, and two runs, a first and a second"
         given = self.claim, self.first, self.second
         refuse(any(given) and (not all(given) or self.first == self.second), told)
@@ -122,8 +125,7 @@ def as_asked(row: dict[str, Any], measure: Measure) -> bool:
 
 def as_json(measure: Measure) -> dict[str, Any]:
     """The measures of a row, as a file has them."""
-    kept: dict[str, Any] = json.loads(json.dumps(asdict(measure)))
-    return kept
+    return dict(json.loads(json.dumps(asdict(measure))))
 
 
 @dataclass(frozen=True)
@@ -250,26 +252,24 @@ def _cost(run: Run, what: str, seconds: dict[str, float]) -> float:
 
 def _equal(run: Run, first: Run, what: str, seconds: dict[str, float]) -> Run:
     """The run with as much of something as the first of its question."""
-    recipe = run.recipe
     if what == "parameters":
         wanted = count_parameters(first.variant, first.recipe.model)
-        variant, model = matched(run.variant, recipe.model, wanted)
-        return replace(run, variant=variant, recipe=replace(recipe, model=model))
+        variant, model = matched(run.variant, run.recipe.model, wanted)
+        return replace(run, variant=variant, recipe=replace(run.recipe, model=model))
     if what:
         share = _cost(first, what, seconds) / _cost(run, what, seconds)
         phases = ("steps", "warmup", "cooldown")
         longer: Any = {k: round(share * getattr(first.recipe, k)) for k in phases}
-        return replace(run, recipe=replace(recipe, **longer))
+        return replace(run, recipe=replace(run.recipe, **longer))
     return run
 
 
 def _seeded(run: Run, study: Study) -> list[Run]:
     """The run with each seed, and how it is logged and saved."""
-    steps = run.recipe.steps
-    look = max(steps // study.looks, 1)
+    look = max(run.recipe.steps // study.looks, 1)
     line = max(look // 3, 1)
     often: dict[str, Any] = {"log_every": line, "score_every": look // line * line}
-    saved: dict[str, Any] = {"save_every": -(-steps // 5), "keep_last": 1}
+    saved: dict[str, Any] = {"save_every": -(-run.recipe.steps // 5), "keep_last": 1}
     how = replace(run.execution, **often, **saved, sample_every=0)
     recipes = (replace(run.recipe, seed=seed) for seed in range(study.seeds))
     return [replace(run, recipe=recipe, execution=how) for recipe in recipes]

@@ -19,6 +19,7 @@ from diffussm.study import (
     step_seconds,
 )
 from diffussm.study_runs import steps_of
+from diffussm.variants import count_parameters, image_macs
 
 DIGESTS = ["23664ddb8ec7", "d33e450777ea"]  # rows of 2026-11 have such names
 TWO = {"wide": {"model.d_model": 32}, "narrow": {"model.d_model": 16}}
@@ -246,6 +247,21 @@ def test_equal_parameters_and_seconds_hold_both(tmp_path):
     study = timed(tmp_path, "parameters and seconds", wide=0.3)
     wide, narrow = runs_of(study).values()  # the same width is the same network
     assert wide == narrow and narrow[0].recipe.model.d_model == 32
+
+
+def test_equal_parameters_and_operations_hold_both():
+    runs = {"wide": {}, "attention": {"variant": "attention:1"}}
+    question = Question("?", runs, equal="parameters and operations")
+    found = runs_of(replace(STUDY, questions={"q": question})).values()
+    ours, other = (seeds[0] for seeds in found)
+    sizes = [count_parameters(run.variant, run.recipe.model) for run in (ours, other)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    work = [
+        run.recipe.steps * image_macs(run.variant, run.recipe.model)
+        for run in (ours, other)
+    ]
+    assert work[1] == pytest.approx(work[0], rel=0.5 / other.recipe.steps)
+    assert other.recipe.steps != ours.recipe.steps
 
 
 def test_seconds_that_are_not_known_are_refused(tmp_path):
