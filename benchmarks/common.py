@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,20 @@ def command(main: Callable[[], int]) -> int:
         return 2
 
 
+def instructions() -> str:
+    """The widest vectors that PyTorch uses here, and products of bfloat16 if any."""
+    flags = torch.backends.cpu.get_cpu_capability()
+    return f"{flags}, bfloat16" if _multiplies_bf16() else flags
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself, as Linux says it."""
+    with suppress(OSError):
+        known = set(Path("/proc/cpuinfo").read_text().split())
+        return bool(known & {"avx512_bf16", "amx_bf16"})
+    return False
+
+
 def environment() -> dict[str, str]:
     """What a reader needs to judge a number: processor, threads, versions (and the GPU
     if there is one).
@@ -372,6 +387,7 @@ def environment() -> dict[str, str]:
 
     machine = {
         "processor": processor(),
+        "instructions": instructions(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,

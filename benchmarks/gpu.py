@@ -82,6 +82,7 @@ class Sizes:
     runs: int = 5
     compile: bool = True
     convolution: str = "auto"
+    product: int = 8192  # rows and columns of the plain product beside each section
 
 
 REHEARSAL = Sizes(
@@ -98,6 +99,7 @@ REHEARSAL = Sizes(
     2,
     2,
     False,
+    product=64,
 )
 
 
@@ -124,6 +126,23 @@ def ratio(
         "seconds": seconds,
         **facts,
     }
+
+
+def product_speed(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """Tflop/s of a plain bfloat16 product on this machine now, by which to judge the
+    sides of a section; nothing where it cannot be measured.
+    """
+    n = sizes.product
+    try:
+        options = {"device": device, "dtype": torch.bfloat16}
+        a, b = torch.randn(n, n, **options), torch.randn(n, n, **options)
+        sides = {"product": lambda: a @ b}
+        seconds, _ = quiet_runs("plain product", sides, runs=sizes.runs, warmup=2)
+    except Exception as error:
+        print(f"plain product: {type(error).__name__}: {error}"[:400], flush=True)
+        return {}
+    speed = 2 * n**3 / statistics.median(seconds["product"]) / 1e12
+    return {"product_tflops": float(f"{speed:.4g}")}
 
 
 def peak_bytes(job: Callable[[], object], device: torch.device) -> int | None:
@@ -670,8 +689,9 @@ def main(argv: list[str] | None = None) -> int:
             for row in record.get(name, [])
             if "size" in row and row["size"] not in sizes.sizes
         ]
+        plain = product_speed(sizes, device)
         for row in measured(name, sizes, device):
-            rows.append(row | marks)
+            rows.append(row | plain | marks)
             fault = row.get("error", "")
             failed += bool(fault) and not fault.startswith("Noise")
             print(f"{name}: {row['what']}: {fault or summary(row)}"[:400], flush=True)

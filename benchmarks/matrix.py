@@ -38,8 +38,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "recompute": {"activation_checkpointing": "elementwise"},
     "micro-batches": {"micro_batch": 4},
+    "chunks": {"convolution": "chunked_triton"},
+    "compiled chunks, in bf16": {
+        "convolution": "chunked_triton",
+        "compile": True,
+        "precision": "bf16",
+    },
     "all of them, in bf16": {
         "compile": True,
+        "convolution": "auto",
         "activation_checkpointing": "elementwise",
         "micro_batch": 4,
         "precision": "bf16",
@@ -167,6 +174,9 @@ def walk(
         how = dict(options)
         precision = how.pop("precision", "float32")
         execution = Execution(log_every=1, save_every=SAVED, **how)
+        if kind == "cpu" and "triton" in execution.convolution:
+            print(f"matrix: {name}: left out, it is for a GPU", flush=True)
+            continue
         job = {"device": kind, "run": str(folder / f"way-{number}")}
         job["options"] = flat(recipe_of(width, precision), execution)
         row: dict[str, Any] = {"what": name, "processes": count}

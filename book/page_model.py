@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from diffussm.sampling import denoise
 
 __all__ = [
     "COLUMNS",
-    "MIME",
+    "GLUED",
+    "computing_with",
     "levels",
     "live_model",
     "numbers",
@@ -35,7 +37,7 @@ __all__ = [
     "unpack",
 ]
 
-MIME = "application/vnd.diffussm.page-model+json"
+GLUED = "page-model"  # the name under which the chapter hands its model to the book
 COLUMNS = 8  # of a strip
 
 
@@ -82,16 +84,24 @@ def unpack(packed: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: half[i : i + n] for name, (i, n) in packed["tensors"].items()}
 
 
-def rounded(model: DiffuSSM) -> DiffuSSM:
-    """A copy that computes with what the page has: weights and kernels in float16."""
+def computing_with(given: dict[str, np.ndarray], model: DiffuSSM) -> DiffuSSM:
+    """A copy of a model that computes with the page's numbers, and nothing else."""
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    halves = {n: w.half().float() for n, w in numbers(model).items()}
-    weights = {n: w for n, w in halves.items() if not n.endswith(".kernels")}
-    made.load_state_dict(weights, strict=False)
-    for i, block in enumerate(made.blocks):
-        spectra = kernel_spectra(*halves[f"blocks.{i}.kernels"])
+    flat = {name: torch.tensor(values) for name, values in given.items()}
+    kernels = [flat.pop(f"blocks.{i}.kernels") for i in range(len(made.blocks))]
+    shapes = {name: w.shape for name, w in made.state_dict().items()}
+    weights = {name: values.view(shapes[name]) for name, values in flat.items()}
+    left = made.load_state_dict(weights, strict=False).missing_keys
+    assert all(".ssm." in name for name in left), left
+    for block, both in zip(made.blocks, kernels, strict=True):
+        spectra = kernel_spectra(*both.view(2, -1, model.config.seq_len))
         block.ssm.prepare = lambda length, spectra=spectra: spectra
     return made
+
+
+def rounded(model: DiffuSSM) -> DiffuSSM:
+    """A copy that computes with what the page has: weights and kernels in float16."""
+    return computing_with(unpack(pack(model)), model)
 
 
 def strip(
@@ -129,6 +139,7 @@ def for_page(model: DiffuSSM, diffusion: GaussianDiffusion) -> dict[str, Any]:
     return {"packed": pack(model), "label": 3, "strip": levels(grown)}
 
 
+@cache
 def shipped() -> dict[str, Any]:
     """The same of the weights that come with the package."""
     box = load_pretrained("digits")
@@ -139,12 +150,15 @@ def live_model(
     model: DiffuSSM, diffusion: GaussianDiffusion, page: dict[str, Any]
 ) -> None:
     """Show it: in the rendered page what draws there, at a kernel widgets."""
-    from explorables import explorable  # not where Sphinx imports this module
+    from explorables import Presses, explorable  # not where Sphinx imports this module
     from ipywidgets import FloatSlider, IntSlider
 
     from plotting import image_grid
 
     def grow(label: int, seed: int, steps: int, guidance: float, method: str) -> Any:
+        """A digit grows from noise in eight steps: above, what the chain holds; below,
+        the digit that the network then believes in.
+        """
         how: dict[str, Any] = {"steps": steps, "cfg_scale": guidance, "method": method}
         grown = strip(model, diffusion, label, seed, **how)  # (2, columns, 8, 8)
         return image_grid(grown.flatten(0, 1).numpy(), ncols=grown.shape[1])
@@ -152,13 +166,13 @@ def live_model(
     explorable(
         "live-model",
         grow,
-        alt="A digit grows from noise in eight steps: above, what the chain holds; "
-        "below, the digit that the network then believes in.",
         data={"strip": page["strip"]},
         anchor="live-model",
         label=IntSlider(page["label"], min=0, max=9, description="digit"),
-        seed=IntSlider(0, min=0, max=99, description="seed"),
-        steps=IntSlider(25, min=5, max=50, description="steps"),
+        seed=Presses(0, description="other noise"),
+        steps=IntSlider(
+            25, min=5, max=50, continuous_update=False, description="steps"
+        ),
         guidance=FloatSlider(1.5, min=0, max=6, step=0.5, description="guidance"),
         method=["ddim", "ddpm"],
     )

@@ -88,7 +88,7 @@ def _allowed(dtype: torch.dtype, fft: dict[str, float]) -> dict[str, float]:
     return dict.fromkeys(_TOLERANCE, 3 * fft["output"])
 
 
-_CHUNKS = ((16, 8), (16, 16), (32, 8), (32, 16))  # positions at a time, warps
+_CHUNKS = (16, 4), (16, 8), (16, 16), (32, 8), (32, 16)  # positions at a time, warps
 
 
 def _candidates(length: int) -> dict[str, Convolution]:

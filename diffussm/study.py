@@ -59,9 +59,9 @@ class Question:
         first, second: The claim is that the first of these is not worse ... A name such
             as `DiT *` is the best of all that begin so.
         margin: ... than the second by more than this, in the unit of `by`.
-        by: What is compared, the less the better: "bits" per dimension, the "frechet"
-            distance of drawn images, or the "disagreement": the share of those in which
-            the classifier reads another class.
+        by: What is compared, the less the better: "bits" per dimension, held-out
+            "loss", "frechet" distance of drawn images, or their "disagreement": the
+            share in which the classifier reads another class.
     """
 
     asks: str
@@ -78,7 +78,7 @@ class Question:
     first: str = ""
     second: str = ""
     margin: float = bounded(0.0, least=0)
-    by: Literal["bits", "frechet", "disagreement"] = "bits"
+    by: Literal["bits", "loss", "frechet", "disagreement"] = "bits"
 
     def named(self, pattern: str) -> list[str]:
         """The runs that a name with or without `*` stands for."""
@@ -155,7 +155,7 @@ class Study:
         check_fields(self.measure)
         refuse(not self.questions, "a study needs questions")
         refuse("seed" in self.options, "options: seeds says how many seeds there are")
-        drawn = {one.by for one in self.questions.values()} - {"bits"}
+        drawn = {one.by for one in self.questions.values()} - {"bits", "loss"}
         told = f"by {' and '.join(sorted(drawn))}: measure has no judged_images"
         refuse(drawn and not self.measure.judged_images, told)
         timed = any("seconds" in one.equal for one in self.questions.values())

@@ -108,31 +108,33 @@ class Answer:
     def lost(self) -> list[str]:
         """The sides of the claim of which every run has a seed that diverged."""
         sides = filter(None, (self.question.first, self.question.second))
-        return [
-            one for one in sides if self.diverged.issuperset(self.question.named(one))
-        ]
+        named = self.question.named
+        return [one for one in sides if self.diverged.issuperset(named(one))]
 
 
 def _bits(row: Row) -> float:
     """The bound with the longest chain; for latents the loss."""
     found = row["bits_per_dim"]
     if not found:
-        return float(row["held_out"]["loss"])
+        return _loss(row)
     return float(found[max(found, key=int)]["bits_per_dim"])
 
 
+def _loss(row: Row) -> float:
+    return float(row["held_out"]["loss"])
+
+
 def _frechet(row: Row) -> float | None:
-    drawn = row.get("drawn")
-    return drawn and float(drawn["frechet"]["mean"])
+    return row["drawn"] and float(row["drawn"]["frechet"]["mean"])
 
 
 def _disagreement(row: Row) -> float | None:
-    drawn = row.get("drawn")
-    return drawn and 1 - float(drawn["agreement"])
+    return row["drawn"] and 1 - float(row["drawn"]["agreement"])
 
 
 _MEASURES = {
     "bits": (_bits, "bits/dim"),
+    "loss": (_loss, "in held-out loss"),
     "frechet": (_frechet, "in Fréchet distance"),
     "disagreement": (_disagreement, "of the images read as another class"),
 }
@@ -184,8 +186,9 @@ def _figures(row: Row) -> dict[str, float | None]:
         "parameters": row["parameters"],
         "multiply-adds / 10^12": row["operations"] / 1e12,
         **_timed(row),
-        "bits/dim" if row["bits_per_dim"] else "held-out loss": _bits(row),
+        **({"bits/dim": _bits(row)} if row["bits_per_dim"] else {}),
         **_shorter(row),
+        "held-out loss": _loss(row),
         **quartiles,
         "kernel distance": row.get("scores", {}).get("score_kid_pixels"),
         **(_of_images(row["drawn"]) if row["drawn"] else {}),
@@ -275,8 +278,7 @@ def _curve(row: Row) -> tuple[list[int], list[float]]:
 
 def draw_guidance(axes: Sequence[Any], answer: Answer, colors: Sequence[str]) -> None:
     """Three measures of drawn images over the guidance; dashed, of real ones."""
-    rows = [row for each in answer.rows.values() for row in each.values()]
-    rows = [row for row in rows if row["drawn"]]
+    rows = [r for each in answer.rows.values() for r in each.values() if r["drawn"]]
     titles = ("Fréchet distance", "agreement", "distance to nearest")
     for ax, title in zip(axes, titles, strict=True):
         points: dict[float, list[float]] = {}
@@ -343,8 +345,6 @@ def effect_of(answer: Answer) -> str:
         return f"{answer.verdict}: {len(found)} of at least 3 seeds are there"
     told = [f"{n:+.3f}".replace("-", "−") for n in (np.mean(found), *bootstrap(found))]
     effect = f"{told[0]} {answer.unit}, 95% from {told[1]}\xa0to\xa0{told[2]}"
-    return (
-        f"{answer.verdict}: {answer.best(asked.first)} minus "
-        f"{answer.best(asked.second)} is {effect} "
-        f"({len(found)} seeds, margin {asked.margin:g})"
-    )
+    sides = " minus ".join(map(answer.best, (asked.first, asked.second)))
+    rule = f"{len(found)} seeds, margin {asked.margin:g}"
+    return f"{answer.verdict}: {sides} is {effect} ({rule})"

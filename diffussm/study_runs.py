@@ -31,7 +31,7 @@ from diffussm.guards import expect_one_of, explain, refuse
 from diffussm.judge import judged, jury_of
 from diffussm.model import DiffuSSM
 from diffussm.options import diffusion_of
-from diffussm.parallel import create_state
+from diffussm.parallel import check_gpu, create_state
 from diffussm.runs import train
 from diffussm.study import Measure, Run, Study, as_asked, as_json, images_of, runs_of
 from diffussm.training import training_step
@@ -96,8 +96,7 @@ def processor() -> str:
 
 def _facts(run: Run) -> Row:
     """What is known of a run before it begins."""
-    recipe = run.recipe
-    images = recipe.steps * recipe.batch_size
+    recipe, images = run.recipe, run.recipe.steps * run.recipe.batch_size
     return {
         "digest": run.digest,
         "recipe": asdict(recipe),
@@ -224,6 +223,8 @@ def run_study(
     wanted = {run.digest for each in chosen(planned, only).values() for run in each}
     rows = {k: row_there(run, out, study.measure, known) for k, run in runs.items()}
     missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
+    for convolution in {run.execution.convolution for run in missing}:
+        check_gpu(convolution, own_device(device))
     jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
     file = out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -247,8 +248,7 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     with explain(f"{file} has no JSON lines", ValueError):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def _stepper(run: Run, out: Path, asked: str | None = "cpu") -> Callable[[], float]:

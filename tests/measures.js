@@ -139,10 +139,11 @@
 
     // Text in a drawing is at least seven pixels high.
     smallText: () =>
-      all("article picture img").filter((e) => seen(e) && e.clientWidth).flatMap((e) => {
+      all("article picture img, article canvas").filter((e) => seen(e) && e.clientWidth).flatMap((e) => {
         const source = e.previousElementSibling;
-        const shown = source && matchMedia(source.media).matches ? source : e;
-        const height = e.clientWidth * shown.dataset.smallestText;
+        const shown = source?.media && matchMedia(source.media).matches ? source : e;
+        const share = e.tagName === "CANVAS" ? e.written?.smallest : shown.dataset.smallestText;
+        const height = e.clientWidth * share;
         return height < 7 ? [`${height.toFixed(1)} px: ${where(e.closest("figure") || e)}`] : [];
       }),
 
@@ -154,6 +155,10 @@
         return a > 0.5 && luminance(colour) > 0.16 && !e.closest(".export-badge, .sd-btn, .copybtn") ? [`${colour}: ${where(e)}`] : [];
       }),
   };
+
+  // What the script of an explorable has drawn, as a text.
+  window.pictures = (box) =>
+    all(".explorable-stage :is(canvas, svg)", box).map((e) => e.toDataURL?.() ?? e.outerHTML).join();
 
   window.survey = (kinds) => {
     forget();

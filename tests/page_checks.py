@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from visits import Visit, the_book, the_server, the_tab  # noqa: F401 (the fixtures)
+from visits import FRAMES, Visit, the_book, the_server, the_tab  # noqa: F401 (the fixtures)
 
 from tools.book import ROOT
 from tools.preface import preface
@@ -175,6 +175,35 @@ def test_players_move(visit: Visit) -> None:
         assert image.get_attribute("src") != first
         assert player.locator("output").inner_text() != label
         assert before
+
+
+# A key that changes what a control says.
+KEY = """(e) => {
+    if (e.type === "range") return Number(e.value) < Number(e.max) ? "End" : "Home";
+    if (e.tagName === "SELECT") return e.selectedIndex ? "ArrowUp" : "ArrowDown";
+    return { number: "ArrowUp", checkbox: " " }[e.type] ?? "Enter";
+}"""
+CHANGED = "([box, before]) => pictures(box) !== before"
+
+
+def test_explorables_are_drawn_and_answer_a_key(visit: Visit) -> None:
+    """Each that the text has; a key on its first two controls changes the picture (the
+    first may be a button for what is there already).
+    """
+    called = r"^(?:(?:explorable|live_model)\(|```\{live-model\}$)"
+    boxes = visit.tab.locator("article .explorable").all()
+    assert len(boxes) == len(re.findall(called, visit.source, re.MULTILINE))
+    visit.at(("light", 1280))
+    for box in boxes:
+        controls = box.locator(".explorable-stage :is(input, select, button)")
+        controls.first.focus(timeout=5_000)
+        visit.tab.evaluate(FRAMES)
+        before = box.evaluate("pictures")
+        assert before, "nothing is drawn"
+        for control in controls.all()[:2]:
+            control.press(control.evaluate(KEY))
+        given = [box.element_handle(), before]
+        visit.tab.wait_for_function(CHANGED, arg=given, timeout=20_000)
 
 
 def test_nothing_is_cut(visit: Visit) -> None:

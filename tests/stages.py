@@ -15,8 +15,10 @@ from tools.book import ROOT
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from explorables import bundle  # type: ignore[import-not-found]
+from figures import CONTRAST, contrast  # type: ignore[import-not-found]
+from figures import PAGE as DARK
 
-__all__ = ["bundle", "computed", "drawn", "opened", "picture"]
+__all__ = ["bundle", "computed", "drawn", "opened", "picture", "stroke"]
 
 PAGE = (
     '<html data-theme="light"><meta charset="utf-8"><script src="x.js" defer></script>'
@@ -29,18 +31,32 @@ BOX = (
 )
 
 
+# Every colour in which a text has been written on a canvas.
+INKS = """
+    const write = CanvasRenderingContext2D.prototype.fillText;
+    window.inks = new Set();
+    CanvasRenderingContext2D.prototype.fillText = function (...given) {
+      if (given[0] !== "") window.inks.add(this.fillStyle);
+      return write.apply(this, given);
+    };
+"""
+
+
 @pytest.fixture
 def opened(tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens one explorable from a file, in a page of its own; collects complaints."""
+    """Opens one explorable from a file, in a page of its own; collects complaints, and
+    looks in both themes whether what is written on its canvases can be read.
+    """
     (tmp_path / "x.js").write_text(bundle(ROOT / "book" / "_js"), encoding="utf-8")
     tabs = []
 
-    def show(name: str, given: dict[str, Any]) -> Any:
+    def show(name: str, given: dict[str, Any], **look: Any) -> Any:
         page = tmp_path / f"{name}.html"
         page.write_text(PAGE.format(BOX.format(name, json.dumps(given))))
-        tab = browser.new_page(viewport={"width": 800, "height": 700})
+        tab = browser.new_page(viewport={"width": 800, "height": 700}, **look)
         tab.complaints = []
         tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.add_init_script(INKS)
         tab.goto(page.as_uri())
         tabs.append(tab)
         return tab
@@ -48,6 +64,14 @@ def opened(tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
     yield show
     for tab in tabs:
         assert tab.complaints == []
+        for theme, ground in (("light", "#ffffff"), ("dark", DARK)):
+            tab.evaluate("inks.clear()")
+            turn = "name => { document.documentElement.dataset.theme = name; }"
+            tab.evaluate(turn, theme)
+            drawn(tab)
+            inks = tab.evaluate("[...inks]")
+            assert inks, "nothing is written"
+            assert {ink for ink in inks if contrast(ink, ground) < CONTRAST} == set()
         tab.close()
 
 
@@ -55,6 +79,18 @@ def picture(tab: Any, number: int = 0) -> str:
     """What one of the page's canvases shows."""
     canvas = tab.locator("canvas").nth(number)
     return str(canvas.evaluate("e => e.toDataURL()"))
+
+
+def stroke(tab: Any, number: int, start: tuple[int, int], end: tuple[int, int]) -> None:
+    """A finger goes over one of the page's canvases, as a touch screen tells it."""
+    box = tab.locator("canvas").nth(number).bounding_box()
+    screen = tab.context.new_cdp_session(tab)
+    for k in range(11):
+        x, y = (a + (b - a) * k / 10 for a, b in zip(start, end, strict=True))
+        finger = {"x": box["x"] + x, "y": box["y"] + y}
+        kind = "touchMove" if k else "touchStart"
+        screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [finger]})
+    screen.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 @pytest.fixture

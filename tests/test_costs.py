@@ -12,7 +12,7 @@ from diffussm.efficiency import diffussm_macs, dit_macs
 from diffussm.model_config import DiffuSSMConfig
 
 pytestmark = pytest.mark.end_to_end
-SIZES = [(256, 128, 1), (1024, 1152, 2), (16384, 512, 4)]
+SIZES = [(256, 128, 1, 64, 1), (1024, 1152, 2, 64, 32), (16384, 512, 4, 16, 256)]
 PEAKS = {"bf16": 3e14, "float32": 2e13}
 BILL = {
     "recipes": {"small": {"train": {"bf16": 3e20}, "sample": {"float32": 1e18}}},
@@ -23,22 +23,28 @@ BILL = {
 
 def test_multiply_adds_are_the_packages(computed: Any) -> None:
     ours = computed("block_cost", "diffussmBlock", [list(size) for size in SIZES])
-    theirs = computed("block_cost", "ditBlock", [[L, D] for L, D, _ in SIZES])
+    theirs = computed("block_cost", "ditBlock", [[L, D] for L, D, *_ in SIZES])
     ratios = computed("block_cost", "ratio", [list(size) for size in SIZES])
-    for k, (L, D, M) in enumerate(SIZES):
+    for k, (L, D, M, N, B) in enumerate(SIZES):
         side = round(L**0.5)
         config = DiffuSSMConfig(
-            in_channels=4, input_size=side, d_model=D, n_blocks=1, downsample=M
+            in_channels=4,
+            input_size=side,
+            d_model=D,
+            d_state=N,
+            n_blocks=1,
+            downsample=M,
         )
         expected, dit = diffussm_macs(config), dit_macs(config)
         for name in ("linear maps", "convolution"):
             assert ours[k][name] == pytest.approx(expected[name])
+        assert ours[k]["kernels"] == pytest.approx(expected["kernels"] / B)
         for name in ("linear maps", "attention"):
             assert theirs[k][name] == pytest.approx(dit[name])
-        both = expected["linear maps"] + expected["convolution"]
-        assert ratios[k] == pytest.approx(
-            (dit["linear maps"] + dit["attention"]) / both
-        )
+        mine = expected["linear maps"] + expected["convolution"]
+        mine += expected["kernels"] / B
+        other = dit["linear maps"] + dit["attention"]
+        assert ratios[k] == pytest.approx(other / mine)
 
 
 def test_hours_are_the_packages(computed: Any) -> None:
@@ -49,9 +55,10 @@ def test_hours_are_the_packages(computed: Any) -> None:
 
 
 def test_sliders_move_the_drawings(opened: Any) -> None:
-    first = {"log_length": 10, "width": 1152, "downsample": 2}
+    first = {"log_length": 10, "width": 1152, "downsample": 2, "log_batch": 3}
+    first["states"] = 64
     for name, given, moves in (
-        ("block_cost", first, ("length L", "width D")),
+        ("block_cost", first, ("length L", "width D", "batch B")),
         ("bill", BILL, ("GPUs", "MFU", "price")),
     ):
         tab = opened(name, given)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jupytext
 import pytest
+from matplotlib.figure import Figure
 from stages import bundle, drawn, picture
+
+from tools.book import ROOT
 
 
 def modules(folder: Path, **texts: str) -> Path:
@@ -80,3 +88,80 @@ def test_a_tap_on_the_mass_pushes_and_then_the_space_bar_does(opened: Any) -> No
     tab.keyboard.press("Space")
     assert before != tapped
     assert tab.evaluate("document.activeElement.textContent") == "Push"
+
+
+@pytest.fixture
+def twins() -> ModuleType:
+    """The module beside the chapters; the extension of the book has its name too."""
+    path = ROOT / "book" / "explorables.py"
+    spec = importlib.util.spec_from_file_location("twins", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown(
+    twins: ModuleType, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """What is displayed of a figure that takes so long to draw, what it has been drawn
+    with, and its controls.
+    """
+    bundles: list[Any] = []
+    drawn_with: list[Any] = []
+    made: dict[str, Any] = {}
+    output = twins.interactive_output
+
+    def draw(a: int, pushes: int) -> Figure:
+        """A "line"
+        on white.
+        """
+        drawn_with.append((a, pushes))
+        return Figure(figsize=(1, 1))
+
+    def watched(show: Any, widgets: dict[str, Any]) -> Any:
+        made.update(widgets)
+        return output(show, widgets)
+
+    monkeypatch.setattr(twins, "display", lambda it, **_: bundles.append(it))
+    monkeypatch.setattr(twins, "perf_counter", itertools.count(0, seconds).__next__)
+    monkeypatch.setattr(twins, "interactive_output", watched)
+    twins.explorable("x", draw, data={"b": 2}, a=(0, 9), pushes=twins.Presses(1))
+    return bundles[-1], drawn_with, made
+
+
+def test_a_twin_has_widgets_for_a_kernel_and_a_picture_for_the_page(
+    twins: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, drawn_with, made = shown(twins, monkeypatch, 0.01)
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    text = bundle["text/html"]
+    assert text.count("A &quot;line&quot; on white.") == 2, (
+        "its name, and its picture's"
+    )
+    assert '{"b": 2, "a": 4, "pushes": 1}' in text and "svg+xml;base64," in text
+    assert made["a"].description == "a"
+    made["a"].value = 7
+    made["pushes"].click()
+    made["pushes"].click()
+    assert drawn_with[-3:] == [(7, 1), (7, 2), (7, 3)]
+
+
+@pytest.mark.parametrize(("seconds", "follows"), [(0.05, True), (0.5, False)])
+def test_what_is_drawn_slowly_waits_until_the_hand_lets_go(
+    twins: ModuleType, monkeypatch: pytest.MonkeyPatch, seconds: float, follows: bool
+) -> None:
+    assert shown(twins, monkeypatch, seconds)[2]["a"].continuous_update is follows
+
+
+def test_a_twin_is_one_short_cell() -> None:
+    """What draws stands before; so many lines have the call and its controls."""
+    lines = {}
+    for path in sorted((ROOT / "book").glob("*.md")):
+        if not re.search(r"^explorable\($", path.read_text("utf-8"), re.MULTILINE):
+            continue
+        for cell in jupytext.read(path).cells:
+            if cell.cell_type == "code" and "\nexplorable(" in f"\n{cell.source}":
+                name = cell.metadata["mystnb"]["figure"]["name"]
+                lines[name] = len(cell.source.splitlines())
+    assert len(lines) >= 11 and max(lines.values()) <= 12, lines

@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name in ("README.md", "jupytext.toml"):
         shutil.copy(ROOT / name, folder / name)
-    for chapter, cells in ((CHAPTER, 12), (MOVING, 3)):  # beginnings suffice
+    for chapter, cells in ((CHAPTER, 12), (MOVING, 4)):  # beginnings suffice
         text = (folder / chapter).read_text()
         parts = re.split(r"(?<=^```\n)", text, flags=re.MULTILINE)
         (folder / chapter).write_text("".join(parts[:cells]))
@@ -186,19 +186,22 @@ def test_cells_are_folded_and_references_read_as_words(
     page.close()
 
 
-def test_a_slider_moves_the_figure(lab: str, browser: Any) -> None:
+def test_a_slider_and_a_button_move_the_figure(lab: str, browser: Any) -> None:
     page = ready(browser, lab, MOVING)
     choose(page, "Run", "runmenu:run-all")
     figure = page.locator(".jp-OutputArea-output .jupyter-widgets .jp-RenderedSVG img")
     figure.first.wait_for()
     assert figure.count() == 1 and page.locator(".explorable").count() == 0
-    before = figure.get_attribute("src")
-    page.locator(".jupyter-widgets .noUi-handle").first.press("ArrowRight")
-    page.wait_for_function(
-        "before => { const f = document.querySelector("
-        "'.jupyter-widgets .jp-RenderedSVG img'); return f && f.src !== before; }",
-        arg=before,
-    )
+    slider = page.locator(".jupyter-widgets .noUi-handle").first
+    push = page.locator("button.jupyter-button", has_text="push")
+    for move in (lambda: slider.press("ArrowRight"), push.click):
+        before = figure.get_attribute("src")
+        move()
+        page.wait_for_function(
+            "before => { const f = document.querySelector("
+            "'.jupyter-widgets .jp-RenderedSVG img'); return f && f.src !== before; }",
+            arg=before,
+        )
     page.close()
 
 

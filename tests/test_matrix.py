@@ -54,7 +54,17 @@ def test_the_matrix_has_every_pair_and_each_is_saved_killed_and_resumed(capsys):
     assert [killed for killed, _ in seen] == [15, None, 15, None]
     assert {o["activation_checkpointing"] for _, o in seen} == {"elementwise"}
     names = {name for name, _ in matrix.cases()}
-    assert len(names) == 10 and {"ddp, compile", "fsdp, micro-batches"} < names
+    assert len(names) == 14 and {"ddp, compile", "fsdp, micro-batches"} < names
+
+
+def test_the_matrix_tries_what_a_gpu_is_to_train_with(capsys):
+    tried = {(o["strategy"], o.get("convolution", "fft")) for _, o in matrix.cases()}
+    for strategy in ("ddp", "fsdp"):
+        for convolution in ("fft", "chunked_triton", "auto"):
+            assert (strategy, convolution) in tried
+    unwanted = "left out, it is for a GPU"  # and what is not tried is no success
+    assert matrix.walk("cpu", 2, 16, "chunks", lambda *_: 0) == 1
+    assert capsys.readouterr().out.count(unwanted) == 4
 
 
 @pytest.mark.parametrize(

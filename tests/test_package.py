@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -48,6 +48,9 @@ from diffussm import (
     verdict,
 )
 from tools.book import ROOT
+
+sys.path.insert(0, str(ROOT / "book"))
+from gpus import Gpu, way_of  # type: ignore[import-not-found]
 
 BUILD = (
     "import sys; from setuptools import build_meta; getattr(build_meta, "
@@ -166,7 +169,7 @@ def test_source_archive_holds_the_project(archives: Archives) -> None:
     with tarfile.open(archives.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     parts = (
-        *(".ci", ".github", ".jupyter", "benchmarks"),
+        *(".binder", ".ci", ".github", ".jupyter", "benchmarks"),
         *("book", "diffussm", "tests", "tools"),
     )
     project = {
@@ -604,26 +607,53 @@ def test_readme_says_what_was_measured() -> None:
     whole = {row["length"]: row["ratio"] for row in reversed(results("block")["rows"])}
     ratios = [whole[length] for length in sorted(whole)]  # at the larger batches
     assert ratios[0] > 1 and ratios == sorted(ratios)
-    assert (
-        "On one H100, DiffuSSM-XL at L = 1024 trains slower than DiT with fused "
-        "attention" in text
+    for name in ("gpu", "gpu_h200"):
+        sentence = on_a_gpu(results(name))
+        assert sentence in text, f"README does not say of {name}.json: {sentence}"
+    said = re.findall(r"On one (\w+) with the", text)
+    named = [results(name)["environment"]["gpu"] for name in ("gpu", "gpu_h200")]
+    assert all(any(gpu in name for name in named) for gpu in said), "no record is of it"
+
+
+def on_a_gpu(record: dict) -> str:
+    """What README says of a GPU, by its record; nothing where that lacks a figure."""
+    gpu = Gpu("", "", record)
+    card = re.search(r"\w*\d\w*", record["environment"]["gpu"])
+    best: dict[str, Any] = {}
+    for kind in ("DiT", "DiffuSSM"):
+        speed = "images_per_second"
+        rows = gpu.rows("training", speed, kind=kind, length=1024)
+        best[kind] = max(rows, key=lambda row: row[speed], default=None)
+    ratios = [
+        row["ratio"]
+        for row in gpu.rows("blocks", "ratio", attention="fused attention")
+        if best["DiffuSSM"] and way_of(row) == way_of(best["DiffuSSM"])
+    ]
+    if not (card and all(best.values()) and ratios):
+        return ""
+    faster = best["DiffuSSM"][speed] > best["DiT"][speed]
+    told = "faster" if faster else "slower"
+    ahead = sum(ratio > 1 for ratio in ratios)
+    return (
+        f"On one {card[0]} with the {way_of(best['DiffuSSM'])}, DiffuSSM-XL trains "
+        f"{told} at L = 1024 than DiT with fused attention, "
+        f"and a block is faster at {ahead} of the {len(ratios)} lengths measured."
     )
-    gpu = results("gpu")
-    assert "H100" in gpu["environment"]["gpu"]
-    speeds: dict[str, float] = {}
-    for row in gpu["training"]:
-        if row["length"] == 1024 and "images_per_second" in row:
-            speeds[row["kind"]] = max(
-                speeds.get(row["kind"], 0.0), row["images_per_second"]
-            )
-    assert speeds["DiffuSSM"] < speeds["DiT"]
-    fused = {
-        row["length"]: row["ratio"]
-        for row in gpu["blocks"]
-        if row["attention"] == "fused attention"
-    }
-    assert [length for length, ratio in fused.items() if ratio > 1] == [max(fused)]
-    assert "a block is faster only at the longest length measured" in text
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_h200"])
+def test_readme_would_say_the_opposite_of_the_opposite_record(name: str) -> None:
+    record = results(name)
+    sentence = on_a_gpu(record)
+    for row in record["training"]:
+        if "images_per_second" in row:
+            row["images_per_second"] = 1 / row["images_per_second"]
+    for row in record["blocks"]:
+        if "ratio" in row:
+            row["ratio"] = 1 / row["ratio"]
+    changed = on_a_gpu(record)
+    assert sentence and changed and ("slower" in sentence) == ("faster at L" in changed)
+    assert on_a_gpu({"environment": record["environment"]}) == ""
 
 
 def test_readme_lists_what_chapter_14_lists() -> None:

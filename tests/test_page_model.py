@@ -1,36 +1,45 @@
 """The model in the page computes what PyTorch does, and answers mouse and keyboard.
 
 A small page of its own stands for those of the book: the same scripts, the weights of
-the package. It is opened as a file and over a server on this machine.
+the package. The rendered pages have the weights that their chapter has trained; what
+they draw is compared with PyTorch on these. Pages are opened as files and over a server
+on this machine.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from browsers import serving
+from browsers import absent, serving
+from sphinx.errors import ExtensionError
+from visits import the_book, the_server  # noqa: F401 (the fixtures)
 
+from benchmarks.page_model import recognised
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.model import DiffuSSM
+from diffussm.options import RECIPES
 from diffussm.pretrained import load_pretrained
 from diffussm.reverse_process import ancestral_step
 from diffussm.sampling import denoise, guided, sample
-from tools.book import ROOT
+from tools.book import ROOT, is_quick
 
 sys.path.insert(0, str(ROOT / "book"))
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import page_model
 from explorables import bundle
-from live_model import MIME, box, script, trained
-from page_model import for_page, numbers, pack, rounded, unpack
+from live_model import CHAPTER, FRONT, GLUED, box, follow, script, trained
+from page_model import computing_with, for_page, numbers, pack, rounded, unpack
 
 PROBE = """\
 import { Chain, denoise } from "./diffusion.js";
@@ -89,13 +98,17 @@ def served(site: Path) -> Iterator[str]:
         yield address
 
 
-def opened(browser: Any, address: str, **options: Any) -> Any:
-    """A tab that collects what it complains of, and requests to elsewhere."""
+def opened(browser: Any, address: str, site: str = "", **options: Any) -> Any:
+    """A tab that collects what it complains of, and requests to outside its site."""
     tab = browser.new_page(viewport={"width": 800, "height": 900}, **options)
     tab.complaints = []
     tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-    tab.on("console", lambda m: tab.complaints.append(m.text))
-    here = (address.rpartition("/")[0], "data:", "blob:")
+    grave = ("error", "warning")  # the scripts of the theme also log what they do
+    tab.on(
+        "console",
+        lambda m: tab.complaints.append(m.text) if not site or m.type in grave else 0,
+    )
+    here = (site or address.rpartition("/")[0], "data:", "blob:")
     tab.on(
         "request",
         lambda r: None if r.url.startswith(here) else tab.complaints.append(r.url),
@@ -159,17 +172,105 @@ def test_a_model_that_the_page_cannot_run_is_refused() -> None:
         pack(DiffuSSM.from_preset("digits", patch_size=2))
 
 
-def test_weights_come_from_the_chapter_that_trained_them(
+@pytest.mark.slow
+def test_digits_of_the_rounded_numbers_are_what_was_asked_for(halved: DiffuSSM) -> None:
+    """The benchmark's row: 500 digits at guidance 1.5, read by a classifier."""
+    row = recognised(halved)
+    assert row["reached"], row["result"]
+
+
+def environment(folder: Path, **about: Any) -> Any:
+    """What Sphinx knows of the chapter, and where myst-nb keeps what is glued."""
+    config = SimpleNamespace(output_folder=str(folder))
+    known = {CHAPTER: about} if about else {}
+    return SimpleNamespace(mystnb_config=config, nb_metadata=known)
+
+
+EXECUTED = {"exec_data": {"succeeded": True}}
+
+
+def test_weights_are_those_that_the_chapter_has_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executed = tmp_path / "36_training.ipynb"
-    outputs = [{"name": "stdout", "text": "0"}, {"data": {MIME: {"packed": 1}}}]
-    cells = [{"source": "text"}, {"source": "code", "outputs": outputs}]
-    executed.write_text(json.dumps({"cells": cells}))
+    glued = {GLUED: {"data": {"application/json": {"packed": 1}}}, "steps": {}}
+    kept = tmp_path / f"{CHAPTER}.glue.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps(glued))
+    executed = environment(tmp_path, glue=["steps", GLUED], **EXECUTED)
     assert trained(executed) == {"packed": 1}
     monkeypatch.setattr("page_model.shipped", lambda: "those of the package")
-    assert trained(tmp_path / "never_executed.ipynb") == "those of the package"
-    assert MIME == page_model.MIME
+    assert trained(environment(tmp_path)) == "those of the package"
+    assert GLUED == page_model.GLUED
+
+
+@pytest.mark.parametrize("glue", [["steps"], [GLUED]], ids=["not glued", "not kept"])
+def test_an_executed_chapter_without_its_model_is_refused(
+    tmp_path: Path, glue: list[str]
+) -> None:
+    with pytest.raises(ExtensionError, match="was executed, and there is no 'page-m"):
+        trained(environment(tmp_path, glue=glue, **EXECUTED))
+
+
+PROJECT = f"""\
+import sys
+sys.path.insert(0, {str(ROOT / "book" / "_ext")!r})
+extensions = ["myst_nb", "live_model"]
+root_doc = "{FRONT}"
+exclude_patterns = ["kept"]
+nb_execution_mode = "cache"
+nb_execution_cache_path = "kept"
+"""
+CELL = """\
+---
+jupytext: {text_representation: {extension: .md, format_name: myst}}
+kernelspec: {name: python3, display_name: Python 3}
+---
+# Training
+
+```{code-cell} ipython3
+:tags: [remove-output]
+raise SystemExit("outputs of this cell are kept")
+```
+"""
+CONTENTS = "# Front\n\n```{live-model}\n```\n\n```{toctree}\n36_training\n```\n"
+
+
+@pytest.mark.slow
+def test_a_build_from_kept_outputs_has_the_model_of_the_chapter(tmp_path: Path) -> None:
+    """As every `make book`: the chapters are executed first, then pages are made."""
+    import jupytext
+    from jupyter_cache import get_cache
+    from jupyter_cache.base import CacheBundleIn
+    from nbformat.v4 import new_output
+
+    (tmp_path / "book").mkdir()
+    (tmp_path / "conf.py").write_text(PROJECT)
+    (tmp_path / f"{FRONT}.md").write_text(CONTENTS)
+    chapter = tmp_path / f"{CHAPTER}.md"
+    chapter.write_text(CELL)
+    strip = base64.b64encode(bytes(range(256)) * 4).decode()
+    model = {"packed": {"half": "AAAA"}, "label": 3, "strip": strip}
+    about = {"scrapbook": {"name": GLUED, "mime_prefix": ""}}
+    data = {"application/json": model, "text/plain": "a model"}
+    notebook = jupytext.read(chapter)
+    language = {"name": "python", "pygments_lexer": "python"}
+    notebook.metadata["language_info"] = language  # as a kernel says
+    notebook.cells[-1].outputs = [new_output("display_data", data, metadata=about)]
+    get_cache(str(tmp_path / "kept")).cache_notebook_bundle(
+        CacheBundleIn(notebook, str(chapter)), check_validity=False
+    )
+    made = tmp_path / "_build" / "html"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", str(tmp_path), str(made)]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    written = (made / "_static" / "live_model.js").read_text("utf-8")
+    assert written == script(model["packed"])
+    assert strip in (made / f"{FRONT}.html").read_text("utf-8")
+
+
+def test_the_front_page_is_made_anew_with_the_chapter() -> None:
+    env: Any = SimpleNamespace(found_docs={FRONT, CHAPTER})
+    assert follow(None, env, set(), {CHAPTER}, set()) == [FRONT]  # type: ignore[arg-type]
+    assert follow(None, env, {"book/99_cli"}, set(), set()) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.end_to_end
@@ -177,6 +278,9 @@ def test_weights_come_from_the_chapter_that_trained_them(
 def test_page_computes_what_pytorch_does(
     probe: Any, model: DiffuSSM, halved: DiffuSSM, ten: torch.Tensor, t: int
 ) -> None:
+    """Within a thousandth of the largest output that float32 has, and within float32
+    of what PyTorch makes of the page's own numbers.
+    """
     noise = torch.randn(ten.shape, generator=torch.Generator().manual_seed(t))
     y, times = list(range(10)), torch.full((10,), t)
     x = DIFFUSION.q_sample(ten, times, noise)
@@ -453,3 +557,89 @@ def test_controls_have_names_and_are_large_enough(quiet: Any) -> None:
     for control in quiet.locator("#live-model button, #live-model input").all():
         box = control.bounding_box()
         assert box["height"] >= 24 and box["width"] >= 24, control.inner_text()
+
+
+HEAR = """() => {
+    const post = Worker.prototype.postMessage;
+    globalThis.heard = [];
+    Worker.prototype.postMessage = function (message) {
+        const keep = ({ data }) => heard.push([[...data.before], [...data.x]]);
+        if (message.packed) this.addEventListener("message", keep);
+        return post.call(this, message);
+    };
+}"""
+
+
+@pytest.fixture(scope="module")
+def handed_over(book: Path) -> Any:
+    """The weights that the rendered pages load."""
+    text = (book / "_static" / "live_model.js").read_text("utf-8")
+    return json.loads(text.removeprefix("globalThis.liveModel = ").rstrip(";\n"))
+
+
+@pytest.fixture(scope="module")
+def on_the_page(handed_over: Any) -> DiffuSSM:
+    """PyTorch's network with the numbers of the rendered pages."""
+    return computing_with(unpack(handed_over), DiffuSSM(RECIPES["digits"].model))
+
+
+def put_out() -> Any:
+    """What the chapter's executed cell has glued, by the cache of executions."""
+    import jupytext
+    from jupyter_cache import get_cache
+
+    quick = "_quick" if is_quick() else ""
+    cache = get_cache(str(ROOT / "_build" / f".jupyter_cache{quick}"))
+    try:
+        record = cache.match_cache_notebook(jupytext.read(ROOT / f"{CHAPTER}.md"))
+    except KeyError:
+        absent(f"no outputs of {CHAPTER}.md: run `make book`", "DIFFUSSM_REQUIRE_BOOK")
+    found = [
+        output["data"]["application/json"]
+        for cell in cache.get_cache_bundle(record.pk).nb.cells
+        for output in cell.get("outputs", [])
+        if output.get("metadata", {}).get("scrapbook", {}).get("name") == GLUED
+    ]
+    (one,) = found
+    return one
+
+
+@pytest.mark.end_to_end
+def test_rendered_pages_have_what_the_chapter_has_trained(
+    book: Path, handed_over: Any
+) -> None:
+    model = put_out()
+    assert handed_over == model["packed"]
+    for page in (FRONT, CHAPTER):
+        text = (book / f"{page}.html").read_text("utf-8")
+        (given,) = re.findall(
+            r' id="live-model".*?<script type="application/json">(.*?)</script>',
+            text,
+            re.DOTALL,
+        )
+        assert json.loads(given)["strip"] == model["strip"], page
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("how", ["file", "http"])
+@pytest.mark.parametrize("page", [FRONT, CHAPTER])
+def test_rendered_page_draws_the_digit_that_pytorch_draws(
+    browser: Any, book: Path, server: str, on_the_page: DiffuSSM, page: str, how: str
+) -> None:
+    """From the page's noise, with the page's weights: the numbers, and the picture."""
+    site = book.as_uri() if how == "file" else server
+    tab = opened(browser, f"{site}/{page}.html", site, reduced_motion="reduce")
+    tab.evaluate(HEAR)
+    tab.click("[data-class='8']")
+    shown = done(tab)
+    steps = tab.evaluate("heard")
+    assert tab.inner_text(".live-model-status") == "A 8."
+    noise = torch.tensor(steps[0][0]).view(1, 1, 8, 8)
+    how_asked = {"cfg_scale": 1.5, "clip_denoised": True, "progress": False}
+    wanted = sample(
+        on_the_page, DIFFUSION, [8], len(steps), "ddim", noise=noise, **how_asked
+    ).flatten()
+    np.testing.assert_allclose(steps[-1][1], wanted, atol=5e-4)
+    np.testing.assert_allclose(shown, 127.5 * (wanted + 1), atol=1)
+    assert len(steps) == 25 and tab.complaints == []
+    tab.close()

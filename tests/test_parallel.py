@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from interpreter import round_to_nearest
 from processes import (
     SHARED,
     assert_close,
+    changed_shared,
     cluster,
     fifty,
     outcomes,
@@ -21,7 +23,7 @@ from processes import (
 from tiny import SELDOM
 from torch.distributed.tensor import distribute_tensor
 
-from diffussm import parallel
+from diffussm import autotuning, parallel
 from diffussm.batches import training_batch
 from diffussm.bidirectional import way
 from diffussm.checkpoints import full_tensor
@@ -126,19 +128,19 @@ def disturb(model, seed):
         parameter.add_(numbers)
 
 
-def gradients_in_float64(changes, plain=False):
+def gradients(dtype, changes, plain=False):
     """Those of the second step, by name; `plain` without sharing any spectra."""
-    torch.set_default_dtype(torch.float64)  # of this process, which ends here
-    execution, diffusion = replace(SELDOM, **changes), diffusion_of(SHARED)
+    torch.set_default_dtype(dtype)  # of this process, which ends here
+    recipe, execution = changed_shared(changes)
     with cluster() as device:
-        state = create_state(SHARED, execution, device)
+        state = create_state(recipe, execution, device)
         network = wrap(state.model, execution)
         for step in range(2):
             disturb(state.model, step)  # a new model lets nothing through
             state.optimizer.zero_grad()
             share = rank(), world_size()
-            batch = training_batch(fifty(), state.model, SHARED, step, *share)
-            options = diffusion, batch, SHARED
+            batch = training_batch(fifty(), state.model, recipe, step, *share)
+            options = diffusion_of(recipe), batch, recipe
             if plain:
                 backward(network, *options)
             else:
@@ -149,8 +151,18 @@ def gradients_in_float64(changes, plain=False):
 
 @pytest.fixture(scope="module")
 def plain_gradients():
-    (found,) = together(1, gradients_in_float64, {}, True)
+    (found,) = together(1, gradients, torch.float64, {}, True)
     return found
+
+
+def worst(found, wanted):
+    """The largest error of a gradient, relative to its largest entry."""
+    assert found.keys() == wanted.keys()
+    assert all(gradient.any() for gradient in wanted.values())
+    return max(
+        np.abs(found[name] - gradient).max() / np.abs(gradient).max()
+        for name, gradient in wanted.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,11 +182,53 @@ def plain_gradients():
 def test_kernels_prepared_once_get_the_gradients_of_each_micro_batch(
     plain_gradients, size, changes
 ):
-    for found in together(size, gradients_in_float64, changes):
-        assert found.keys() == plain_gradients.keys()
-        for name, gradient in plain_gradients.items():
-            error = np.abs(found[name] - gradient).max()
-            assert gradient.any() and error < 1e-11 * np.abs(gradient).max()
+    for found in together(size, gradients, torch.float64, changes):
+        assert worst(found, plain_gradients) < 1e-11
+
+
+def chunks_win(length, *sizes, **work):
+    """In the place of `autotune_convolution`: one process measures, and is followed."""
+    assert rank() == 0
+    name = "chunks of 16, 8 warps"
+    return autotuning.Measured(autotuning._candidates(length)[name], f"{name}: it won")
+
+
+@pytest.fixture(scope="module")
+def single_gradients():
+    """With the FFT in one process: in float32, and under autocast."""
+    asked = {name: {"precision": name} for name in ("float32", "bf16")}
+    plain = {
+        k: together(1, gradients, torch.float32, v, True) for k, v in asked.items()
+    }
+    return {precision: found for precision, (found,) in plain.items()}
+
+
+def gradients_with_triton(changes):
+    """In its interpreter."""
+    autotuning.autotune_convolution = chunks_win  # in this process, which ends here
+    round_to_nearest()
+    return gradients(torch.float32, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"convolution": "chunked_triton"},
+        {"convolution": "chunked_triton", "strategy": "fsdp"},
+        {"convolution": "auto", "activation_checkpointing": "all"},
+        {"convolution": "chunked_triton", "precision": "bf16"},
+        {"convolution": "auto", "strategy": "fsdp", "precision": "bf16"},
+    ],
+)
+def test_the_kernels_of_a_gpu_get_them_too_in_two_processes(single_gradients, changes):
+    """Under autocast within three times the FFT's own error, as autotuning allows."""
+    pytest.importorskip("triton")
+    wanted, allowed = single_gradients["float32"], 1e-4
+    if changes.get("precision") == "bf16":
+        allowed = 3 * worst(single_gradients["bf16"], wanted)
+        assert allowed < 0.3
+    for found in together(2, gradients_with_triton, changes):
+        assert worst(found, wanted) < allowed
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "all"])
@@ -249,8 +303,12 @@ def test_recomputing_changes_nothing(tmp_path, alone, size, changes):
 @pytest.mark.filterwarnings(
     "ignore:Torchinductor does not support code generation for complex"
 )
-def test_compiling_changes_nothing(tmp_path, alone):
-    together(1, run_shared, tmp_path / "run", {"compile": True})
+@pytest.mark.parametrize("convolution", ["fft", "chunked_triton"])
+def test_compiling_changes_nothing(tmp_path, alone, convolution):
+    if "triton" in convolution:
+        pytest.importorskip("triton")
+    changes = {"compile": True, "convolution": convolution}
+    together(1, run_shared, tmp_path / "run", changes)
     assert_close(tmp_path / "run", alone)
 
 

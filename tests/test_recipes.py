@@ -84,6 +84,7 @@ def test_every_recipe_is_read_and_its_model_is_a_preset(name):
             and config.flip
             and config.precision == "bf16"
             and execution.compile
+            and execution.convolution == "auto"
         )
         assert "paper" in recipes.recipe_files()[name].read_text()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stages import bundle, picture
+from stages import bundle, drawn, picture, stroke
 from torch import Tensor
 
 from diffussm.diffusion import GaussianDiffusion
@@ -246,8 +246,51 @@ def test_it_is_painted_and_trained(opened: Any) -> None:
     assert changed()
     tab.get_by_role("button", name="erase").click()
     assert changed()
-    tab.locator("canvas").click(position={"x": 150, "y": 100})
+    tab.locator("canvas").first.click(position={"x": 150, "y": 100})
     assert changed()
     tab.get_by_role("button", name="train").click()
     said = tab.get_by_role("status")
     said.filter(has_text="done 4000 of 4000 steps").wait_for()
+
+
+def test_the_keyboard_paints(opened: Any) -> None:
+    tab = opened("sandbox", GIVEN)
+    tab.emulate_media(reduced_motion="reduce")
+    tab.reload()
+    tab.wait_for_function("document.querySelector('canvas').height > 100")
+    tab.get_by_role("button", name="erase").press("Enter")
+    said, paper = tab.locator(".explorable-says"), tab.locator("canvas").first
+    paper.focus()
+    drawn(tab)
+    before = picture(tab)
+    for key in ("ArrowLeft", "ArrowUp"):
+        tab.keyboard.press(key)
+    assert "0 clusters; the pen is up" in said.inner_text()
+    for key in ("Space", *8 * ["ArrowLeft"], "Space"):
+        tab.keyboard.press(key)
+    painted = int(said.inner_text().split(": ")[1].split()[0])
+    assert 1 < painted < 9, "a stroke leaves clusters a little apart"
+    for key in (*5 * ["ArrowDown"], "Space", "Space"):
+        tab.keyboard.press(key)
+    assert f"{painted + 1} clusters; the pen is up" in said.inner_text()
+    tab.get_by_role("button", name="play").focus()  # the cross is gone
+    drawn(tab)
+    assert picture(tab) != before
+
+
+def test_a_finger_paints_downwards_on_one_panel_and_scrolls_on_the_other(
+    opened: Any,
+) -> None:
+    tab = opened("sandbox", GIVEN, has_touch=True, reduced_motion="reduce")
+    tab.evaluate("document.body.style.paddingBottom = '2000px'")
+    tab.wait_for_function("document.querySelector('canvas').height > 100")
+    tab.get_by_role("button", name="erase").click()
+    drawn(tab)
+    empty = picture(tab)
+    stroke(tab, 0, (150, 250), (150, 80))
+    drawn(tab)
+    painted = picture(tab)
+    assert painted != empty and tab.evaluate("scrollY") == 0
+    stroke(tab, 1, (150, 250), (150, 80))
+    drawn(tab)
+    assert picture(tab) == painted and tab.evaluate("scrollY") > 50

@@ -86,6 +86,35 @@ def test_a_hand_draws(opened: Any, name: str, given: Any) -> None:
     assert picture(tab, -1) != before
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("memory", MEMORY), ("convolution", CONVOLUTION)]
+)
+def test_the_keyboard_draws(opened: Any, name: str, given: Any) -> None:
+    tab = opened(name, given)
+    tab.wait_for_function("document.querySelectorAll('canvas')[1].height > 100")
+    drawn(tab)
+    kind, before = tab.get_by_role("combobox"), picture(tab, -1)
+    said = tab.get_by_role("status").last
+    tab.keyboard.press("Tab")  # the first that can be reached is the paper
+    assert "space bar" in said.inner_text()
+    for _ in range(4):
+        tab.keyboard.press("ArrowUp")
+    drawn(tab)
+    assert kind.input_value() != "drawn", "a pen that is up draws nothing"
+    assert picture(tab, -1) == before and "pen is up" in said.inner_text()
+    tab.keyboard.press("Space")
+    for _ in range(9):
+        tab.keyboard.press("ArrowRight")
+    drawn(tab)
+    stroke = picture(tab, -1)
+    assert kind.input_value() == "drawn" and stroke != before
+    assert "pen is down" in said.inner_text()
+    tab.keyboard.press("Space")
+    tab.keyboard.press("ArrowRight")
+    drawn(tab)
+    assert picture(tab, -1) == stroke, "it draws although it is lifted"
+
+
 def test_sliders_choose_the_signal_and_how_much_is_remembered(opened: Any) -> None:
     tab = opened("memory", MEMORY)
     seen = []
@@ -100,7 +129,7 @@ def test_sliders_choose_the_signal_and_how_much_is_remembered(opened: Any) -> No
 
 def test_padding_takes_the_tail_away_from_the_start(opened: Any) -> None:
     tab = opened("convolution", CONVOLUTION)
-    said = tab.locator(".explorable-says")
+    said = tab.locator(".explorable-says").first
     tail = np.exp(-0.04 * np.arange(64)) * np.cos(0.5 * np.arange(64))
     most = (
         f"{np.abs(tail[64 - 45 :]).max():.2f}"  # what the kick at 45 puts past the end

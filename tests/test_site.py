@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from browsers import absent
 from docutils import nodes
 from docutils.core import publish_doctree
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from pybtex.database import parse_string
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -28,6 +36,8 @@ sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import accessible
 import api_reference
 import buttons
+import citation
+import index_entries
 import page_head
 import previews
 
@@ -116,8 +126,8 @@ def test_mathjax_is_loaded_where_there_is_mathematics(pages: dict[str, Page]) ->
 
 @pytest.mark.end_to_end
 def test_heads_say_what_a_page_is(pages: dict[str, Page]) -> None:
-    titles = {}
-    for name in reading_order():
+    titles: dict[str, str] = {}
+    for name in [*reading_order(), *page_head.MADE]:
         page = pages[name]
         assert len(page.meta("viewport")) == 1, name
         (title,) = re.findall(r"<title>(.*?)</title>", page.text)
@@ -127,6 +137,10 @@ def test_heads_say_what_a_page_is(pages: dict[str, Page]) -> None:
         assert page.meta("description") == page.meta("og:description") != [""], name
         (said,) = page.meta("description")
         assert "\\" not in said and len(said) <= page_head.LENGTH + 2, said
+        assert said[0].isalnum() or said[0] in "“‘*", said
+        assert not re.search(r"<h1>\s*</h1>", page.text), (
+            f"{name}: printed without title"
+        )
         (card,) = page.meta("og:image")
         assert (HTML / name).parent.joinpath(card).is_file()
 
@@ -135,7 +149,8 @@ def test_heads_say_what_a_page_is(pages: dict[str, Page]) -> None:
 def test_front_door_and_lost_pages_lead_on(pages: dict[str, Page]) -> None:
     for name in ("index", "404"):
         page = pages[name]
-        assert "<title>" in page.text and page.meta("description")
+        assert re.search(r"<title>[^<]+</title>", page.text)
+        assert page.meta("og:title")[0] and page.meta("description")[0]
         (link,) = page.all("a")
         assert (HTML / link["href"]).is_file() and "<script" not in page.text
     assert "0; url=book/index.html" in pages["index"].text
@@ -309,10 +324,113 @@ def test_binder_and_colab_open_the_page_of_a_repository_on_github() -> None:
         "https://mybinder.org/v2/gh/o/r/main?urlpath=lab/tree/book/11_state_space.md"
     )
     assert colab["url"] == (
-        "https://colab.research.google.com/github/o/r/blob/gh-pages/"
+        "https://colab.research.google.com/github/o/r/blob/notebooks/"
         "notebooks/11_state_space.ipynb"
     )
     assert buttons.launchers("https://example.org/o/r", "", page, notebook) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "url", "address"),
+    [
+        ("", "", ""),
+        ("", "https://github.com/Owner/name/", "https://owner.github.io/name/"),
+        ("", "https://github.com/o/o.github.io", "https://o.github.io/"),
+        ("", "https://example.org/o/name", ""),
+        ("https://book.org", "https://github.com/o/name", "https://book.org/"),
+    ],
+)
+def test_picture_of_a_shared_link_has_a_whole_address_if_there_is_one(
+    base: str, url: str, address: str
+) -> None:
+    config = Config({}, {"html_baseurl": base, "html_title": "A book"})
+    config.add("html_baseurl", "", "html", ())
+    config.add("html_title", "", "html", ())
+    config.add("html_theme_options", {"repository_url": url}, "html", ())
+    app: Any = SimpleNamespace(config=config)
+    page_head.set_address(app, config)
+    context: dict[str, Any] = {"title": "A", "pathto": lambda file, _: f"../{file}"}
+    page_head.add_head(app, "book/a", "page.html", context, None)
+    assert context["card"] == (address or "../") + page_head.CARD
+
+
+# --- where the chapters run elsewhere ---
+
+
+def test_colab_finds_what_the_workflow_publishes(tmp_path: Path) -> None:
+    """Its step is run here, with a folder for GitHub; the button's path is there."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    built = here / "_build" / "html" / buttons.FOLDER
+    built.mkdir(parents=True)
+    (built / "11_state_space.ipynb").write_text("{}")
+    (here / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    (here / "README.md").write_text("The book.")
+
+    text = (ROOT / ".github" / "workflows" / "pages.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"]["contents"] == "write"
+    (job,) = workflow["jobs"].values()
+    step = next(one for one in job["steps"] if one.get("name") == "notebooks")
+    alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    env = os.environ | alone | step["env"]
+
+    def run(*command: str, folder: Path = here) -> str:
+        told = {"cwd": folder, "env": env, "text": True, "capture_output": True}
+        done = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    run("git", "init", "--quiet", "--bare", str(there), folder=tmp_path)
+    run("git", "init", "--quiet")
+    run("git", "remote", "add", "origin", str(there))
+    run("git", "add", ".")
+    run("git", "commit", "--quiet", "-m", "The text")
+    for _ in range(2):  # and again, with the next build
+        run("bash", "-e", "-c", step["run"])
+    _, colab = buttons.launchers(
+        "https://github.com/o/r", "", "book/11", "notebooks/11_state_space.ipynb"
+    )
+    branch, _, file = colab["url"].partition("/blob/")[2].partition("/")
+    listed = run("git", "ls-tree", "-r", "--name-only", branch, folder=there)
+    assert listed.split() == [file]
+    assert run("git", "status", "--porcelain") == ""
+
+
+BINDER = ROOT / ".binder"
+
+
+def test_binder_installs_the_package_for_a_cpu() -> None:
+    lines = (BINDER / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if not line.startswith("#")]
+    options = dict(line.split() for line in said if line.startswith("--"))
+    assert options["--extra-index-url"].endswith("/whl/cpu")
+    pins = (BINDER / options["--constraint"]).resolve()
+    assert pins == ROOT / "requirements.txt"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
+    place, _, extras = options["--editable"].partition("[")
+    assert place == "." and extras.strip("]") in project["optional-dependencies"]
+    # A pin of another build of torch, such as +cu130, would not fit the index.
+    pinned = dict.fromkeys(re.findall(r"^([\w.-]+)==", pins.read_text(), re.MULTILINE))
+    for line in said:
+        if not line.startswith("--"):
+            assert Requirement(line).name in pinned
+    assert re.search(r"^torch==[\d.]+$", pins.read_text(), re.MULTILINE)
+    python = (BINDER / "runtime.txt").read_text().strip().removeprefix("python-")
+    assert SpecifierSet(project["requires-python"]).contains(f"{python}.99")
+
+
+@pytest.mark.slow
+def test_binder_starts_jupyter_with_the_settings_of_make_lab(tmp_path: Path) -> None:
+    said = "from jupyter_core.paths import jupyter_config_path as p; print(p()[0])"
+    command = [BINDER / "start", sys.executable, "-c", said]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER_")}
+    told = {"cwd": tmp_path, "env": kept, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, **told)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / ".jupyter"
+    assert '"$(CURDIR)/.jupyter"' in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -337,6 +455,12 @@ def test_what_a_page_refers_to_has_a_preview(
             target = f"book/{address}" if address else f"{name}.html"
             if kinds.match(mark + anchor):
                 assert texts["targets"].get(f"{target}#{anchor}"), f"{name}: {link}"
+    for target, text in texts["targets"].items():
+        if "#fig-" in target:
+            shown = re.findall(r'<img [^>]*src="\.\./([^"]+)"', text)
+            # What a cell writes as Markdown, a part of a model card, has no picture.
+            assert shown or "<table" in text, target
+            assert all((HTML / file).is_file() for file in shown), target
     assert {"L", "M", "u_k"} <= set(texts["symbols"])
 
 
@@ -411,12 +535,83 @@ def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> 
 
 @pytest.mark.end_to_end
 def test_chapters_can_be_downloaded_as_notebooks(pages: dict[str, Page]) -> None:
+    """Each that has code, but for the one that works on the checkout."""
     for name in reading_order():
         links = [
             a["href"] for a in pages[name].all("a") if "ipynb" in a.get("href", "")
         ]
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        has_one = "{code-cell}" in text and name != "book/04_package"
+        assert len(links) == has_one, name
         for link in links:
             file = (HTML / name).parent / link
             whole = json.loads(file.read_text(encoding="utf-8"))
             assert any(cell["cell_type"] == "code" for cell in whole["cells"]), link
-    assert sum("/notebooks/" in page.text for page in pages.values()) > 60
+
+
+@pytest.mark.end_to_end
+def test_index_lists_symbols_and_sources(pages: dict[str, Page]) -> None:
+    index = pages["genindex"].text
+    for symbol in (
+        "L (positions of the sequence, HW)",
+        "β_t (variance added at step t)",
+    ):
+        assert "notation.html#tab-notation-" in index and f">{symbol}</a>" in index
+    cited = [
+        x["id"]
+        for _, x in pages["book/bibliography"].tags
+        if x.get("class") == "citation"
+    ]
+    assert cited and all(f'bibliography.html#{one}"' in index for one in cited)
+
+
+@pytest.mark.parametrize(
+    ("formula", "text"),
+    [
+        (r"\bar\alpha_t", "ᾱ_t"),
+        (r"\overline A, \overline B", "Ā, B̄"),
+        (r"\mathbf W^\uparrow", "W^↑"),
+        (r"\Delta", "Δ"),
+        ("u(t), u_k", "u(t), u_k"),
+    ],
+)
+def test_a_symbol_can_be_read_in_the_index(formula: str, text: str) -> None:
+    assert index_entries.plain(formula) == text
+
+
+# --- how to cite, and who wrote it ---
+
+
+def test_bibtex_says_what_the_citation_file_says() -> None:
+    file = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    read = parse_string(
+        citation.entries(ROOT, "2026", "https://a.b/c"), "bibtex"
+    ).entries
+    for key, work in (
+        ("diffussm", file["preferred-citation"]),
+        ("diffussm-book", file),
+    ):
+        fields, people = read[key].fields, read[key].persons["author"]
+        assert fields["title"] == work["title"]
+        assert fields.get("doi") == work.get("doi")
+        names = [a.get("name") or a["family-names"] for a in work["authors"]]
+        assert [" ".join(p.last_names).strip("{}") for p in people] == names
+    assert read["diffussm"].fields["year"] == str(file["preferred-citation"]["year"])
+    assert read["diffussm-book"].fields["url"] == "https://a.b/c"
+    assert "url" not in citation.entries(ROOT, "2026")
+
+
+@pytest.mark.end_to_end
+def test_front_page_shows_how_to_cite(pages: dict[str, Page]) -> None:
+    shown = re.sub(r"<[^>]*>", "", pages["book/index"].text)
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    url = settings["repository"]["url"]
+    assert citation.entries(ROOT, settings["copyright"], url) in shown
+
+
+def test_the_author_has_one_name() -> None:
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    file = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    authors = project["project"]["authors"]
+    assert file["authors"] == authors == [{"name": settings["author"]}]

@@ -111,6 +111,19 @@ def test_latents_are_compared_by_their_loss():
     assert first["held-out loss"] == "2 ± 1" and "bits/dim" not in first
 
 
+def test_a_question_may_be_decided_by_the_held_out_loss():
+    rows = made((1.0, 2.0, 3.0), (1.5, 2.6, 3.7))
+    for one, loss in zip(rows, (0.3, 0.2, 0.1, 0.2, 0.1, 0.05), strict=True):
+        one["held_out"]["loss"] = loss
+    by_bits = answers(STUDY, rows)["the question"]
+    found = replace(by_bits, question=replace(by_bits.question, by="loss"))
+    assert found.differences == pytest.approx([0.1, 0.1, 0.05])
+    assert found.verdict == "not supported" and by_bits.verdict.startswith("supported")
+    assert "+0.083 in held-out loss" in effect_of(found)
+    first, _ = summary(found)
+    assert first["held-out loss"] == "0.2 ± 0.1" and first["bits/dim"] == "2 ± 1"
+
+
 @pytest.mark.parametrize(
     ("losses", "told"),
     [

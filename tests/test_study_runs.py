@@ -160,6 +160,15 @@ def test_nothing_is_started_if_one_cannot_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_convolution_for_a_gpu_is_refused_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    last = Question("?", {"plain": {}, "later": {"convolution": "triton", "steps": 11}})
+    study = replace(STUDY, questions={**STUDY.questions, "last": last})
+    with pytest.raises(ValueError, match="'triton' is for a GPU, not for cpu"):
+        run_study(study, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def written(folder, name):
     """Whether `name` is in a tree of which another process removes folders."""
     return any(name in (*folders, *files) for _, folders, files in os.walk(folder))

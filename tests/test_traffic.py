@@ -158,6 +158,31 @@ def test_what_a_compiled_block_carries_does_not_grow():
     assert len(rest) + row["small"] <= 71
 
 
+@pytest.mark.slow
+def test_a_compiled_block_with_chunks_is_what_the_page_says():
+    """Counted again, its plan by the compiler and its kernels: no more launches and
+    bytes than the page gives for L = 1024 and B = 32, forward and backward.
+    """
+    segments = pytest.importorskip("diffussm.segments")
+    length, batch = traffic.CASES[0]
+    rows = json.loads((common.RESULTS / "traffic.json").read_text())["rows"]
+    row = next(r for r in rows if r["block"] == "DiffuSSM" and r["how"] == "compiled")
+    rest = traffic.planned("DiffuSSM", batch, length, 1152)
+    outside = [line for line in row["kernels"] if not line.startswith("convolve")]
+    assert traffic.packed(rest)["kernels"] == outside, (
+        "run `python -m benchmarks.traffic`"
+    )
+
+    def prepare():
+        u = torch.zeros(batch, length, 1152, dtype=torch.bfloat16, requires_grad=True)
+        modes = torch.zeros(2, 1152, 2 * 64 + 1, requires_grad=True)
+        return lambda: segments.chunked_triton(u, modes).sum().backward()
+
+    inside = [work for work in work_of(prepare) if work.part.startswith("chunked")]
+    assert len(rest) + len(inside) <= 73
+    assert sum(work.bytes for work in rest + inside) < 6.935e9
+
+
 def test_bad_options_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         traffic.main(["--width", "20"])

@@ -31,7 +31,12 @@ LOOKS: list[Look] = [
     ("dark", 1440),
     ("dark", 1280),
 ]
-AXE_LOOKS: list[Look] = [("light", 1280), ("dark", 390)]
+# Axe sees each page in both themes and both widths, and pages take turns, so that every
+# look is judged.
+AXE_LOOKS: list[list[Look]] = [
+    [("light", 1280), ("dark", 390)],
+    [("light", 390), ("dark", 1280)],
+]
 
 # Formulas and code are long, and axe is slow with them: it sees a letter instead, which
 # does not scroll (`measures.silentScrollers` is for what does). Of the reference, whose
@@ -193,6 +198,21 @@ SWITCH = """(theme) => {
 
 SURVEY = f"""async (kinds) => {{ await ({FRAMES})(); return survey(kinds); }}"""
 
+# How high the lowest text on a canvas is, as a share of the canvas's width.
+WRITTEN = """
+for (const name of ["fillText", "strokeText"]) {
+    const write = CanvasRenderingContext2D.prototype[name];
+    CanvasRenderingContext2D.prototype[name] = function (text, ...place) {
+        const { canvas } = this, { a, b } = this.getTransform();
+        const share = parseFloat(/[\\d.]+(?=px)/.exec(this.font)) * Math.hypot(a, b)
+            / canvas.width;
+        const before = canvas.written?.width === canvas.width ? canvas.written : {};
+        const smallest = Math.min(share, before.smallest ?? Infinity);
+        if (String(text).trim()) canvas.written = { width: canvas.width, smallest };
+        return write.call(this, text, ...place);
+    };
+}"""
+
 # What stands on a page.
 CONTENT = """async () => {
     const all = (selector) => [...document.querySelectorAll(selector)];
@@ -267,6 +287,11 @@ class Visit:
     look: Look = ("light", 1280)
     found: dict[Look, dict[str, list[str]]] = field(default_factory=dict)
 
+    @property
+    def axe_looks(self) -> list[Look]:
+        """Two of four: of the pages that one tab opens, every second has the same."""
+        return AXE_LOOKS[PAGES.index(self.page) // 2 % 2]
+
     def at(self, look: Look) -> None:
         """Make the window so wide, and the theme this one."""
         (theme, width), (old, before) = look, self.look
@@ -281,7 +306,7 @@ class Visit:
         """What `measures.js` and axe find at a look, now."""
         self.at(look)
         found: dict[str, list[str]] = self.tab.evaluate(SURVEY, kinds(look))
-        if look in AXE_LOOKS:
+        if look in self.axe_looks:
             found["axe"] = self.violations()
         return found
 
@@ -297,7 +322,7 @@ class Visit:
             (kind, look) for look in LOOKS for kind in asked if kind in kinds(look)
         ]
         if "axe" in asked:
-            places += [("axe", look) for look in AXE_LOOKS]
+            places += [("axe", look) for look in self.axe_looks]
         assert {kind for kind, _ in places} == set(asked), (
             "nobody looks for one of them"
         )
@@ -342,6 +367,7 @@ class Tab:
         tab.on("pageerror", lambda error: complain(str(error)))
         tab.on("response", lambda r: complain(f"{r.status} {r.url}", r.status >= 400))
         tab.on("request", lambda r: ask(r.url))
+        tab.add_init_script(WRITTEN)
         # Each page begins with the theme that the reader's system asks for.
         tab.add_init_script(
             "if (location.protocol === 'http:') localStorage.removeItem('mode');"

@@ -1,8 +1,9 @@
 """A chapter as a notebook that runs by itself, in any folder and in any notebook.
 
 ``python -m tools.standalone book/12_convolution.md`` writes `12_convolution.ipynb`.
-Its first cell brings along what the chapter takes from the book's folder; what Sphinx's
-directives say becomes plain Markdown. It needs the package.
+Its first cell installs the package, or says how; the second brings along what the
+chapter takes from the book's folder. What Sphinx's directives say becomes plain
+Markdown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import base64
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -19,24 +21,54 @@ from typing import Any
 
 import jupytext
 import nbformat
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from tools.book import ROOT
 from tools.readable import places, readable
 
-__all__ = ["main", "standalone"]
+__all__ = ["NEEDS", "install", "main", "standalone"]
 
 # The modules beside the chapters, each after those that it takes.
-HELPERS = ("plotting", "literate", "explorables", "quick", "sheets", "page_model")
-OURS = re.compile(rf"^(?:from|import) ({'|'.join(HELPERS)})\b", re.MULTILINE)
-RECORDED = re.compile(r'\brecorded\("(\w+)"\)')
-CHECKOUT = re.compile(
-    r'^(?:from|import) (?:tools|benchmarks)\b|Path\("\.\./', re.MULTILINE
+HELPERS = (
+    "plotting",
+    "literate",
+    "explorables",
+    "quick",
+    "sheets",
+    "page_model",
+    "gpus",
 )
+OURS = re.compile(rf"^(?:from|import) ({'|'.join(HELPERS)})\b", re.MULTILINE)
+RECORDED = re.compile(r"\brecorded\(")
+CHECKOUT = re.compile(
+    r'^(?:from|import) (?:tools|benchmarks)\b|Path\("\.\./|parents\[', re.MULTILINE
+)
+# A page that reads the rows of the studies finds them in the checkout like this.
+STUDIES = 'Path(diffussm.__file__).parents[1] / "studies"'
+NEEDS = ("diffussm[data,export,full,hub,show]", "ipywidgets", "pytest", "scipy")
 NOTE = """\
 This is a chapter of *Diffusion without attention*, as a notebook. It needs the package
-`diffussm` with its extras `data` and `show`, and `ipywidgets`. Words in ⟨brackets⟩ are
-numbers that the cells compute; the rendered book shows them."""
+`diffussm`; the first cell looks for it. Words in ⟨brackets⟩ are numbers that the cells
+compute; the rendered book shows them."""
+INSTALL = """\
+# Where the package is missing, install it
+import subprocess
+import sys
+from importlib.util import find_spec
+
+if find_spec("diffussm") is None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, {wanted}], check=True)"""
+SAY = """\
+# Where the package is missing, say how to install it
+from importlib.util import find_spec
+
+if find_spec("diffussm") is None:
+    raise ModuleNotFoundError(
+        "This chapter needs the package diffussm. In a checkout of the book, run: "
+        'pip install {wanted}'
+    )"""
 PRELUDE = '''\
 # What the chapter takes from the book's folder
 import json
@@ -64,6 +96,19 @@ def glue(name, value, display=True):
         show(value)
 """)
 {modules}'''
+BRING_RECORDS = """
+RECORDS = json.loads({records!r})
+sys.modules["plotting"].recorded = lambda name: RECORDS.get(name, {{}})"""
+BRING_STUDIES = """
+import base64
+import tempfile
+import zlib
+from pathlib import Path
+
+BROUGHT = Path(tempfile.mkdtemp())
+(BROUGHT / "results").mkdir()
+for name, text in json.loads(zlib.decompress(base64.b64decode("{packed}"))).items():
+    (BROUGHT / name).write_text(text, "utf-8")"""
 FENCE = re.compile(r"^(?P<ticks>`{3,})\{(?P<name>[\w:]+)\} ?(?P<title>.*)$")
 
 
@@ -75,9 +120,9 @@ def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
     """
     notebook = jupytext.read(path)
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    if CHECKOUT.search(code):
+    if CHECKOUT.search(code.replace(STUDIES, "")):
         raise ValueError(f"{path.name} reads files of the checkout: open it there")
-    cells = [new_markdown_cell(NOTE), _prelude(code, root)]
+    cells = [new_markdown_cell(NOTE), install(root), _prelude(code, root)]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cells.append(_plain(cell.source, path.stem, root))
@@ -86,7 +131,8 @@ def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
             folded = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
             if folded & set(cell.metadata.get("tags", [])):
                 cell.metadata["jupyter"] = {"source_hidden": True}
-            cells.append(new_code_cell(cell.source, metadata=cell.metadata))
+            source = cell.source.replace(STUDIES, "BROUGHT")
+            cells.append(new_code_cell(source, metadata=cell.metadata))
             if shown:
                 words = f"*{places(root)[shown['name']].words}.* {shown['caption']}"
                 cells.append(_plain(words, path.stem, root))
@@ -96,6 +142,21 @@ def standalone(path: Path, root: Path = ROOT) -> nbformat.NotebookNode:
     done: nbformat.NotebookNode = nbformat.v4.new_notebook(
         cells=cells, metadata={"kernelspec": kernel}
     )
+    return done
+
+
+def install(root: Path) -> nbformat.NotebookNode:
+    """The cell that gets the package from the repository, if that has an address."""
+    settings = yaml.safe_load((root / "_config.yml").read_text("utf-8"))
+    package, *others = NEEDS
+    if url := settings["repository"]["url"]:
+        package += f" @ git+{url.rstrip('/')}@{settings['repository']['branch']}"
+        wanted = ", ".join(json.dumps(one) for one in (package, *others))
+        cell = new_code_cell(INSTALL.format(wanted=wanted))
+    else:
+        package = json.dumps(package.replace("diffussm", "."))
+        cell = new_code_cell(SAY.format(wanted=" ".join((package, *others))))
+    done: nbformat.NotebookNode = cell
     return done
 
 
@@ -109,16 +170,28 @@ def _prelude(code: str, root: Path) -> nbformat.NotebookNode:
         for name in HELPERS
         if name in used
     ]
-    names = sorted(set(RECORDED.findall(code)))
-    if names:
-        results = root / "benchmarks" / "results"
-        records = {n: json.loads((results / f"{n}.json").read_text()) for n in names}
-        modules.append(f"RECORDS = json.loads({json.dumps(records)!r})")
-        modules.append("sys.modules['plotting'].recorded = RECORDS.get")
+    if "plotting" in used and RECORDED.search(code):
+        modules.append(_records(code, root / "benchmarks" / "results"))
+    if STUDIES in code:
+        modules.append(BRING_STUDIES.format(packed=_packed(root / "studies")))
     hidden = {"jupyter": {"source_hidden": True}}
     source = PRELUDE.format(modules="\n".join(modules))
     cell: nbformat.NotebookNode = new_code_cell(source, metadata=hidden)
     return cell
+
+
+def _records(code: str, folder: Path) -> str:
+    """What brings the records along whose names stand in the code."""
+    files = [f for f in sorted(folder.glob("*.json")) if f'"{f.stem}"' in code]
+    records = json.dumps({f.stem: json.loads(f.read_text("utf-8")) for f in files})
+    return BRING_RECORDS.format(records=records)
+
+
+def _packed(folder: Path) -> str:
+    """The texts of a folder in one word."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    texts = {f.relative_to(folder).as_posix(): f.read_text("utf-8") for f in files}
+    return base64.b64encode(zlib.compress(json.dumps(texts).encode(), 9)).decode()
 
 
 def _plain(text: str, page: str, root: Path) -> nbformat.NotebookNode:

@@ -1,8 +1,10 @@
 """Buttons above a chapter: its notebook to download, and where to run it.
 
-The notebook runs by itself (`tools.standalone`). The repository, Binder and Colab are
-offered when `_config.yml` says `repository: {url: ...}`; Colab opens notebooks only, so
-it takes the published one, from the branch of the pages.
+The notebook runs by itself, and says what to install (`tools.standalone`). Where
+`_config.yml` has `repository: {url: ...}`, there is a button for the repository, and if
+that is on GitHub, one for Binder and one for Colab. Binder opens the page in a checkout
+(`.binder`). Colab opens notebooks only, and only from a branch: the workflow that
+publishes the pages (`pages.yml`) puts them on one of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 FOLDER = "notebooks"
-PUBLISHED = "gh-pages"
+PUBLISHED = "notebooks"  # the branch
 BINDER = "https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/{page}.md"
 COLAB = "https://colab.research.google.com/github/{name}/blob/{pages}/{notebook}"
 

@@ -1,9 +1,9 @@
 """The model in the page: its weights as a script, and its place on pages without cells.
 
-The chapter that trains the model puts its weights into the output of a cell. From there
-they go into one script, which pages ask for when the model is first used. Where the
-chapter has not been executed, the weights that come with the package stand in. The
-directive `live-model` is the place on a page without cells.
+The chapter that trains the model glues its weights, as it does numbers for a sentence.
+From there they go into one script, which pages ask for when the model is first used.
+Only where this build has not executed the chapter do the weights that come with the
+package stand in. The directive `live-model` is the place on a page without cells.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import base64
 import io
 import json
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ import numpy as np
 from docutils import nodes
 from PIL import Image
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
 SCRIPT = "live_model.js"
-CHAPTER = "36_training"
-MIME = "application/vnd.diffussm.page-model+json"
-USERS = {"book/index", f"book/{CHAPTER}"}
+CHAPTER = "book/36_training"
+FRONT = "book/index"
+GLUED = "page-model"
 
 
 def script(packed: dict[str, Any]) -> str:
@@ -58,25 +59,27 @@ def box(model: dict[str, Any], auto: bool) -> str:
     )
 
 
-@lru_cache
-def trained(executed: Path) -> Any:
-    """The page's model out of an executed chapter, or that of the package."""
-    cells = (
-        json.loads(executed.read_text("utf-8"))["cells"] if executed.exists() else []
-    )
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if MIME in output.get("data", {}):
-                return output["data"][MIME]
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from page_model import shipped  # not at the top: it takes seconds
+def trained(env: BuildEnvironment) -> Any:
+    """The page's model as this build's chapter has it, or that of the package.
 
-    return shipped()
+    Raises:
+        ExtensionError: the chapter was executed, and its model is not where myst-nb
+            keeps what is glued.
+    """
+    about = getattr(env, "nb_metadata", {}).get(CHAPTER, {})
+    if "exec_data" not in about:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from page_model import shipped  # not at the top: it takes seconds
 
-
-def executed(app: Sphinx) -> Path:
-    """Where myst-nb leaves the chapter with its outputs."""
-    return Path(app.outdir).parent / "jupyter_execute" / "book" / f"{CHAPTER}.ipynb"
+        return shipped()
+    kept = Path(env.mystnb_config.output_folder, f"{CHAPTER}.glue.json")
+    glued = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    if GLUED not in about.get("glue", []) or GLUED not in glued:
+        raise ExtensionError(
+            f"{CHAPTER}.md was executed, and there is no {GLUED!r} in {kept}: the "
+            "pages would show another model than the one that it has trained"
+        )
+    return glued[GLUED]["data"]["application/json"]
 
 
 class Place(nodes.General, nodes.Element):
@@ -99,16 +102,22 @@ class Fill(SphinxPostTransform):
     def run(self, **_: Any) -> None:
         """Called by Sphinx, once a page."""
         for place in list(self.document.findall(Place)):
-            text = box(trained(executed(self.app)), auto=True)
+            text = box(trained(self.env), auto=True)
             place.replace_self(nodes.raw("", text, format="html"))
+
+
+def follow(
+    app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], _: set[str]
+) -> list[str]:
+    """The front page shows what the chapter has trained: it is made anew with it."""
+    return [FRONT] if CHAPTER in added | changed and FRONT in env.found_docs else []
 
 
 def write(app: Sphinx, error: Exception | None) -> None:
     """Called by Sphinx at the end."""
-    if error is None and USERS & app.env.found_docs:
-        packed = trained(executed(app))["packed"]
+    if error is None and {FRONT, CHAPTER} & app.env.found_docs:
         target = Path(app.outdir, "_static", SCRIPT)
-        target.write_text(script(packed), encoding="utf-8")
+        target.write_text(script(trained(app.env)["packed"]), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -116,5 +125,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_node(Place)
     app.add_directive("live-model", PlaceHere)
     app.add_post_transform(Fill)
+    app.connect("env-get-outdated", follow)
     app.connect("build-finished", write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

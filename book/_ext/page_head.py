@@ -14,10 +14,23 @@ from typing import Any
 from docutils import nodes
 from PIL import Image, ImageDraw, ImageFont
 from sphinx.application import Sphinx
+from sphinx.config import Config
 
 CARD = "_static/card.png"
 FORMULA = "\ue000"  # stands for one, while sentences are told apart
 LENGTH = 200  # characters of a description: search engines show no more
+# Pages that Sphinx makes, and what a search engine shows of them.
+MADE = {
+    "genindex": (
+        "Index",
+        "Where the symbols, terms, sources, functions and classes of the book stand.",
+    ),
+    "py-modindex": (
+        "Modules",
+        "The modules of the package diffussm, each exported from a chapter.",
+    ),
+    "search": ("Search", "Find a word in the chapters of the book."),
+}
 DOOR = """<!DOCTYPE html>
 <html lang="en">
   <head>
@@ -72,6 +85,24 @@ def describe(doctree: nodes.document) -> str:
     return said[:LENGTH].rpartition(" ")[0].rstrip(",;: ") + " …"
 
 
+def published(url: str) -> str:
+    """Where GitHub publishes the pages of a repository; nothing for another host."""
+    found = re.fullmatch(r"https://github\.com/([\w-]+)/([\w.-]+?)/?", url)
+    if not found:
+        return ""
+    host = f"{found[1].lower()}.github.io"
+    return f"https://{host}/" if found[2] == host else f"https://{host}/{found[2]}/"
+
+
+def set_address(app: Sphinx, config: Config) -> None:
+    """The pages' address: `baseurl` of the settings, or what the repository's says.
+
+    A shared link has a picture only where its address is whole.
+    """
+    url = config.html_theme_options.get("repository_url") or ""
+    config.html_baseurl = config.html_baseurl or published(url)
+
+
 def address(app: Sphinx) -> str:
     """Where the pages are published, with a slash at the end; nothing if unknown."""
     base = app.config.html_baseurl.rstrip("/")
@@ -83,11 +114,13 @@ def add_head(
 ) -> None:
     """Give the layout what it puts into the head of a page."""
     book = app.config.html_title
-    title = re.sub(r"<[^>]*>", "", context.get("title", ""))
-    context["page_title"] = title if title in ("", book) else f"{title} — {book}"
-    context["description"] = (
-        describe(doctree) if doctree else ""
-    ) or f"{title}. {book}."
+    said = describe(doctree) if doctree else ""
+    if page in MADE:
+        context["title"], said = MADE[page]
+        context["pagetitle"] = context["title"]  # above it on paper
+    title = re.sub(r"<[^>]*>", "", context["title"])
+    context["page_title"] = title if title == book else f"{title} — {book}"
+    context["description"] = said or f"{title}. {book}."
     base = address(app)
     context["card"] = base + CARD if base else context["pathto"](CARD, 1)
     # docutils adds a second viewport.
@@ -145,6 +178,7 @@ def write_doors(app: Sphinx, failed: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
+    app.connect("config-inited", set_address)
     app.connect("html-page-context", add_head, priority=900)
     app.connect("build-finished", write_doors, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,14 +6,17 @@ they become one script, which is loaded only when somebody rests on a link.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from docutils import nodes
+from figures import drawings
 from page_head import describe
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -22,6 +25,8 @@ NOTATION = "book/notation"
 IMAGES = 4  # of a figure
 # "u(t), u_k" are two symbols, "f(a, b)" is one.
 COMMA = re.compile(r",\s*(?![^(]*\))")
+# The still of an explorable, the first frame of a player: a picture in an address.
+STILL = re.compile(r'<img [^>]*?src="(data:image/[^"]+)" alt="([^"]*)"')
 
 
 class Pages:
@@ -30,6 +35,7 @@ class Pages:
     def __init__(self, app: Sphinx) -> None:
         self.render = app.builder.render_partial  # type: ignore[attr-defined]
         self.files = app.builder.images
+        self.folder = Path(app.outdir, "_images")
 
     def html(self, *parts: nodes.Node) -> str:
         """Nodes as they stand on the page, without anchors."""
@@ -43,9 +49,8 @@ class Pages:
             case nodes.math_block() | nodes.citation():
                 return self.html(node)
             case nodes.figure():
-                images = list(node.findall(nodes.image))[:IMAGES]
                 words = node.next_node(nodes.caption)
-                return "".join(map(self.picture, images)) + self.paragraph(words)
+                return self.shown(node) + self.paragraph(words)
             case nodes.table():
                 return self.paragraph(node.next_node(nodes.title))
             case nodes.term():
@@ -58,17 +63,34 @@ class Pages:
         title = self.paragraph(node.next_node(nodes.title), "strong")
         return title + f"<p>{escape(describe(node))}</p>"
 
-    def picture(self, image: nodes.image) -> str:
-        """A picture; of a drawing the two that `figures` makes for the themes."""
-        file = Path(self.files.get(image["uri"], image["uri"]))
-        themes = {"only-light": "", "only-dark": "-dark"}
-        return "".join(
-            f'<img class="{kind}" src="../_images/{file.stem}{end}{file.suffix}" '
-            f'alt="{escape(image.get("alt", ""))}">'
-            for kind, end in (
-                themes if file.suffix == ".svg" else {"dark-light": ""}
-            ).items()
-        )
+    def shown(self, figure: nodes.figure) -> str:
+        """What a figure shows: pictures, the still of what moves, or else all of it."""
+        images = list(figure.findall(nodes.image))[:IMAGES]
+        if images:
+            files = (Path(self.files.get(i["uri"], i["uri"])) for i in images)
+            pairs = zip(files, images, strict=True)
+            return "".join(
+                picture(file.name, escape(i.get("alt", ""))) for file, i in pairs
+            )
+        for made in figure.findall(nodes.raw):
+            if still := STILL.search(made.astext()):
+                return picture(self.kept(still[1]), still[2])
+        words = nodes.caption, nodes.legend
+        return self.html(*(c for c in figure.children if not isinstance(c, words)))
+
+    def kept(self, address: str) -> str:
+        """The name of a file with what an address `data:` holds."""
+        with urlopen(address) as read:
+            kind, data = read.headers.get_content_subtype(), read.read()
+        stem = f"still-{hashlib.sha256(data).hexdigest()[:16]}"
+        files = {f"{stem}.{kind}": data}
+        if kind == "svg+xml":
+            drawn = drawings(data.decode("utf-8")).items()
+            files = {f"{stem}{end}.svg": text.encode() for end, text in drawn}
+        self.folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)
+        return next(iter(files))
 
     def paragraph(self, node: nodes.Element | None, tag: str = "span") -> str:
         """The text of a caption, a title or a term."""
@@ -80,6 +102,18 @@ class Pages:
             .replace("<p>", f"<p><{tag}>")
             .replace("</p>", f"</{tag}></p>")
         )
+
+
+def picture(name: str, alt: str) -> str:
+    """An image; of a drawing the two that `figures` makes for the themes."""
+    file, themes = Path(name), {"dark-light": ""}
+    if file.suffix == ".svg":
+        themes = {"only-light": "", "only-dark": "-dark"}
+    return "".join(
+        f'<img class="{kind}" src="../_images/{file.stem}{end}{file.suffix}" '
+        f'alt="{alt}">'
+        for kind, end in themes.items()
+    )
 
 
 def targets(doctree: nodes.document) -> Iterator[tuple[nodes.Element, list[str]]]:

@@ -1,15 +1,16 @@
 // What one block costs, ours and a transformer's, as length and width grow (ch.
 // "Efficiency").
 
-import { axes, canvas, choice, colours, row, slider } from "./shared.js";
+import { axes, canvas, choice, colours, legend, row, slider } from "./shared.js";
 
-/** Multiply-adds of a block of DiffuSSM for one image, without its condition:
- * eq-efficiency-block. */
-export function diffussmBlock(L, D, M) {
+/** Multiply-adds of a block of DiffuSSM for one image of B, without its condition:
+ * eq-efficiency-block, and its share of the kernels, which the whole batch has in common. */
+export function diffussmBlock(L, D, M, N, B) {
   const n = 2 * L;
   return {
     "linear maps": ((13 * L) / M + L) * D * D,
     convolution: D * (3 * 1.25 * n * Math.log2(n) + 8 * (L + 1)),
+    kernels: (2 * L * N * D) / B,
   };
 }
 
@@ -23,18 +24,20 @@ export function ditBlock(L, D) {
 
 const sum = (parts) => Object.values(parts).reduce((a, b) => a + b);
 
-export function ratio(L, D, M) {
-  return sum(ditBlock(L, D)) / sum(diffussmBlock(L, D, M));
+export function ratio(L, D, M, N, B) {
+  return sum(ditBlock(L, D)) / sum(diffussmBlock(L, D, M, N, B));
 }
 
 const billions = (count) => (count / 1e9).toLocaleString("en", { maximumSignificantDigits: 3 });
 
-export function block_cost(stage, { log_length, width, downsample }) {
+export function block_cost(stage, { states, log_length, width, downsample, log_batch }) {
   const lengths = Array.from({ length: 65 }, (_, k) => 6 + k / 8);
   const draw = (pen, wide, tall) => {
     const hue = colours();
     const L = 2 ** log_length;
-    const [ours, theirs] = [diffussmBlock(L, width, downsample), ditBlock(L, width)];
+    const times = (length) => ratio(length, width, downsample, states, 2 ** log_batch);
+    const ours = diffussmBlock(L, width, downsample, states, 2 ** log_batch);
+    const theirs = ditBlock(L, width);
     const unit = (wide - 24) / Math.max(sum(ours), sum(theirs));
     const bar = (top, name, parts, tints) => {
       pen.fillStyle = hue.text;
@@ -47,30 +50,24 @@ export function block_cost(stage, { log_length, width, downsample }) {
         left += count * unit;
       });
     };
-    bar(16, "DiffuSSM", ours, [hue.blue, hue.sky]);
+    bar(16, "DiffuSSM", ours, [hue.blue, hue.sky, hue.green]);
     bar(66, "transformer", theirs, [hue.blue, hue.orange]);
-    const key = [["dense maps", hue.blue], ["convolution", hue.sky], ["attention", hue.orange]];
-    let left = 12;
-    for (const [name, tint] of key) {
-      pen.fillStyle = tint;
-      pen.fillRect(left, 108, 12, 12);
-      pen.fillStyle = hue.text;
-      pen.fillText(name, left + 17, 119);
-      left += pen.measureText(name).width + 36;
-    }
-    const highest = Math.ceil(ratio(2 ** 14, width, downsample));
+    const key = [
+      ["dense maps", hue.blue], ["convolution", hue.sky], ["kernels", hue.green], ["attention", hue.orange],
+    ];
+    legend(pen, key, { left: 12, top: 108 });
+    const highest = Math.ceil(times(2 ** 14));
     const curve = axes(pen, {
       left: 50, top: 140, width: wide - 70, height: tall - 185, x: [6, 14], y: [0, highest],
       labels: ["log₂ of the length L", "transformer / DiffuSSM"],
     });
     curve.line([6, 14], [1, 1], hue.line, 1);
-    curve.line(lengths, lengths.map((l) => ratio(2 ** l, width, downsample)), hue.text, 2);
-    curve.dot(log_length, ratio(L, width, downsample), hue.red, 6);
-    const [x, y] = curve.at(log_length, ratio(L, width, downsample));
+    curve.line(lengths, lengths.map((l) => times(2 ** l)), hue.text, 2);
+    curve.dot(log_length, times(L), hue.red, 6);
+    const [x, y] = curve.at(log_length, times(L));
     pen.fillStyle = hue.text;
     pen.textAlign = log_length > 8 ? "right" : "left"; // above the curve, which rises
-    const said = ratio(L, width, downsample).toFixed(2);
-    pen.fillText(`${said} times`, x + (log_length > 8 ? -6 : 0), Math.max(y - 12, 155));
+    pen.fillText(`${times(L).toFixed(2)} times`, x + (log_length > 8 ? -6 : 0), Math.max(y - 12, 155));
   };
   const view = canvas(stage, {
     label: "Multiply-adds of a block of DiffuSSM and of a transformer, and their ratio.",
@@ -90,5 +87,10 @@ export function block_cost(stage, { log_length, width, downsample }) {
   choice(controls, {
     label: "downsampling M", options: [[1, "1"], [2, "2"], [4, "4"]], value: downsample,
     change: (value) => { downsample = Number(value); view.redraw(); },
+  });
+  slider(controls, {
+    label: "batch B", min: 0, max: 8, step: 1, value: log_batch,
+    format: (value) => String(2 ** value),
+    change: (value) => { log_batch = value; view.redraw(); },
   });
 }

@@ -93,7 +93,7 @@ export function convolution(stage, { kind, place, turns, decay, frequency, padde
   const list = choice(controls, {
     label: "input", value: kind,
     options: [["kick", "a kick"], ["box", "a box"], ["wave", "a wave"], ["drawn", "drawn by hand"]],
-    change: (value) => begin(value),
+    change: (value) => { if (value === "drawn") invite(); begin(value); },
   });
   const begin = (value) => {
     kind = value;
@@ -119,9 +119,14 @@ export function convolution(stage, { kind, place, turns, decay, frequency, padde
     label: "kernel: frequency", min: 0, max: 3.1, step: 0.05, value: frequency,
     format: (value) => value.toFixed(2), change: (value) => { frequency = value; change(); },
   });
-  sketch(views[0].element, () => u, (x, y) => {
-    const [k, value] = paper.of(x, y);
-    return [k, Math.min(1, Math.max(-1, value))];
-  }, () => { kind = list.value = "drawn"; change(); });
+  const invite = sketch(views[0], {
+    values: () => u,
+    of: (x, y) => {
+      const [k, value] = paper.of(x, y);
+      return [k, Math.min(1, Math.max(-1, value))];
+    },
+    change: () => { kind = list.value = "drawn"; change(); },
+    tell: say(stage),
+  });
   change();
 }

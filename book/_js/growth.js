@@ -1,7 +1,7 @@
 // The loss of a run, and what the average of its weights drew from the same noises at
 // each of some moments (ch. "Training").
 
-import { axes, bytes, canvas, colours, drag, mosaic, row, slider } from "./shared.js";
+import { axes, bytes, canvas, colours, drag, legend, mosaic, row, slider } from "./shared.js";
 
 const IMAGE = 64; // pixels
 const COLUMNS = 8;
@@ -25,13 +25,7 @@ export function growth(stage, { k, steps, losses, moments, pixels }) {
     label: "The loss of the run, by quartile of the noise levels; a line marks the moment.",
     height: () => 250,
     draw: (pen, width, height) => {
-      pen.textAlign = "left";
-      let left = 46;
-      Object.keys(losses).forEach((name, i) => {
-        pen.fillStyle = hues()[i];
-        pen.fillText(name, left, 14);
-        left += pen.measureText(name).width + 14;
-      });
+      legend(pen, Object.keys(losses).map((name, i) => [name, hues()[i]]), { left: 46, top: 3 });
       plot = axes(pen, {
         left: 46, top: 24, width: width - 66, height: height - 64, x: [0, last], y: [lowest, 0],
         labels: ["optimiser step", "log₁₀ of the squared error"],

@@ -1,7 +1,7 @@
 // A signal, also drawn by hand, and what a state of N numbers knows of it, with and
 // without the 1/t ("What a state remembers").
 
-import { axes, canvas, choice, colours, row, slider } from "./shared.js";
+import { axes, canvas, choice, colours, row, say, slider } from "./shared.js";
 import { sketch } from "./sketch.js";
 
 const UNIT = 100; // samples in a unit of time of the time-invariant system
@@ -106,7 +106,10 @@ export function memory(stage, { signal, kind, place, turns, n, now }) {
   const list = choice(controls, {
     label: "signal", value: kind,
     options: [["noise", "smooth noise"], ["pulse", "a pulse"], ["wave", "a wave"], ["drawn", "drawn by hand"]],
-    change: (value) => { if (value !== "drawn") chosen((to) => { kind = to; })(value); },
+    change: (value) => {
+      if (value === "drawn") invite();
+      else chosen((to) => { kind = to; })(value);
+    },
   });
   slider(controls, {
     label: "pulse at sample", min: 0, max: 1, step: 0.01, value: place,
@@ -125,9 +128,14 @@ export function memory(stage, { signal, kind, place, turns, n, now }) {
     label: "seen", min: 10, max: L, step: 10, value: now,
     format: (value) => `${value} samples`, change: (value) => { now = value; change(); },
   });
-  sketch(views[0].element, () => u, (x, y) => {
-    const [k, value] = top.of(x, y);
-    return [k, Math.min(RANGE[1], Math.max(RANGE[0], value))];
-  }, () => { list.value = "drawn"; change(); });
+  const invite = sketch(views[0], {
+    values: () => u,
+    of: (x, y) => {
+      const [k, value] = top.of(x, y);
+      return [k, Math.min(RANGE[1], Math.max(RANGE[0], value))];
+    },
+    change: () => { list.value = "drawn"; change(); },
+    tell: say(stage),
+  });
   begin();
 }

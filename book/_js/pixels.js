@@ -1,12 +1,12 @@
 // Images of eight by eight pixels: shown, shown in a strip, and drawn by hand.
 
 import { bytesOf } from "./half.js";
+import { keyboard } from "./hand.js";
 import { canvas, colours, drag } from "./shared.js";
 
 export const SIDE = 8;
 export const COLUMNS = 8; // of a strip
 const MARGIN = 28; // of a strip, for what its rows are
-const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 /** The images that a text of bytes stands for, from -1 for black to 1 for white. */
 export function imagesOf(base64) {
@@ -109,23 +109,23 @@ export function board(parent, { label, drawn, at, enter }) {
   };
   drag(view.element, draw, () => { ink = null; });
 
-  const press = (event) => {
-    const move = MOVES[event.key];
-    if (!move && event.key !== " " && event.key !== "Enter") return;
-    event.preventDefault();
-    if (event.key === "Enter") return enter();
-    cursor ??= 0;
-    const [line, column] = [Math.floor(cursor / SIDE), cursor % SIDE];
-    if (move) cursor = within(line + move[1]) * SIDE + within(column + move[0]);
-    else turn(cursor, opposite(cursor));
+  const tell = () => {
     view.redraw();
     const place = `row ${Math.floor(cursor / SIDE) + 1}, column ${(cursor % SIDE) + 1}`;
     at(`${place}: ${image[cursor] > 0 ? "white" : "black"}`);
   };
-  view.element.tabIndex = 0;
-  view.element.setAttribute("role", "application");
-  view.element.addEventListener("keydown", press);
-  for (const name of ["focus", "blur"]) view.element.addEventListener(name, view.redraw);
+  const move = (dx, dy) => {
+    cursor ??= 0;
+    const [line, column] = [Math.floor(cursor / SIDE), cursor % SIDE];
+    cursor = within(line + dy) * SIDE + within(column + dx);
+    tell();
+  };
+  const press = () => {
+    cursor ??= 0;
+    turn(cursor, opposite(cursor));
+    tell();
+  };
+  keyboard(view, move, { " ": press, Enter: enter });
   return { show, image: () => image };
 }
 

@@ -3,7 +3,8 @@
 
 import { chain, drawPoints, exactNoise, guided, levels, random, timesteps } from "./mixture.js";
 import { trainer } from "./perceptron.js";
-import { animate, axes, button, canvas, choice, colours, drag, row, say, slider, still } from "./shared.js";
+import { pen } from "./hand.js";
+import { animate, axes, button, canvas, choice, colours, panels, row, say, slider, still } from "./shared.js";
 
 const POINTS = 400;
 const REACH = 2.2; // of the axes
@@ -44,14 +45,14 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   let playing = !still();
   let pupil = null; // the network in training, which has done `trained` steps
   let ways = []; // both chains as far as they are computed; missing when they are outdated
-  let fields = []; // the panels as they were drawn last, for the hand
+  let paper; // the first panel as it was drawn last, for the hand
   const table = levels();
   const start = drawPoints([{ x: 0, y: 0, weight: 1 }], 1, POINTS, random(1)).points;
 
   const change = (what) => {
     what();
     ways = [];
-    view.redraw();
+    redraw();
   };
   /** Other data: the network knows nothing of them yet. */
   const renew = (next) => change(() => {
@@ -73,42 +74,50 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   /** State k of a chain, or the last that could be computed until the end of the slice. */
   const state = ({ walk, states }, k, end) => {
     while (states.length <= k && (!states.length || performance.now() < end)) states.push(walk.next().value);
-    if (states.length <= k) view.redraw();
+    if (states.length <= k) redraw();
     return states[Math.min(k, states.length - 1)];
   };
 
-  const draw = (pen, width) => {
-    const noises = data.blobs.length ? predictions() : [];
+  const draw = (drawing, width, panel, title) => {
+    const noise = data.blobs.length ? predictions()[panel] : null;
     const side = panelSide(width);
     const k = Math.round(done * steps);
     const level = k === steps ? 1 : table[timesteps(steps)[steps - 1 - k]];
-    const titles = ["exact score", pupil ? `the network after ${pupil.trained} steps` : "a network: not trained"];
-    fields = titles.map((title, panel) => {
-      const place = panelPlace(width, side, panel);
-      pen.fillStyle = colours().text;
-      pen.textAlign = "left";
-      pen.fillText(title, place.left, place.top - 6);
-      const field = axes(pen, { ...place, x: [-REACH, REACH], y: [-REACH, REACH] });
-      drawData(pen, field, data, level, (place.width / 2) / REACH);
-      if (noises[panel]) {
-        drawScore(pen, field, noises[panel], Math.min(level, 0.995));
-        ways[panel] ??= begin(noises[panel]);
-        drawAll(pen, field, state(ways[panel], k, performance.now() + SLICE));
-      }
-      return field;
+    const field = axes(drawing, {
+      left: 40, top: 24, width: side, height: side, x: [-REACH, REACH], y: [-REACH, REACH], title,
     });
+    drawData(drawing, field, data, level, side / 2 / REACH);
+    if (noise) {
+      drawScore(drawing, field, noise, Math.min(level, 0.995));
+      ways[panel] ??= begin(noise);
+      drawAll(drawing, field, state(ways[panel], k, performance.now() + SLICE));
+    }
+    return field;
   };
-  const view = canvas(stage, {
-    label: "Points that move from noise to the painted data; left by the exact score, right by a network.",
-    height: (width) => (width < 480 ? 2 : 1) * (panelSide(width) + 48),
-    draw,
-  });
+  const top = panels(stage);
+  const height = (width) => panelSide(width) + 48;
+  const views = [
+    canvas(top, {
+      label: "Points that the exact score moves from noise to the painted data: paint here.",
+      height,
+      draw: (drawing, width) => { paper = draw(drawing, width, 0, "exact score: paint here"); },
+    }),
+    canvas(top, {
+      label: "The same points, moved by the score of a network.",
+      height,
+      draw: (drawing, width) => {
+        draw(drawing, width, 1, pupil ? `the network after ${pupil.trained} steps` : "a network: not trained");
+      },
+    }),
+  ];
+  for (const { element } of views) element.style.flexBasis = "16rem"; // or below each other
+  const redraw = () => views.forEach((view) => view.redraw());
 
   const play = () => {
     done = still() ? 1 : 0;
     playing = !still();
     progress.set(done);
-    view.redraw();
+    redraw();
   };
   const shapes = row(stage);
   const kinds = { "six clusters": data, ...presets() };
@@ -137,7 +146,7 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   const progress = slider(controls, {
     label: "way to data", min: 0, max: 1, step: 0.01, value: done,
     format: (value) => `${Math.round(100 * value)} %`,
-    change: (value) => { done = value; playing = false; view.redraw(); },
+    change: (value) => { done = value; playing = false; redraw(); },
   });
   const actions = row(stage);
   button(actions, { label: "play", press: play });
@@ -168,39 +177,42 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
       if (pause || learner.trained === STEPS) {
         delete ways[1];
         tell();
-        view.redraw();
+        redraw();
       }
     }
     if (learner === pupil && learner.trained < STEPS) setTimeout(train, 0, learner);
   };
-  animate(view.element, (seconds) => {
+  animate(top, (seconds) => {
     if (!playing) return;
     done = Math.min(1, done + seconds / SECONDS);
     playing = done < 1;
     progress.set(done);
-    view.redraw();
+    redraw();
   });
 
   let last = null; // where the brush has been last
-  drag(view.element, (x, y) => {
-    const place = fields.map((field) => field.of(x, y)).find((at) => at.every((v) => Math.abs(v) < REACH));
-    if (!place || data.blobs.length >= 80) return;
-    if (last && Math.hypot(place[0] - last[0], place[1] - last[1]) < data.spread) return;
-    last = place;
-    const blob = { x: place[0], y: place[1], weight: 1, group: paint };
+  const brush = (px, py) => {
+    const [x, y] = paper.of(px, py);
+    if (Math.max(Math.abs(x), Math.abs(y)) >= REACH || data.blobs.length >= 80) return;
+    if (last && Math.hypot(x - last[0], y - last[1]) < data.spread) return;
+    last = [x, y];
+    const blob = { x, y, weight: 1, group: paint };
     renew({ spread: data.spread, blobs: [...data.blobs.map((one) => ({ ...one, weight: 1 })), blob] });
-  }, () => { last = null; });
-  view.element.style.touchAction = "pan-y";
+  };
+  pen(views[0], {
+    draw: brush,
+    end: () => { last = null; },
+    where: (px, py) => `at ${paper.of(px, py).map(signed).join(", ")}: ${data.blobs.length} clusters`,
+    tell: news,
+  });
 }
 
 function panelSide(width) {
-  return width < 480 ? Math.min(width - 70, 330) : Math.min((width - 100) / 2, 360);
+  return Math.min(width - 56, 360);
 }
 
-function panelPlace(width, side, panel) {
-  const below = width < 480 ? panel : 0;
-  const beside = width < 480 ? 0 : panel;
-  return { left: 34 + beside * (side + 50), top: 24 + below * (side + 48), width: side, height: side };
+function signed(value) {
+  return value.toFixed(1).replace("-", "−");
 }
 
 /** The painted clusters, as they are at this level: further in, and wider by the noise. */

@@ -7,7 +7,7 @@ const LIGHT = {
 };
 const DARK = {
   blue: "#5bb3e8", orange: "#e69f00", green: "#2fc79a", red: "#ff8a4c", sky: "#a8d8f5",
-  text: "#ced6dd", muted: "#a0a9b3", line: "#49525c", back: "#14181e",
+  text: "#ced6dd", muted: "#a0a9b3", line: "#49525c", back: "#121212",
 };
 
 /** The colours of the theme that the page has now. */
@@ -22,7 +22,8 @@ export function still() {
 
 /**
  * A canvas as wide as its parent; `height(width)` and `draw(pen, width, height)` are in
- * CSS pixels. Returns the canvas and `redraw`, which draws once before the next frame.
+ * CSS pixels. Returns the canvas, `redraw`, which draws once before the next frame, and
+ * `over`, which may be set to what draws on top of it.
  */
 export function canvas(parent, { label, height, draw }) {
   const element = document.createElement("canvas");
@@ -46,6 +47,7 @@ export function canvas(parent, { label, height, draw }) {
     pen.lineWidth = 1.6;
     pen.lineJoin = "round";
     draw(pen, width, tall);
+    view.over(pen);
   };
   const redraw = () => {
     if (!waiting) requestAnimationFrame(paint);
@@ -54,8 +56,9 @@ export function canvas(parent, { label, height, draw }) {
   new ResizeObserver(redraw).observe(element);
   const theme = { attributes: true, attributeFilter: ["data-theme"] };
   new MutationObserver(redraw).observe(document.documentElement, theme);
+  const view = { element, redraw, over: () => {} };
   redraw();
-  return { element, redraw };
+  return view;
 }
 
 /** A row for controls. */
@@ -147,7 +150,8 @@ function named(parent, label, kind) {
 
 /**
  * Call `move(x, y)` in CSS pixels of a canvas while a mouse or a finger is down on it.
- * Whatever can be dragged needs a slider besides, for those who use neither.
+ * Whatever can be dragged needs a slider besides, and whatever is drawn the pen of
+ * `hand.js`, for those who use neither.
  */
 export function drag(element, move, end = () => {}) {
   element.style.touchAction = "none";
@@ -197,6 +201,18 @@ export function mosaic(pen, values, { left, top, size, colour }) {
     pen.fillStyle = colour(value);
     pen.fillRect(left + edge(c), top + edge(r), edge(c + 1) - edge(c), edge(r + 1) - edge(r));
   });
+}
+
+/** What the colours of `entries` [name, colour] stand for, in a row. */
+export function legend(pen, entries, { left, top }) {
+  pen.textAlign = "left";
+  for (const [name, colour] of entries) {
+    pen.fillStyle = colour;
+    pen.fillRect(left, top, 12, 12);
+    pen.fillStyle = colours().text;
+    pen.fillText(name, left + 17, top + 11);
+    left += pen.measureText(name).width + 36;
+  }
 }
 
 /**
