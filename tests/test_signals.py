@@ -68,13 +68,17 @@ def test_the_sum_is_the_packages_and_its_tail_wraps(computed: Any) -> None:
     np.testing.assert_allclose(np.add(y[:64], y[64:]), circle, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("name", "given"), [("memory", MEMORY), ("convolution", CONVOLUTION)]
-)
-def test_a_hand_draws(opened: Any, name: str, given: Any) -> None:
-    tab = opened(name, given)
+@pytest.fixture(params=[("memory", MEMORY), ("convolution", CONVOLUTION)])
+def paper(request: pytest.FixtureRequest, opened: Any) -> Any:
+    """A page on which a signal can be drawn, once it is shown."""
+    tab = opened(*request.param)
     tab.wait_for_function("document.querySelectorAll('canvas')[1].height > 100")
     drawn(tab)
+    return tab
+
+
+def test_a_hand_draws(paper: Any) -> None:
+    tab = paper
     kind, before = tab.get_by_role("combobox"), picture(tab, -1)
     box = tab.locator("canvas").first.bounding_box()
     tab.mouse.move(box["x"] + 80, box["y"] + 60)
@@ -86,13 +90,8 @@ def test_a_hand_draws(opened: Any, name: str, given: Any) -> None:
     assert picture(tab, -1) != before
 
 
-@pytest.mark.parametrize(
-    ("name", "given"), [("memory", MEMORY), ("convolution", CONVOLUTION)]
-)
-def test_the_keyboard_draws(opened: Any, name: str, given: Any) -> None:
-    tab = opened(name, given)
-    tab.wait_for_function("document.querySelectorAll('canvas')[1].height > 100")
-    drawn(tab)
+def test_the_keyboard_draws(paper: Any) -> None:
+    tab = paper
     kind, before = tab.get_by_role("combobox"), picture(tab, -1)
     said = tab.get_by_role("status").last
     tab.keyboard.press("Tab")  # the first that can be reached is the paper
