@@ -107,15 +107,13 @@ def processor_time(browser: Any) -> float:
     return float(sum(p["cpuTime"] for p in processes if p["type"] == "renderer"))
 
 
-def row(
-    what: str, seconds: list[float], limit: float, of: str = " of processor time"
-) -> dict[str, Any]:
-    """A row of the report: the median of some times."""
+def row(what: str, seconds: list[float], limit: float) -> dict[str, Any]:
+    """A row of the report: the median of some times of the processor."""
     spread = require_quiet(what, {"the page": seconds})
     median = statistics.median(seconds)
     return {
         "what": what,
-        "result": f"{median:.2f} s{of}",
+        "result": f"{median:.2f} s of processor time",
         "limit": f"below {limit:g} s",
         "reached": median < limit,
         "spread": f"{spread:.0%}",
@@ -136,11 +134,19 @@ def timed(tab: Any, scale: float, network: DiffuSSM, runs: int) -> dict[str, Any
     what = f"a digit, {STEPS} DDIM steps, guidance {scale}"
     require_agreement(what, same_numbers(noise, scale, network), last, 1e-3)
     seconds = [b - a for a, b in itertools.pairwise(clock)][2:]  # the first compile
-    waits = waits[2:]
-    require_quiet(what, {"the wait": waits})
-    one = row(what, seconds, limit=1)
-    one["result"] += f", {statistics.median(waits):.2f} s of waiting"
-    return one | {"waits": waits}
+    one, (told, longest) = row(what, seconds, limit=1), on_the_clock(waits[2:])
+    one["result"] += f", {told} of waiting"
+    return one | {"reached": one["reached"] and longest < 1, "waits": waits[2:]}
+
+
+def on_the_clock(seconds: list[float]) -> tuple[str, float]:
+    """What a visitor waits, in words, and its third quartile.
+
+    A browser shares the cores with all that it shows, so that waits differ, and what
+    must be below a limit is more than their median.
+    """
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{middle:.2f} s ({low:.2f} to {high:.2f})", high
 
 
 def seen(chromium: Any, name: str, runs: int) -> dict[str, Any]:
@@ -155,12 +161,16 @@ def seen(chromium: Any, name: str, runs: int) -> dict[str, Any]:
         return seconds
 
     once()  # the system reads the files
-    return row(
-        f"first contentful paint of {name}, opened as a file",
-        [once() for _ in range(runs)],
-        limit=1.8,  # "good": https://web.dev/articles/fcp
-        of="",
-    )
+    seconds = [once() for _ in range(runs)]
+    told, longest = on_the_clock(seconds)
+    return {
+        "what": f"first contentful paint of {name}, opened as a file",
+        "result": told,
+        "limit": "below 1 s",
+        "reached": longest < 1,
+        "spread": "",
+        "seconds": seconds,
+    }
 
 
 def trained(chromium: Any, runs: int) -> dict[str, Any]:

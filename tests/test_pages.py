@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from visits import LOOKS, PAGES, Look, Tab, the_book, the_server, the_tab  # noqa: F401
+from visits import ANYWHERE, LOOKS, PAGES, Look, Tab, the_book, the_server, the_tab  # noqa: F401
 
 pytestmark = pytest.mark.end_to_end
 
@@ -33,6 +33,14 @@ def test_front_page_leads_to_the_book(tab: Tab) -> None:
         len(PAGES) - 1
     )
     assert tab.elsewhere == []
+
+
+@pytest.mark.parametrize("page", ["genindex", "py-modindex", "search"])
+def test_pages_without_a_text_of_their_own_are_right(tab: Tab, page: str) -> None:
+    """Indices and search."""
+    opened = tab.look_at(page)
+    assert opened.everywhere(*ANYWHERE, "axe") == {}
+    assert opened.complaints == [] and opened.elsewhere == []
 
 
 def test_axe_judges_the_contrast_of_what_looks_alike_but_for_its_colour(

@@ -271,26 +271,23 @@ CONTENT = """async () => {
 }"""
 
 
-@dataclass
-class Visit:
+@dataclass(kw_only=True)
+class Opened:
     """An open page, with all that is folded unfolded, and what happened on the way."""
 
     tab: Any
     page: str
-    chapter: Chapter
-    source: str
     judged: dict[Look, set[int]]
-    complaints: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-    content: dict[str, Any] = field(default_factory=dict)
+    complaints: list[str]
+    elsewhere: list[str]
     axe: bool = False
     look: Look = ("light", 1280)
     found: dict[Look, dict[str, list[str]]] = field(default_factory=dict)
 
     @property
     def axe_looks(self) -> list[Look]:
-        """Two of four: of the pages that one tab opens, every second has the same."""
-        return AXE_LOOKS[PAGES.index(self.page) // 2 % 2]
+        """Where axe judges the page."""
+        return [look for looks in AXE_LOOKS for look in looks]
 
     def at(self, look: Look) -> None:
         """Make the window so wide, and the theme this one."""
@@ -342,6 +339,20 @@ class Visit:
         return list(faults)
 
 
+@dataclass(kw_only=True)
+class Visit(Opened):
+    """An open chapter, with its text."""
+
+    chapter: Chapter
+    source: str
+    content: dict[str, Any]
+
+    @property
+    def axe_looks(self) -> list[Look]:
+        """Two of four: of the pages that one tab opens, every second has the same."""
+        return AXE_LOOKS[PAGES.index(self.page) // 2 % 2]
+
+
 class Tab:
     """A tab in which pages are opened one after the other, all in one process of the
     browser, which has then compiled the scripts and drawn the letters of the next page.
@@ -381,17 +392,21 @@ class Tab:
         self.page.goto(f"{self.server}/{address}", wait_until="load")
         return self.page
 
-    def visit(self, page: str) -> Visit:
-        """Open a page of the book; its formulas are set."""
-        path = ROOT / f"{page}.md"
+    def look_at(self, page: str, kind: type[Opened] = Opened, **more: Any) -> Any:
+        """Open a page, whoever made it; its formulas are set."""
         tab = self.open(f"{page}.html")
         tab.evaluate(SET)
         tab.evaluate(MEASURES)
-        source = path.read_text(encoding="utf-8")
-        chapter = read_chapter(path)
-        content = tab.evaluate(CONTENT)
-        happened = (self.complaints, self.elsewhere)
-        return Visit(tab, page, chapter, source, self.judged, *happened, content)
+        happened = {"complaints": self.complaints, "elsewhere": self.elsewhere}
+        return kind(tab=tab, page=page, judged=self.judged, **happened, **more)
+
+    def visit(self, page: str) -> Visit:
+        """Open a chapter, and read its text."""
+        path = ROOT / f"{page}.md"
+        text = {"source": path.read_text("utf-8"), "chapter": read_chapter(path)}
+        visit: Visit = self.look_at(page, Visit, **text, content={})
+        visit.content = visit.tab.evaluate(CONTENT)
+        return visit
 
 
 @pytest.fixture(name="tab", scope="module")
