@@ -5,6 +5,7 @@ Generated from book/97_study_command.md by `make export`: edit there.
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ def study(
     record: Path | None = None,
     known: Path | None = None,
     only: str = "",
+    quick: bool = False,
     list_: bool = False,
     time: bool = False,
     report: bool = False,
@@ -44,6 +46,7 @@ def study(
         record: a file of rows that gets those of this study as well
         known: a file of rows, as --record wrote; their runs are not carried out again
         only: one "question, name" of the study: nothing but its seeds
+        quick: the first seed alone, to be compared with rows that are known
         list_: print the runs with an estimate of their seconds, and train nothing
         time: write the seconds of a step of each run into the study's file of them
         report: write OUT/report.md about the rows that are there, and train nothing
@@ -52,10 +55,12 @@ def study(
     from diffussm.study import read_study
 
     refuse(list_ + time + report > 1, "give one of --list, --time and --report")
-    refuse(only and (time or report), "--only is for runs and --list")
-    refuse(known and (time or report), "--known is for runs and --list")
+    given = {"--only": only, "--quick": quick, "--known": known}
+    for name in (name for name, value in given.items() if value):
+        refuse(time or report, f"{name} is for runs and --list")
     check_device(device)
     asked = read_study(file)
+    asked = replace(asked, seeds=1) if quick else asked
     if time:
         return _time(asked, out)
     if report:

@@ -52,6 +52,11 @@ def test_a_study_is_listed_carried_out_kept_and_reported(tmp_path):
     assert "down-sampling, M = 2: 6 steps," in said and "M = 1" not in said
     told = diffussm(f"{study} --only M", 1, t=tmp_path)
     assert "down-sampling, M = 1" in told
+    new = study.replace("/out", "/one")
+    said = diffussm(f"{new} --quick", t=tmp_path)
+    assert said.count("seed 0: ") == 2 == said.count("held-out loss")
+    assert "2 of 2 runs are in" in said
+    assert "2 runs are missing" in diffussm(f"{new} --list", t=tmp_path)
     assert "names no file" in diffussm(f"{study} --time", 1, t=tmp_path)
     said = diffussm(f"{study} --report", t=tmp_path)
     assert "Does it cost quality?" in (tmp_path / "out" / "report.md").read_text()
@@ -67,6 +72,8 @@ def test_what_cannot_work_is_refused(tmp_path):
     assert "give one of" in diffussm(f"{study} --list --report", 1, t=tmp_path)
     told = diffussm(f"{study} --time --only x", 1, t=tmp_path)
     assert "--only is for runs and --list" in told
+    told = diffussm(f"{study} --report --quick", 1, t=tmp_path)
+    assert "--quick is for runs and --list" in told
     told = diffussm(f"{study} --report --known x", 1, t=tmp_path)
     assert "--known is for runs and --list" in told
     assert "--device gpux" in diffussm(f"{study} --device gpux", 1, t=tmp_path)

@@ -55,10 +55,12 @@ export function block_cost(stage, { states, log_length, width, downsample, log_b
     const key = [
       ["dense maps", hue.blue], ["convolution", hue.sky], ["kernels", hue.green], ["attention", hue.orange],
     ];
-    legend(pen, key, { left: 12, top: 108 });
+    const rows = wide < 400 ? [key.slice(0, 2), key.slice(2)] : [key]; // a phone has no room for four
+    rows.forEach((entries, k) => legend(pen, entries, { left: 12, top: 108 + 18 * k }));
+    const top = 122 + 18 * rows.length;
     const highest = Math.ceil(times(2 ** 14));
     const curve = axes(pen, {
-      left: 50, top: 140, width: wide - 70, height: tall - 185, x: [6, 14], y: [0, highest],
+      left: 50, top, width: wide - 70, height: tall - 45 - top, x: [6, 14], y: [0, highest],
       labels: ["log₂ of the length L", "transformer / DiffuSSM"],
     });
     curve.line([6, 14], [1, 1], hue.line, 1);
@@ -67,7 +69,7 @@ export function block_cost(stage, { states, log_length, width, downsample, log_b
     const [x, y] = curve.at(log_length, times(L));
     pen.fillStyle = hue.text;
     pen.textAlign = log_length > 8 ? "right" : "left"; // above the curve, which rises
-    pen.fillText(`${times(L).toFixed(2)} times`, x + (log_length > 8 ? -6 : 0), Math.max(y - 12, 155));
+    pen.fillText(`${times(L).toFixed(2)} times`, x + (log_length > 8 ? -6 : 0), Math.max(y - 12, top + 15));
   };
   const view = canvas(stage, {
     label: "Multiply-adds of a block of DiffuSSM and of a transformer, and their ratio.",

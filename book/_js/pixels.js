@@ -45,9 +45,9 @@ export function strip(parent, label) {
       const edge = (width - MARGIN) / COLUMNS;
       const hue = colours();
       pen.fillStyle = hue.text;
-      pen.font = "italic 14px serif";
-      pen.fillText("xₜ", 0, edge / 2 + 4);
-      pen.fillText("x̂₀", 0, edge * 1.5 + 4);
+      pen.font = "italic 18px serif";
+      pen.fillText("xₜ", 0, edge / 2 + 5);
+      pen.fillText("x̂₀", 0, edge * 1.5 + 5);
       pen.font = "12px sans-serif";
       pen.textAlign = "center";
       pen.fillStyle = hue.muted;
