@@ -143,7 +143,7 @@ def train_vae(
 
 @torch.no_grad()
 def measure_scale(vae: Any, source: Dataset, images: int = 256) -> float:
-    """f of eq-latents-scale, from some images; ValueError if they are all alike."""
+    """The factor f of eq-latents-scale, by some images; ValueError if all are alike."""
     indices = batch_indices(len(source), min(images, len(source)), 0, 0)
     batches = (source.batch(part)[0] for part in torch.split(indices, 16))
     z = torch.cat([vae.encode(x.to(vae.device)).latent_dist.mean for x in batches])

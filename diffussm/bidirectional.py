@@ -80,7 +80,7 @@ class Convolution:
         return self.apply(u, prepared)
 
 
-WAYS = {
+WAYS = {  # the module and name of each
     "fft": "fft_convolution:FFT",
     "reference": "bidirectional:REFERENCE",
     "chunked": "chunked:CHUNKED",

@@ -69,7 +69,7 @@ def checkpoints_kept(recipe: Recipe, execution: Execution) -> int:
 
 
 class Download(NamedTuple):
-    """A file that others publish and a run needs. What nobody has told us is None."""
+    """A file that others publish and a run needs, `size` in bytes; None: not known."""
 
     name: str
     use: str

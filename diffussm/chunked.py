@@ -166,7 +166,7 @@ def _kind(layer: BidirectionalSSM) -> tuple[Any, ...]:
 
 
 def prepare_layers(layers: Sequence[BidirectionalSSM], length: int) -> list[Tensor]:
-    """What `layer.prepare(length)` is for each layer; together where the way may."""
+    """`layer.prepare(length)` of each layer; at once if `Convolution.together`."""
     way: Any = layers[0].convolution
     if len(set(map(_kind, layers))) > 1 or not getattr(way, "together", False):
         return [layer.prepare(length) for layer in layers]

@@ -290,7 +290,7 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
 
 
 def nothing_kept() -> str:
-    """What is said where nothing is."""
+    """What `interruptible` says where nothing is kept."""
     return "nothing is kept"
 
 

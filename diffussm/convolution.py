@@ -133,8 +133,8 @@ def later(place: str) -> Callable[..., Any]:
 
 
 Kernel = Callable[[Tensor, Tensor, int], Tensor]  # (log_dA, weights, length)
-INITIALISATIONS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
-DISCRETIZATIONS = ("zoh", "bilinear")
+INITIALISATIONS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}  # of A
+DISCRETIZATIONS = ("zoh", "bilinear")  # zero-order hold, trapezoidal
 
 
 class S4DKernel(nn.Module):
@@ -151,7 +151,7 @@ class S4DKernel(nn.Module):
         dt_min, dt_max: The steps start log-uniform between these, in time per position.
 
     Attributes:
-        log_dt (D,), log_A_real (D, N/2), A_imag (D, N/2), C (D, N/2, 2): parameters.
+        log_dt, log_A_real, A_imag, C: Parameters (D,), (D, N/2) twice, (D, N/2, 2).
         vandermonde: How the kernel is computed; `vandermonde` is the direct way.
 
     Source: Gu et al., S4D, 2022; section 3.1 of the paper.

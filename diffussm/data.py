@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-Fetch = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
+Fetch = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # as map does
 
 
 class Dataset(Protocol):
@@ -39,12 +39,18 @@ class Dataset(Protocol):
 
     `dataset[i]` is a float32 tensor (C, H, W) in [-1, 1] and a label (0 if there are
     none).
+
+    Attributes:
+        classes: one name for each label.
+        num_classes: how many; 0 for unconditional data.
+        flip: whether a mirrored image is as good as the image.
+        levels: grey levels of a pixel; None for latents.
     """
 
     classes: tuple[str, ...]
-    num_classes: int  # 0: unconditional
-    flip: bool  # whether a mirrored image is as good as the image
-    levels: int | None  # grey levels of a pixel; None for latents
+    num_classes: int
+    flip: bool
+    levels: int | None
 
     def __len__(self) -> int: ...
 
@@ -235,6 +241,7 @@ def stratified_split(
     Args:
         labels: integers (n,).
         test_size: share of the second part, between 0 and 1; rounded per class.
+        seed: decides which.
 
     Returns:
         train int64 (n - m,), test int64 (m,), both ascending.
@@ -269,7 +276,8 @@ def digits(
     """The 1,797 handwritten digits of scikit-learn: 8x8 pixels, 17 grey levels.
 
     Args:
-        split: "train", "test" or "all"; see `stratified_split`.
+        split: "train", "test" or "all".
+        seed, test_size: see `stratified_split`.
 
     Returns:
         images float32 (n, 1, 8, 8) in [-1, 1], level / 8 - 1; labels int64 (n,).

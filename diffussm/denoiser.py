@@ -28,19 +28,19 @@ class Denoiser(DiffuSSM):
         torch_dtype: torch.dtype | None = None,
         **_: Any,
     ) -> Self:
-        """As `DiffuSSM.from_pretrained`; what else diffusers passes is ignored."""
+        """As in `DiffuSSM`, then in `torch_dtype`; other options are ignored."""
         variant = variant or _only_variant(Path(folder))
         model = super().from_pretrained(folder, device, variant)
         return model.to(dtype=torch_dtype).requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embed_x.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """The precision of the weights."""
         return self.embed_x.weight.dtype
 
     @classmethod

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-DenoisingModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+DenoisingModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of x_t, t, labels
 
 
 class GaussianDiffusion(ForwardProcess):
@@ -297,7 +297,7 @@ def find_attribute(model: Any, name: str, default: Any = None) -> Any:
     return getattr(model, name, default)
 
 
-NoiseSource = torch.Generator | list[torch.Generator] | None
+NoiseSource = torch.Generator | list[torch.Generator] | None  # for all, or of each
 
 
 def standard_normal(

@@ -38,7 +38,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is about to start; what is None will not be asked for."""
+    """A run that is about to start; what is None will not be asked for.
+
+    `free` are the options that the data may still decide. The other fields are the
+    arguments of `diffussm doctor`.
+    """
 
     recipe: Recipe
     execution: Execution

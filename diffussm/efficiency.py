@@ -64,7 +64,7 @@ def diffussm_macs(
 
 
 def dit_macs(config: DiffuSSMConfig, length: int | None = None) -> dict[str, float]:
-    """The same for a `DiT` of these sizes: "attention" in place of "convolution".
+    """As `diffussm_macs`, for a `DiT`: "attention", but no "convolution" or "kernels".
 
     Source: ch. "Efficiency", eq-efficiency-dit.
     """
@@ -127,7 +127,7 @@ class DiTBlock(nn.Module):
         return y
 
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, heads, L, d)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

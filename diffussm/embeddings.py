@@ -26,6 +26,7 @@ def timestep_features(
 ) -> Tensor:
     """Cosines, then sines, of t at n/2 frequencies: (B,) -> (B, n).
 
+    n is `n_features`; the periods begin with 2 pi and end below 2 pi `max_period`.
     Source: ch. "Embeddings", eq-model-timestep (section 4.1 of the paper: as in ADM).
     """
     half = n_features // 2
@@ -34,7 +35,7 @@ def timestep_features(
     return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, n)
 
 
-Labels = Tensor | np.ndarray | Sequence[int]
+Labels = Tensor | np.ndarray | Sequence[int]  # (B,), whole numbers
 
 
 def as_labels(y: Labels) -> Tensor:
@@ -64,7 +65,7 @@ def to_stream(x: Tensor, patch_size: int, downsample: int) -> Tensor:
 
 
 def to_image(x: Tensor, patch_size: int, downsample: int, width: int) -> Tensor:
-    """Its inverse, for an image of that width: (B, J, M P P C) -> (B, C, H, W)."""
+    """The inverse of `to_stream`, `width` is W: (B, J, M P P C) -> (B, C, H, W)."""
     P, w = patch_size, width // patch_size
     x = rearrange(x, "b j (k c) -> b (j k) c", k=downsample)  # (B, L, P P C)
     return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", w=w, p=P, q=P)

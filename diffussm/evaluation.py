@@ -231,7 +231,7 @@ def facts_of(source: Source) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computes scores."""
+    """The version of each package that computes scores; None: not installed."""
     return {name: _version(name) for name in _VERSIONS}
 
 

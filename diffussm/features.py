@@ -55,7 +55,7 @@ class Extractor(Protocol):
     checksum: str
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """See above."""
+        """The features of a batch."""
         ...
 
 

@@ -107,7 +107,7 @@ class StoredImages(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of `_facts` (names and sizes of files, or keys), and the options."""
+        """SHA-256 of the names and sizes of files, or of keys, and of the options."""
         digest = hashlib.sha256()
         for fact in self._facts():
             digest.update(b"%d\n%b" % (len(fact), fact))
@@ -168,7 +168,7 @@ class NameList:
 
 
 class Entry(NamedTuple):
-    """What lies in a folder."""
+    """What lies in a folder: its `kind` is "folder", "file", or what else it is."""
 
     name: str
     path: str

@@ -42,7 +42,7 @@ class Judge:
 
     @property
     def checksum(self) -> str:
-        """Of the weights: only numbers of one judge may be compared."""
+        """The checksum of the weights: only numbers of one judge may be compared."""
         weights = [*self.body.parameters(), *self.head.parameters()]
         numbers = torch.cat([w.detach().flatten() for w in weights]).numpy()
         return hashlib.sha256(numbers.tobytes()).hexdigest()
@@ -84,6 +84,7 @@ class Jury:
     """A judge trained on images, and what it sees in them and in held-out ones.
 
     Args:
+        data, held_out: What the judge is trained on, and images that it never sees.
         count: Of the held-out images; the drawn ones get their labels.
     """
 

@@ -183,15 +183,19 @@ def _parse_manifest(path: Path, record: dict[str, Any]) -> _Manifest:
 
 
 class LatentStore(Dataset):
-    """The latents of a data set, drawn anew at each visit: a `Dataset`.
+    """The latents of a data set, sampled again at each visit: a `Dataset`.
 
     Attributes:
         classes, num_classes, flip: see `Dataset`; flip: mirrored images are stored too.
-        labels: int64 (n,). shape: (C, h, w). scale: latents are multiplied by it.
-        vae: see `vae_identity`. manifest: all of `manifest.json`.
+        labels: int64 (n,).
+        shape: (C, h, w).
+        scale: latents are multiplied by it.
+        vae: see `vae_identity`.
+        manifest: all of `manifest.json`.
         fingerprint: its checksum.
 
-    Raises ValueError or OSError for a store that is incomplete, damaged or not one.
+    Raises:
+        ValueError, OSError: the store is incomplete, damaged or not one.
     """
 
     def __init__(self, path: str | Path) -> None:

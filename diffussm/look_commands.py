@@ -67,7 +67,11 @@ def show(run: Path, *, out: Path | None = None, overwrite: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Look:
-    """What is to be looked at: the files that are written, and what they show."""
+    """What is to be looked at: the files that are written, and what they show.
+
+    The fields are the arguments of `diffussm sample`; `ends` are the two seeds that
+    --interpolate names.
+    """
 
     grid: Path | None = None
     gif: Path | None = None

@@ -23,7 +23,7 @@ class Meter:
 
     @property
     def sums(self) -> Tensor:
-        """Sums, and what to divide them by: (2, 8)."""
+        """Sums, and what to divide them by: (2, 8), in the order of `names`."""
         return self.values[:2]
 
     @classmethod
@@ -55,7 +55,7 @@ class Meter:
         return fine
 
     def look(self) -> "Look":
-        """Read the device."""
+        """Read the device; the steps are counted from 0 again, the means go on."""
         sums, counts, (finite, norm, *_) = self.values.tolist()
         steps, self.steps = self.steps, 0
         self.values[2] = 0
@@ -76,9 +76,16 @@ class Meter:
 
 
 class Look(NamedTuple):
-    """What a meter shows of the steps since the last look, or since its reset."""
+    """What a meter shows of the steps since the last look, or since its reset.
+
+    Attributes:
+        steps: Since the last look.
+        finite: Of these steps, those before the first that was not finite.
+        grad_norm: Of that first one.
+        means: Since the reset, by name; None: not one image.
+    """
 
     steps: int
-    finite: int  # of them, before the first that was not
-    grad_norm: float  # of that one
-    means: dict[str, float | None]  # since the reset; None: not one image
+    finite: int
+    grad_norm: float
+    means: dict[str, float | None]

@@ -162,10 +162,10 @@ PART = 5000  # images of one part, ADM's number
 
 
 def inception_score(logits: Tensor, part: int = PART) -> float:
-    """eq-evaluation-inception of consecutive parts, averaged: logits (n, classes).
+    """Inception score, eq-evaluation-inception: logits (n, classes), mean over parts.
 
-    As ADM does; the last part may be shorter. With more than one part the order of the
-    rows matters. Raises ValueError when there are none.
+    Parts are of `part` rows, as in ADM's code, the last may be shorter. With more than
+    one their order matters. Raises ValueError when there are no rows.
     """
     refuse(not len(logits), "no logits: an Inception score needs images")
     log_p = logits.double().log_softmax(dim=1)

@@ -70,14 +70,14 @@ class DiffuSSMConfig:
 
     @property
     def height(self) -> int:
-        """H."""
+        """H, the height of the input, in pixels of the latent."""
         return (
             self.input_size if isinstance(self.input_size, int) else self.input_size[0]
         )
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the width of the input, in pixels of the latent."""
         return (
             self.input_size if isinstance(self.input_size, int) else self.input_size[1]
         )

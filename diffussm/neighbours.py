@@ -30,9 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images, those nearest to them, and eq-neighbours-distance.
+    """Images, those nearest to them, and the distances between them.
 
-    uint8 (n, 3, H, W) both, float32 (n,).
+    Attributes:
+        images, nearest: uint8 (n, 3, H, W).
+        distance: float32 (n,), eq-neighbours-distance.
     """
 
     images: Tensor

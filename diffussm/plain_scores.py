@@ -77,7 +77,7 @@ FEATURES = {"pixels": _Pixels, "random": _RandomEdges}
 
 
 def named_features(name: str) -> Extractor:
-    """One of FEATURES by its name."""
+    """The extractor "pixels" or "random", which need no weights."""
     made: Extractor = FEATURES[expect_one_of("features", name, FEATURES)]()
     return made
 
@@ -192,7 +192,7 @@ def plain_scores(
     size: int | None = None,
     exif_rotate: bool = False,
 ) -> dict[str, Any]:
-    """Kernel and Fréchet distance of sets to real images, on one of FEATURES by name.
+    """Kernel and Fréchet distance of sets to real images, on `named_features`.
 
     "samples" has a row for each set; "real" is the same of other real images, see
     `against_real`. `size` and `exif_rotate` as for `ImageSet`.

@@ -34,6 +34,7 @@ class Pretrained:
     """Weights that come with the package, and what is known of them.
 
     Args:
+        folder: where they are.
         recipe: of the run that trained them.
         data: what that run knew of its images: how many, their classes.
         record: command, seed, licence, and figures with how they were measured.

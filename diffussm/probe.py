@@ -46,9 +46,10 @@ _PROBE = (sys.executable, "-m", "diffussm.probe")
 def probe_all_reduce(
     kind: str, processes: int, limit: float = 120.0, program: Sequence[str] = _PROBE
 ) -> str:
-    """Let processes add up a tensor, with NCCL ("cuda") or gloo ("cpu"), in `limit` s.
+    """Let processes add up a tensor, with NCCL ("cuda") or gloo ("cpu").
 
-    Returns what to report; raises OSError if they fail or hang, having ended them.
+    Returns what to report; raises OSError if they fail, or take more than `limit`
+    seconds, having ended them.
     """
     begun = time.monotonic()
     with started([*program, kind], meeting(processes)) as jobs:

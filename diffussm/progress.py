@@ -27,7 +27,13 @@ def say(line: str) -> None:
 
 @dataclass
 class Told:
-    """The rows of a log that a person is told."""
+    """Called with each row of a log, it prints those that a person is told.
+
+    Args:
+        steps: Of the whole run: the last is always told.
+        clock: Gives the time in seconds.
+        due: When the next row is told, by that clock.
+    """
 
     steps: int
     clock: Callable[[], float] = time.monotonic
@@ -51,7 +57,7 @@ def board_writer() -> Any:
 
 
 def board_in(writer: Callable[..., Any] | None, out: Path) -> Any:
-    """TensorBoard's folder, closed in the end; None for whom it is not."""
+    """A context with TensorBoard's board of a run; None if there is no writer."""
     from diffussm.checkpoints import checkpoints_of, step_of
 
     if writer is None:
@@ -61,7 +67,7 @@ def board_in(writer: Callable[..., Any] | None, out: Path) -> Any:
 
 
 def log_row(board: Any, tell_row: Callable[..., None], row: dict[str, Any]) -> None:
-    """A row of the log, for a person and for the board."""
+    """Give a row of the log to a person, and to the board if there is one."""
     for name, value in row.items():
         if board is not None and isinstance(value, int | float):
             board.add_scalar(name, value, row["step"])
@@ -69,7 +75,7 @@ def log_row(board: Any, tell_row: Callable[..., None], row: dict[str, Any]) -> N
 
 
 def pin(board: Any, picture: Path, step: int) -> None:
-    """A picture, for the board."""
+    """Show a picture of a step on the board, if there is a board."""
     import numpy as np
     from PIL import Image
 

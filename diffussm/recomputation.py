@@ -25,7 +25,7 @@ from diffussm.hourglass import HourglassBlock
 __all__ = ["Recompute", "RecomputingBlock", "kept_by", "kept_by_kernels"]
 
 
-Recompute = Literal["none", "elementwise", "all"]
+Recompute = Literal["none", "elementwise", "all"]  # what of a block
 
 _ATEN = torch.ops.aten
 _PRODUCTS = [

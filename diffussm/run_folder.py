@@ -85,7 +85,7 @@ def held(run: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """The same for processes that work together: the first holds it for all."""
+    """As `held`, for processes that work together: the first holds it for all."""
     with ExitStack() as stack:
         on_rank_zero(lambda: stack.enter_context(held(run)))
         yield

@@ -187,6 +187,9 @@ def train(
     log, bit for bit on a CPU.
 
     Args:
+        execution: how the run is carried out.
+        device: None for a GPU if there is one, or "cuda", "cuda:1", "cpu".
+        progress: show a bar.
         on_log: gets each line of the log, in the first process.
         on_samples: gets the averaged model and the step, each `sample_every` steps.
         on_scores: gets the averaged model in all processes, each `score_every` steps;

@@ -104,12 +104,15 @@ def draw_samples(
 
     Args:
         model: called as it is, on `device`.
+        diffusion: the schedule that it was trained with.
+        wanted: which images.
         out: a folder (`000000.png` ..., `samples.json` and, with classes,
             `labels.json`), or a name that ends in `.npz` (`arr_0` uint8 (n, H, W, 3),
             `arr_1` labels; the record lies beside it as `.json`).
         facts: what else decided the set (which weights, what decodes): recorded, and
             compared on resume, but for the name of an autoencoder.
         decode: latents (B, C, h, w) -> images (B, 3, H, W); None for a model of pixels.
+        progress: show a bar.
 
     Raises:
         ValueError: `out` holds something else, or another process draws it;

@@ -224,7 +224,7 @@ def _in_training_time(
 
 
 def step_options(scheduler: Any, eta: float, generator: Any) -> dict[str, Any]:
-    """Those of the two that the step of this scheduler takes."""
+    """`eta` and `generator`, if the step of this scheduler takes them."""
     name, step = type(scheduler).__name__, inspect.signature(scheduler.step)
     given = {"eta": expect_number("eta", eta, least=0, most=1), "generator": generator}
     if eta and "eta" not in step.parameters:

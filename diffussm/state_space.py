@@ -37,7 +37,7 @@ def _check_discretization(A: Tensor, dt: Tensor | float) -> None:
 def discretize_zoh(
     A: Tensor, B: Tensor | float, dt: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Zero-order hold: the exact step of x' = A x + B u for an input that holds.
+    """Zero-order hold: the exact step of dx/dt = A x + B u for an input that holds.
 
     Args:
         A: Diagonal of the state matrix, complex (..., N/2), in 1/time.

@@ -71,7 +71,7 @@ class Answer:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def best(self, pattern: str) -> str:
-        """Of the runs that a name stands for, if all are there, that of the least."""
+        """The best of the runs that a name stands for; "" unless all are there."""
         names = [n for n in self.question.named(pattern) if n not in self.diverged]
         found = {name: self.measured(name).values() for name in names}
         asked = self.seeds if len(names) > 1 else 1  # there is nothing to choose
@@ -85,21 +85,21 @@ class Answer:
 
     @property
     def differences(self) -> list[float]:
-        """Of the claim, one for each seed that both sides have."""
+        """The differences of the claim, one for each seed that both sides have."""
         claimed = self.question.first, self.question.second
         first, second = (self.measured(self.best(name)) for name in claimed)
         return [first[seed] - second[seed] for seed in sorted(first.keys() & second)]
 
     @property
     def verdict(self) -> str:
-        """What the rule says."""
+        """What the rule says of the claim; "diverged" if a side is `lost`."""
         if self.lost:
             return "diverged"
         return verdict(self.differences, self.question.margin)
 
     @property
     def unit(self) -> str:
-        """Of the differences; latents have a loss and no bits."""
+        """The unit of the differences; latents have a loss and no bits."""
         every = [row for rows in self.rows.values() for row in rows.values()]
         bits = self.question.by != "bits" or all(row["bits_per_dim"] for row in every)
         return _MEASURES[self.question.by][1] if bits else "in held-out loss"

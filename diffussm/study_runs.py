@@ -159,7 +159,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-Job = tuple[Run, Path, Measure, str | None]
+Job = tuple[Run, Path, Measure, str | None]  # and the device
 
 
 def _carried_out(jobs: list[Job], workers: int) -> Iterator[Row]:

@@ -65,7 +65,7 @@ class TrainState:
         return cls(model, ema, optimizer, Meter(device), lambda: network(recipe.model))
 
     def gradients(self) -> list[Tensor]:
-        """Those that there are."""
+        """The gradients of those parameters that have one."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def advance(self) -> None:

@@ -134,15 +134,24 @@ def _fate(job: Job) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a run logged before it was killed, and after; what it took."""
+    """What a run logged before it was killed, and after; what it took.
+
+    Args:
+        plan: What was tried.
+        before, after: Rows of the log.
+        size: Of its checkpoint, in bytes.
+        written: Seconds until that was on the disk.
+        resident: Main memory of a process, in bytes; 0: not known.
+        card: Memory of a GPU, in bytes; 0: there is none.
+    """
 
     plan: Plan
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
-    size: float  # of its checkpoint, bytes
-    written: float  # seconds until that was on the disk
-    resident: float = 0.0  # main memory of a process, bytes; 0: not known
-    card: float = 0.0  # memory of a GPU, bytes; 0: there is none
+    size: float
+    written: float
+    resident: float = 0.0
+    card: float = 0.0
 
 
 def _until_killed(

@@ -141,6 +141,7 @@ class Watch:
     """Held-out loss and a small score of a model: a call gives columns for the log.
 
     Args:
+        recipe: That of the run.
         data, held_out: What the run is trained on, and what it never sees.
         images: So many are drawn at each call; 0: none, losses only.
 

@@ -266,8 +266,45 @@ def test_signatures_are_those_of_the_code() -> None:
     a, b, f = ast.parse(source).body
     said = [api_reference.signature(node) for node in (a, b, f)]  # type: ignore[arg-type]
     assert said == ["(x: int, y: str = 'a')", "(n: int)", "(x: A, *, n=3) -> list[int]"]
+    source = (
+        "class A(NamedTuple):\n    x: int\n\n"
+        "@contextmanager\ndef f() -> Iterator[int]: ..."
+    )
+    said = [api_reference.signature(node) for node in ast.parse(source).body]  # type: ignore[arg-type]
+    assert said == ["(x: int)", "() -> AbstractContextManager[int]"]
     cell = "@method_of(A)\ndef g(self): ...\n\ndef _h(): ...\n\nclass C: ..."
     assert api_reference.definitions(cell) == ["C"]
+
+
+def test_a_property_has_its_type() -> None:
+    source = (
+        "class A:\n    @cached_property\n"
+        "    def n(self) -> int:\n        'How (a) -> (b).'\n"
+    )
+    (a,) = ast.parse(source).body
+    assert isinstance(a, ast.ClassDef)
+    text = api_reference.entry(a)
+    assert "{py:property} n\n:type: int\n\nHow (a) → (b).\n" in text
+
+
+def test_constants_and_types_are_shown_with_what_a_comment_says() -> None:
+    source = (
+        "N = 3  # how many\nM = 4\nT = TypeVar('T')\n"
+        "Walk = Callable[['Tensor'], int]\nLONG: dict[str, int] = {  # 'a' is # one\n"
+        + "".join(f"    'key{k}': {k},\n" for k in range(20))
+        + "}\nx.y = 3\n"
+    )
+    names = ["N", "T", "Walk", "LONG", "y"]
+    said = api_reference.remarks(source)
+    shown = [api_reference.constant(n, names, said) for n in ast.parse(source).body]
+    assert shown == [
+        "````{py:data} N\n:value: 3\n\nHow many\n````",
+        "",
+        "",
+        "````{py:data} Walk\n:value: Callable[[Tensor], int]\n\n\n````",
+        "````{py:data} LONG\n:type: dict[str, int]\n\n'a' is # one\n````",
+        "",
+    ]
 
 
 def test_signatures_show_the_defaults_that_a_caller_gets(tmp_path: Path) -> None:
@@ -464,6 +501,20 @@ def test_what_a_page_refers_to_has_a_preview(
     assert {"L", "M", "u_k"} <= set(texts["symbols"])
 
 
+def written(tree: ast.Module) -> set[str]:
+    """What a module defines or assigns, type variables left out."""
+    names = {n.name for n in tree.body if isinstance(n, api_reference.Definition)}
+    for node in tree.body:
+        match node:
+            case ast.Assign(value=ast.Call(func=ast.Name("TypeVar"))):
+                pass
+            case ast.Assign(targets=[ast.Name(name)]):
+                names.add(name)
+            case ast.AnnAssign(target=ast.Name(name)):
+                names.add(name)
+    return names
+
+
 @pytest.mark.end_to_end
 def test_reference_has_every_public_name(pages: dict[str, Page]) -> None:
     anchors = {a["id"] for _, a in pages["book/api"].tags if "id" in a}
@@ -471,10 +522,9 @@ def test_reference_has_every_public_name(pages: dict[str, Page]) -> None:
     for file in (ROOT / "diffussm").glob("[a-z]*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         public = api_reference.public(tree)
-        for node in tree.body:
-            if isinstance(node, api_reference.Definition) and node.name in public:
-                assert f"diffussm.{file.stem}.{node.name}" in anchors
-                assert f"#diffussm.{file.stem}.{node.name}" in index
+        for name in written(tree) & set(public):
+            assert f"diffussm.{file.stem}.{name}" in anchors
+            assert f"#diffussm.{file.stem}.{name}" in index
 
 
 @pytest.mark.end_to_end

@@ -8,8 +8,10 @@ text becomes a link to its entry, the first time in each section.
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 ROLES = {"ch": "ref", "eq": "eq", "fig": "numref", "tab": "numref"}
 NAMES = (addnodes.desc_name, addnodes.desc_addname)
 HEADINGS = ("Args", "Attributes", "Raises", "Returns", "Yields")
+SHORT = 100  # letters of a value that is shown
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -73,6 +76,7 @@ def linked(text: str, known: set[str]) -> str:
 def markdown(docstring: str) -> str:
     """A docstring in Google's style as Markdown: its sections become lists."""
     lines, inside = [], False
+    docstring = docstring.replace(" -> ", " → ")  # which no line break cuts
     for line in docstring.splitlines():
         heading = line.rstrip(":") if line.endswith(":") else ""
         item = re.match(r"    (\*{0,2}[\w., ]+): (.*)", line)
@@ -174,13 +178,16 @@ def signature(node: Definition, values: dict[str, ast.expr] | None = None) -> st
             if isinstance(member, ast.FunctionDef) and member.name == "__init__":
                 member.args.args = member.args.args[1:]
                 return f"({ast.unparse(plain.visit(member.args))})"
-        if "dataclass" not in decorators(node):
+        named = "NamedTuple" in map(ast.unparse, node.bases)
+        if not named and "dataclass" not in decorators(node):
             return ""
         found = [f for f in node.body if isinstance(f, ast.AnnAssign)]
         fields = (ast.unparse(plain.visit(f)) for f in found)
         return f"({', '.join(f for f in fields if 'ClassVar' not in f)})"
     returns = plain.annotation(node.returns)
     back = f" -> {ast.unparse(returns)}" if returns else ""
+    if "contextmanager" in decorators(node):  # what it yields is what `as` names
+        back = back.replace(" Iterator[", " AbstractContextManager[")
     return f"({ast.unparse(plain.visit(node.args))}){back}"
 
 
@@ -197,6 +204,30 @@ def members(node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
             yield member
 
 
+def remarks(source: str) -> dict[int, str]:
+    """The comments of a module by their line."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = (token for token in tokens if token.type == tokenize.COMMENT)
+    return {token.start[0]: token.string.lstrip("# ") for token in found}
+
+
+def constant(node: ast.stmt, names: list[str], said: dict[int, str]) -> str:
+    """A constant or a type in MyST, with its value if that is short; else ""."""
+    match node:
+        case ast.Assign(targets=[ast.Name(name)], value=ast.expr() as value):
+            kind = ""
+        case ast.AnnAssign(target=ast.Name(name), value=ast.expr() as value):
+            kind = f":type: {ast.unparse(node.annotation)}\n"
+        case _:
+            return ""
+    shown = ast.unparse(Plain({}).annotation(value) or value)
+    if name not in names or shown.startswith("TypeVar("):
+        return ""
+    options = kind + (f":value: {shown}\n" if len(shown) <= SHORT else "")
+    text = said.get(node.lineno, "")
+    return directive("data", name, text[:1].upper() + text[1:], options=options)
+
+
 def entry(node: Definition, values: dict[str, ast.expr] | None = None) -> str:
     """One definition in MyST; `values`: what private names stand for."""
     text = markdown(ast.get_docstring(node) or "")
@@ -207,22 +238,25 @@ def entry(node: Definition, values: dict[str, ast.expr] | None = None) -> str:
         how = set(decorators(member))
         if "staticmethod" not in how:  # self, or the class
             member.args.args = member.args.args[1:]
-        kind, said = "method", signature(member, values)
-        if {"property", "functools.cached_property"} & how:
-            kind, said = "property", ""
+        kind, said, options = "method", signature(member, values), ""
+        if {"property", "cached_property", "functools.cached_property"} & how:
+            kind, options = "property", f":type: {said.partition(' -> ')[2]}\n"
+            said = ""
         elif {"staticmethod", "classmethod"} & how:
             kind = "staticmethod" if "staticmethod" in how else "classmethod"
         text_of = markdown(ast.get_docstring(member) or "")
-        inner.append(directive(kind, f"{member.name}{said}", text_of, fence=4))
+        inner.append(directive(kind, f"{member.name}{said}", text_of, options=options))
     whole = "\n\n".join([text, *inner])
     return directive("class", node.name + signature(node, values), whole, fence=5)
 
 
-def directive(kind: str, argument: str, content: str, fence: int = 4) -> str:
+def directive(
+    kind: str, argument: str, content: str, fence: int = 4, options: str = ""
+) -> str:
     """A directive of Sphinx's domain for Python."""
     ticks = "`" * fence
     argument = " ".join(argument.split())
-    return f"{ticks}{{py:{kind}}} {argument}\n\n{content}\n{ticks}"
+    return f"{ticks}{{py:{kind}}} {argument}\n{options}\n{content}\n{ticks}"
 
 
 def definitions(source: str) -> list[str]:
@@ -265,16 +299,18 @@ class ApiReference(SphinxDirective):
 
     def module(self, path: Path, page: str) -> nodes.section:
         """One module's names, in the order of the file."""
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        tree, said = ast.parse(source), remarks(source)
         name, names, values = f"diffussm.{path.stem}", public(tree), constants(path)
         section = nodes.section("", nodes.title("", "", nodes.literal("", name)))
         section["ids"] = [nodes.make_id(f"api {name}")]
         shown = [
-            entry(node, values)
+            (entry(node, values) if node.name in names else "")
+            if isinstance(node, Definition)
+            else constant(node, names, said)
             for node in tree.body
-            if isinstance(node, Definition) and node.name in names
         ]
-        text = "\n\n".join([f"```{{py:module}} {name}\n```", *shown])
+        text = "\n\n".join([f"```{{py:module}} {name}\n```", *filter(None, shown)])
         for word, said in self.words.items():
             text = re.sub(rf"\b{word}\b", said, text)
         section += self.parse_text_to_nodes(linked(text, self.known))

@@ -55,9 +55,7 @@ export function block_cost(stage, { states, log_length, width, downsample, log_b
     const key = [
       ["dense maps", hue.blue], ["convolution", hue.sky], ["kernels", hue.green], ["attention", hue.orange],
     ];
-    const rows = wide < 400 ? [key.slice(0, 2), key.slice(2)] : [key]; // a phone has no room for four
-    rows.forEach((entries, k) => legend(pen, entries, { left: 12, top: 108 + 18 * k }));
-    const top = 122 + 18 * rows.length;
+    const top = 14 + legend(pen, key, { left: 12, top: 108, width: wide - 24 });
     const highest = Math.ceil(times(2 ** 14));
     const curve = axes(pen, {
       left: 50, top, width: wide - 70, height: tall - 45 - top, x: [6, 14], y: [0, highest],

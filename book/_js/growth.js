@@ -25,9 +25,10 @@ export function growth(stage, { k, steps, losses, moments, pixels }) {
     label: "The loss of the run, by quartile of the noise levels; a line marks the moment.",
     height: () => 250,
     draw: (pen, width, height) => {
-      legend(pen, Object.keys(losses).map((name, i) => [name, hues()[i]]), { left: 46, top: 3 });
+      const key = Object.keys(losses).map((name, i) => [name, hues()[i]]);
+      const top = 3 + legend(pen, key, { left: 46, top: 3, width: width - 66 });
       plot = axes(pen, {
-        left: 46, top: 24, width: width - 66, height: height - 64, x: [0, last], y: [lowest, 0],
+        left: 46, top, width: width - 66, height: height - top - 40, x: [0, last], y: [lowest, 0],
         labels: ["optimiser step", "log₁₀ of the squared error"],
       });
       plot.line([moments[k], moments[k]], [lowest, 0], colours().muted, 3);

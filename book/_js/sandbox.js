@@ -84,7 +84,8 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     const k = Math.round(done * steps);
     const level = k === steps ? 1 : table[timesteps(steps)[steps - 1 - k]];
     const field = axes(drawing, {
-      left: 40, top: 24, width: side, height: side, x: [-REACH, REACH], y: [-REACH, REACH], title,
+      left: 40, top: 24, width: side, height: side, x: [-REACH, REACH], y: [-REACH, REACH],
+      labels: ["first channel", "second channel"], title,
     });
     drawData(drawing, field, data, level, side / 2 / REACH);
     if (noise) {
@@ -95,7 +96,7 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     return field;
   };
   const top = panels(stage);
-  const height = (width) => panelSide(width) + 48;
+  const height = (width) => panelSide(width) + 62;
   const views = [
     canvas(top, {
       label: "Points that the exact score moves from noise to the painted data: paint here.",

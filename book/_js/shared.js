@@ -203,16 +203,23 @@ export function mosaic(pen, values, { left, top, size, colour }) {
   });
 }
 
-/** What the colours of `entries` [name, colour] stand for, in a row. */
-export function legend(pen, entries, { left, top }) {
+/** What the colours of `entries` [name, colour] stand for, in rows; says where they end. */
+export function legend(pen, entries, { left, top, width }) {
   pen.textAlign = "left";
+  let x = left;
   for (const [name, colour] of entries) {
+    const wide = pen.measureText(name).width + 17;
+    if (x > left && x + wide > left + width) {
+      x = left;
+      top += 18;
+    }
     pen.fillStyle = colour;
-    pen.fillRect(left, top, 12, 12);
+    pen.fillRect(x, top, 12, 12);
     pen.fillStyle = colours().text;
-    pen.fillText(name, left + 17, top + 11);
-    left += pen.measureText(name).width + 36;
+    pen.fillText(name, x + 17, top + 11);
+    x += wide + 19;
   }
+  return top + 18;
 }
 
 /**
