@@ -383,7 +383,7 @@ def environment() -> dict[str, str]:
     """What a reader needs to judge a number: processor, threads, versions (and the GPU
     if there is one).
     """
-    from diffussm.study_runs import processor  # here, for it costs seconds
+    from diffussm.resources import processor  # here, for it costs seconds
 
     machine = {
         "processor": processor(),

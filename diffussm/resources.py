@@ -3,9 +3,12 @@
 Generated from book/44_resources.md by `make export`: edit there.
 """
 
+import platform
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -25,6 +28,7 @@ __all__ = [
     "utilisation",
     "peak_flops",
     "PEAK_FLOPS",
+    "processor",
     "check_training",
 ]
 
@@ -134,6 +138,16 @@ PEAK_FLOPS = {
     # "NVIDIA Ada GPU Architecture", appendix A, with sums in float32
     "RTX 4090": 165e12,
 }
+
+
+@cache
+def processor() -> str:
+    """What this machine's processor calls itself."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def check_training(

@@ -145,12 +145,9 @@ def _list(
     only: str,
     known: list["Row"],
 ) -> int:
-    import torch
-
     from diffussm.study import runs_of
     from diffussm.study_runs import chosen, row_there, seconds_needed
 
-    torch.set_num_threads(1)  # as each process has
     left: dict[str, float] = {}
     for (question, name), runs in chosen(runs_of(asked, out), only).items():
         missing = [r for r in runs if row_there(r, out, asked.measure, known) is None]

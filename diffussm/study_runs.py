@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from diffussm.judge import judged, jury_of
 from diffussm.model import DiffuSSM
 from diffussm.options import diffusion_of
 from diffussm.parallel import check_gpu, create_state
+from diffussm.resources import processor
 from diffussm.runs import train
 from diffussm.study import Measure, Run, Study, as_asked, as_json, images_of, runs_of
 from diffussm.training import training_step
@@ -41,16 +42,13 @@ from diffussm.writers import read_log
 
 __all__ = [
     "Row",
-    "processor",
-    "Job",
+    "one_thread",
     "row_there",
-    "Planned",
     "chosen",
     "run_study",
     "write_rows",
     "read_rows",
     "seconds_needed",
-    "Rounds",
     "time_in_turns",
     "steps_of",
     "write_seconds",
@@ -60,6 +58,18 @@ __all__ = [
 Row = dict[str, Any]  # what is known of one run
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread, and then with as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row:
     """Train a run, or resume it, and measure it; RUN/result.json gets the row."""
     folder, (data, held_out) = out / "runs" / run.digest, images_of(run, out)
@@ -82,16 +92,6 @@ def _environment(device: str | None) -> dict[str, Any]:
     if (own := own_device(device)).type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(own)
     return machine | {"python": platform.python_version(), **versions()}
-
-
-@cache
-def processor() -> str:
-    """What this machine's processor calls itself."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _facts(run: Run) -> Row:
@@ -148,7 +148,6 @@ def _short(value: float | None) -> float | None:
 
 def _begin() -> None:
     """What a process of a study does first."""
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be killed at any moment
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -159,10 +158,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-Job = tuple[Run, Path, Measure, str | None]  # and the device
+_Job = tuple[Run, Path, Measure, str | None]  # and the device
 
 
-def _carried_out(jobs: list[Job], workers: int) -> Iterator[Row]:
+def _carried_out(jobs: list[_Job], workers: int) -> Iterator[Row]:
     """The rows of runs, in the order in which they are finished."""
     if workers == 1:
         yield from (_carry_out(*job) for job in jobs)
@@ -187,10 +186,10 @@ def row_there(
     return next((row for row in rows if as_asked(row, measure)), None)
 
 
-Planned = dict[tuple[str, str], list[Run]]  # by question and name
+_Planned = dict[tuple[str, str], list[Run]]  # by question and name
 
 
-def chosen(planned: Planned, only: str = "") -> Planned:
+def chosen(planned: _Planned, only: str = "") -> _Planned:
     """All runs of a study, or those of one "question, name"."""
     named = {f"{question}, {name}": (question, name) for question, name in planned}
     if not only:
@@ -225,7 +224,7 @@ def run_study(
     missing = [runs[name] for name in runs if name in wanted and rows[name] is None]
     for convolution in {run.execution.convolution for run in missing}:
         check_gpu(convolution, own_device(device))
-    jobs: list[Job] = [(run, out, study.measure, device) for run in missing]
+    jobs: list[_Job] = [(run, out, study.measure, device) for run in missing]
     file = out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     write_rows(file, filter(None, rows.values()))  # what ended just before a kill, too
@@ -272,6 +271,7 @@ def _stepper(run: Run, out: Path, asked: str | None = "cpu") -> Callable[[], flo
     return step
 
 
+@one_thread()
 def seconds_needed(run: Run, out: Path, measure: Measure, device: str | None) -> float:
     """An estimate of what a run takes on a device, from a few of its steps."""
     step, (_, held_out) = _stepper(run, out, device), images_of(run, out)
@@ -289,17 +289,17 @@ def _passes(run: Run, measure: Measure, images: int) -> int:
     return 2 * images * (looks + 1) + bound + 20 * drawn
 
 
-Rounds = list[dict[str, float]]  # in each, seconds by name
+_Rounds = list[dict[str, float]]  # in each, seconds by name
 
 
-def _apart(rounds: Rounds) -> float:
+def _apart(rounds: _Rounds) -> float:
     """How much the medians of even and odd rounds differ at most, relatively."""
     halves = [_medians(rounds[start::2]) for start in (0, 1)]
     pairs = [[half[name] for half in halves] for name in rounds[0]]
     return max(max(pair) / min(pair) - 1 for pair in pairs)
 
 
-def _medians(rounds: Rounds) -> dict[str, float]:
+def _medians(rounds: _Rounds) -> dict[str, float]:
     return {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
 
 
@@ -308,13 +308,13 @@ def time_in_turns(
     few: int = 20,
     many: int = 200,
     allowed: float = 0.05,
-) -> tuple[Rounds, dict[str, float]]:
+) -> tuple[_Rounds, dict[str, float]]:
     """Rounds in which each step is made, and the median seconds of each.
 
     Raises:
         ValueError: after `many` rounds the halves differ by more than is allowed.
     """
-    rounds: Rounds = []
+    rounds: _Rounds = []
     while len(rounds) < few or _apart(rounds) > allowed:
         told = f"after {many} rounds the halves differ by more than {allowed:.0%}: "
         told += "nothing was written; try again when less runs beside it"
@@ -336,10 +336,10 @@ def steps_of(study: Study) -> dict[str, Run]:
     return {each[0].step_name: each[0] for each in runs}
 
 
+@one_thread()
 def write_seconds(study: Study, out: Path) -> dict[str, float]:
     """Measure the steps of a study; its file `seconds` gets them, with the machine."""
     refuse(not study.seconds, "the study names no file for it, as 'seconds: FILE.json'")
-    torch.set_num_threads(1)  # as each process has
     runs = steps_of(study)
     rounds, found = time_in_turns({k: _stepper(run, out) for k, run in runs.items()})
     steps = {

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from processes import FORKS
 
 from diffussm import study_runs
@@ -292,6 +293,29 @@ def unsteady(steps):
 
 def once(steps):
     return time_in_turns(steps, few=2, allowed=1e9)
+
+
+def test_a_run_computes_with_one_thread_and_gives_the_others_back(
+    tmp_path, done, monkeypatch
+):
+    threads, used = torch.get_num_threads(), []
+    trained = study_runs.train
+
+    def noting(*args, **hooks):
+        used.append(torch.get_num_threads())
+        return trained(*args, **hooks)
+
+    monkeypatch.setattr(study_runs, "train", noting)
+    torch.set_num_threads(3)
+    try:
+        rows = run_study(STUDY, tmp_path, only="depth, one block")
+        assert used == [1, 1] and torch.get_num_threads() == 3
+        for run in steps_of(STUDY).values():
+            assert seconds_needed(run, tmp_path, STUDY.measure, "cpu") > 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert table(rows) == table(done[1][2:])
 
 
 def test_one_line_of_a_study_is_run_alone(tmp_path, done):
