@@ -5,7 +5,8 @@ blocks of XL width. Only few blocks, so that it fits into main memory; every blo
 the same. Rows: the share of the step that is no matrix product; the step of a DiT of
 the same width, depth and length; what the fused optimiser and the average in one call
 bring; what is gained if the kernels are built once for four micro-batches, and not for
-each; and what it costs in time, and brings in memory, to compute activations again.
+each; what one product for the two maps of the block's input would bring; and what it
+costs in time, and brings in memory, to compute activations again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.common import (
@@ -36,6 +38,7 @@ from benchmarks.references import awake, require_right
 from diffussm.batches import Batch, noise_at
 from diffussm.diffusion import GaussianDiffusion
 from diffussm.efficiency import DiT
+from diffussm.hourglass import HourglassBlock
 from diffussm.model import PRESETS, DiffuSSM, DiffuSSMConfig
 from diffussm.optimiser import parameter_groups, update_ema
 from diffussm.options import Execution, Recipe, diffusion_of
@@ -230,6 +233,37 @@ def micro_batch_pair(
     return for_each, once, require_agreement("once", for_each(), once(), 1e-5)
 
 
+def first_maps_pair(
+    block: HourglassBlock, batch: int, positions: int
+) -> tuple[Callable, Callable, float]:
+    """The two maps that read one input, with their GELU, forward and backward: as the
+    block has them, and as one product; and how much the gradients differ.
+    """
+    maps = block.w0, block.w1
+    parameters = [p for linear in maps for p in (linear.weight, linear.bias)]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, positions, block.w0.in_features, generator=generator)
+    x.requires_grad_()
+
+    def gradients(*outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(outputs, (x, *parameters), outputs)
+
+    def apart() -> tuple[torch.Tensor, ...]:
+        return gradients(*(F.gelu(linear(x)) for linear in maps))
+
+    def together() -> tuple[torch.Tensor, ...]:
+        weight = torch.cat([linear.weight for linear in maps])
+        bias = torch.cat([linear.bias for linear in maps])
+        both = F.gelu(F.linear(x, weight, bias))
+        return gradients(*both.split([linear.out_features for linear in maps], 2))
+
+    return (
+        apart,
+        together,
+        require_agreement("one product", apart(), together(), 1e-5),
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=__doc__.splitlines()[0]
@@ -310,6 +344,10 @@ def main(argv: list[str] | None = None) -> int:
         what = "kernels for each of four micro-batches against once for all"
         compare(what + told, each, once, 1.0)
         del each, once
+    apart, together, error = first_maps_pair(ours.blocks[0], B, L // config.downsample)
+    errors.append(error)
+    compare("W0 and W1 apart against as one product", apart, together, 1.0, 5 * runs)
+    del apart, together
     for what, make_pair in (
         ("AdamW, operation by operation, against fused", optimizer_pair),
         ("average, parameter by parameter, against foreach", average_pair),

@@ -593,8 +593,8 @@ def test_records_older_than_their_code_are_named_with_their_dates() -> None:
     old = dict(re.findall(r"^\| `(\w+)` \| ([\d-]{10}) \|", text, re.MULTILINE))
     assert old == {name: results(name)["environment"]["date"] for name in old}
     measured = [row["what"] for row in results("train_step")["rows"]]
-    lacks = not any(what.startswith("noise of a batch") for what in measured)
-    assert ("train_step" in old and "*noise of a batch*" in text) == lacks
+    lacks = not any(what.startswith("W0 and W1") for what in measured)
+    assert ("train_step" in old and "*W0 and W1" in text) == lacks
     assert "gpu" in old
 
 

@@ -546,11 +546,21 @@ def tab(browser: Any, pages: dict[str, Page]) -> Iterator[Any]:
     tab.on(
         "console", lambda m: tab.complaints.append(m.text) if m.type == "error" else 0
     )
+    tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
     tab.goto((HTML / "book" / "13_bidirectional.html").as_uri())
     tab.evaluate("() => MathJax.startup.promise")
     yield tab
     assert tab.complaints == []
     tab.close()
+
+
+@pytest.mark.end_to_end
+def test_search_in_files_finds_and_asks_for_nothing_else(tab: Any) -> None:
+    tab.goto((HTML / "search.html").as_uri() + "?q=state")
+    tab.locator("#search-results li a").first.wait_for()
+    tab.wait_for_function(
+        "/found/.test(document.querySelector('.search-summary')?.textContent)"
+    )
 
 
 @pytest.mark.end_to_end

@@ -22,10 +22,11 @@ export function bill(stage, { recipes, cards, recipe, card, gpus, percent, price
     const whole = spent.reduce((a, [, b]) => a + b, 0);
     pen.fillStyle = hue.text;
     pen.textAlign = "left";
+    const { font } = pen;
     pen.font = "600 17px sans-serif";
     const euros = Math.round(whole * gpus * price).toLocaleString("en");
     pen.fillText(`${(whole / 24).toFixed(1)} days, ${euros} EUR`, 12, 22);
-    pen.font = "13px sans-serif";
+    pen.font = font;
     const longest = Math.max(...spent.map(([, time]) => time));
     spent.forEach(([what, time], k) => {
       const top = 46 + 42 * k;
@@ -36,7 +37,7 @@ export function bill(stage, { recipes, cards, recipe, card, gpus, percent, price
     });
     const counts = Array.from({ length: 64 }, (_, k) => k + 1);
     const days = counts.map((n) => (whole * gpus) / n / 24);
-    const top = Math.ceil(days[3]);
+    const top = Math.ceil(Math.max(days[3], (1.1 * whole) / 24)); // the dot is within
     const curve = axes(pen, {
       left: 50, top: 180, width: wide - 70, height: tall - 225, x: [1, 64], y: [0, top],
       labels: ["GPUs", "days"],

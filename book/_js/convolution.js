@@ -105,7 +105,10 @@ export function convolution(stage, { kind, place, turns, decay, frequency, padde
   });
   slider(controls, {
     label: "place", min: 0, max: LENGTH - 1, step: 1, value: place,
-    change: (value) => { place = value; begin(kind); },
+    change: (value) => {
+      place = value;
+      begin(list.value = kind === "drawn" ? "kick" : kind); // a drawing has no place
+    },
   });
   slider(controls, {
     label: "turns of the wave", min: 0, max: 16, step: 1, value: turns,

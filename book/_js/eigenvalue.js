@@ -7,6 +7,7 @@ import { discretize, kernel } from "./state_space.js";
 const REAL = [-3, 0.5];
 const IMAG = [0, 100];
 const LAGS = 96; // of the kernel that are drawn one by one
+const ROUNDING = 1e-12; // what is nearer to 1 than this is 1
 const RULES = [["ZOH", "zero-order hold"], ["bilinear", "bilinear rule"]];
 
 /** `longest`: the largest step. With `n` S4D-Lin is shown too, with `width` the fold. */
@@ -18,9 +19,10 @@ export function eigenvalue(stage, { real, imag, dt, longest, rule, n, width }) {
     for (const view of views) view.redraw();
     const [dA] = step();
     const size = Math.hypot(...dA);
-    const steps = Math.abs(Math.log(2) / Math.log(size));
-    const text = size < 1 ? "half is forgotten" : "it doubles";
-    const when = Number.isFinite(steps) ? `${text} after ${digits(steps)} steps` : "it stays";
+    const growth = Math.log(size);
+    const text = growth < 0 ? "half is forgotten" : "it doubles";
+    const steps = Math.abs(Math.log(2) / growth);
+    const when = Math.abs(growth) > ROUNDING ? `${text} after ${digits(steps)} steps` : "it stays";
     told(`Ā = ${digits(dA[0])} ${dA[1] < 0 ? "−" : "+"} ${digits(Math.abs(dA[1]))} i, ` +
       `|Ā| = ${size.toFixed(3)}: ${when}`);
   };
@@ -49,14 +51,15 @@ export function eigenvalue(stage, { real, imag, dt, longest, rule, n, width }) {
     draw: (pen, wide, tall) => {
       const hue = colours();
       const side = Math.min(wide - 58, tall - 64);
+      const [[a, b]] = step();
+      const far = Math.max(1.2, Math.ceil(11 * Math.hypot(a, b)) / 10); // if it is outside
       const disc = axes(pen, {
         left: 46 + (wide - 58 - side) / 2, top: 24, width: side, height: side,
-        x: [-1.2, 1.2], y: [-1.2, 1.2], labels: ["Re Ā", "Im Ā"],
+        x: [-far, far], y: [-far, far], labels: ["Re Ā", "Im Ā"],
         title: "after a step: Ā",
       });
       drawDisc(pen, disc, hue);
       for (const A of states()) disc.dot(...step(A)[0], hue.orange, 3);
-      const [[a, b]] = step();
       if (imag > 0) disc.dot(a, -b, hue.muted, 3);
       disc.dot(a, b, hue.blue, 8);
     },

@@ -5,6 +5,8 @@ import { ModelClient } from "./model_client.js";
 import { board, imagesOf, shownSteps, strip } from "./pixels.js";
 import { button, choice, row, slider, still } from "./shared.js";
 
+const LARGEST_SEED = 999999;
+
 /**
  * `label`, `seed`, `steps`, `guidance` and `method` are where the controls begin;
  * `strip` is a digit that was drawn when the page was made; `auto`: draw one at once.
@@ -32,6 +34,8 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
     model.ask(drawing ? { ...asked, image: drawing, noisiest } : asked);
   };
 
+  const wish = () => (asked.guidance > 0 ? `a ${asked.label}` : "any digit, as guidance 0 asks for none");
+
   const goOn = () => {
     drawing ??= big.image();
     ask({});
@@ -40,7 +44,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
   const drawn = (image) => {
     drawing = image;
     model.cancel();
-    say("drawn", "Your drawing. Let the model go on from it, at some level of noise.");
+    say("drawn", `Your drawing. Let the model go on from it to ${wish()}; a digit's button begins anew.`);
   };
 
   const model = new ModelClient(({ t, taken, steps, before, x, image, last }) => {
@@ -48,9 +52,10 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
     if (still() && !last) return; // only what comes of it
     big.show(x);
     small.show(columns);
-    const what = drawing ? "going on from the drawing" : `drawing a ${asked.label}`;
-    say("drawing", `${what}, at noise level t = ${t}`);
-    if (last) say("done", drawing ? "What the drawing became." : `A ${asked.label}.`);
+    const what = drawing ? "going on from the drawing to" : "drawing";
+    say("drawing", `${what} ${wish()}, at noise level t = ${t}`);
+    const outcome = drawing ? `What the drawing became, asked for ${wish()}.` : `${wish()}.`.replace(/^a/, "A");
+    if (last) say("done", outcome);
   }, ({ message }) => say("failed", `The model failed: ${message}. Ask again to restart it.`));
 
   stage.classList.add("live-model");
@@ -82,6 +87,7 @@ export function liveModel(stage, { strip: prepared, auto, ...first }) {
     change(t) {
       noisiest = t;
       if (drawing) ask({});
+      else status.textContent = `From t = ${t} the model would go on, once it is asked to.`;
     },
   });
   button(byHand, { label: "Go on from the drawing", press: goOn });
@@ -112,8 +118,8 @@ function controls(parent, asked, ask) {
   const noise = row(parent);
   const seed = numberField(noise, "seed", asked.seed, (value) => ask({ seed: value }));
   const press = () => {
-    seed.value = asked.seed + 1;
-    ask({ seed: asked.seed + 1 });
+    seed.value = (asked.seed + 1) % (LARGEST_SEED + 1);
+    ask({ seed: Number(seed.value) });
   };
   button(noise, { label: "Other noise", press });
   choice(noise, {
@@ -146,9 +152,13 @@ function numberField(parent, label, value, change) {
   const box = part(parent, "label", "");
   part(box, "span", "").textContent = label;
   const field = part(box, "input", "");
-  Object.assign(field, { type: "number", min: 0, max: 999999, step: 1, value });
-  const number = () => Math.max(0, Math.floor(field.valueAsNumber || 0));
-  field.addEventListener("change", () => change(number()));
+  const limits = { min: 0, max: LARGEST_SEED, step: 1 };
+  Object.assign(field, { type: "number", autocomplete: "off", ...limits, value });
+  const within = (number) => Math.max(0, Math.min(LARGEST_SEED, Math.floor(number || 0)));
+  field.addEventListener("change", () => {
+    field.value = within(field.valueAsNumber); // or it would show what is not used
+    change(Number(field.value));
+  });
   return field;
 }
 

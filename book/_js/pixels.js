@@ -77,6 +77,7 @@ export function board(parent, { label, drawn, at, enter }) {
   let image = new Float32Array(SIDE ** 2).fill(-1);
   let cursor = null; // the pixel that the keyboard is at
   let ink = null; // what is being drawn, while a finger is down
+  let last = null; // where it has been last
   const view = canvas(parent, {
     label,
     height: (width) => width,
@@ -102,12 +103,20 @@ export function board(parent, { label, drawn, at, enter }) {
   const within = (place) => Math.max(0, Math.min(SIDE - 1, Math.floor(place)));
   const draw = (x, y) => {
     const edge = view.element.clientWidth / SIDE;
-    const pixel = within(y / edge) * SIDE + within(x / edge);
+    const here = [x / edge, y / edge];
+    const from = last ?? here;
+    const apart = Math.max(...here.map((to, k) => Math.abs(to - from[k])));
+    const parts = Math.max(1, Math.ceil(2 * apart)); // half a pixel each: a quick hand leaves none out
     cursor = null;
-    ink ??= opposite(pixel);
-    if (image[pixel] !== ink) turn(pixel, ink);
+    for (let k = 1; k <= parts; k++) {
+      const [column, line] = here.map((to, i) => within(from[i] + ((to - from[i]) * k) / parts));
+      const pixel = line * SIDE + column;
+      ink ??= opposite(pixel);
+      if (image[pixel] !== ink) turn(pixel, ink);
+    }
+    last = here;
   };
-  drag(view.element, draw, () => { ink = null; });
+  drag(view.element, draw, () => { ink = last = null; });
 
   const tell = () => {
     view.redraw();

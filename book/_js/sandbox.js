@@ -8,6 +8,7 @@ import { animate, axes, button, canvas, choice, colours, panels, row, say, slide
 
 const POINTS = 400;
 const REACH = 2.2; // of the axes
+const MOST = 80; // clusters
 const STEPS = 4000; // of training
 const PAUSE = 500; // steps of training between two pictures
 const SECONDS = 4; // that the points take to arrive
@@ -154,7 +155,10 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   button(actions, {
     label: "train the network",
     press: () => {
-      if (!data.blobs.length) return;
+      if (!data.blobs.length) {
+        news("There is nothing to learn: nothing is painted.");
+        return;
+      }
       const source = random(2);
       const sample = drawPoints(data.blobs, data.spread, 2000, source);
       pupil = { ...trainer(sample, table, source, { steps: STEPS }), trained: 0 };
@@ -166,7 +170,10 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
     },
   });
   const news = say(stage);
-  const tell = () => news(pupil ? `The network has done ${pupil.trained} of ${STEPS} steps.` : "");
+  const tell = () => {
+    const empty = data.blobs.length ? "" : "Nothing is painted: paint on the left, or choose a shape.";
+    news(pupil ? `The network has done ${pupil.trained} of ${STEPS} steps.` : empty);
+  };
 
   /** Some milliseconds of training, then a breath for whatever else the page has to do. */
   const train = (learner) => {
@@ -194,7 +201,11 @@ export function sandbox(stage, { method, steps, w, centres, weights, groups, spr
   let last = null; // where the brush has been last
   const brush = (px, py) => {
     const [x, y] = paper.of(px, py);
-    if (Math.max(Math.abs(x), Math.abs(y)) >= REACH || data.blobs.length >= 80) return;
+    if (Math.max(Math.abs(x), Math.abs(y)) >= REACH) return;
+    if (data.blobs.length >= MOST) {
+      news(`More than ${MOST} clusters would be slow: erase them to paint others.`);
+      return;
+    }
     if (last && Math.hypot(x - last[0], y - last[1]) < data.spread) return;
     last = [x, y];
     const blob = { x, y, weight: 1, group: paint };

@@ -43,7 +43,7 @@ export function canvas(parent, { label, height, draw }) {
     element.height = Math.round(tall * scale);
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, tall);
-    pen.font = "13px sans-serif";
+    pen.font = `${width < 300 ? 12 : 13}px sans-serif`;
     pen.lineWidth = 1.6;
     pen.lineJoin = "round";
     draw(pen, width, tall);
@@ -143,6 +143,7 @@ function named(parent, label, kind) {
   const text = document.createElement("span");
   text.textContent = label;
   const control = document.createElement(kind);
+  control.autocomplete = "off"; // who comes back to a page finds where the picture begins
   box.append(text, control);
   parent.append(box);
   return [box, control];
@@ -160,6 +161,7 @@ export function drag(element, move, end = () => {}) {
     move(event.clientX - box.left, event.clientY - box.top);
   };
   element.addEventListener("pointerdown", (event) => {
+    if (event.button || !event.isPrimary) return; // a menu, or a second finger
     element.setPointerCapture(event.pointerId);
     tell(event);
   });

@@ -34,22 +34,38 @@ export function spring(stage, { omega, gamma }) {
     view.redraw();
   };
 
+  /** Once pushed, some time ago. */
+  const begin = () => {
+    [state, time, trace, pushes] = [[1, 0], 0, [], [0]];
+    for (let k = 0; k < 60; k++) pass(SECONDS / 200);
+  };
+  /** Where nothing moves, what another spring would do has to be asked anew. */
+  const change = (what) => {
+    what();
+    if (still()) begin();
+    view.redraw();
+  };
+
   const draw = (pen, width, height) => {
     const hue = colours();
     const stacked = width < 560;
-    const side = stacked ? Math.min(width * 0.5, 190) : height - 70;
+    const side = stacked ? Math.min(width * 0.5, width - 150, 190) : height - 70;
     const since = time - (pushes.at(-1) ?? -9);
     mass = drawMass(pen, {
       left: stacked ? Math.max(8, width / 2 - side / 2 - 110) : 8, top: 24, height: side,
       here: position(state) * scale(), pushed: since < 0.25 && !still(), hue,
     });
     const left = stacked ? mass.right + 52 : 150;
+    const seen = trace.map(([, z]) => position(z) * scale());
+    const within = (least, values) => Math.max(least, Math.ceil(Math.max(...values.map(Math.abs))));
+    const far = within(2, trace.map(([, z]) => Math.hypot(...z))); // after many pushes
+    const high = within(1, seen);
     const plane = axes(pen, {
       left, top: 24, width: side, height: side,
-      x: [-2, 2], y: [-2, 2], labels: ["Re z", "Im z"], title: "state z",
+      x: [-far, far], y: [-far, far], labels: ["Re z", "Im z"], title: "state z",
     });
-    plane.line([-2, 2], [0, 0], hue.line, 1);
-    plane.line([0, 0], [-2, 2], hue.line, 1);
+    plane.line([-far, far], [0, 0], hue.line, 1);
+    plane.line([0, 0], [-far, far], hue.line, 1);
     const tail = trace.filter(([then]) => then > time - 0.5).map(([, z]) => z);
     plane.line(tail.map((z) => z[0]), tail.map((z) => z[1]), hue.sky, 2);
     plane.dot(...state, hue.blue, 6);
@@ -57,14 +73,13 @@ export function spring(stage, { omega, gamma }) {
     const output = axes(pen, {
       left: start, top: stacked ? side + 90 : 24, width: width - start - 16,
       height: stacked ? height - side - 130 : side,
-      x: [-SECONDS, 0], y: [-1, 1], labels: ["seconds before now", "y"],
+      x: [-SECONDS, 0], y: [-high, high], labels: ["seconds before now", "y"],
       title: "output y, pushes in orange",
     });
     output.line([-SECONDS, 0], [0, 0], hue.line, 1);
     for (const then of pushes) {
-      output.line([then - time, then - time], [-1, -0.7], hue.orange, 4);
+      output.line([then - time, then - time], [-high, -0.7 * high], hue.orange, 4);
     }
-    const seen = trace.map(([, z]) => position(z) * scale());
     output.line(trace.map(([then]) => then - time), seen, hue.blue, 2);
   };
   const view = canvas(stage, {
@@ -77,12 +92,12 @@ export function spring(stage, { omega, gamma }) {
   slider(controls, {
     label: "damping γ", min: 0.05, max: 3, step: 0.05, value: gamma,
     format: (value) => `${value.toFixed(2)} / s`,
-    change: (value) => { gamma = value; view.redraw(); },
+    change: (value) => change(() => { gamma = value; }),
   });
   slider(controls, {
     label: "frequency ω / 2π", min: 3.2, max: 12.6, step: 0.1, value: omega,
     format: (value) => `${(value / (2 * Math.PI)).toFixed(2)} Hz`,
-    change: (value) => { omega = value; view.redraw(); },
+    change: (value) => change(() => { omega = value; }),
   });
   const over = (event) => event.offsetX < mass.right && event.offsetY < mass.bottom;
   view.element.addEventListener("pointermove", (event) => {
@@ -93,7 +108,7 @@ export function spring(stage, { omega, gamma }) {
     pusher.focus({ preventScroll: true }); // the space bar goes on pushing
     push();
   });
-  for (let k = 0; k < 60; k++) pass(SECONDS / 200); // it has just been pushed
+  begin();
   if (!still()) animate(view.element, (seconds) => { pass(seconds); view.redraw(); });
 }
 
