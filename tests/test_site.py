@@ -289,18 +289,19 @@ def test_a_property_has_its_type() -> None:
 
 def test_constants_and_types_are_shown_with_what_a_comment_says() -> None:
     source = (
-        "N = 3  # how many\nM = 4\nT = TypeVar('T')\n"
+        "N = 3  # how many\nM = 4\nT = TypeVar('T')\nFILE = 'a-05 b'\n"
         "Walk = Callable[['Tensor'], int]\nLONG: dict[str, int] = {  # 'a' is # one\n"
         + "".join(f"    'key{k}': {k},\n" for k in range(20))
         + "}\nx.y = 3\n"
     )
-    names = ["N", "T", "Walk", "LONG", "y"]
+    names = ["N", "T", "FILE", "Walk", "LONG", "y"]
     said = api_reference.remarks(source)
     shown = [api_reference.constant(n, names, said) for n in ast.parse(source).body]
     assert shown == [
         "````{py:data} N\n:value: 3\n\nHow many\n````",
         "",
         "",
+        "````{py:data} FILE\n:value: 'a-05 b'\n\n\n````",
         "````{py:data} Walk\n:value: Callable[[Tensor], int]\n\n\n````",
         "````{py:data} LONG\n:type: dict[str, int]\n\n'a' is # one\n````",
         "",

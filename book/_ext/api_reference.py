@@ -220,7 +220,8 @@ def constant(node: ast.stmt, names: list[str], said: dict[int, str]) -> str:
             kind = f":type: {ast.unparse(node.annotation)}\n"
         case _:
             return ""
-    shown = ast.unparse(Plain({}).annotation(value) or value)
+    of_types = isinstance(value, ast.Subscript | ast.BinOp)
+    shown = ast.unparse((of_types and Plain({}).annotation(value)) or value)
     if name not in names or shown.startswith("TypeVar("):
         return ""
     options = kind + (f":value: {shown}\n" if len(shown) <= SHORT else "")
