@@ -42,7 +42,6 @@ from diffussm.writers import read_log
 
 __all__ = [
     "Row",
-    "one_thread",
     "row_there",
     "chosen",
     "run_study",
@@ -59,7 +58,7 @@ Row = dict[str, Any]  # what is known of one run
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Let PyTorch compute with one thread, and then with as many as before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,7 +68,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@one_thread()
+@_one_thread()
 def _carry_out(run: Run, out: Path, measure: Measure, device: str | None) -> Row:
     """Train a run, or resume it, and measure it; RUN/result.json gets the row."""
     folder, (data, held_out) = out / "runs" / run.digest, images_of(run, out)
@@ -271,7 +270,7 @@ def _stepper(run: Run, out: Path, asked: str | None = "cpu") -> Callable[[], flo
     return step
 
 
-@one_thread()
+@_one_thread()
 def seconds_needed(run: Run, out: Path, measure: Measure, device: str | None) -> float:
     """An estimate of what a run takes on a device, from a few of its steps."""
     step, (_, held_out) = _stepper(run, out, device), images_of(run, out)
@@ -336,7 +335,7 @@ def steps_of(study: Study) -> dict[str, Run]:
     return {each[0].step_name: each[0] for each in runs}
 
 
-@one_thread()
+@_one_thread()
 def write_seconds(study: Study, out: Path) -> dict[str, float]:
     """Measure the steps of a study; its file `seconds` gets them, with the machine."""
     refuse(not study.seconds, "the study names no file for it, as 'seconds: FILE.json'")
