@@ -65,9 +65,10 @@ def opened(tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
     for tab in tabs:
         assert tab.complaints == []
         for theme, ground in (("light", "#ffffff"), ("dark", DARK)):
-            tab.evaluate("inks.clear()")
-            turn = "name => { document.documentElement.dataset.theme = name; }"
-            tab.evaluate(turn, theme)
+            root = (
+                "document.documentElement"  # at once: a picture may be due in between
+            )
+            tab.evaluate(f"(t) => {{ inks.clear(); {root}.dataset.theme = t; }}", theme)
             drawn(tab)
             inks = tab.evaluate("[...inks]")
             assert inks, "nothing is written"
