@@ -65,10 +65,9 @@ def opened(tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
     for tab in tabs:
         assert tab.complaints == []
         for theme, ground in (("light", "#ffffff"), ("dark", DARK)):
-            root = (
-                "document.documentElement"  # at once: a picture may be due in between
-            )
-            tab.evaluate(f"(t) => {{ inks.clear(); {root}.dataset.theme = t; }}", theme)
+            # at once: a picture may be due in between
+            turn = "document.documentElement.dataset.theme = theme"
+            tab.evaluate(f"theme => {{ inks.clear(); {turn}; }}", theme)
             drawn(tab)
             inks = tab.evaluate("[...inks]")
             assert inks, "nothing is written"

@@ -257,20 +257,25 @@ def test_labels_in_docstrings_become_references() -> None:
     )
 
 
+def parsed(source: str) -> list[api_reference.Definition]:
+    """The functions and classes that a text defines."""
+    body = ast.parse(source).body
+    return [node for node in body if isinstance(node, api_reference.Definition)]
+
+
 def test_signatures_are_those_of_the_code() -> None:
     source = (
         "@dataclass(frozen=True)\nclass A:\n    x: int\n    y: str = 'a'\n\n"
         "class B:\n    def __init__(self, n: int) -> None: ...\n\n"
         "def f(x: 'A', *, n=3) -> list[int]: ..."
     )
-    a, b, f = ast.parse(source).body
-    said = [api_reference.signature(node) for node in (a, b, f)]  # type: ignore[arg-type]
+    said = list(map(api_reference.signature, parsed(source)))
     assert said == ["(x: int, y: str = 'a')", "(n: int)", "(x: A, *, n=3) -> list[int]"]
     source = (
         "class A(NamedTuple):\n    x: int\n\n"
         "@contextmanager\ndef f() -> Iterator[int]: ..."
     )
-    said = [api_reference.signature(node) for node in ast.parse(source).body]  # type: ignore[arg-type]
+    said = list(map(api_reference.signature, parsed(source)))
     assert said == ["(x: int)", "() -> AbstractContextManager[int]"]
     cell = "@method_of(A)\ndef g(self): ...\n\ndef _h(): ...\n\nclass C: ..."
     assert api_reference.definitions(cell) == ["C"]
@@ -281,8 +286,7 @@ def test_a_property_has_its_type() -> None:
         "class A:\n    @cached_property\n"
         "    def n(self) -> int:\n        'How (a) -> (b).'\n"
     )
-    (a,) = ast.parse(source).body
-    assert isinstance(a, ast.ClassDef)
+    (a,) = parsed(source)
     text = api_reference.entry(a)
     assert "{py:property} n\n:type: int\n\nHow (a) → (b).\n" in text
 
@@ -319,9 +323,7 @@ def test_signatures_show_the_defaults_that_a_caller_gets(tmp_path: Path) -> None
         "def f(a: _Part, b=_BEST, c=WHITE, d=_LONG) -> tuple[T, 'B']: ..."
     )
     values = api_reference.constants(tmp_path / "a.py")
-    *_, a, f = ast.parse((tmp_path / "a.py").read_text()).body
-    assert isinstance(a, ast.ClassDef)
-    assert isinstance(f, ast.FunctionDef)
+    a, f = parsed((tmp_path / "a.py").read_text())
     assert api_reference.signature(a, values) == (
         "(m: float, n: int = 2, k: dict = {}, c: Literal['T'] | Sequence[B] = 'a')"
     )

@@ -301,17 +301,17 @@ class ApiReference(SphinxDirective):
     def module(self, path: Path, page: str) -> nodes.section:
         """One module's names, in the order of the file."""
         source = path.read_text(encoding="utf-8")
-        tree, said = ast.parse(source), remarks(source)
+        tree, comments = ast.parse(source), remarks(source)
         name, names, values = f"diffussm.{path.stem}", public(tree), constants(path)
         section = nodes.section("", nodes.title("", "", nodes.literal("", name)))
         section["ids"] = [nodes.make_id(f"api {name}")]
-        shown = [
-            (entry(node, values) if node.name in names else "")
-            if isinstance(node, Definition)
-            else constant(node, names, said)
-            for node in tree.body
-        ]
-        text = "\n\n".join([f"```{{py:module}} {name}\n```", *filter(None, shown)])
+        shown = [f"```{{py:module}} {name}\n```"]
+        for node in tree.body:
+            if not isinstance(node, Definition):
+                shown.append(constant(node, names, comments))
+            elif node.name in names:
+                shown.append(entry(node, values))
+        text = "\n\n".join(filter(None, shown))
         for word, said in self.words.items():
             text = re.sub(rf"\b{word}\b", said, text)
         section += self.parse_text_to_nodes(linked(text, self.known))

@@ -107,7 +107,8 @@ export function convolution(stage, { kind, place, turns, decay, frequency, padde
     label: "place", min: 0, max: LENGTH - 1, step: 1, value: place,
     change: (value) => {
       place = value;
-      begin(list.value = kind === "drawn" ? "kick" : kind); // a drawing has no place
+      if (kind === "drawn") list.value = "kick"; // a drawing has no place
+      begin(list.value);
     },
   });
   slider(controls, {

@@ -3,7 +3,7 @@
 
 import { ModelClient } from "./model_client.js";
 import { board, imagesOf, shownSteps, strip } from "./pixels.js";
-import { button, choice, row, slider, still } from "./shared.js";
+import { button, choice, named, row, slider, still } from "./shared.js";
 
 const LARGEST_SEED = 999999;
 
@@ -149,11 +149,8 @@ function part(parent, kind, name) {
 
 /** A field for a whole number. */
 function numberField(parent, label, value, change) {
-  const box = part(parent, "label", "");
-  part(box, "span", "").textContent = label;
-  const field = part(box, "input", "");
-  const limits = { min: 0, max: LARGEST_SEED, step: 1 };
-  Object.assign(field, { type: "number", autocomplete: "off", ...limits, value });
+  const [, field] = named(parent, label, "input");
+  Object.assign(field, { type: "number", min: 0, max: LARGEST_SEED, step: 1, value });
   const within = (number) => Math.max(0, Math.min(LARGEST_SEED, Math.floor(number || 0)));
   field.addEventListener("change", () => {
     field.value = within(field.valueAsNumber); // or it would show what is not used

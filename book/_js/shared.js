@@ -138,7 +138,8 @@ export function button(parent, { label, press }) {
   return element;
 }
 
-function named(parent, label, kind) {
+/** A control with its name: the box of both, and the control. */
+export function named(parent, label, kind) {
   const box = document.createElement("label");
   const text = document.createElement("span");
   text.textContent = label;
