@@ -36,8 +36,9 @@ _LOG = logging.getLogger("diffussm.files")
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """A draft beside `path` that takes its place when the block ends well."""
+    path = Path(path)
     refuse(path.is_dir(), f"{path} is a folder: name a file", IsADirectoryError)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -6,6 +6,7 @@ Generated from book/59_neighbours.md by `make export`: edit there.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +100,22 @@ def find_copies(
     count: int = 1000,
     features: str = "pixels",
     size: int | None = None,
+    exif_rotate: bool = False,
     mirrored: bool = False,
 ) -> tuple[Pairs, Pairs, dict[str, Any]]:
     """Pairs of samples and of held-out images with training images, and what they say.
 
     Of both sets as many are taken, `count` at the most, chosen by what they show.
+    `size` and `exif_rotate` hold for all three sets, as for `ImageSet`.
     Raises ValueError, OSError as `ImageSet` does, and for an unfinished set of samples.
     """
     facts_of(samples)
     extractor = named_features(features)
-    sets = [_chosen(ImageSet(one, size), count) for one in (samples, held_out)]
+    cropped = partial(ImageSet, size=size, exif_rotate=exif_rotate)
+    sets = [_chosen(cropped(one), count) for one in (samples, held_out)]
     fewest = min(map(len, sets))
     found = [
-        nearest_pairs(
-            images[:fewest], ImageSet(train, size).batches(), extractor, mirrored
-        )
+        nearest_pairs(images[:fewest], cropped(train).batches(), extractor, mirrored)
         for images in sets
     ]
     told = {"features": extractor.name, "images": fewest, "mirrored": mirrored}
@@ -139,7 +141,9 @@ def _summed(pairs: Pairs) -> dict[str, float]:
     return {"least": float(least), "median": float(median), "mean": float(mean)}
 
 
-def save_sheet(samples: Pairs, held_out: Pairs, path: Path, rows: int = 10) -> None:
+def save_sheet(
+    samples: Pairs, held_out: Pairs, path: str | Path, rows: int = 10
+) -> None:
     """The nearest pairs of both as one PNG, samples on the left."""
     both = [(x, x.distance.argsort(stable=True)[:rows]) for x in (samples, held_out)]
     columns = [x[i] for pairs, i in both for x in (pairs.images, pairs.nearest)]

@@ -98,7 +98,7 @@ def _labelled(picture: Image.Image, words: Sequence[str]) -> Image.Image:
 
 
 def save_grid(
-    images: Tensor, columns: int, path: Path, words: Sequence[str] = ()
+    images: Tensor, columns: int, path: str | Path, words: Sequence[str] = ()
 ) -> None:
     """Write images (n, C, H, W) in [-1, 1] row by row as one PNG, words beside them."""
     picture = _labelled(_arranged(images, columns), words)

@@ -266,6 +266,7 @@ def neighbours(
     features: Literal["pixels", "random"] = "pixels",
     count: PositiveInt = 1000,
     size: PositiveInt | None = None,
+    exif_rotate: bool = False,
     mirrored: bool = False,
     out: Path | None = None,
 ) -> int:
@@ -282,6 +283,7 @@ def neighbours(
         features: of what distances are: pixels (means of fields), random filters
         count: so many samples are looked at, at the most
         size: crop images to size x size, as ADM does
+        exif_rotate: turn photographs as their EXIF tag says, as such a run sees them
         mirrored: compare with mirrored training images too, as a run with --flip sees
         out: a .json file to write
     """
@@ -292,7 +294,7 @@ def neighbours(
     from diffussm.plain_scores import real_images
 
     how: dict[str, Any] = {"features": features, "count": count}
-    how |= {"size": size, "mirrored": mirrored}
+    how |= {"size": size, "exif_rotate": exif_rotate, "mirrored": mirrored}
     with interruptible(nothing_kept):
         real = real_images(train), real_images(held_out)
         drawn, others, told = find_copies(samples, *real, **how)

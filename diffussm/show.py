@@ -82,13 +82,13 @@ class History:
         return {name: one for name, one in found.items() if one[1]}
 
 
-def read_history(run: Path) -> History:
+def read_history(run: str | Path) -> History:
     """The history of the run in a folder.
 
     Raises:
         FileNotFoundError, ValueError: no run, or its configuration is damaged.
     """
-    expect_there(run / "config.json", "that of a training run")
+    run = expect_there(Path(run, "config.json"), "that of a training run").parent
     return History(run, read_run(run), *read_log(run / "log.jsonl"))
 
 
@@ -217,7 +217,7 @@ def _figure(history: History) -> Any:
     return figure
 
 
-def draw_history(history: History, out: Path) -> None:
+def draw_history(history: History, out: str | Path) -> None:
     """Write losses, learning rate, speed and the newest samples as one PNG.
 
     Raises:

@@ -163,14 +163,14 @@ class Study:
         refuse(timed and not self.seconds, told)
 
 
-def read_study(file: Path) -> Study:
+def read_study(file: str | Path) -> Study:
     """The study that a YAML file describes.
 
     Raises:
         ValueError: it is none; the message names the question.
         FileNotFoundError: there is no such file.
     """
-    expect_there(file, "the YAML file of a study")
+    file = expect_there(Path(file), "the YAML file of a study")
     with explain(f"{file} is no study", ValueError, YAMLError):
         values = read_yaml(file)
         asked: Any = values.get("questions")

@@ -55,9 +55,8 @@ def study(
     from diffussm.study import read_study
 
     refuse(list_ + time + report > 1, "give one of --list, --time and --report")
-    given = {"--only": only, "--quick": quick, "--known": known}
-    for name in (name for name, value in given.items() if value):
-        refuse(time or report, f"{name} is for runs and --list")
+    for name, value in {"--only": only, "--quick": quick, "--known": known}.items():
+        refuse(value and (time or report), f"{name} is for runs and --list")
     check_device(device)
     asked = read_study(file)
     asked = replace(asked, seeds=1) if quick else asked

@@ -241,8 +241,9 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(file: str | Path) -> list[Row]:
     """The rows in a file of JSON lines; none if there is no such file."""
+    file = Path(file)
     if not file.exists():
         return []
     with explain(f"{file} has no JSON lines", ValueError):

@@ -48,6 +48,18 @@ def test_mirrored_copies_are_found_if_asked_for():
     assert found.distance == 0 and torch.equal(found.nearest, image)
 
 
+def test_photographs_are_turned_if_the_run_turned_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    (photograph,) = pictures(1)
+    picture = Image.fromarray(photograph.permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "photograph.png", exif=exif)
+    copy, other = [photograph.flip(1, 2)[None]], [pictures(1, 1)]
+    for turned in (False, True):
+        found, _, _ = find_copies(copy, tmp_path, other, exif_rotate=turned)
+        assert (found.distance == 0) == turned
+
+
 def test_an_unfinished_set_is_refused(tmp_path):
     (tmp_path / "samples.json").write_text('{"complete": false}')
     Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")

@@ -65,7 +65,7 @@ def test_kernels_are_exact_whatever_the_samples_are_drawn_in():
 
 def test_a_grid_shows_each_image_in_its_place(tmp_path):
     images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 3, 48, 48)
-    save_grid(images, 3, tmp_path / "grid.png")
+    save_grid(images, 3, str(tmp_path / "grid.png"))
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 52, 3 * 52, 3)
     seen = [grid[26 + 52 * (i // 3), 26 + 52 * (i % 3), 0] for i in range(6)]

@@ -134,7 +134,7 @@ def test_the_picture_shows_the_newest_samples_or_why_not(tmp_path):
     run, out = made(tmp_path / "run", row(100), row(200)), tmp_path / "x.png"
 
     def drawn():
-        draw_history(read_history(run), out)
+        draw_history(read_history(str(run)), str(out))
         return np.asarray(Image.open(out).convert("RGB")).astype(int)
 
     alone = drawn()

@@ -291,6 +291,15 @@ def test_a_property_has_its_type() -> None:
     assert "{py:property} n\n:type: int\n\nHow (a) → (b).\n" in text
 
 
+def test_a_class_that_takes_what_its_base_takes_names_it() -> None:
+    bad, good = parsed(
+        'class Bad(OSError):\n    "B."\n'
+        'class Good(OSError):\n    "G."\n    def __init__(self, x: int): pass'
+    )
+    assert "Base: `OSError`" in api_reference.entry(bad)
+    assert "Base" not in api_reference.entry(good)
+
+
 def test_constants_and_types_are_shown_with_what_a_comment_says() -> None:
     source = (
         "N = 3  # how many\nM = 4\nT = TypeVar('T')\nFILE = 'a-05 b'\n"
@@ -564,6 +573,21 @@ def test_search_in_files_finds_and_asks_for_nothing_else(tab: Any) -> None:
     tab.wait_for_function(
         "/found/.test(document.querySelector('.search-summary')?.textContent)"
     )
+
+
+@pytest.mark.end_to_end
+def test_search_shows_a_chapter_before_functions_and_knows_every_word(tab: Any) -> None:
+    def found(words: str) -> list[str]:
+        tab.goto((HTML / "search.html").as_uri() + f"?q={words}")
+        tab.wait_for_function(
+            "/found/.test(document.querySelector('.search-summary')?.textContent)"
+        )
+        links = tab.locator("#search-results li a")
+        return [link.get_attribute("href") for link in links.all()]
+
+    assert "book/12_convolution.html" in found("convolution")[:5]
+    assert "api.html#" in found("BidirectionalSSM")[0]
+    assert "book/api.html" in found("constructor")
 
 
 @pytest.mark.end_to_end

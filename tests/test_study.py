@@ -297,7 +297,7 @@ STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_committed_seconds_are_of_all_steps_of_their_study(file):
-    study = read_study(file)
+    study = read_study(str(file))
     seconds = step_seconds(study)
     if not study.seconds:
         return

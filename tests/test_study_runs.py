@@ -229,7 +229,7 @@ def test_seconds_are_estimated_and_grow_with_the_steps(done, monkeypatch):
 
 def test_rows_are_written_whole_and_damage_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert read_rows(file) == []
+    assert read_rows(str(file)) == []
     write_rows(file, [{"digest": "a"}, {"digest": "b", "x": None}])
     assert read_rows(file) == [{"digest": "a"}, {"digest": "b", "x": None}]
     file.write_text('{"digest": "a"}\n{"dig')

@@ -247,8 +247,11 @@ def entry(node: Definition, values: dict[str, ast.expr] | None = None) -> str:
             kind = "staticmethod" if "staticmethod" in how else "classmethod"
         text_of = markdown(ast.get_docstring(member) or "")
         inner.append(directive(kind, f"{member.name}{said}", text_of, options=options))
+    taken = signature(node, values)
+    if node.bases and not taken:  # then it takes what its base takes
+        inner.insert(0, f"Base: {', '.join(f'`{ast.unparse(b)}`' for b in node.bases)}")
     whole = "\n\n".join([text, *inner])
-    return directive("class", node.name + signature(node, values), whole, fence=5)
+    return directive("class", node.name + taken, whole, fence=5)
 
 
 def directive(
