@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffussm import __version__
 from diffussm.features import (
     Extractor,
     Inception,
@@ -179,7 +180,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_VERSIONS = ("diffussm", "torch", "torch-fidelity", "numpy")
+_VERSIONS = ("torch", "torch-fidelity", "numpy")
 
 
 def _sources(samples: Any) -> list[Any]:
@@ -232,7 +233,7 @@ def facts_of(source: Source) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """The version of each package that computes scores; None: not installed."""
-    return {name: _version(name) for name in _VERSIONS}
+    return {"diffussm": __version__} | {name: _version(name) for name in _VERSIONS}
 
 
 def _version(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from scored import Colours, adm_inception_score, batches, odd_images, some
 
-from diffussm.evaluation import evaluate
+from diffussm import __version__
+from diffussm.evaluation import evaluate, versions
 from diffussm.features import load_reference, save_statistics, statistics
 from diffussm.images import center_crop
 from diffussm.metrics import SCORES, precision_recall
@@ -420,3 +422,12 @@ def test_scores_without_weights_say_where_to_get_them(tmp_path):
     np.savez(tmp_path / "a.npz", some(20))
     with pytest.raises(ValueError, match="nothing is downloaded silently"):
         evaluate(tmp_path / "a.npz", tmp_path / "a.npz")
+
+
+def test_the_version_is_known_where_nothing_is_installed(monkeypatch):
+    def gone(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("diffussm.evaluation.version", gone)
+    known = versions()
+    assert known.pop("diffussm") == __version__ and set(known.values()) == {None}

@@ -38,6 +38,7 @@ HELPERS = (
     "sheets",
     "page_model",
     "gpus",
+    "verdicts",
 )
 OURS = re.compile(rf"^(?:from|import) ({'|'.join(HELPERS)})\b", re.MULTILINE)
 RECORDED = re.compile(r"\brecorded\(")
