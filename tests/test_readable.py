@@ -12,6 +12,7 @@ import sysconfig
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -21,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from tools.book import ROOT, read_chapter
 from tools.readable import places, readable, restored
-from tools.standalone import NEEDS, install, main, standalone
+from tools.standalone import HELPERS, NEEDS, install, main, standalone
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 CHAPTERS = [p for p in PAGES if "{code-cell}" in p.read_text(encoding="utf-8")]
@@ -200,11 +201,12 @@ def test_the_modules_beside_a_chapter_come_along(page: Path) -> None:
         assert f"bring({name!r}, " in prelude.source, name
 
 
-def test_records_come_along() -> None:
+def test_records_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in HELPERS:  # what the cell brings is gone after this test
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     prelude = standalone(ROOT / "book" / "39_does_the_choice_matter.md").cells[2].source
-    space: dict[str, object] = {}
-    exec(prelude, space)
-    recorded = space["sys"].modules.pop("plotting").recorded  # type: ignore[attr-defined]
+    exec(prelude, {})
+    recorded = sys.modules["plotting"].recorded
     file = ROOT / "benchmarks" / "results" / "choice.json"
     assert recorded("choice") == json.loads(file.read_text())
     assert recorded("none") == {}
