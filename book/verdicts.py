@@ -13,17 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from diffussm.study import read_study
-from diffussm.study_report import Answer, answers, bootstrap
+from diffussm.study_report import Answer, answers, bootstrap, summary
 from diffussm.study_runs import Row, read_rows
 
 __all__ = [
     "answered",
+    "by_chain",
     "by_loss",
     "effect",
     "filled",
     "lines_of",
     "rows_of",
+    "runs_once",
     "verdict_of",
+    "with_rows",
 ]
 
 Answers = dict[str, Answer]
@@ -34,13 +37,25 @@ def rows_of(studies: Path, name: str) -> list[Row]:
     return read_rows(studies / "results" / f"{name}.jsonl")
 
 
-def answered(studies: Path, name: str, chain: str | None = None) -> Answers:
-    """What the rows say to each question; `chain`: by the bound of so many steps."""
-    rows = rows_of(studies, name)
-    if chain:
-        known = [{chain: row["bits_per_dim"][chain]} for row in rows]
-        rows = [row | {"bits_per_dim": k} for row, k in zip(rows, known, strict=True)]
-    return answers(read_study(studies / f"{name}.yaml"), rows)
+def answered(studies: Path, name: str) -> Answers:
+    """What the rows say to each question of a study."""
+    return answers(read_study(studies / f"{name}.yaml"), rows_of(studies, name))
+
+
+def with_rows(answer: Answer, change: Callable[[Row], Row]) -> Answer:
+    """The same question, to rows that are changed."""
+    every = answer.rows.items()
+    rows = {run: {seed: change(row) for seed, row in of.items()} for run, of in every}
+    return replace(answer, rows=rows)
+
+
+def by_chain(answer: Answer, steps: str) -> Answer:
+    """The same rows, compared by the bound of a chain of so many steps."""
+
+    def alone(row: Row) -> Row:
+        return row | {"bits_per_dim": {steps: row["bits_per_dim"][steps]}}
+
+    return with_rows(answer, alone)
 
 
 def by_loss(answer: Answer) -> Answer:
@@ -82,9 +97,24 @@ def lines_of(
         yield head, *(told(found[name]) if name in found else "–" for found in studies)
 
 
+def runs_once(found: Answers) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
+    """The line of each run with its rows, once; the question stands at its first."""
+    told = set()
+    for name, answer in found.items():
+        title = f"**{name}**"
+        for line in summary(answer):
+            rows = list(answer.rows.get(line["run"], {}).values())  # none: real images
+            run = frozenset((row["digest"], row["scale"]) for row in rows)
+            if run and run not in told:
+                told.add(run)
+                yield title, line, rows
+                title = ""
+
+
 def filled(
-    columns: Sequence[str], lines: Sequence[Sequence[str]]
+    columns: Sequence[str], given: Iterable[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """A table's columns and lines, without the columns that hold only dashes."""
+    lines = list(given)
     kept = [k for k, cells in enumerate(zip(*lines, strict=True)) if {*cells} != {"–"}]
     return [columns[k] for k in kept], [[line[k] for k in kept] for line in lines]

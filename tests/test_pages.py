@@ -22,6 +22,34 @@ def test_search_finds_a_chapter(tab: Tab) -> None:
     assert tab.complaints == [] and tab.elsewhere == []
 
 
+def test_search_has_a_chapter_before_functions_of_its_name(tab: Tab) -> None:
+    page = tab.open("search.html?q=convolution")
+    page.wait_for_selector("#search-results li a")
+    first = page.locator("#search-results li a").first
+    assert first.text_content().endswith("The convolution")
+
+
+@pytest.mark.parametrize("word", ["constructor", "__proto__"])
+def test_a_word_that_every_object_has_is_searched_like_others(
+    tab: Tab, word: str
+) -> None:
+    page = tab.open(f"search.html?q={word}")
+    page.wait_for_function("document.querySelector('.search-summary')?.textContent")
+    assert "undefined" not in page.locator("#search-results").text_content()
+    assert tab.complaints == []
+
+
+def test_search_finds_a_class_and_a_word_of_the_reference(tab: Tab) -> None:
+    def found(word: str) -> list[str]:
+        page = tab.open(f"search.html?q={word}")
+        page.wait_for_function("document.querySelector('.search-summary')?.textContent")
+        links = page.locator("#search-results li a").all()
+        return [str(link.get_attribute("href")) for link in links]
+
+    assert found("BidirectionalSSM")[0].startswith("book/api.html#")
+    assert "book/api.html" in found("constructor")
+
+
 def test_front_page_leads_to_the_book(tab: Tab) -> None:
     page = tab.open("index.html")
     page.wait_for_url(f"**/{PAGES[0]}.html")

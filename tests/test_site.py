@@ -576,21 +576,6 @@ def test_search_in_files_finds_and_asks_for_nothing_else(tab: Any) -> None:
 
 
 @pytest.mark.end_to_end
-def test_search_shows_a_chapter_before_functions_and_knows_every_word(tab: Any) -> None:
-    def found(words: str) -> list[str]:
-        tab.goto((HTML / "search.html").as_uri() + f"?q={words}")
-        tab.wait_for_function(
-            "/found/.test(document.querySelector('.search-summary')?.textContent)"
-        )
-        links = tab.locator("#search-results li a")
-        return [link.get_attribute("href") for link in links.all()]
-
-    assert "book/12_convolution.html" in found("convolution")[:5]
-    assert "api.html#" in found("BidirectionalSSM")[0]
-    assert "book/api.html" in found("constructor")
-
-
-@pytest.mark.end_to_end
 def test_preview_opens_for_mouse_and_keyboard_and_escape_closes_it(tab: Any) -> None:
     box = tab.locator("#preview")
     link = tab.locator("article a.reference[href*='#equation-eq-bidirectional']").first
