@@ -73,7 +73,7 @@ chapters: fresh
 # The chapters run first and leave their outputs for the pages, so that nothing runs twice.
 test: chapters ## everything that must hold: chapters, unit tests, export, lint, types, rendered pages
 	@$(MAKE) --no-print-directory render
-	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+	$(call timed,tests,DIFFUSSM_REQUIRE_BOOK=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
 
 rehearsal: export ## the whole road at full scale, walked small: encode, train, crash, resume, sample, score
 	@$(RUN) -m tools.rehearsal

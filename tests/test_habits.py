@@ -74,6 +74,23 @@ def test_workflows_run_the_same_script_and_publish_what_is_built() -> None:
     assert '-m "not slow and not end_to_end"' in MAKEFILE
 
 
+@pytest.mark.slow
+def test_a_test_that_never_ends_fails_and_is_named(tmp_path: Path) -> None:
+    """As `make test` runs them, but for how long it waits."""
+    (tmp_path / "test_fine.py").write_text("def test_fine(): pass")
+    waits = "import threading\ndef test_waits(): threading.Event().wait()"
+    (tmp_path / "test_waits.py").write_text(waits)
+    (options,) = re.findall(r"-m pytest (-n .*loadfile.*)\)$", MAKEFILE, re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
+    command += [*options.split(), "-o", "faulthandler_timeout=2", "--rootdir", tmp_path]
+    done = subprocess.run(
+        [*command, tmp_path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1 and "= 1 failed" in done.stdout, done.stdout
+    assert "crashed while running 'test_waits.py::test_waits'" in done.stdout
+    assert 'test_waits.py", line 2 in test_waits' in done.stderr
+
+
 def test_oldest_versions_are_the_lower_bounds(tmp_path: Path) -> None:
     bounds = oldest()
     assert "torch==2.11" in bounds and "torchvision==0.26" in bounds
