@@ -81,8 +81,9 @@ def test_a_test_that_never_ends_fails_and_is_named(tmp_path: Path) -> None:
     waits = "import threading\ndef test_waits(): threading.Event().wait()"
     (tmp_path / "test_waits.py").write_text(waits)
     (options,) = re.findall(r"-m pytest (-n .*loadfile.*)\)$", MAKEFILE, re.MULTILINE)
-    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml"]
-    command += [*options.split(), "-o", "faulthandler_timeout=2", "--rootdir", tmp_path]
+    command = [sys.executable, "-m", "pytest", "--color=no"]
+    command += ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path]
+    command += [*options.split(), "-o", "faulthandler_timeout=2"]
     done = subprocess.run(
         [*command, tmp_path], capture_output=True, text=True, timeout=120, check=False
     )
