@@ -5,10 +5,10 @@ Command: ``python -m benchmarks.traffic``. It needs no GPU.
 Blocks of XL width in bfloat16 run forward and backward on tensors without content.
 `as written` counts every operation of PyTorch, `compiled` every kernel that the
 compiler plans: its plan is made, no code is made of it, and nothing runs. It is the
-plan for a CPU, since without a GPU there is no other; on a GPU more is fused (biases,
-layer norms). An operator of ours counts by what it does inside. Of small kernels (less
-than a megabyte) only the number is kept. The chapter on traffic draws from what this
-command wrote.
+plan for a CPU, since without a GPU there is no other. With the chunks the forward pass
+is counted by itself, too, for the batches of a sampler. An operator of ours counts by
+what it does inside. Of small kernels (less than a megabyte) only the number is kept.
+The chapter on traffic draws from what this command wrote.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -28,31 +29,52 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.common import RESULTS, command, environment
 from diffussm import fft_convolution
+from diffussm.bidirectional import way
 from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
 from diffussm.traffic import Work, work_of
 
 CASES = ((1024, 32), (4096, 16), (16384, 2))  # L, B, as in benchmarks.gpu
-BLOCKS: dict[str, type[nn.Module]] = {"DiffuSSM": HourglassBlock, "DiT": DiTBlock}
+SAMPLED = ((1024, 128), (4096, 128))  # forward pass only: 64 guided images
+CHUNKS = "DiffuSSM, chunks"
+FORWARD = f"{CHUNKS}, forward pass"
+BLOCKS: dict[str, type[nn.Module]] = {
+    "DiffuSSM": HourglassBlock,
+    CHUNKS: HourglassBlock,
+    "DiT": DiTBlock,
+}
+STATES, CHUNK = 64, 16  # N of a block, and the positions of a chunk
+OURS = "convolve", "chunked"  # how the names of our own operators begin
+CASTS = "loop: convert_element_type", "_to_copy"
 LEAST = 1e6  # bytes
 Job = Callable[[], object]
 
 
-def block_job(kind: str, batch: int, length: int, width: int, compiled: Any) -> Job:
-    """Forward and backward pass of a block, its spectra given."""
+def block_job(
+    kind: str,
+    batch: int,
+    length: int,
+    width: int,
+    compiled: Any = None,
+    backward: bool = True,
+) -> Job:
+    """Forward pass of a block, its spectra or modes given, and its backward pass."""
     block = BLOCKS[kind](width)
     x = torch.zeros(batch, length, width)
     inputs = [x, torch.zeros(batch, width)]
     if isinstance(block, HourglassBlock):
         inputs[0] = x[:, : length // block.downsample]
-        inputs.append(block.ssm.spectra(length).detach())
-    inputs = [tensor.contiguous().requires_grad_() for tensor in inputs]
+        if kind == CHUNKS:
+            block.ssm.convolution = way("chunked_triton")
+        inputs.append(block.ssm.prepare(length).detach())
+    inputs = [tensor.contiguous().requires_grad_(backward) for tensor in inputs]
     run = torch.compile(block, backend=compiled, fullgraph=True) if compiled else block
 
     def job() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(backward):
             y = run(*inputs)
-        y.backward(torch.empty_like(y))
+        if backward:
+            y.backward(torch.empty_like(y))
 
     return job
 
@@ -104,7 +126,19 @@ def _work(node: Any) -> Work:
         flops = _attention_flops(inner, backward="backward" in called)
     part = "linear maps" if flops else "element-wise"
     moved = float(node.get_read_write_buffers_sizes())
-    return Work(part, called or "fused loop", flops, moved)
+    return Work(part, called or f"loop: {_steps(node)}", flops, moved)
+
+
+def _steps(node: Any) -> str:
+    """What a fused loop computes: the operations it was made of, in their order."""
+    origins = {one for inner in node.get_nodes() for one in inner.node.get_origins()}
+    steps = sorted((one for one in origins if one.op == "call_function"), key=_place)
+    names = (getattr(one.target, "__name__", "").partition(".")[0] for one in steps)
+    return ", ".join(dict.fromkeys(names))
+
+
+def _place(node: Any) -> int:
+    return list(node.graph.nodes).index(node)
 
 
 def _attention_flops(inner: Any, backward: bool) -> float:
@@ -121,7 +155,9 @@ def pieces_of_a_gpu() -> Iterator[None]:
         yield
 
 
-def planned(kind: str, batch: int, length: int, width: int) -> list[Work]:
+def planned(
+    kind: str, batch: int, length: int, width: int, backward: bool = True
+) -> list[Work]:
     """The kernels of the compiled block, but for those inside our own operators."""
     from torch._inductor import compile_fx
 
@@ -137,20 +173,52 @@ def planned(kind: str, batch: int, length: int, width: int) -> list[Work]:
 
     torch._dynamo.reset()
     with FakeTensorMode():
-        block_job(kind, batch, length, width, backend)()
+        block_job(kind, batch, length, width, backend, backward)()
     return kernels
+
+
+def as_run(work: Work, batch: int, length: int, width: int) -> Work:
+    """A kernel of the chunks with its operations, of which PyTorch knows nothing.
+
+    Each number of both directions meets T positions that are near, intake and readout
+    (N each); for the gradient of the modes two intakes and two readouts. A pass "to"
+    the states takes in only, and leaves alone the output, or the gradient, that it is
+    handed.
+    """
+    kernel, _, only = work.name.partition("_kernel")
+    if kernel not in ("walk", "modes"):
+        return work
+    numbers, states = 2.0 * batch * length * width, {"walk": 1, "modes": 2}[kernel]
+    if only == " to":
+        flops, moved = 2 * numbers * states * STATES, work.bytes - 2 * numbers
+    else:
+        flops, moved = 2 * numbers * (CHUNK + 2 * states * STATES), work.bytes
+    return replace(work, flops=flops, bytes=moved)
+
+
+def both_ways(
+    kind: str, batch: int, length: int, width: int, backward: bool = True
+) -> tuple[list[Work], list[Work]]:
+    """The kernels of a block as it is written, and as it is compiled."""
+    job = partial(block_job, kind, batch, length, width, backward=backward)
+    written = work_of(job)
+    if kind == CHUNKS:
+        written = [as_run(one, batch, length, width) for one in written]
+    inside = [one for one in written if one.part.startswith(OURS)]
+    return written, planned(kind, batch, length, width, backward) + inside
 
 
 def cases(width: int) -> Iterator[dict[str, Any]]:
     """What is counted."""
+    for length, batch in SAMPLED:
+        sizes = {"length": length, "batch": batch}
+        _, fused = both_ways(CHUNKS, batch, length, width, backward=False)
+        yield {"block": FORWARD, "how": "compiled", **sizes, **packed(fused)}
     for length, batch in CASES:
         sizes = {"length": length, "batch": batch}
         with pieces_of_a_gpu():
             for kind in BLOCKS:
-                job = partial(block_job, kind, batch, length, width, None)
-                written = work_of(job)
-                inside = [w for w in written if w.part.startswith("convolve")]
-                fused = planned(kind, batch, length, width) + inside
+                written, fused = both_ways(kind, batch, length, width)
                 for how, kernels in (("as written", written), ("compiled", fused)):
                     yield {"block": kind, "how": how, **sizes, **packed(kernels)}
             spectra = work_of(partial(spectra_job, length, width))
@@ -158,10 +226,13 @@ def cases(width: int) -> Iterator[dict[str, Any]]:
 
 
 def packed(kernels: list[Work]) -> dict[str, Any]:
-    """As text, one line a kernel; of small ones only how many there are."""
+    """As text, one line a kernel; of small ones only how many there are, and of all how
+    many do nothing but convert a precision.
+    """
     large = [work for work in kernels if work.bytes >= LEAST]
     lines = [f"{w.part}; {w.name}; {w.flops:.6g}; {w.bytes:.6g}" for w in large]
-    return {"small": len(kernels) - len(large), "kernels": lines}
+    casts = sum(work.name in CASTS for work in kernels)
+    return {"small": len(kernels) - len(large), "casts": casts, "kernels": lines}
 
 
 def main(argv: list[str] | None = None) -> int:

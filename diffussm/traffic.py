@@ -123,6 +123,7 @@ def _triton_launches(note: Callable[[str, float], None]) -> Iterator[None]:
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             name = getattr(getattr(kernel, "fn", kernel), "__name__", "kernel")
+            name = " ".join([name, *(a for a in args if isinstance(a, str) and a)])
             once = {id(x): _size(x) for x in _tensors((args, kwargs))}
             note(name, sum(once.values()))
 

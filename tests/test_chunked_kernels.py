@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter import round_to_nearest
-from machine_code import compile_elsewhere
+from machine_code import CHIPS, compile_again
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
 
+from benchmarks import common
 from diffussm import segments
 from diffussm.autotuning import _CHUNKS, _candidates
 from diffussm.bidirectional import BidirectionalSSM, way
@@ -289,31 +290,19 @@ def test_what_does_not_fit_is_refused():
         chunked_triton(u, modes, warps=3)
 
 
-# The most that a program may use, of (kernel, precision, chunk, warps, PASS) at N = 64:
-# kB of shared memory, and bytes of registers that a thread spills on sm_80 and sm_90,
-# as Triton 3.8 compiles it. A card gives one program 99 kB (sm_86, sm_89), 163 (sm_80)
-# or 227 (sm_90); what needs more does not start there.
+# What `benchmarks.compiled` found that a program takes, of each (kernel, precision,
+# chunk, warps, PASS) at N = 64: kB of shared memory, and bytes of registers that a
+# thread spills on sm_80 and sm_90. A card gives one program 99 kB (sm_86, sm_89), 163
+# (sm_80) or 227 (sm_90); what needs more does not start there.
+RECORD = json.loads((common.RESULTS / "compiled.json").read_text())["rows"]
+CHUNKS = [row for row in RECORD if row["what"].startswith("chunks")]
 USED = {
-    ("walk", "bf16", 16, 4, ""): (20, 0, 0),
-    ("walk", "bf16", 16, 8, ""): (40, 0, 0),
-    ("walk", "bf16", 16, 8, "from"): (52, 0, 0),
-    ("walk", "bf16", 16, 16, ""): (104, 0, 0),
-    ("walk", "bf16", 32, 8, ""): (88, 0, 0),
-    ("walk", "bf16", 32, 16, ""): (224, 40, 68),
-    ("modes", "bf16", 16, 4, ""): (26, 0, 0),
-    ("modes", "bf16", 16, 8, ""): (52, 0, 0),
-    ("modes", "bf16", 16, 8, "from"): (52, 0, 0),
-    ("modes", "bf16", 32, 8, ""): (52, 0, 0),
-    ("walk", "tf32", 16, 8, ""): (96, 0, 0),
-    ("modes", "tf32", 16, 8, ""): (96, 0, 0),
-    ("walk", "tf32x3", 16, 4, ""): (80, 0, 0),
-    ("walk", "tf32x3", 16, 8, ""): (160, 0, 0),
-    ("walk", "tf32x3", 16, 16, ""): (320, 244, 252),
-    ("walk", "tf32x3", 32, 8, ""): (352, 88, 88),
-    ("walk", "tf32x3", 32, 16, ""): (704, 1356, 1212),
-    ("modes", "tf32x3", 16, 4, ""): (76, 100, 708),
-    ("modes", "tf32x3", 16, 8, ""): (160, 20, 500),
-    ("modes", "tf32x3", 32, 8, ""): (160, 20, 500),
+    tuple(row["case"]): (
+        row["shared memory, sm_80"] / 1024,
+        row["spilt, sm_80"],
+        row["spilt, sm_90a"],
+    )
+    for row in CHUNKS
 }
 
 
@@ -343,57 +332,16 @@ def test_there_is_a_record_of_every_case_that_is_tried(asked):
     assert {key[:4] for key in USED} == walks | modes
 
 
-COMPILE = """
-import json, pathlib, re, subprocess, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from diffussm import chunked_kernels
-
-PTXAS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-folder = pathlib.Path(sys.argv[1])
-for case, most in json.loads(sys.argv[2]):
-    name, precision, chunk, warps, which = case
-    kernel = getattr(chunked_kernels, f"{name}_kernel")
-    sizes = {"walk": {"T": chunk, "ADJOINT": which == "from"}}
-    sizes["modes"] = {"T": 16, "LAGS": chunk}
-    constants = {"N": 32, "CHANNELS": warps, "PRECISION": precision, "PASS": which}
-    constants |= sizes[name]
-    wide = "*bf16" if precision == "bf16" else "*fp32"
-    kinds = dict.fromkeys(("x", "y", "u", "g"), wide)
-    kinds |= dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(("B", "L", "D", "X"), "i32")
-    signature = {given: kinds.get(given, "*fp32") for given in kernel.arg_names}
-    even = {  # as at a call with D = 1152: sizes and addresses that 16 divides
-        (place,): [["tt.divisibility", 16]]
-        for place, given in enumerate(kernel.arg_names)
-        if signature[given].startswith("*") or given in ("D", "X")
-    }
-    source = ASTSource(kernel, signature, constants, even)
-    options = {"num_warps": warps, "num_stages": 4 if precision == "bf16" else 2}
-    for chip, spilt in ((80, most[1]), (90, most[2])):
-        compiled = triton.compile(source, GPUTarget("cuda", chip, 32), options)
-        (folder / "kernel.ptx").write_text(compiled.asm["ptx"])
-        target = {80: "sm_80", 90: "sm_90a"}[chip]
-        command = [PTXAS, "-v", "--gpu-name", target, folder / "kernel.ptx"]
-        command += ["-o", "/dev/null"]
-        used = subprocess.run(command, capture_output=True, text=True, check=True)
-        (stores,) = re.findall(r"(\\d+) bytes spill stores", used.stderr)
-        told = chip, case, compiled.metadata.shared, stores
-        assert compiled.metadata.shared <= 1024 * most[0], told
-        assert int(stores) <= spilt, told
-        assert compiled.asm["ptx"].count("mma.sync") >= 18, told
-print("compiled")
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["walk", "modes"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3"])
 def test_kernels_use_no_more_of_two_generations_of_gpus(tmp_path, kernel, precision):
     """Down to machine code: tensor cores, and what is recorded for each case."""
-    cases = [x for x in USED.items() if x[0][:2] == (kernel, precision)]
-    compile_elsewhere(COMPILE, tmp_path, str(tmp_path), json.dumps(cases))
+    rows = [row for row in CHUNKS if row["case"][:2] == [kernel, precision]]
+    assert rows and all(
+        row[f"tensor cores, {chip}"] >= 18 for row in rows for chip in CHIPS
+    )
+    compile_again(rows, "of_chunks", tmp_path)
 
 
 def test_what_is_taken_by_default_fits_any_card(asked):

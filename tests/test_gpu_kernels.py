@@ -2,11 +2,12 @@
 
 import copy
 import functools
+import json
 import os
 
 import pytest
 import torch
-from machine_code import compile_elsewhere
+from machine_code import CHIPS, compile_again
 from operations import Operations
 
 pytest.importorskip("triton", reason="Triton is not made for this system")
@@ -16,6 +17,7 @@ if not GPU:
         "1"  # read when the kernels are defined and when they are called
     )
 
+from benchmarks import common  # noqa: E402
 from diffussm import gpu_kernels  # noqa: E402
 from diffussm.autotuning import relative_errors  # noqa: E402
 from diffussm.bidirectional import BidirectionalSSM, kernel_spectra  # noqa: E402
@@ -192,42 +194,28 @@ def test_what_does_not_fit_is_refused():
             )
 
 
-COMPILE = """
-import json, re, subprocess, sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from diffussm import gpu_kernels
-
-SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may use, by the maker
-CASES = (90, 256, "tf32"), (90, 1024, "tf32x3"), (90, 4096, "tf32"), (80, 1024, "tf32")
-NAMES = "_forward_kernel", "_grad_u_kernel", "_grad_h_kernel"
-for capability, length, precision in CASES:
-    n1, n2 = gpu_kernels.factors(length)
-    for kernel in (getattr(gpu_kernels, name) for name in NAMES):
-        constants = {"N1": n1, "N2": n2, "PRECISION": precision}
-        kinds = dict.fromkeys(("u", "y", "grad", "grad_u"), "*bf16")
-        kinds |= dict.fromkeys(constants, "constexpr")
-        kinds |= dict.fromkeys(("B", "D", "SLICES"), "i32")
-        signature = {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": gpu_kernels.warps(length)},
-        )
-        shared = compiled.metadata.shared
-        assert shared <= SHARED[capability], (length, shared)
-        assert re.search(r"mma.*tf32", compiled.asm["ptx"]), "no tensor cores"
-        assert len(compiled.asm["cubin"]) > 1000
-print("compiled")
-"""
+RECORD = json.loads((common.RESULTS / "compiled.json").read_text())["rows"]
+SMALL = {"sm_80": 163, "sm_90a": 227}  # kB that a program may use, by the maker
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path):
-    """Down to machine code: on tensor cores, within the memory of a program."""
-    compile_elsewhere(COMPILE, tmp_path)
+@pytest.mark.parametrize("length, precision", [(256, "tf32x3"), (1024, "tf32")])
+def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path, length, precision):
+    """Down to machine code: no more than is recorded."""
+    rows = [row for row in RECORD if row["case"][1:] == [precision, length]]
+    assert len(rows) == 3
+    compile_again(rows, "of_four_steps", tmp_path)
+
+
+def test_four_steps_are_on_tensor_cores_and_start_where_they_fit():
+    """Of every length, but for the longest in three products."""
+    rows = [row for row in RECORD if row["what"].startswith("four steps")]
+    assert {row["case"][2] for row in rows} == set(LENGTHS)
+    for row in rows:
+        assert all(row[f"tensor cores, {chip}"] >= 72 for chip in CHIPS)
+        if row["case"][1:] != ["tf32x3", 4096]:
+            sizes = {chip: row[f"shared memory, {chip}"] / 1024 for chip in CHIPS}
+            assert all(sizes[chip] <= most for chip, most in SMALL.items()), sizes
 
 
 def test_conjugates_inside_the_operators_are_computed_not_marked():

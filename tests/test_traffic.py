@@ -1,5 +1,6 @@
 """Ch. "Where the bytes go": counts against sizes known by hand; the model of time."""
 
+import inspect
 import json
 
 import pytest
@@ -129,58 +130,62 @@ def test_seconds_are_the_largest_of_three_for_each_kernel():
 @pytest.mark.slow
 def test_the_record_is_of_this_code():
     """A block as it is written has the kernels that were recorded."""
-    rows = json.loads((common.RESULTS / "traffic.json").read_text())["rows"]
     length, batch = traffic.CASES[0]
     with traffic.pieces_of_a_gpu():
-        now = work_of(lambda: traffic.block_job("DiffuSSM", batch, length, 1152, None))
-    recorded = next(
-        r
-        for r in rows
-        if (r["block"], r["how"], r["length"]) == ("DiffuSSM", "as written", length)
-    )
-    assert traffic.packed(now) == {k: recorded[k] for k in ("small", "kernels")}, (
+        now = work_of(lambda: traffic.block_job("DiffuSSM", batch, length, 1152))
+    row = recorded("DiffuSSM", "as written", length)
+    assert traffic.packed(now) == {k: row[k] for k in traffic.packed([])}, (
         "run `python -m benchmarks.traffic`"
     )
+
+
+def recorded(block, how, length):
+    """A row of what `benchmarks.traffic` wrote."""
+    rows = json.loads((common.RESULTS / "traffic.json").read_text())["rows"]
+    wanted = block, how, length
+    return next(r for r in rows if (r["block"], r["how"], r["length"]) == wanted)
+
+
+def totals(lines):
+    """Operations and bytes of recorded kernels."""
+    return [sum(float(line.split("; ")[place]) for line in lines) for place in (2, 3)]
 
 
 def test_what_a_compiled_block_carries_does_not_grow():
-    """The compiled block but for its convolution, at L = 1024 and B = 32; see the page
-    for what is wanted.
-    """
-    rows = json.loads((common.RESULTS / "traffic.json").read_text())["rows"]
-    row = next(r for r in rows if r["block"] == "DiffuSSM" and r["how"] == "compiled")
-    lines = [line.split("; ") for line in row["kernels"]]
-    rest = [line for line in lines if not line[0].startswith("convolve")]
-    products = sum(float(flops) for _, _, flops, _ in rest)
-    assert (row["length"], row["batch"]) == (1024, 32)
-    assert products == pytest.approx(6 * 32 * 7.5 * 1024 * 1152**2, rel=0.01)
-    assert sum(float(moved) for *_, moved in rest) < 6.0e9
-    assert len(rest) + row["small"] <= 71
+    """At L = 1024 and B = 32; see the page for what is wanted."""
+    row = recorded(traffic.CHUNKS, "compiled", 1024)
+    rest = [line for line in row["kernels"] if not line.startswith(traffic.OURS)]
+    assert row["batch"] == 32
+    assert totals(rest)[0] == pytest.approx(6 * 32 * 7.5 * 1024 * 1152**2, rel=0.01)
+    assert len(row["kernels"]) + row["small"] <= 72
+    assert totals(row["kernels"])[1] < 6.86e9
+
+
+def test_a_chunked_kernel_has_its_operations_and_a_pass_its_bytes():
+    """Against multiply-adds written out: two directions, T near, N in and N out."""
+    B, L, D, T, N = 2, 64, 3, traffic.CHUNK, traffic.STATES
+    both = 2 * 2 * B * L * D  # operations of one multiply-add for every number
+    names = "walk_kernel", "walk_kernel to", "walk_kernel from", "modes_kernel", "sum"
+    costs = both * (T + 2 * N), both * N, both * (T + 2 * N), both * (T + 4 * N), 0
+    for name, cost in zip(names, costs, strict=True):
+        found = traffic.as_run(Work("chunked", name, 0.0, 1e6), B, L, D)
+        spared = 2 * 2 * B * L * D if name.endswith(" to") else 0  # bfloat16
+        assert (found.flops, found.bytes) == (cost, 1e6 - spared)
 
 
 @pytest.mark.slow
-def test_a_compiled_block_with_chunks_is_what_the_page_says():
-    """Counted again, its plan by the compiler and its kernels: no more launches and
-    bytes than the page gives for L = 1024 and B = 32, forward and backward.
-    """
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_compiled_block_with_chunks_is_what_the_pages_say(backward):
+    """Counted again, its plan by the compiler and its kernels."""
     segments = pytest.importorskip("diffussm.segments")
-    length, batch = traffic.CASES[0]
-    rows = json.loads((common.RESULTS / "traffic.json").read_text())["rows"]
-    row = next(r for r in rows if r["block"] == "DiffuSSM" and r["how"] == "compiled")
-    rest = traffic.planned("DiffuSSM", batch, length, 1152)
-    outside = [line for line in row["kernels"] if not line.startswith("convolve")]
-    assert traffic.packed(rest)["kernels"] == outside, (
+    default = inspect.signature(segments.chunked_triton).parameters["chunk"].default
+    assert default == traffic.CHUNK
+    length, batch = (traffic.CASES if backward else traffic.SAMPLED)[0]
+    _, now = traffic.both_ways(traffic.CHUNKS, batch, length, 1152, backward)
+    row = recorded(traffic.CHUNKS if backward else traffic.FORWARD, "compiled", length)
+    assert traffic.packed(now) == {k: row[k] for k in traffic.packed([])}, (
         "run `python -m benchmarks.traffic`"
     )
-
-    def prepare():
-        u = torch.zeros(batch, length, 1152, dtype=torch.bfloat16, requires_grad=True)
-        modes = torch.zeros(2, 1152, 2 * 64 + 1, requires_grad=True)
-        return lambda: segments.chunked_triton(u, modes).sum().backward()
-
-    inside = [work for work in work_of(prepare) if work.part.startswith("chunked")]
-    assert len(rest) + len(inside) <= 73
-    assert sum(work.bytes for work in rest + inside) < 6.935e9
 
 
 def test_bad_options_are_refused(capsys):
