@@ -4,18 +4,21 @@ Command: ``python -m benchmarks.block``.
 
 Same width, same length of sequence, same batch, same precision, each as fast as it
 goes; with ``--precision bf16`` under autocast, which helps where the processor
-multiplies bfloat16, and in a report of its own. Attention is PyTorch's fused
+multiplies bfloat16, and with ``--beside`` while another process multiplies matrices on
+one core, each in a report of its own. Attention is PyTorch's fused
 `scaled_dot_product_attention`. The DiT block has 18 D^2 parameters, ours with M = 2 has
 15 D^2 and the kernels. A plain matrix product takes its turn with the two, so that a
-slow baseline would be seen. The profiler says what part of our block is no matrix
-product, and so what the ratio would be without it.
+slow baseline would be seen. The profiler says where the time of both blocks goes: what
+part of ours is no matrix product, and so what the ratio would be without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,16 +27,18 @@ from torch import nn
 from benchmarks.common import (
     command,
     keep_freed_memory,
+    plain_product,
     quiet_runs,
     report,
+    rounded,
     share_outside,
     two_or_more,
 )
 from benchmarks.references import awake, require_right
-from diffussm.efficiency import DiTBlock, diffussm_macs, dit_macs
+from benchmarks.train_step import SHARE_LIMIT, kernel_job, operations, where_time_goes
+from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import DiffuSSMConfig
-from diffussm.profiling import time_by_kind
 
 CASES = (
     (1024, 8, 2.0),
@@ -42,7 +47,6 @@ CASES = (
     (1024, 4, 1.7),
     (4096, 2, 2.5),
 )  # L, B, how many times faster we must be
-SIDE = 2048  # of the matrices of the plain product
 
 
 def make_job(
@@ -70,17 +74,6 @@ def make_job(
     return job
 
 
-def operations(block: nn.Module, d_model: int, batch: int, length: int) -> float:
-    """Of a forward and backward pass: six for each multiply-add."""
-    config = DiffuSSMConfig(8, d_model=d_model, n_blocks=1)
-    count = diffussm_macs if isinstance(block, HourglassBlock) else dit_macs
-    macs = count(config, length)
-    inside = ("linear maps", "convolution", "attention", "kernels")
-    return 6 * sum(
-        macs.get(name, 0.0) * (1 if name == "kernels" else batch) for name in inside
-    )
-
-
 def compare(
     blocks: dict[str, nn.Module],
     d_model: int,
@@ -91,33 +84,63 @@ def compare(
     """One row: the two blocks and a matrix product in turns."""
     length, batch, limit = case
     what = f"L = {length}, B = {batch}"
-    jobs, work = {}, {"matrix product": 2.0 * SIDE**3}
+    jobs, work = {}, {"matrix product": 0.0}
+    config = DiffuSSMConfig(8, d_model=d_model, n_blocks=1)
     for name, block in blocks.items():
         # the stream of M = 2 has L / 2 places
         places = length // (2 if isinstance(block, HourglassBlock) else 1)
         jobs[name] = make_job(block, batch, places, bf16)
-        work[name] = operations(block, d_model, batch, length)
-    square = torch.randn(SIDE, SIDE, dtype=torch.bfloat16 if bf16 else torch.float32)
-    jobs["matrix product"] = lambda: square @ square
+        work[name] = operations(name.removesuffix(" block"), config, batch, length)
+    jobs["matrix product"], work["matrix product"] = plain_product(2048, bf16)
     seconds, spread = quiet_runs(what, jobs, runs=runs)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     slow, fast = (median[name] for name in blocks)
-    outside = share_outside(time_by_kind(jobs["DiffuSSM block"]))
+    ours = blocks["DiffuSSM block"]
+    kernels = kernel_job([ours.ssm], length)
+    kernels()
+    profile = {
+        "DiT block": where_time_goes(jobs["DiT block"], lambda: None, 1),
+        "DiffuSSM block": where_time_goes(jobs["DiffuSSM block"], kernels, 1),
+    }
+    outside = share_outside(profile["DiffuSSM block"])
     return {
         "what": what,
         **{name: f"{1e3 * median[name]:,.1f} ms" for name in blocks},
-        "ratio": round(slow / fast, 2),
+        "ratio": rounded(slow / fast, limit),
         "limit": f"at least {limit:g}",
         "reached": slow / fast >= limit,
-        "outside products": f"{outside:.0%}",
-        "bound": round(slow / fast / (1 - outside), 2),
+        "outside products": rounded(outside, SHARE_LIMIT),
+        "at most": SHARE_LIMIT,
+        "bound": rounded(slow / fast / (1 - outside), limit),
         "spread": f"{spread:.0%}",
         **{f"{name}, GFLOP/s": round(work[name] / median[name] / 1e9) for name in work},
         "seconds": seconds,
+        "profile": profile,
         "length": length,
         "batch": batch,
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that multiplies matrices on one core while this lasts."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_multiply, daemon=True
+    )
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _multiply() -> None:
+    torch.set_num_threads(1)
+    product, _ = plain_product(512)
+    while True:
+        product()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,6 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         default="float32",
         help="of the products: bf16 is a report of its own (default: float32)",
     )
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="while another process is busy: a report of its own",
+    )
     arguments = parser.parse_args(argv)
     D, bf16 = arguments.width, arguments.precision == "bf16"
     cases = [case for case in CASES if case[0] in arguments.lengths]
@@ -172,16 +200,18 @@ def main(argv: list[str] | None = None) -> int:
     ]
     rows: list[dict[str, Any]] = []
     blocks = {"DiT block": theirs, "DiffuSSM block": ours}
-    for threads in arguments.threads or [torch.get_num_threads()]:
-        torch.set_num_threads(threads)
-        for case in cases:
-            row = compare(blocks, D, case, arguments.runs, bf16)
-            rows.append({**row, "difference": f"{max(errors):.0e}"})
+    with busy_process() if arguments.beside else nullcontext():
+        for threads in arguments.threads or [torch.get_num_threads()]:
+            torch.set_num_threads(threads)
+            for case in cases:
+                row = compare(blocks, D, case, arguments.runs, bf16)
+                rows.append({**row, "difference": f"{max(errors):.0e}"})
     title = (
         f"A block, forward + backward, against a DiT block: D = {D}, N = 64, M "
         f"= 2, 16 heads, {arguments.precision}"
     )
-    name = "block_bf16" if bf16 else "block"
+    title += ", beside a busy process" * arguments.beside
+    name = "block" + "_bf16" * bf16 + "_beside" * arguments.beside
     return report(name, title, rows, settings=vars(arguments), by="block")
 
 

@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Disagreement, command, report, require_quiet, two_or_more
+from benchmarks.common import (
+    Disagreement,
+    command,
+    report,
+    require_quiet,
+    rounded,
+    two_or_more,
+)
 from diffussm.checkpoints import snapshot, write_checkpoint
 from diffussm.model import PRESETS, DiffuSSMConfig
 from diffussm.options import Execution, Recipe
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         "what": what,
         "synchronous": f"{1e3 * slow:,.0f} ms",
         "training waits": f"{1e3 * fast:,.0f} ms",
-        "ratio": round(slow / fast, 2),
+        "ratio": rounded(slow / fast, LIMIT),
         "limit": f"at least {LIMIT:g}",
         "reached": slow / fast >= LIMIT,
         "spread": f"{spread:.0%}",

@@ -207,12 +207,28 @@ def speed_row(
         "what": what,
         reference[0]: f"{1e3 * slow:,.1f} ms",
         candidate[0]: f"{1e3 * fast:,.1f} ms",
-        "ratio": round(slow / fast, 2),
+        "ratio": rounded(slow / fast, at_least),
         "limit": f"at least {at_least:g}",
         "reached": slow / fast >= at_least,
         "spread": f"{spread:.0%}",
         "seconds": seconds,
     }
+
+
+def plain_product(side: int, bf16: bool = False) -> tuple[Callable[[], object], float]:
+    """A product of two square matrices, by which to judge the sides of a comparison,
+    and its operations.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    square = torch.randn(side, side, dtype=dtype)
+    return lambda: square @ square, 2.0 * side**3
+
+
+def rounded(value: float, limit: float | None = None, digits: int = 2) -> float:
+    """To two digits, or to as many as tell a value from a limit that it misses."""
+    while round(value, digits) == limit != value and digits < 9:
+        digits += 1
+    return round(value, digits)
 
 
 def share_outside(seconds: Mapping[str, float]) -> float:
@@ -267,7 +283,7 @@ def memory_row(
         "what": what,
         reference[0]: f"{reference[1] / 2**20:,.0f} MiB",
         candidate[0]: f"{candidate[1] / 2**20:,.0f} MiB",
-        "ratio": round(ratio, 2),
+        "ratio": rounded(ratio, at_least),
         "limit": f"at least {at_least:g}",
         "reached": ratio >= at_least,
         "bytes": {reference[0]: reference[1], candidate[0]: candidate[1]},

@@ -121,7 +121,7 @@ def ratio(
     slow, fast = (statistics.median(values) for values in seconds.values())
     return {
         "what": what,
-        "ratio": round(slow / fast, 2),
+        "ratio": round(slow / fast, 4),
         "spread": round(spread, 3),
         "seconds": seconds,
         **facts,
@@ -333,7 +333,21 @@ def two_blocks(
         name: block_job(block, batch, length, sizes.passes, device)
         for name, block in sides.items()
     }
-    return ratio(what, jobs, sizes.runs, length=length, batch=batch, **facts)
+    row = ratio(what, jobs, sizes.runs, length=length, batch=batch, **facts)
+    config = DiffuSSMConfig(8, d_model=sizes.width, n_blocks=1)
+    for name, times in row["seconds"].items():
+        work = sizes.passes * batch * dense_operations(name, config, length)
+        row[f"{name}, Tflop/s"] = work / statistics.median(times) / 1e12
+    return row
+
+
+def dense_operations(kind: str, config: DiffuSSMConfig, length: int) -> float:
+    """Of forward and backward pass on one image, whichever way the layer is run: a
+    multiply-add is two operations, the backward pass twice the forward pass.
+    """
+    macs = {"DiffuSSM": diffussm_macs, "DiT": dit_macs}[kind](config, length)
+    rest = ("convolution", "kernels")
+    return 6 * sum(n for name, n in macs.items() if name not in rest)
 
 
 def curve_of(what: str, block: nn.Module, sizes: Sizes, device: torch.device) -> Row:
@@ -488,16 +502,10 @@ def one_training(
     if device.type == "cuda":
         facts["peak_bytes"] = torch.cuda.max_memory_allocated()
         peak = peak_flops(torch.cuda.get_device_name())
-        count = diffussm_macs if isinstance(model, DiffuSSM) else dit_macs
-        macs = sum(
-            n
-            for name, n in count(model.config).items()
-            if name not in ("convolution", "kernels")
-        )
-        if (
-            peak is not None
-        ):  # a multiply-add is two operations, the backward pass twice the forward pass
-            facts["mfu"] = round(6 * macs * batch / median / peak, 4)
+        kind = "DiffuSSM" if isinstance(model, DiffuSSM) else "DiT"
+        work = batch * dense_operations(kind, model.config, length)
+        if peak is not None:
+            facts["mfu"] = round(work / median / peak, 4)
     kinds = time_by_kind(step)
     facts["profile"] = kinds
     facts["share_outside"] = share_outside(kinds)

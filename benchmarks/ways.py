@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.common import (
     command,
     keep_freed_memory,
+    plain_product,
     quiet_runs,
     report,
     require_agreement,
@@ -35,7 +36,6 @@ LENGTHS = (64, 256, 1024, 4096, 16384)
 MOST = 96 * 8 * 16384  # numbers of an input
 MATRIX = 2**25  # numbers of the matrices of the direct sums
 STEPS = 256  # of the recurrence
-SIDE = 1024  # of the matrices of the plain product
 
 
 def ways_for(length: int, width: int) -> dict[str, tuple[Convolution, int]]:
@@ -84,12 +84,11 @@ def compare(length: int, width: int, batch: int, runs: int) -> dict[str, Any]:
     for name, (convolution, _) in ways.items():
         job = jobs[name] = make_job(layer, convolution, u, probe)
         require_agreement(f"{what}, {name}", expected, job(), 3e-4)
-    square = torch.randn(SIDE, SIDE)
-    jobs["matrix product"] = lambda: square @ square
+    jobs["matrix product"], product = plain_product(1024)
     seconds, spread = quiet_runs(what, jobs, runs=runs)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     work = {n: operations(length, width, batch, c) for n, (_, c) in ways.items()}
-    work["matrix product"] = 2.0 * SIDE**3
+    work["matrix product"] = product
     return {
         "what": f"{what}, threads {torch.get_num_threads()}",
         **{name: f"{1e3 * median[name]:,.1f} ms" for name in ways},

@@ -8,14 +8,29 @@ and writes a sentence where it has the figures.
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from IPython.display import Markdown, display
 
-__all__ = ["Gpu", "gpus", "listed", "paragraphs", "way_of"]
+from diffussm.efficiency import diffussm_macs, dit_macs
+from diffussm.model_config import PRESETS, DiffuSSMConfig
+
+__all__ = [
+    "Gpu",
+    "gpus",
+    "listed",
+    "on_blocks",
+    "on_training",
+    "paragraphs",
+    "rows_of",
+    "trained_on",
+    "way_of",
+]
 
 Row = dict[str, Any]
 
@@ -42,9 +57,11 @@ class Gpu:
         return f"{said['gpu']}, PyTorch {version}, {said['date']}"
 
     def rows(self, section: str, *needed: str, **wanted: Any) -> list[Row]:
-        """The rows of a section with what is needed, and as they are wanted."""
+        """The rows of a section with what is needed, and as they are wanted; a ratio is
+        that of the medians, not rounded.
+        """
         return [
-            row
+            row | _exact(row)
             for row in self.record.get(section, [])
             if all(row.get(key) is not None for key in needed)
             and all(row.get(key) == value for key, value in wanted.items())
@@ -53,6 +70,14 @@ class Gpu:
     def row(self, section: str, *needed: str, **wanted: Any) -> Row:
         """The first of these rows, or nothing."""
         return next(iter(self.rows(section, *needed, **wanted)), {})
+
+
+def _exact(row: Row) -> Row:
+    """The ratio of a row, from the medians of the two sides that it compares."""
+    if "ratio" not in row:
+        return {}
+    slow, fast = (statistics.median(times) for times in row["seconds"].values())
+    return {"ratio": slow / fast}
 
 
 def gpus(records: dict[str, Any]) -> list[Gpu]:
@@ -88,3 +113,124 @@ def listed(values: Iterable[object], form: str = "{}") -> str:
 def paragraphs(texts: Iterable[str]) -> None:
     """Show texts that a record has made as those of the page."""
     display(Markdown("\n\n".join(texts)))
+
+
+def rows_of(
+    card: Gpu, section: str, way: str, *needed: str, **wanted: Any
+) -> list[Row]:
+    """The rows of a section whose layer was run this way."""
+    rows = card.rows(section, *needed, **wanted)
+    return [row for row in rows if way_of(row) == way]
+
+
+def on_blocks(card: Gpu, way: str) -> str:
+    """The blocks of one GPU, in a sentence or two; nothing where none was measured."""
+    wanted = {"attention": "fused attention"}
+    rows = rows_of(card, "blocks", way, "ratio", **wanted)
+    if not rows:
+        return ""
+    ratios = listed((row["ratio"] for row in rows), "{:.2f}")
+    apart = listed((100 * row["spread"] for row in rows), "{:.1f}")
+    said = f"The compiled block is {ratios} times as fast as DiT's with fused "
+    said += f"attention at L = {listed(row['length'] for row in rows)}. The two sides "
+    said += "took turns, and the middle half of the runs of a side is at most "
+    said += f"{apart} percent of its median wide."
+    speeds = [_teraflops(row) for row in rows if "batch" in row]
+    if len(speeds) == len(rows):
+        ours, theirs = (listed(side, "{:.0f}") for side in zip(*speeds, strict=True))
+        said += f" It does {ours} Tflop/s there, DiT's {theirs}"
+        plain = [row["product_tflops"] for row in rows if "product_tflops" in row]
+        said += f" and a plain product {max(plain):.0f}." if plain else "."
+    if way == "chunks" and not all("passes" in row for row in rows):
+        said += " What the layer needs of the weights was ready before, and is not in "
+        said += "these times."
+    return said
+
+
+def _teraflops(row: Row) -> tuple[float, float]:
+    """What our block and DiT's do in a second: two operations for each multiply-add,
+    the backward pass twice the forward pass; with any way of the layer those of the
+    dense maps and attention only.
+    """
+    config = DiffuSSMConfig(**PRESETS["DiffuSSM-XL"] | {"n_blocks": 1})
+    work = 6e-12 * row["batch"] * row.get("passes", 1)
+    speeds = []
+    for name, count in (("DiffuSSM", diffussm_macs), ("DiT", dit_macs)):
+        macs = count(config, row["length"])
+        macs = macs["linear maps"] + macs.get("attention", 0.0)
+        speeds.append(work * macs / statistics.median(row["seconds"][name]))
+    return speeds[0], speeds[1]
+
+
+def on_training(card: Gpu, way: str, length: int) -> str:
+    """Training at one length, in some sentences; nothing where it was not measured."""
+    wanted = {"length": length, "patch": 1}
+    ours = rows_of(
+        card, "training", way, "images_per_second", kind="DiffuSSM", **wanted
+    )
+    theirs = card.rows("training", "images_per_second", kind="DiT", **wanted)
+    if not ours:
+        return ""
+    best = max(ours, key=lambda row: row["images_per_second"])
+    rate, batch = best["images_per_second"], best["batch"]
+    said = f"At full depth and L = {length} XL trains on {rate:.0f} images a second "
+    said += f"with a batch of {batch}"
+    if theirs:
+        other = max(theirs, key=lambda row: row["images_per_second"])
+        times = rate / other["images_per_second"]
+        said += f", {times:.2f} times as many as DiT-XL at equal length with one of "
+        said += f"{other['batch']}: the best batch of each, not measured in turns"
+    said += "."
+    shared = {row["batch"]: row for row in theirs}
+    for row in reversed(ours):
+        if row["batch"] in shared and row.get("peak_bytes"):
+            sizes = [r["peak_bytes"] / 2**30 for r in (row, shared[row["batch"]])]
+            said += f" {row['batch']} images take {sizes[0]:.0f} GiB at the peak, with "
+            said += f"DiT-XL {sizes[1]:.0f}."
+            break
+    return said + _on_mfu(ours, theirs)
+
+
+def _on_mfu(ours: list[Row], theirs: list[Row]) -> str:
+    """What share of the peak was reached, and what is in its way."""
+    ours, theirs = ([r for r in rows if "mfu" in r] for rows in (ours, theirs))
+    if not ours:
+        return ""
+    shares = listed((row["mfu"] for row in ours), "{:.2f}")
+    said = f" Its MFU is {shares} with {listed(row['batch'] for row in ours)} images"
+    if theirs:
+        best = max(theirs, key=lambda row: row["mfu"])
+        said += f" (DiT-XL: {best['mfu']:.2f} with {best['batch']})"
+    best = max(ours, key=lambda row: row["mfu"])
+    parts, step = best["profile"], statistics.median(best["seconds"])
+    busy, layers = sum(parts.values()), parts.get("convolution", parts.get("FFT", 0))
+    products = busy * (1 - best["share_outside"])
+    bound, rest = best["mfu"] * step / products, busy - layers - products
+    said += f". Matrix products alone would bring {bound:.2f}: the kernels of the "
+    said += f"convolution take {layers / busy:.0%} of the GPU's time, and others that "
+    said += f"are no products {rest / busy:.0%}. All kernels together take "
+    return said + f"{busy:.2f} s, and a step {step:.2f} s."
+
+
+def trained_on(card: Gpu) -> Iterator[tuple[str, ...]]:
+    """A row for each network, size and way that was trained with there: GPU, network,
+    way, latent, best images/s and batch, best MFU, memory of the largest batch.
+    """
+    networks = ("DiffuSSM", 1), ("DiT", 1), ("DiT", 2)
+    for size, (kind, patch) in product((32, 64), networks):
+        wanted = {"size": size, "kind": kind, "patch": patch}
+        found = card.rows("training", "images_per_second", **wanted)
+        for way in dict.fromkeys(map(way_of, found)):
+            rows = [row for row in found if way_of(row) == way]
+            best = max(rows, key=lambda row: row["images_per_second"])
+            mfu = max(row.get("mfu", 0.0) for row in rows)
+            memory = max(row.get("peak_bytes") or 0 for row in rows) / 2**30
+            yield (
+                card.name,
+                f"{kind}-XL{'/2' if patch == 2 else ''}",
+                way if kind == "DiffuSSM" else "–",
+                f"{size} × {size}, L = {best['length']}",
+                f"{best['images_per_second']:.1f}, {best['batch']}",
+                f"{mfu:.1%}" if mfu else "–",
+                f"{memory:.1f} GiB" if memory else "–",
+            )

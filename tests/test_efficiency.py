@@ -333,6 +333,13 @@ def test_alternate_takes_the_sides_in_turns():
     assert order == ["a", "b"] * 4 and [len(seconds[name]) for name in "ab"] == [3, 3]
 
 
+def test_rounding_does_not_reach_a_limit():
+    assert common.rounded(1.9973, 2) == 1.997 and common.rounded(0.1503, 0.15) == 0.1503
+    assert common.rounded(2.0, 2) == 2 and common.rounded(1.234) == 1.23
+    row = common.memory_row("x", ("a", 1999), ("b", 1000), at_least=2)
+    assert row["ratio"] == 1.999 and not row["reached"]
+
+
 def test_what_is_no_product_is_outside():
     seconds = {"matrix products": 3.0, "kernels, matrix products": 1.0}
     seconds |= {"attention": 2.0, "convolution": 1.0, "kernels, the rest": 1.0}
@@ -344,6 +351,8 @@ NAMES = (
     "kernel",
     "bidirectional",
     "block",
+    "block_beside",
+    "block_bf16",
     "train_step",
     "sampling",
     "loader",
@@ -364,7 +373,8 @@ def test_every_benchmark_has_recorded_its_machine_and_refuses_bad_options(name, 
     )
     assert record["rows"] and all("what" in row for row in record["rows"])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(f"benchmarks.{name}").main(["--runs", "0"])
+        command = importlib.import_module(f"benchmarks.{name.partition('_b')[0]}")
+        command.main(["--runs", "0"])
     assert "error:" in capsys.readouterr().err
 
 

@@ -193,6 +193,16 @@ PAGES = (
 )
 
 
+LIMITS = {1024: 1.5, 4096: 2, 16384: 4}  # of a block, beside fused attention
+
+
+def verdict(ratio: float, limit: float, way: str) -> str:
+    """As the table of limits says it: no rounding reaches a limit that was missed."""
+    digits = next(n for n in range(2, 9) if round(ratio, n) != limit or ratio == limit)
+    told = "reached" if ratio >= limit else "**not reached**"
+    return f"{ratio:.{digits}f} ({way}), {told}"
+
+
 @pytest.fixture(params=CASES)
 def case(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +233,11 @@ def test_a_page_goes_with_any_record(
         if name == "profiling":
             assert (gpu in text) == bool(rows)
             assert all(f"{row['ratio']:.2f}" in text for row in rows)
+            for row in rows:
+                slow, fast = map(statistics.median, row["seconds"].values())
+                reached = slow / fast >= LIMITS[row["length"]]
+                told = verdict(slow / fast, LIMITS[row["length"]], gpus.way_of(row))
+                assert told in text and told.endswith("t reached**") != reached
         if name == "traffic":
             for row in rows:
                 once = statistics.median(row["seconds"]["DiT"]) / row.get("passes", 1)
