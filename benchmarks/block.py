@@ -6,10 +6,11 @@ Same width, same length of sequence, same batch, same precision, each as fast as
 goes; with ``--precision bf16`` under autocast, which helps where the processor
 multiplies bfloat16, and with ``--beside`` while another process multiplies matrices on
 one core, each in a report of its own. Attention is PyTorch's fused
-`scaled_dot_product_attention`. The DiT block has 18 D^2 parameters, ours with M = 2 has
-15 D^2 and the kernels. A plain matrix product takes its turn with the two, so that a
-slow baseline would be seen. The profiler says where the time of both blocks goes: what
-part of ours is no matrix product, and so what the ratio would be without it.
+`scaled_dot_product_attention`. Without the maps of the condition the DiT block has 12
+D^2 weights, ours with M = 2 has 15 D^2 and the kernels. A plain matrix product takes
+its turn with the two, so that a slow baseline would be seen. The profiler says where
+the time of both blocks goes: what part of ours is no matrix product, and so what the
+ratio would be without it.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def compare(
         "ratio": rounded(slow / fast, limit),
         "limit": f"at least {limit:g}",
         "reached": slow / fast >= limit,
-        "outside products": rounded(outside, SHARE_LIMIT),
+        "outside products": rounded(outside, SHARE_LIMIT, 3),
         "at most": SHARE_LIMIT,
         "bound": rounded(slow / fast / (1 - outside), limit),
         "spread": f"{spread:.0%}",

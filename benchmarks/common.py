@@ -225,7 +225,7 @@ def plain_product(side: int, bf16: bool = False) -> tuple[Callable[[], object], 
 
 
 def rounded(value: float, limit: float | None = None, digits: int = 2) -> float:
-    """To two digits, or to as many as tell a value from a limit that it misses."""
+    """To two digits, or to as many as tell a value from a limit."""
     while round(value, digits) == limit != value and digits < 9:
         digits += 1
     return round(value, digits)

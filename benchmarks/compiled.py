@@ -2,9 +2,9 @@
 
 Command: ``python -m benchmarks.compiled``.
 
-Each kernel, as it is run with 64 states at XL width, is compiled down to machine code
-for compute capability 8.0 (A100) and 9.0 (H100, H200). The compiler then knows how much
-memory of the chip a program takes, how many bytes of registers a thread has to spill,
+Each kernel that multiplies, with 64 states at XL width, is compiled down to machine
+code for compute capability 8.0 (A100) and 9.0 (H100, H200). The compiler then knows how
+much memory of the chip a program takes, how many bytes of registers a thread spills,
 and how many products are left to tensor cores. Wanted are at most 100 kB and no spills.
 Kernels that share precision, chunk and warps are listed one by one.
 """
@@ -28,6 +28,7 @@ from diffussm import chunked_kernels, gpu_kernels
 
 MOST = 100  # kB of the chip's memory for one program
 CHIPS = {80: "sm_80", 90: "sm_90a"}  # what the assembler calls them
+PRODUCT = r"\bwgmma\.mma_async|\bmma\.sync"  # of a group of warps, or of one
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 # kernel, precision, chunk, warps, pass: by default, and as the autotuning tries them
@@ -36,6 +37,8 @@ CHUNKS = (
     ("walk", "bf16", 16, 8, "from"),
     ("modes", "bf16", 16, 8, ""),
     ("modes", "bf16", 16, 8, "from"),
+    ("walk", "bf16", 16, 8, "to"),
+    ("modes", "bf16", 16, 8, "to"),
     ("walk", "bf16", 16, 4, ""),
     ("modes", "bf16", 16, 4, ""),
     ("walk", "bf16", 16, 16, ""),
@@ -46,6 +49,10 @@ CHUNKS = (
     ("modes", "tf32", 16, 8, ""),
     ("walk", "tf32x3", 16, 4, ""),
     ("modes", "tf32x3", 16, 4, ""),
+    ("walk", "tf32x3", 16, 4, "from"),
+    ("modes", "tf32x3", 16, 4, "from"),
+    ("walk", "tf32x3", 16, 4, "to"),
+    ("modes", "tf32x3", 16, 4, "to"),
     ("walk", "tf32x3", 16, 8, ""),
     ("modes", "tf32x3", 16, 8, ""),
     ("modes", "tf32x3", 32, 8, ""),
@@ -79,7 +86,7 @@ def compiled(
         code = triton.compile(source, GPUTarget("cuda", chip, 32), options)
         taken[f"shared memory, {target}"] = code.metadata.shared
         taken[f"spilt, {target}"] = spilt(code.asm["ptx"], target)
-        taken[f"tensor cores, {target}"] = len(re.findall("mma", code.asm["ptx"]))
+        taken[f"tensor cores, {target}"] = len(re.findall(PRODUCT, code.asm["ptx"]))
     return taken
 
 

@@ -45,7 +45,7 @@ BLOCKS: dict[str, type[nn.Module]] = {
 }
 STATES, CHUNK = 64, 16  # N of a block, and the positions of a chunk
 OURS = "convolve", "chunked"  # how the names of our own operators begin
-CASTS = "loop: convert_element_type", "_to_copy"
+VIEWS = {"view", "unsqueeze", "permute", "squeeze"}
 LEAST = 1e6  # bytes
 Job = Callable[[], object]
 
@@ -231,8 +231,14 @@ def packed(kernels: list[Work]) -> dict[str, Any]:
     """
     large = [work for work in kernels if work.bytes >= LEAST]
     lines = [f"{w.part}; {w.name}; {w.flops:.6g}; {w.bytes:.6g}" for w in large]
-    casts = sum(work.name in CASTS for work in kernels)
+    casts = sum(_converts(work.name) for work in kernels)
     return {"small": len(kernels) - len(large), "casts": casts, "kernels": lines}
+
+
+def _converts(name: str) -> bool:
+    """Whether a kernel only converts a precision, and perhaps lays out anew."""
+    steps = set(name.removeprefix("loop: ").split(", "))
+    return steps - VIEWS <= {"convert_element_type", "_to_copy"}
 
 
 def main(argv: list[str] | None = None) -> int:

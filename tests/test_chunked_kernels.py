@@ -338,9 +338,10 @@ def test_there_is_a_record_of_every_case_that_is_tried(asked):
 def test_kernels_use_no_more_of_two_generations_of_gpus(tmp_path, kernel, precision):
     """Down to machine code: tensor cores, and what is recorded for each case."""
     rows = [row for row in CHUNKS if row["case"][:2] == [kernel, precision]]
-    assert rows and all(
-        row[f"tensor cores, {chip}"] >= 18 for row in rows for chip in CHIPS
-    )
+    assert rows
+    for row in rows:  # a pass to the states has no output to multiply for
+        least = 8 if row["case"][4] == "to" else 18
+        assert all(row[f"tensor cores, {chip}"] >= least for chip in CHIPS)
     compile_again(rows, "of_chunks", tmp_path)
 
 

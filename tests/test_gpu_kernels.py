@@ -199,7 +199,9 @@ SMALL = {"sm_80": 163, "sm_90a": 227}  # kB that a program may use, by the maker
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length, precision", [(256, "tf32x3"), (1024, "tf32")])
+@pytest.mark.parametrize(
+    "length, precision", [(256, "tf32x3"), (1024, "tf32"), (1024, "tf32x3")]
+)
 def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path, length, precision):
     """Down to machine code: no more than is recorded."""
     rows = [row for row in RECORD if row["case"][1:] == [precision, length]]
