@@ -40,6 +40,7 @@ from benchmarks.train_step import SHARE_LIMIT, kernel_job, operations, where_tim
 from diffussm.efficiency import DiTBlock
 from diffussm.hourglass import HourglassBlock
 from diffussm.model_config import DiffuSSMConfig
+from diffussm.profiling import time_by_kind
 
 CASES = (
     (1024, 8, 2.0),
@@ -85,14 +86,15 @@ def compare(
     """One row: the two blocks and a matrix product in turns."""
     length, batch, limit = case
     what = f"L = {length}, B = {batch}"
-    jobs, work = {}, {"matrix product": 0.0}
+    product, size = plain_product(2048, bf16)
+    jobs, work = {}, {"matrix product": size}
     config = DiffuSSMConfig(8, d_model=d_model, n_blocks=1)
     for name, block in blocks.items():
         # the stream of M = 2 has L / 2 places
         places = length // (2 if isinstance(block, HourglassBlock) else 1)
         jobs[name] = make_job(block, batch, places, bf16)
         work[name] = operations(name.removesuffix(" block"), config, batch, length)
-    jobs["matrix product"], work["matrix product"] = plain_product(2048, bf16)
+    jobs["matrix product"] = product
     seconds, spread = quiet_runs(what, jobs, runs=runs)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     slow, fast = (median[name] for name in blocks)
@@ -100,7 +102,7 @@ def compare(
     kernels = kernel_job([ours.ssm], length)
     kernels()
     profile = {
-        "DiT block": where_time_goes(jobs["DiT block"], lambda: None, 1),
+        "DiT block": time_by_kind(jobs["DiT block"]),
         "DiffuSSM block": where_time_goes(jobs["DiffuSSM block"], kernels, 1),
     }
     outside = share_outside(profile["DiffuSSM block"])

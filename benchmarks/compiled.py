@@ -28,7 +28,7 @@ from diffussm import chunked_kernels, gpu_kernels
 
 MOST = 100  # kB of the chip's memory for one program
 CHIPS = {80: "sm_80", 90: "sm_90a"}  # what the assembler calls them
-PRODUCT = r"\bwgmma\.mma_async|\bmma\.sync"  # of a group of warps, or of one
+PRODUCT = r"\b(?:wgmma\.mma_async|mma\.sync)\S*\."  # of a group of warps, or of one
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 # kernel, precision, chunk, warps, pass: by default, and as the autotuning tries them
@@ -81,12 +81,13 @@ def compiled(
         for place, name in enumerate(kernel.arg_names)
         if signature[name].startswith("*") or name in ("D", "X")
     }
+    product = PRODUCT + constants["PRECISION"].removesuffix("x3")  # of these factors
     source, taken = ASTSource(kernel, signature, constants, even), {}
     for chip, target in CHIPS.items():
         code = triton.compile(source, GPUTarget("cuda", chip, 32), options)
         taken[f"shared memory, {target}"] = code.metadata.shared
         taken[f"spilt, {target}"] = spilt(code.asm["ptx"], target)
-        taken[f"tensor cores, {target}"] = len(re.findall(PRODUCT, code.asm["ptx"]))
+        taken[f"tensor cores, {target}"] = len(re.findall(product, code.asm["ptx"]))
     return taken
 
 

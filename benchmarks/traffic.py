@@ -132,13 +132,10 @@ def _work(node: Any) -> Work:
 def _steps(node: Any) -> str:
     """What a fused loop computes: the operations it was made of, in their order."""
     origins = {one for inner in node.get_nodes() for one in inner.node.get_origins()}
-    steps = sorted((one for one in origins if one.op == "call_function"), key=_place)
+    graph = next((one.graph.nodes for one in origins), ())
+    steps = (one for one in graph if one in origins and one.op == "call_function")
     names = (getattr(one.target, "__name__", "").partition(".")[0] for one in steps)
     return ", ".join(dict.fromkeys(names))
-
-
-def _place(node: Any) -> int:
-    return list(node.graph.nodes).index(node)
 
 
 def _attention_flops(inner: Any, backward: bool) -> float:

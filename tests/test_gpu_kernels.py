@@ -10,6 +10,8 @@ import torch
 from machine_code import CHIPS, compile_again
 from operations import Operations
 
+from benchmarks import common
+
 pytest.importorskip("triton", reason="Triton is not made for this system")
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -17,7 +19,6 @@ if not GPU:
         "1"  # read when the kernels are defined and when they are called
     )
 
-from benchmarks import common  # noqa: E402
 from diffussm import gpu_kernels  # noqa: E402
 from diffussm.autotuning import relative_errors  # noqa: E402
 from diffussm.bidirectional import BidirectionalSSM, kernel_spectra  # noqa: E402
@@ -200,7 +201,8 @@ SMALL = {"sm_80": 163, "sm_90a": 227}  # kB that a program may use, by the maker
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "length, precision", [(256, "tf32x3"), (1024, "tf32"), (1024, "tf32x3")]
+    "length, precision",
+    [(256, "tf32"), (256, "tf32x3"), (1024, "tf32"), (1024, "tf32x3"), (4096, "tf32")],
 )
 def test_kernels_compile_for_the_gpus_of_two_generations(tmp_path, length, precision):
     """Down to machine code: no more than is recorded."""

@@ -161,6 +161,16 @@ def test_what_a_compiled_block_carries_does_not_grow():
     assert totals(row["kernels"])[1] < 6.86e9
 
 
+def test_what_stands_around_the_fft_does_not_grow():
+    """The compiled block but for its convolution, at L = 1024 and B = 32."""
+    row = recorded("DiffuSSM", "compiled", 1024)
+    rest = [line for line in row["kernels"] if not line.startswith("convolve")]
+    assert row["batch"] == 32
+    assert totals(rest)[0] == pytest.approx(6 * 32 * 7.5 * 1024 * 1152**2, rel=0.01)
+    assert totals(rest)[1] < 6.0e9
+    assert len(rest) + row["small"] <= 71
+
+
 def test_a_chunked_kernel_has_its_operations_and_a_pass_its_bytes():
     """Against multiply-adds written out: two directions, T near, N in and N out."""
     B, L, D, T, N = 2, 64, 3, traffic.CHUNK, traffic.STATES
